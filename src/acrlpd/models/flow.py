@@ -1,0 +1,87 @@
+"""Flow matching over action chunks: the interface of a policy, its loss and its sampler.
+
+Time runs from 1 (noise) to 0 (data), as in openpi; the pi0 paper, QC and FQL run the other way. This file is the only
+place that knows.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from acrlpd.types import Observation, typed
+
+MIN_TIME = 0.001  # openpi's floor: the loss is never taken at pure data
+
+
+@struct.dataclass
+class Prefix:
+    """All that a policy keeps of an observation: computed once, read by the loss, every candidate and the critic."""
+
+    state: Float[Array, "b s"]
+    features: Float[Array, "b f"]  # pooled prefix tokens, for the critic
+    mask: Bool[Array, "b p"]  # which prefix tokens may be looked at
+    cache: tuple[Float[Array, "depth b p k d"], Float[Array, "depth b p k d"]] | None = None  # keys (rotated), values
+
+
+class FlowPolicy(Protocol):
+    """A velocity field over action chunks, given an observation. pi0, pi0.5 and the flow MLP are its leaves."""
+
+    action_dim: int
+    action_horizon: int
+    feature_dim: int  # width of Prefix.features
+
+    def encode(self, observation: Observation) -> Prefix:
+        """One pass over images, prompt and whatever else does not change while an action is denoised."""
+        ...
+
+    def velocity(
+        self, prefix: Prefix, x_t: Float[Array, "n b h a"], time: Float[Array, "n b"]
+    ) -> Float[Array, "n b h a"]:
+        """The field at ``x_t``; all n candidates read the same prefix."""
+        ...
+
+
+def sample_time(rng: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Beta(1.5, 1) squeezed into [0.001, 1]: more weight on noisy times (pi0, appendix B)."""
+    return jax.random.beta(rng, 1.5, 1.0, shape) * (1 - MIN_TIME) + MIN_TIME
+
+
+@typed
+def flow_loss(
+    policy: FlowPolicy,
+    prefix: Prefix,
+    actions: Float[Array, "b h a"],
+    noise: Float[Array, "b h a"],
+    time: Float[Array, " b"],
+) -> Float[Array, "b h"]:
+    """Squared error of the velocity, mean over action dimensions (pi0, equation 1). Nothing is masked here."""
+    t = time[:, None, None]
+    x_t = t * noise + (1 - t) * actions
+    v_t = policy.velocity(prefix, x_t[None], time[None])[0]
+    return jnp.mean(jnp.square(v_t - (noise - actions)), axis=-1)
+
+
+@typed
+def sample(
+    policy: FlowPolicy, prefix: Prefix, noise: Float[Array, "n b h a"], *, num_steps: int, remat: bool = False
+) -> Float[Array, "n b h a"]:
+    """Explicit Euler from noise (time 1) to actions (time 0) in ``num_steps`` equal steps.
+
+    ``remat`` recomputes each step in a backward pass instead of keeping its activations.
+    """
+    dt = -1.0 / num_steps
+
+    def step(carry, _):
+        x_t, time = carry
+        v_t = policy.velocity(prefix, x_t, jnp.full(x_t.shape[:2], time, jnp.float32))
+        return (x_t + dt * v_t, time + dt), None
+
+    if remat:
+        step = jax.checkpoint(step)
+    (actions, _), _ = jax.lax.scan(step, (noise, jnp.float32(1.0)), length=num_steps)
+    return actions

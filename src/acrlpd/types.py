@@ -1,0 +1,71 @@
+"""The data that every layer shares: one observation, one episode, one batch of chunks.
+
+Axis letters, the same in every file: b batch, h horizon, a action, s state, e critics, n candidates, l prompt tokens,
+t episode time, p prefix tokens, f features. Flow time runs from 1 (noise) to 0 (data), as in openpi.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from beartype import beartype
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, UInt8, jaxtyped
+
+typed = jaxtyped(typechecker=beartype)
+"""Checks the array shapes and dtypes that a function declares, at every call outside a compiled program."""
+
+Metrics = Mapping[str, Any]
+"""Scalars by name, on the device until someone logs them."""
+
+
+@struct.dataclass
+class Observation:
+    """What a policy sees at one step, with openpi's field names.
+
+    Images stay uint8 until they are on the device; a model maps them to [-1, 1]. A state is normalized.
+    """
+
+    state: Float[Array, "b s"]
+    images: dict[str, Float[Array, "b _ _ 3"] | UInt8[Array, "b _ _ 3"]] = struct.field(default_factory=dict)
+    image_masks: dict[str, Bool[Array, " b"]] = struct.field(default_factory=dict)
+    tokenized_prompt: Int[Array, "b l"] | None = None
+    tokenized_prompt_mask: Bool[Array, "b l"] | None = None
+    token_ar_mask: Int[Array, "b l"] | None = None  # pi0-FAST only
+    token_loss_mask: Bool[Array, "b l"] | None = None  # pi0-FAST only
+
+
+@struct.dataclass
+class ChunkBatch:
+    """A batch of action chunks: facts only, rewards raw and undiscounted (``docs/algorithm.md``, section 1)."""
+
+    observations: Observation  # at the first step of the chunk
+    actions: Float[Array, "b h a"]  # normalized; repeats the last action past the end of the episode
+    rewards: Float[Array, "b h"]  # per step, undiscounted; 0 past the end
+    terminals: Float[Array, "b h"]  # the task truly ended here (success or failure); a time limit does not count
+    valid: Float[Array, "b h"]  # 1 where the step is real and no terminal came before it in the window
+    next_observations: Observation  # at t+h, or the last real step
+    bootstrap_mask: Float[Array, " b"]  # 0 if the task terminated inside the window, else 1
+    sequence_mask: Float[Array, " b"]  # 1 where the chunk may be used for the TD loss
+    episode_id: Int[Array, " b"]
+    step_id: Int[Array, " b"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One rollout in time order, as it lies on disk: raw units, numpy, nothing padded."""
+
+    state: Float[np.ndarray, "t s"]
+    actions: Float[np.ndarray, "t a"]
+    rewards: Float[np.ndarray, " t"]
+    terminals: Bool[np.ndarray, " t"]  # true where the task ended; a time limit leaves it false
+    task: str
+    images: dict[str, UInt8[np.ndarray, "t _ _ 3"]] = dataclasses.field(default_factory=dict)
+    success: bool | None = None  # None: nobody knows
+    source: str = ""  # the file (and group) it came from, for messages
+
+    def __len__(self) -> int:
+        return len(self.actions)

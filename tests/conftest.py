@@ -1,0 +1,31 @@
+"""CPU, two fake devices so that sharding is exercised, and no silent broadcasts between ranks."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+os.environ.setdefault("MUJOCO_GL", "disabled")
+
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+COMMITTED = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Root of the reference files: ``ACRLPD_SHARED``, else ``../shared``, else the subset under ``tests/data``.
+
+    Under CI (the variable ``CI`` is set) a root that was asked for and is absent fails.
+    """
+    asked = os.environ.get("ACRLPD_SHARED")
+    root = Path(asked) if asked else Path(__file__).parents[2] / "shared"
+    if (root / "golden").is_dir():
+        return root
+    if asked or os.environ.get("CI"):
+        pytest.fail(f"reference files not found: {root} has no golden/ folder; set ACRLPD_SHARED to the right root")
+    return COMMITTED

@@ -6,7 +6,7 @@ place that knows.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,10 @@ class Prefix:
     state: Float[Array, "b s"]
     features: Float[Array, "b f"]  # pooled prefix tokens, for the critic
     mask: Bool[Array, "b p"]  # which prefix tokens may be looked at
-    cache: tuple[Float[Array, "depth b p k d"], Float[Array, "depth b p k d"]] | None = None  # keys (rotated), values
+    cache: Any  # what denoising reads of it; pi0: keys (rotated) and values, each [layers b p heads d]
 
 
+@runtime_checkable
 class FlowPolicy(Protocol):
     """A velocity field over action chunks, given an observation. pi0, pi0.5 and the flow MLP are its leaves."""
 

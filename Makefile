@@ -1,0 +1,61 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both build .venv from requirements.lock first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo demo-vision demo-cube test test-fast lint format lock clean help
+
+help:
+	@grep -E '^## ' $(MAKEFILE_LIST) | sed 's/^## //'
+
+## make demo         train a small pi0 in a simulator, offline then online, and write runs/demo/report.html
+demo: $(INSTALLED)
+	$(BIN)/acrlpd train demo --overwrite
+
+## make demo-vision  the same with a camera; needs EGL or OSMesa
+demo-vision: $(INSTALLED)
+	$(BIN)/acrlpd train demo-vision --overwrite
+
+## make demo-cube    the same in OGBench's cube-single
+demo-cube: $(INSTALLED)
+	$(BIN)/acrlpd train demo-cube --overwrite
+
+## make test         all tests
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+## make test-fast    the tests that take seconds
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+## make lint         style, types and the import ladder
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+## make lock         resolve requirements.lock anew (needs uv)
+lock:
+	uv pip compile pyproject.toml --universal --python-version 3.11 --fork-strategy fewest \
+		--extra metaworld --extra ogbench --extra report --extra lerobot --extra fast --group dev \
+		--generate-hashes --no-emit-index-url --no-annotate --no-header -o requirements.lock
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "acrlpd needs Python 3.11 to 3.13, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing). Say: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "'$(PYTHON)' cannot make virtual environments. On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(INSTALLED)

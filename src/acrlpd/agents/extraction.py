@@ -1,0 +1,124 @@
+"""How Q improves the policy (``docs/algorithm.md``, section 3): best_of_n, q_gradient, distill.
+
+An extraction says which candidates the agent chooses among and which loss trains the policy beyond imitation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from acrlpd.agents import losses
+from acrlpd.models import flow
+from acrlpd.models.critic import CriticNetworks
+from acrlpd.models.flow import FlowPolicy, Prefix
+from acrlpd.types import Metrics
+
+ExtractionName = Literal["best_of_n", "q_gradient", "distill"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Modules:
+    """The networks of one update, merged from the agent's parameters; they live inside a traced function only."""
+
+    policy: FlowPolicy
+    critic: CriticNetworks
+    student: FlowPolicy | None = None  # its own action expert on the policy's prefix; under ``distill`` alone
+
+
+class Extraction(Protocol):
+    """One way from a critic to a better policy."""
+
+    def propose(self, modules: Modules, prefix: Prefix, noise: Float[Array, "n b h a"]) -> Float[Array, "n b h a"]:
+        """One candidate chunk for each noise; all read the same prefix."""
+        ...
+
+    def actor_loss(
+        self, modules: Modules, prefix: Prefix, rng: PRNGKeyArray, temperature: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The loss beyond imitation. ``modules.critic`` holds constants: no gradient reaches it."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class BestOfN:
+    """The policy stays an imitator; the critic chooses among its samples (QC)."""
+
+    num_steps: int
+    action_clip: float | None
+
+    def propose(self, modules: Modules, prefix: Prefix, noise: Float[Array, "n b h a"]) -> Float[Array, "n b h a"]:
+        return clip(flow.sample(modules.policy, prefix, noise, num_steps=self.num_steps), self.action_clip)
+
+    def actor_loss(
+        self, modules: Modules, prefix: Prefix, rng: PRNGKeyArray, temperature: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], Metrics]:
+        return jnp.zeros(()), {}
+
+
+@dataclasses.dataclass(frozen=True)
+class QGradient:
+    """Q's gradient runs back through every Euler step into the policy; each step is recomputed on the way."""
+
+    num_steps: int
+    action_clip: float | None
+    num_samples: int  # chunks per observation; the entropy bonus needs two
+
+    propose = BestOfN.propose
+
+    def actor_loss(
+        self, modules: Modules, prefix: Prefix, rng: PRNGKeyArray, temperature: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], Metrics]:
+        policy = modules.policy
+        shape = (self.num_samples, prefix.state.shape[0], policy.action_horizon, policy.action_dim)
+        noise = jax.random.normal(rng, shape)
+        chunks = clip(flow.sample(policy, prefix, noise, num_steps=self.num_steps, remat=True), self.action_clip)
+        q = modules.critic.aggregate(_q(modules.critic, prefix, chunks))
+        loss = losses.q_gradient_loss(q)
+        if self.num_samples > 1:
+            loss = loss - temperature * jnp.mean(losses.gaussian_entropy(chunks))
+        return loss, {"actor_q_mean": q.mean()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Distill:
+    """A student jumps from noise to chunk in one step; it follows the flow and climbs Q (QC-FQL)."""
+
+    num_steps: int
+    action_clip: float | None
+    distill_weight: float
+
+    def propose(self, modules: Modules, prefix: Prefix, noise: Float[Array, "n b h a"]) -> Float[Array, "n b h a"]:
+        return clip(one_step(modules.student, prefix, noise), self.action_clip)
+
+    def actor_loss(
+        self, modules: Modules, prefix: Prefix, rng: PRNGKeyArray, temperature: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], Metrics]:
+        prefix = jax.lax.stop_gradient(prefix)  # the student trains alone: the prefix belongs to the teacher
+        policy = modules.policy
+        noise = jax.random.normal(rng, (1, prefix.state.shape[0], policy.action_horizon, policy.action_dim))
+        teacher = jax.lax.stop_gradient(flow.sample(policy, prefix, noise, num_steps=self.num_steps))
+        student = one_step(modules.student, prefix, noise)
+        distill = losses.distill_loss(student[0], teacher[0])
+        q = _q(modules.critic, prefix, clip(student, self.action_clip))  # [e 1 b]: QC-FQL climbs the members' mean
+        return self.distill_weight * distill - jnp.mean(q), {"distill_loss": distill, "actor_q_mean": q.mean()}
+
+
+def one_step(student: FlowPolicy | None, prefix: Prefix, noise: Float[Array, "n b h a"]) -> Float[Array, "n b h a"]:
+    """The student's chunk: a single Euler step over the whole of time."""
+    if student is None:
+        raise ValueError("this agent has no student: it was made with another extraction than 'distill'")
+    return flow.sample(student, prefix, noise, num_steps=1)
+
+
+def clip(chunks: Float[Array, "n b h a"], limit: float | None) -> Float[Array, "n b h a"]:
+    """Chunks inside the normalized action space, as they will be executed."""
+    return chunks if limit is None else jnp.clip(chunks, -limit, limit)
+
+
+def _q(critic: CriticNetworks, prefix: Prefix, chunks: Float[Array, "n b h a"]) -> Float[Array, "e n b"]:
+    return critic(jax.lax.stop_gradient(prefix.features), prefix.state, chunks)

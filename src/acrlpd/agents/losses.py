@@ -1,0 +1,106 @@
+"""The equations of ``docs/algorithm.md``, each once, as pure functions: arrays in, arrays out."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from acrlpd.types import typed
+
+
+@struct.dataclass
+class LossWeights:
+    """What each term of the joint loss counts. An argument of the update, so a schedule never recompiles."""
+
+    critic_weight: float = 1.0
+    actor_weight: float = 1.0
+    bc_weight: float = 1.0
+    alpha_weight: float = 1.0
+
+
+@typed
+def td_target(
+    rewards: Float[Array, "b h"],
+    valid: Float[Array, "b h"],
+    bootstrap_mask: Float[Array, " b"],
+    next_q: Float[Array, " b"],
+    *,
+    discount: float,
+) -> Float[Array, " b"]:
+    """Discounted reward of the chunk plus the value after it (Li et al. 2025, arXiv:2507.07969, equation 5)."""
+    horizon = rewards.shape[1]
+    powers = discount ** jnp.arange(horizon, dtype=rewards.dtype)
+    returns = jnp.sum(valid * rewards * powers[None, :], axis=1)
+    return returns + discount**horizon * bootstrap_mask * next_q
+
+
+@typed
+def critic_loss(
+    q: Float[Array, "e b"],
+    target: Float[Array, " b"],
+    sequence_mask: Float[Array, " b"],
+    *,
+    huber_delta: float | None = None,
+) -> Float[Array, ""]:
+    """TD error of every member, mean over members and the whole batch; masked chunks count as zero."""
+    return jnp.mean(sequence_mask[None, :] * _penalty(q - target[None, :], huber_delta))
+
+
+def _penalty(error: Float[Array, "..."], huber_delta: float | None) -> Float[Array, "..."]:
+    """Squared error, or Huber's, scaled so that both are error**2 near zero."""
+    if huber_delta is None:
+        return jnp.square(error)
+    size = jnp.minimum(jnp.abs(error), huber_delta)
+    return size * (2 * jnp.abs(error) - size)
+
+
+@typed
+def bc_loss(
+    flow_loss: Float[Array, "b h"], valid: Float[Array, "b h"], sample_weights: Float[Array, " b"]
+) -> Float[Array, ""]:
+    """pi0's flow loss on the dataset's chunk, real steps only; mean over batch and horizon."""
+    return jnp.mean(sample_weights[:, None] * valid * flow_loss)
+
+
+@typed
+def bounded_weights(score: Float[Array, " b"], *, temperature: float, bound: float) -> Float[Array, " b"]:
+    """Sample weights that grow with a score, within a factor ``bound`` of each other, with mean 1.
+
+    The standardized score goes through exp, is clipped to [1/sqrt(bound), sqrt(bound)] and divided by its mean.
+    """
+    standardized = (score - score.mean()) / (score.std() + 1e-6)
+    limit = 0.5 * jnp.log(bound)
+    weights = jnp.exp(jnp.clip(standardized / temperature, -limit, limit))
+    return jax.lax.stop_gradient(weights / weights.mean())
+
+
+@typed
+def q_gradient_loss(q: Float[Array, "m b"]) -> Float[Array, ""]:
+    """-Q of the policy's own chunks, divided by its mean size so that ``actor_weight`` needs no retuning (TD3+BC)."""
+    return -jnp.mean(q) / (jax.lax.stop_gradient(jnp.mean(jnp.abs(q))) + 1e-6)
+
+
+@typed
+def distill_loss(student: Float[Array, "b h a"], teacher: Float[Array, "b h a"]) -> Float[Array, ""]:
+    """Squared error between the one-step student and the whole flow from the same noise (FQL, QC-FQL)."""
+    return jnp.mean(jnp.square(student - jax.lax.stop_gradient(teacher)))
+
+
+@typed
+def gaussian_entropy(candidates: Float[Array, "n b h a"]) -> Float[Array, " b"]:
+    """Entropy (nats, summed over h and a) of the diagonal Gaussian with the candidates' variance.
+
+    A single candidate has no variance: ask for at least two.
+    """
+    variance = jnp.var(candidates, axis=0)  # [b h a]
+    return 0.5 * jnp.sum(jnp.log(2 * jnp.pi * jnp.e * (variance + 1e-6)), axis=(1, 2))
+
+
+@typed
+def temperature_loss(
+    log_temperature: Float[Array, ""], entropy: Float[Array, " b"], *, target_entropy: float
+) -> Float[Array, ""]:
+    """alpha * (entropy - target): alpha falls while the policy is more random than asked (SAC)."""
+    return jnp.exp(log_temperature) * jax.lax.stop_gradient(jnp.mean(entropy) - target_entropy)

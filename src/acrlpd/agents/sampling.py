@@ -1,0 +1,73 @@
+"""Best of N: many candidate chunks on one prefix pass, and the choice among them (``docs/algorithm.md``, section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from acrlpd.types import typed
+
+
+def in_blocks(draw: Callable[[jax.Array], Any], noise: Float[Array, "n b h a"], *, block_size: int | None) -> Any:
+    """``draw(noise)`` for all candidates at once, or in blocks of ``block_size`` to bound its activations.
+
+    ``draw`` returns a pytree whose leaves lead with n. Blocks run one after the other and give the same candidates;
+    only the finished chunks and their scores are kept, which are small beside a network's activations.
+    """
+    n = noise.shape[0]
+    if block_size is None or block_size >= n:
+        return draw(noise)
+    whole = n - n % block_size
+    blocks = noise[:whole].reshape(-1, block_size, *noise.shape[1:])
+    drawn = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), jax.lax.map(draw, blocks))
+    if whole == n:
+        return drawn
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), drawn, draw(noise[whole:]))
+
+
+@typed
+def select(
+    candidates: Float[Array, "n b h a"],
+    scores: Float[Array, "n b"],
+    rng: PRNGKeyArray | None = None,
+    *,
+    temperature: Float[Array, ""] | float | None = None,
+    top_k: int | None = None,
+    diversity_bonus: float = 0.0,
+) -> tuple[Float[Array, "b h a"], Int[Array, " b"]]:
+    """The chosen chunk of each observation and its index.
+
+    Greedy without an ``rng``; with one, drawn from softmax(score / temperature) over the ``top_k`` best (all by
+    default). The bonus adds to each score its weight times the candidate's mean L2 distance to the others.
+    """
+    if diversity_bonus:
+        scores = scores + diversity_bonus * mean_distance(candidates)
+    if rng is not None and temperature is not None:
+        if top_k is not None and top_k < scores.shape[0]:
+            cut = jax.lax.top_k(scores.T, top_k)[0][:, -1]  # [b]
+            scores = jnp.where(scores >= cut[None, :], scores, -jnp.inf)
+        scores = scores / temperature + jax.random.gumbel(rng, scores.shape)
+    best = jnp.argmax(scores, axis=0)
+    return take(candidates, best), best
+
+
+@typed
+def take(candidates: Float[Array, "n b *rest"], index: Int[Array, " b"]) -> Float[Array, "b *rest"]:
+    """``candidates[index[b], b]`` for every b."""
+    index = index.reshape(1, -1, *([1] * (candidates.ndim - 2)))
+    return jnp.take_along_axis(candidates, index, axis=0)[0]
+
+
+@typed
+def mean_distance(candidates: Float[Array, "n b h a"]) -> Float[Array, "n b"]:
+    """Mean L2 distance of each candidate to the n - 1 others of the same observation."""
+    n, b = candidates.shape[:2]
+    flat = candidates.reshape(n, b, -1)
+    gram = jnp.einsum("nbd,mbd->nmb", flat, flat)
+    square = jnp.einsum("nbd,nbd->nb", flat, flat)
+    distance = jnp.sqrt(jnp.maximum(square[:, None] + square[None] - 2 * gram, 0.0))
+    return distance.sum(axis=1) / max(n - 1, 1)

@@ -1,0 +1,46 @@
+"""``acrlpd COMMAND``: finds the command's module and turns user mistakes into one clear line."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "train a preset offline, then online; resume an interrupted run",
+    "eval": "success rate of a checkpoint, with its interval",
+    "collect": "make prior data with a scripted expert",
+    "report": "one self-contained HTML page about a run",
+}
+
+USAGE = "usage: acrlpd COMMAND ...\n\n" + "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 the user's mistake, 75 interrupted and saved."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"{USAGE}\n\nacrlpd COMMAND --help explains a command.")
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        return _fail(f"unknown command {command!r}{f': did you mean {near[0]!r}?' if near else ''}\n{USAGE}")
+    try:
+        return importlib.import_module(f"acrlpd.cli.{command.replace('-', '_')}").main(rest)
+    except (ValueError, ImportError, OSError) as error:
+        logging.debug("the error in full", exc_info=True)
+        return _fail(str(error))
+
+
+def _fail(message: str) -> int:
+    print(f"acrlpd: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

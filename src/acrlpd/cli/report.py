@@ -1,0 +1,24 @@
+"""``acrlpd report RUN``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from acrlpd.training.report import write_report
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportArguments:
+    """One self-contained HTML page: results, curves, a filmstrip before and after, the configuration."""
+
+    run: Annotated[str, tyro.conf.Positional]  # the run's folder, such as runs/demo
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = tyro.cli(ReportArguments, args=argv, prog="acrlpd report")
+    print(write_report(arguments.run))
+    return 0

@@ -1,0 +1,221 @@
+"""One run, completely described: fields and validation only. Presets fill it, the command line overrides it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from acrlpd.agents.acrlpd import AgentConfig
+from acrlpd.agents.losses import LossWeights
+from acrlpd.envs.env import EnvConfig
+
+T = TypeVar("T")
+PolicyKind = Literal["pi0", "pi05", "mlp_flow"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """Which policy, and its sizes. State and action size come from the data unless the model is wider."""
+
+    kind: PolicyKind = "pi0"
+    action_horizon: int = 50
+    action_dim: int | None = None  # the model's width; data is zero-padded to it. None: the data's own
+    state_dim: int | None = None  # likewise for the state; openpi's models have it equal to action_dim
+    paligemma_variant: str = "gemma_2b"
+    action_expert_variant: str = "gemma_300m"
+    vision_variant: str = "so400m/14"
+    vocab_size: int | None = None  # None: the tokenizer's
+    max_token_len: int = 48
+    image_size: int = 224
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of computation; parameters are float32
+    remat: bool = True  # recompute activations in the backward pass
+    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # mlp_flow alone
+    tokenizer: str | None = None  # a SentencePiece file; None: the small one in this package
+    weights: str | None = None  # start from this checkpoint; None: from scratch
+    freeze_pi0_backbone: bool = False  # image tower and vision-language expert
+
+    def __post_init__(self):
+        if self.action_horizon < 1:
+            raise ValueError(f"policy.action_horizon must be at least 1, got {self.action_horizon}")
+        if self.freeze_pi0_backbone and self.kind == "mlp_flow":
+            raise ValueError("policy.freeze_pi0_backbone needs a pi0 policy: an mlp_flow policy has no backbone")
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectConfig:
+    """How to make prior data where none is: a scripted expert with smooth noise of a strength drawn per episode."""
+
+    episodes: int = 100
+    policy: Literal["expert", "random"] = "expert"
+    noise_range: tuple[float, float] = (0.0, 0.8)
+    num_workers: int = 2
+
+    def __post_init__(self):
+        if self.episodes < 1:
+            raise ValueError(f"data.collect.episodes must be at least 1, got {self.episodes}")
+        low, high = self.noise_range
+        if not 0 <= low <= high:
+            raise ValueError(f"data.collect.noise_range must be 0 <= low <= high, got {self.noise_range}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Prior data, batches and replay."""
+
+    path: str | None = None  # a folder of episodes; None: collected into the run's own folder
+    collect: CollectConfig = dataclasses.field(default_factory=CollectConfig)
+    batch_size: int = 256
+    sequence_ratio: float = 0.5  # share of a batch that starts where a whole chunk fits
+    online_ratio: float = 0.5  # share of an online batch that comes from replay (RLPD)
+    max_replay_bytes: int = 2 * 1024**3
+    min_std: float = 1e-2  # floor of a state dimension's standard deviation when statistics are made
+    action_normalization: Literal["bounds", "z_score", "quantile"] = "bounds"  # bounds: of the action space
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"data.batch_size must be at least 1, got {self.batch_size}")
+        for name in ("sequence_ratio", "online_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.{name} must lie in [0, 1], got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CosineDecaySchedule:
+    """Linear warm-up to ``peak_lr``, cosine to ``decay_lr`` at ``decay_steps``, which include the warm-up (openpi)."""
+
+    warmup_steps: int = 1000
+    peak_lr: float = 2.5e-5
+    decay_steps: int = 30_000
+    decay_lr: float = 2.5e-6
+
+    def __post_init__(self):
+        if self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"decay_steps ({self.decay_steps}) counts from step 0 and must exceed warmup_steps "
+                f"({self.warmup_steps})"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW behind global-norm clipping, as openpi's."""
+
+    schedule: CosineDecaySchedule = dataclasses.field(default_factory=CosineDecaySchedule)
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 1e-10
+    clip_gradient_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizersConfig:
+    """One optimiser per group of parameters."""
+
+    policy: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    critic: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    temperature: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation in the simulator, always on the same seeds, so that two policies meet the same tasks."""
+
+    episodes: int = 50  # at the end of each phase
+    frequency: int = 10_000  # updates between evaluations on the way; half of it online
+    progress_episodes: int = 20  # episodes of those
+    num_envs: int = 10  # stepped side by side in one process
+    first_seed: int = 1_000_000  # far from the seeds of collection and training
+
+    def __post_init__(self):
+        for name in ("episodes", "frequency", "progress_episodes", "num_envs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"eval.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A run: what is trained, on what, for how long, and where its files go."""
+
+    name: str = "run"
+    run_dir: str = "runs"  # the run's own folder is run_dir/name
+    seed: int = 0
+    env: EnvConfig | None = None  # None: offline only, from data.path
+    policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
+    agent: AgentConfig = dataclasses.field(default_factory=AgentConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizers: OptimizersConfig = dataclasses.field(default_factory=OptimizersConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    offline_steps: int = 1_000_000  # updates
+    online_steps: int = 500_000  # environment steps
+    utd_ratio: float = 1.0  # updates per environment step
+    warmup_env_steps: int = 0  # online steps with data collection alone
+    online_envs: int = 1  # environments that collect side by side
+    execute_horizon: int | None = None  # steps of a chunk that are executed; None: all of them
+    actor_warmup_steps: int = 0  # updates before the actor loss counts; the critic knows nothing at first
+    online_loss_weights: LossWeights | None = None  # reached linearly ...
+    online_transition_steps: int = 1000  # ... over this many updates of the online phase
+    log_frequency: int = 100  # updates
+    save_frequency: int = 50_000  # updates
+    max_to_keep: int = 2  # checkpoints, beside those at the end of a phase
+    early_stopping_patience: int = 50  # online evaluations without a better result
+    early_stopping_success: float | None = None  # an online evaluation this good ends the run
+    asset_id: str = "acrlpd"  # folder of the normalization statistics in a checkpoint, as openpi's
+    fsdp_devices: int = 1
+
+    def __post_init__(self):
+        horizon = self.policy.action_horizon
+        if self.execute_horizon is not None and not 1 <= self.execute_horizon <= horizon:
+            raise ValueError(
+                f"execute_horizon ({self.execute_horizon}) must lie between 1 and policy.action_horizon ({horizon}): "
+                "the policy cannot execute more steps than it predicts. Lower it or train with a longer chunk."
+            )
+        for name in ("offline_steps", "online_steps", "warmup_env_steps", "actor_warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("log_frequency", "save_frequency", "online_envs", "early_stopping_patience", "max_to_keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.utd_ratio <= 0:
+            raise ValueError(f"utd_ratio must be positive, got {self.utd_ratio}")
+        if self.env is None and self.online_steps > 0:
+            raise ValueError("online_steps > 0 needs an environment: set env.name, or online_steps to 0")
+        if self.env is None and self.data.path is None:
+            raise ValueError("a run needs data.path (a folder of episodes), env.name (to collect some), or both")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON values."""
+    return typing.cast(dict[str, Any], _plain(dataclasses.asdict(config)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
+    """The inverse of ``to_dict``: fields not named keep their default, an unknown one is refused."""
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
+    for name in values:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {path}{near[0]}?" if near else f"there are {', '.join(names)}"
+            raise ValueError(f"unknown configuration field {path}{name}: {hint}")
+    return cls(**{name: _typed_value(hints[name], value, f"{path}{name}") for name, value in values.items()})
+
+
+def _typed_value(hint: Any, value: Any, path: str) -> Any:
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, path=f"{path}.")
+    return tuple(value) if typing.get_origin(hint) is tuple else value

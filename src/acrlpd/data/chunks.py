@@ -1,0 +1,89 @@
+"""From rows to chunks: windows of H steps with their masks. The only place that knows where an episode ends.
+
+A worked example: an episode of 5 steps (0..4), horizon 4, window from step 3.
+
+    steps read     3  4  4  4      the last action is repeated
+    rewards       r3 r4  0  0
+    valid          1  1  0  0
+    next state     s4              t+4 leaves the episode: the last real step
+
+If step 4 is a terminal, sequence_mask = 1 and bootstrap_mask = 0: the return ends there. If the episode was merely cut
+(a time limit), sequence_mask = 0: nobody knows what would have followed, so the chunk stays out of the TD loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from acrlpd.data.episodes import EpisodeStore
+from acrlpd.types import typed
+
+
+@typed
+def gather(store: EpisodeStore, rows: Int[np.ndarray, " b"], horizon: int, *, images: bool = True) -> dict[str, Any]:
+    """Chunks that start at ``rows``, in raw units, with the fields of ``docs/algorithm.md``, section 1.
+
+    ``state``, ``next_state`` [b s]; ``image``, ``next_image`` {camera: [b h w 3]} (empty without ``images``);
+    ``actions`` [b h a]; ``rewards``, ``terminals``, ``valid`` [b h]; ``bootstrap_mask``, ``sequence_mask`` [b];
+    ``episode_id``, ``step_id`` [b]; ``prompt`` [b] of str. Masks are float32, 0 or 1.
+
+    A terminal may lie in mid-episode (relabelled play data): the steps after it are read, but are not ``valid``.
+    """
+    if horizon < 1:
+        raise ValueError(f"horizon must be at least 1, got {horizon}")
+    start, end = store.bounds(rows)
+    steps = rows[:, None] + np.arange(horizon)[None, :]  # [b h]
+    real = steps < end[:, None]
+    steps = np.minimum(steps, end[:, None] - 1)
+    next_rows = np.minimum(rows + horizon, end - 1)
+
+    terminals = store.terminals[steps] & real
+    terminal_before = np.cumsum(terminals, axis=1) > terminals  # strictly before: the terminal step itself is valid
+    terminated = terminals.any(axis=1)
+    return {
+        "state": store.state[rows],
+        "next_state": store.state[next_rows],
+        "image": {name: frames[rows] for name, frames in store.images.items()} if images else {},
+        "next_image": {name: frames[next_rows] for name, frames in store.images.items()} if images else {},
+        "actions": store.actions[steps],
+        "rewards": store.rewards[steps] * real,
+        "terminals": terminals.astype(np.float32),
+        "valid": (real & ~terminal_before).astype(np.float32),
+        "bootstrap_mask": (~terminated).astype(np.float32),
+        "sequence_mask": (real.all(axis=1) | terminated).astype(np.float32),
+        "episode_id": store.episode_index(rows) + store.first_episode_id,
+        "step_id": rows - start,
+        "prompt": store.prompts(rows),
+    }
+
+
+def step_rng(seed: int, step: int) -> np.random.Generator:
+    """The draws of one training step: a pure function of both, so a resumed run draws what a straight one would."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, step], dtype=np.uint64)))
+
+
+@typed
+def start_rows(
+    store: EpisodeStore, rng: np.random.Generator, batch_size: int, horizon: int, sequence_ratio: float
+) -> Int[np.ndarray, " b"]:
+    """Rows at which the chunks of a batch start, uniform with replacement.
+
+    A share ``sequence_ratio`` starts where a full window fits, the rest anywhere, so that terminals and short tails are
+    seen as well. Where no episode is as long as ``horizon``, all start anywhere.
+    """
+    if store.num_rows == 0:
+        raise ValueError("cannot draw chunks from an empty EpisodeStore: append an episode first")
+    lengths = store.lengths
+    fitting = np.maximum(lengths - horizon + 1, 0)  # starts of full windows, by episode
+    num_full = round(sequence_ratio * batch_size) if fitting.any() else 0
+    anywhere = rng.integers(store.num_rows, size=batch_size - num_full)
+    if num_full == 0:
+        return anywhere
+    last = np.cumsum(fitting)
+    drawn = rng.integers(last[-1], size=num_full)
+    index = np.searchsorted(last, drawn, side="right")  # episode that holds the drawn start
+    offset = drawn - (last - fitting)[index]
+    return np.concatenate([(store.ends - lengths)[index] + offset, anywhere])

@@ -1,0 +1,351 @@
+"""Recorded episodes: the interface of whatever holds them, and a store that holds them in memory.
+
+The store keeps all rows of all episodes in flat arrays, in raw units, so that a batch is a few fancy-index reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Int, Shaped
+
+from acrlpd.types import Episode
+
+IMAGE_PREFIX = "images/"  # a camera's key: "images/<camera>"
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeInfo:
+    """What is known of an episode without reading its rows."""
+
+    length: int  # steps
+    task: str
+    success: bool | None  # None: nobody knows
+    source: str  # file (and group) it came from, for messages
+
+
+@runtime_checkable
+class EpisodeSource(Protocol):
+    """Recorded episodes by index 0..num_episodes-1, in a fixed order, wherever they lie.
+
+    Keys are ``state``, ``actions``, ``rewards``, ``terminals`` and ``images/<camera>``.
+    """
+
+    @property
+    def num_episodes(self) -> int: ...
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " n"]:
+        """Steps of each episode."""
+        ...
+
+    def info(self, index: int) -> EpisodeInfo: ...
+
+    def episode(self, index: int) -> Episode: ...
+
+    def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
+        """Rows ``start`` to ``stop`` (exclusive) of one key of one episode; both must lie inside the episode."""
+        ...
+
+
+class EpisodeStore:
+    """Episodes in memory, appended at the end; an ``EpisodeSource`` itself.
+
+    Rows are numbered 0..num_rows-1 over all episodes kept. With ``max_bytes``, the oldest whole episodes make room for
+    a new one: row numbers shift, episode ids keep counting. The limit holds for the rows kept; the buffers behind them
+    may take half as much again. One thread at a time: an append may move the rows under a reader.
+    """
+
+    def __init__(self, *, max_bytes: int | None = None):
+        if max_bytes is not None and max_bytes <= 0:
+            raise ValueError(f"max_bytes must be positive, got {max_bytes}. Leave it out to keep every episode.")
+        self.max_bytes = max_bytes
+        self._columns: dict[str, _Column] = {}
+        self._first_source = ""  # the episode whose shapes all others must have
+        self._ends = _Column((), np.int64)  # counted from the first row ever appended, so that dropping shifts nothing
+        self._task_indices = _Column((), np.int64)
+        self._infos: list[EpisodeInfo] = []
+        self._tasks: dict[str, int] = {}
+        self._task_texts = np.zeros(0, dtype=np.str_)
+        self._rows_dropped = 0
+        self._episodes_dropped = 0
+
+    @classmethod
+    def from_episodes(cls, episodes: Iterable[Episode], *, max_bytes: int | None = None) -> EpisodeStore:
+        store = cls(max_bytes=max_bytes)
+        for episode in episodes:
+            store.append(episode)
+        return store
+
+    @classmethod
+    def from_source(cls, source: EpisodeSource, *, max_bytes: int | None = None) -> EpisodeStore:
+        """All episodes of ``source``. Lengths are known beforehand, so no buffer is copied while it grows."""
+        store = cls(max_bytes=max_bytes)
+        for index in range(source.num_episodes):
+            store.append(source.episode(index))
+            if index == 0 and max_bytes is None:
+                store._reserve(int(np.sum(source.lengths[1:])))
+        return store
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._columns["state"].rows) if self._columns else 0
+
+    @property
+    def num_episodes(self) -> int:
+        return len(self._infos)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows kept."""
+        return sum(column.rows.nbytes for column in self._columns.values())
+
+    @property
+    def first_episode_id(self) -> int:
+        """Id of the oldest episode kept; ids before it were dropped."""
+        return self._episodes_dropped
+
+    @property
+    def next_episode_id(self) -> int:
+        return self._episodes_dropped + self.num_episodes
+
+    @property
+    def state(self) -> Float[np.ndarray, "r s"]:
+        return self._rows("state")
+
+    @property
+    def actions(self) -> Float[np.ndarray, "r a"]:
+        return self._rows("actions")
+
+    @property
+    def rewards(self) -> Float[np.ndarray, " r"]:
+        return self._rows("rewards")
+
+    @property
+    def terminals(self) -> Shaped[np.ndarray, " r"]:
+        return self._rows("terminals")
+
+    @property
+    def images(self) -> dict[str, Shaped[np.ndarray, "r _ _ 3"]]:
+        """By camera."""
+        return {
+            key.removeprefix(IMAGE_PREFIX): column.rows
+            for key, column in self._columns.items()
+            if key.startswith(IMAGE_PREFIX)
+        }
+
+    @property
+    def tasks(self) -> list[str]:
+        """Every task text seen so far; ``task_index`` points into it."""
+        return list(self._tasks)
+
+    @property
+    def ends(self) -> Int[np.ndarray, " n"]:
+        """Row after the last one of each episode."""
+        return self._ends.rows - self._rows_dropped
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " n"]:
+        return np.diff(self.ends, prepend=0)
+
+    @property
+    def episode_start(self) -> Int[np.ndarray, " r"]:
+        """For each row, the first row of its episode. Built anew at each call, as the next three; see ``bounds``."""
+        return np.repeat(self.ends - self.lengths, self.lengths)
+
+    @property
+    def episode_end(self) -> Int[np.ndarray, " r"]:
+        """For each row, the row after the last one of its episode."""
+        return np.repeat(self.ends, self.lengths)
+
+    @property
+    def episode_id(self) -> Int[np.ndarray, " r"]:
+        return np.repeat(np.arange(self.first_episode_id, self.next_episode_id), self.lengths)
+
+    @property
+    def task_index(self) -> Int[np.ndarray, " r"]:
+        return np.repeat(self._task_indices.rows, self.lengths)
+
+    def episode_index(self, rows: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
+        """Position, among the episodes kept, of the episode each row belongs to; the id is this + first_episode_id."""
+        if len(rows) and (rows.min() < 0 or rows.max() >= self.num_rows):
+            raise IndexError(f"rows must lie in 0..{self.num_rows - 1}, got {rows.min()}..{rows.max()}")
+        return np.searchsorted(self.ends, rows, side="right")
+
+    def bounds(self, rows: Int[np.ndarray, " b"]) -> tuple[Int[np.ndarray, " b"], Int[np.ndarray, " b"]]:
+        """First row, and row after the last, of the episode that each row belongs to."""
+        index = self.episode_index(rows)
+        ends = self.ends
+        return np.concatenate([[0], ends])[index], ends[index]
+
+    def prompts(self, rows: Int[np.ndarray, " b"]) -> Shaped[np.ndarray, " b"]:
+        """Task text of each row."""
+        return self._task_texts[self._task_indices.rows[self.episode_index(rows)]]
+
+    def append(self, episode: Episode) -> int:
+        """Adds an episode and returns its id. Ids count from 0 and are never used again.
+
+        Raises:
+            ValueError: rows are missing, not finite, or shaped otherwise than in the first episode; or the episode
+                alone exceeds ``max_bytes``. Names the episode's source.
+        """
+        rows = _checked_rows(episode)
+        if not self._columns:
+            self._columns = {key: _Column(value.shape[1:], value.dtype) for key, value in rows.items()}
+            self._first_source = episode.source
+        self._check_shapes(rows, episode.source)
+        self._make_room(sum(value.nbytes for value in rows.values()), episode.source)
+        for key, value in rows.items():
+            self._columns[key].append(value)
+        self._ends.append(np.array([self._rows_dropped + self.num_rows]))
+        self._task_indices.append(np.array([self._intern(episode.task)]))
+        self._infos.append(EpisodeInfo(len(episode), episode.task, episode.success, episode.source))
+        return self.next_episode_id - 1
+
+    def info(self, index: int) -> EpisodeInfo:
+        return self._infos[self._checked_index(index)]
+
+    def episode(self, index: int) -> Episode:
+        """A copy of one episode; ``index`` counts the episodes kept, 0 is the oldest."""
+        info = self.info(index)
+        rows: dict[str, Any] = {key: self.window(index, key, 0, info.length).copy() for key in self._columns}
+        images = {key.removeprefix(IMAGE_PREFIX): rows.pop(key) for key in list(rows) if key.startswith(IMAGE_PREFIX)}
+        return Episode(**rows, task=info.task, images=images, success=info.success, source=info.source)
+
+    def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
+        """A view; valid until the next append."""
+        length = self.info(index).length
+        if not 0 <= start <= stop <= length:
+            raise IndexError(f"{self.info(index).source}: window {start}..{stop} leaves the episode (0..{length})")
+        first = int(self.ends[index]) - length
+        return self._rows(key)[first + start : first + stop]
+
+    def _rows(self, key: str) -> np.ndarray:
+        if key not in self._columns:
+            reason = "the store is empty" if not self._columns else f"it has {', '.join(self._columns)}"
+            raise KeyError(f"this EpisodeStore has no key {key!r}: {reason}")
+        return self._columns[key].rows
+
+    def _checked_index(self, index: int) -> int:
+        if not 0 <= index < self.num_episodes:
+            raise IndexError(f"episode index {index} is not in 0..{self.num_episodes - 1}")
+        return index
+
+    def _reserve(self, num_rows: int) -> None:
+        for column in self._columns.values():
+            column.reserve(num_rows)
+
+    def _check_shapes(self, rows: dict[str, np.ndarray], source: str) -> None:
+        if rows.keys() != self._columns.keys():
+            raise ValueError(
+                f"{source}: keys {sorted(rows)} differ from {sorted(self._columns)} of the first episode "
+                f"({self._first_source}). All episodes of a store need the same cameras."
+            )
+        for key, value in rows.items():
+            expected = self._columns[key].rows.shape[1:]
+            if value.shape[1:] != expected:
+                raise ValueError(
+                    f"{source}: each step of {key} has shape {value.shape[1:]}, expected {expected} as in the first "
+                    f"episode ({self._first_source}). Convert the episode or keep it in a store of its own."
+                )
+
+    def _make_room(self, nbytes: int, source: str) -> None:
+        if self.max_bytes is None:
+            return
+        if nbytes > self.max_bytes:
+            raise ValueError(f"{source}: the episode needs {nbytes} bytes, more than max_bytes ({self.max_bytes})")
+        while self.nbytes + nbytes > self.max_bytes:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        length = self._infos.pop(0).length
+        for column in self._columns.values():
+            column.drop(length)
+        self._ends.drop(1)
+        self._task_indices.drop(1)
+        self._rows_dropped += length
+        self._episodes_dropped += 1
+
+    def _intern(self, task: str) -> int:
+        if task not in self._tasks:
+            self._tasks[task] = len(self._tasks)
+            self._task_texts = np.array(list(self._tasks), dtype=np.str_)
+        return self._tasks[task]
+
+
+class _Column:
+    """One growing array: rows are appended at the end, dropped at the front, and always contiguous."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike):
+        self._buffer = np.empty((0, *shape), dtype)
+        self._begin = 0
+        self._end = 0
+
+    @property
+    def rows(self) -> np.ndarray:
+        """A view; valid until the next append."""
+        return self._buffer[self._begin : self._end]
+
+    def append(self, rows: np.ndarray) -> None:
+        if self._end + len(rows) > len(self._buffer):
+            kept = self._end - self._begin
+            needed = kept + len(rows)
+            if 3 * needed <= 2 * len(self._buffer):
+                self._compact()
+            else:
+                self._grow(needed + needed // 2)
+        self._buffer[self._end : self._end + len(rows)] = rows
+        self._end += len(rows)
+
+    def drop(self, count: int) -> None:
+        self._begin += count
+
+    def reserve(self, count: int) -> None:
+        """Room for ``count`` more rows. Untouched pages cost nothing, so asking for too much is harmless."""
+        if self._end + count > len(self._buffer):
+            self._grow(self._end - self._begin + count)
+
+    def _grow(self, capacity: int) -> None:
+        kept = self._end - self._begin
+        buffer = np.empty((capacity, *self._buffer.shape[1:]), self._buffer.dtype)
+        buffer[:kept] = self.rows
+        self._buffer, self._begin, self._end = buffer, 0, kept
+
+    def _compact(self) -> None:
+        """Moves the rows to the front, in blocks no longer than the gap: an overlapping copy would need a twin."""
+        kept, gap = self._end - self._begin, self._begin
+        for start in range(0, kept, gap):
+            block = min(gap, kept - start)
+            self._buffer[start : start + block] = self._buffer[gap + start : gap + start + block]
+        self._begin, self._end = 0, kept
+
+
+def _checked_rows(episode: Episode) -> dict[str, np.ndarray]:
+    """The episode's arrays by key, in the dtypes of a store; refuses what no store should hold."""
+    source = episode.source
+    rows = {
+        "state": np.asarray(episode.state, np.float32),
+        "actions": np.asarray(episode.actions, np.float32),
+        "rewards": np.asarray(episode.rewards, np.float32),
+        "terminals": np.asarray(episode.terminals, bool),
+    }
+    for key, rank in (("state", 2), ("actions", 2), ("rewards", 1), ("terminals", 1)):
+        if rows[key].ndim != rank:
+            raise ValueError(f"{source}: {key} has shape {rows[key].shape}, expected {rank} axes, time first")
+        if not np.isfinite(rows[key]).all():
+            raise ValueError(f"{source}: {key} holds a number that is not finite (nan or inf). Repair or skip it.")
+    for camera, images in episode.images.items():
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(
+                f"{source}: images/{camera} is {images.dtype} {images.shape}, expected uint8 (steps, height, width, 3)"
+            )
+        rows[IMAGE_PREFIX + camera] = images
+    lengths = {key: len(value) for key, value in rows.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{source}: all keys of an episode need the same number of steps, got {lengths}")
+    if len(episode) == 0:
+        raise ValueError(f"{source}: the episode is empty (0 steps)")
+    return rows

@@ -1,0 +1,255 @@
+"""Normalization statistics: openpi's formulas and file, and three ways to make them.
+
+z-score (pi0): ``(x - mean) / (std + 1e-6)``; quantiles (pi0.5, pi0-FAST): 1 % and 99 % to -1 and 1. Nothing is clipped.
+The formulas are openpi's, so that its statistics work here; the floors for dimensions that hardly move are put into
+statistics when this project makes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from acrlpd.data import chunks
+from acrlpd.data.episodes import EpisodeStore
+from acrlpd.types import typed
+
+if TYPE_CHECKING:
+    from acrlpd.data.transforms import Transform
+
+EPSILON = 1e-6  # openpi's, in both formulas
+MIN_STD = 1e-3  # default floor, in raw units
+FILE_NAME = "norm_stats.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class NormStats:
+    """Statistics of one key, a number for each dimension. ``q01`` and ``q99`` are missing in some pi0 files."""
+
+    mean: Float[np.ndarray, " d"]
+    std: Float[np.ndarray, " d"]
+    q01: Float[np.ndarray, " d"] | None = None
+    q99: Float[np.ndarray, " d"] | None = None
+
+
+@typed
+def normalize(x: Shaped[np.ndarray, "*batch d"], stats: NormStats, *, quantiles: bool) -> Float[np.ndarray, "*batch d"]:
+    """Statistics longer than ``x`` are cut to its length."""
+    dim = x.shape[-1]
+    if not quantiles:
+        return (x - stats.mean[:dim]) / (stats.std[:dim] + EPSILON)
+    q01, q99 = _quantiles(stats)
+    return (x - q01[:dim]) / (q99[:dim] - q01[:dim] + EPSILON) * 2.0 - 1.0
+
+
+@typed
+def unnormalize(
+    x: Shaped[np.ndarray, "*batch d"], stats: NormStats, *, quantiles: bool
+) -> Float[np.ndarray, "*batch d"]:
+    """Inverse of ``normalize``. Dimensions beyond the statistics are padding.
+
+    As in openpi, z-scores pad with mean 0 and std 1, which scales the padding by 1 + 1e-6; quantiles leave it as it is.
+    """
+    known = min(x.shape[-1], len(stats.mean))
+    if not quantiles:
+        raw = x[..., :known] * (stats.std[:known] + EPSILON) + stats.mean[:known]
+        padding = x[..., known:] * (np.ones(1, stats.std.dtype) + EPSILON)
+    else:
+        q01, q99 = _quantiles(stats)
+        raw = (x[..., :known] + 1.0) / 2.0 * (q99[:known] - q01[:known] + EPSILON) + q01[:known]
+        padding = x[..., known:]
+    return np.concatenate([raw, padding], axis=-1)
+
+
+def _quantiles(stats: NormStats) -> tuple[np.ndarray, np.ndarray]:
+    if stats.q01 is None or stats.q99 is None:
+        raise ValueError(
+            "these normalization statistics have no q01 and q99, which quantile normalization (pi0.5, pi0-FAST) needs. "
+            "Compute them anew, or normalize with mean and std."
+        )
+    return stats.q01, stats.q99
+
+
+def save(path: Path | str, stats: Mapping[str, NormStats]) -> None:
+    """Writes openpi's ``norm_stats.json``; ``path`` is the file, its folder is made."""
+    content = {key: {name: _as_list(value) for name, value in vars(value).items()} for key, value in stats.items()}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"norm_stats": content}, indent=2), encoding="utf-8")
+
+
+def load(path: Path | str) -> dict[str, NormStats]:
+    """Reads openpi's ``norm_stats.json``; ``path`` is the file or the folder that holds it. Arrays are float64."""
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no normalization statistics at {path}. Make them from the dataset or point to a checkpoint's assets."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))["norm_stats"]
+        return {key: _from_lists(entry) for key, entry in content.items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected openpi's layout "
+            '{"norm_stats": {"state": {"mean": [...], "std": [...], "q01": [...], "q99": [...]}, "actions": ...}}, '
+            f"got {error!r}"
+        ) from error
+
+
+def _as_list(value: np.ndarray | None) -> list[float] | None:
+    return None if value is None else value.tolist()
+
+
+def _from_lists(entry: Mapping[str, Any]) -> NormStats:
+    given = {name: entry[name] for name in ("q01", "q99") if entry.get(name) is not None}
+    fields = {name: np.asarray(value, np.float64) for name, value in given.items()}
+    fields |= {name: np.asarray(entry[name], np.float64) for name in ("mean", "std")}
+    shapes = {name: value.shape for name, value in fields.items()}
+    if len(set(shapes.values())) > 1 or fields["mean"].ndim != 1:
+        raise ValueError(f"mean, std, q01 and q99 must be lists of the same length, got {shapes}")
+    return NormStats(**fields)
+
+
+class RunningStats:
+    """Statistics of more vectors than fit in memory, as openpi takes them: moments exact, quantiles by histogram."""
+
+    def __init__(self, *, num_bins: int = 5000):
+        self._num_bins = num_bins
+        self._count = 0
+
+    @typed
+    def update(self, batch: Float[np.ndarray, "*batch d"]) -> None:
+        """Adds vectors; every axis but the last is a batch axis."""
+        batch = batch.reshape(-1, batch.shape[-1])
+        if len(batch) == 0:
+            return
+        low, high = batch.min(axis=0).astype(np.float64), batch.max(axis=0).astype(np.float64)
+        if self._count == 0:
+            self._mean = np.zeros_like(batch[0])
+            self._mean_of_squares = np.zeros_like(batch[0])
+            self._low, self._high = low, high
+            self._counts = np.zeros((batch.shape[-1], self._num_bins))
+            self._edges = self._make_edges(low - 1e-10, high + 1e-10)
+        elif batch.shape[-1] != len(self._mean):
+            raise ValueError(f"vectors have {batch.shape[-1]} dimensions, expected {len(self._mean)} as before")
+        elif (low < self._low).any() or (high > self._high).any():
+            self._widen(np.minimum(low, self._low), np.maximum(high, self._high))
+        self._count += len(batch)
+        weight = len(batch) / self._count
+        self._mean += (batch.mean(axis=0) - self._mean) * weight
+        self._mean_of_squares += (np.square(batch).mean(axis=0) - self._mean_of_squares) * weight
+        for dim, edges in enumerate(self._edges):
+            self._counts[dim] += np.histogram(batch[:, dim], bins=edges)[0]
+
+    def result(self) -> NormStats:
+        """As openpi: population standard deviation, quantile = left edge of the bin where the count is reached."""
+        if self._count < 2:
+            raise ValueError(f"statistics need at least 2 vectors, got {self._count}")
+        variance = self._mean_of_squares - np.square(self._mean)
+        return NormStats(
+            mean=self._mean.copy(),
+            std=np.sqrt(np.maximum(0, variance)),
+            q01=self._quantile(0.01),
+            q99=self._quantile(0.99),
+        )
+
+    def _make_edges(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        return np.linspace(low, high, self._num_bins + 1, axis=-1)
+
+    def _widen(self, low: np.ndarray, high: np.ndarray) -> None:
+        """Moves the counts into bins over the new range, each by the left edge of the bin it was in.
+
+        As in openpi, the first bin's count is lost where only the upper end moves: its left edge was 1e-10 below.
+        """
+        old_edges = self._edges
+        self._low, self._high = low, high
+        self._edges = self._make_edges(low, high)
+        for dim, edges in enumerate(self._edges):
+            self._counts[dim] = np.histogram(old_edges[dim, :-1], bins=edges, weights=self._counts[dim])[0]
+
+    def _quantile(self, q: float) -> np.ndarray:
+        below = np.cumsum(self._counts, axis=1) < q * self._count
+        return self._edges[np.arange(len(self._edges)), below.sum(axis=1)]  # the last edge if never reached
+
+
+@typed
+def exact(values: Float[np.ndarray, "n d"]) -> NormStats:
+    """Statistics of vectors that fit in memory: float64 moments, exact quantiles."""
+    if len(values) < 2:
+        raise ValueError(f"statistics need at least 2 vectors, got {len(values)}")
+    q01, q99 = np.quantile(values, [0.01, 0.99], axis=0)
+    return NormStats(
+        mean=values.mean(axis=0, dtype=np.float64),
+        std=values.std(axis=0, dtype=np.float64),
+        q01=q01.astype(np.float64),
+        q99=q99.astype(np.float64),
+    )
+
+
+def with_floor(stats: NormStats, key: str, *, min_std: float = MIN_STD) -> NormStats:
+    """Keeps dimensions that hardly move from being blown up: std at least ``min_std``, q99 - q01 at least twice that.
+
+    A joint that stood still in the data would otherwise turn sensor noise at run time into huge inputs.
+    """
+    still = stats.std < min_std
+    q01, q99 = stats.q01, stats.q99
+    if q01 is not None and q99 is not None:
+        narrow = (q99 - q01) / 2 < min_std
+        middle = (q01 + q99) / 2
+        q01, q99 = np.where(narrow, middle - min_std, q01), np.where(narrow, middle + min_std, q99)
+        still = still | narrow
+    if still.any():
+        warnings.warn(
+            f"{key}: dimensions {np.flatnonzero(still).tolist()} hardly move (std or quantile range below "
+            f"min_std={min_std:g}); their statistics were widened to it. Check that they are meant to be constant.",
+            stacklevel=2,
+        )
+    return NormStats(mean=stats.mean, std=np.maximum(stats.std, min_std), q01=q01, q99=q99)
+
+
+def from_store(
+    store: EpisodeStore, transform: Transform | None = None, *, horizon: int = 1, min_std: float = MIN_STD
+) -> dict[str, NormStats]:
+    """Exact statistics of ``state`` and ``actions`` of all episodes in memory.
+
+    ``transform`` is what comes before normalization (robot, delta actions); the statistics are then taken, as in
+    openpi, over all ``horizon`` steps of the chunk at every row, repeated last actions included. That holds
+    num_rows * horizon * action size numbers at once: for large sets feed a ``RunningStats`` instead.
+    """
+    if transform is None:
+        values = {"state": store.state, "actions": store.actions}
+    else:
+        parts = list(_transformed(store, transform, horizon))
+        values = {
+            key: np.concatenate([np.reshape(part[key], (-1, part[key].shape[-1])) for part in parts])
+            for key in ("state", "actions")
+        }
+    return {key: with_floor(exact(value), key, min_std=min_std) for key, value in values.items()}
+
+
+def _transformed(
+    store: EpisodeStore, transform: Transform, horizon: int, *, block: int = 256
+) -> Iterator[dict[str, np.ndarray]]:
+    for start in range(0, store.num_rows, block):
+        rows = np.arange(start, min(start + block, store.num_rows))
+        batch = chunks.gather(store, rows, horizon)
+        data = transform({key: batch[key] for key in ("state", "actions", "image", "prompt")})
+        yield {"state": data["state"], "actions": data["actions"]}
+
+
+@typed
+def bounds_stats(low: Float[np.ndarray, " d"], high: Float[np.ndarray, " d"]) -> NormStats:
+    """Statistics that map [low, high] to [-1, 1] under both formulas: for simulators with a bounded action space."""
+    low, high = low.astype(np.float64), high.astype(np.float64)
+    if not (np.isfinite(low).all() and np.isfinite(high).all() and (high - low > 2 * EPSILON).all()):
+        raise ValueError(f"bounds must be finite with low < high, got low {low.tolist()}, high {high.tolist()}")
+    # both formulas add EPSILON to the width: take it off here, so that the bounds land on -1 and 1
+    return NormStats(mean=(low + high) / 2, std=(high - low) / 2 - EPSILON, q01=low, q99=high - EPSILON)

@@ -1,0 +1,137 @@
+"""The replay journal: every finished online episode on disk before it is used, so that a crash loses none of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from acrlpd.data import hdf5
+from acrlpd.types import Episode
+
+INDEX = "journal.jsonl"
+
+
+class Entry(NamedTuple):
+    """One line of the index."""
+
+    number: int
+    file: str
+    length: int
+    success: bool | None
+    sha256: str
+
+
+class ReplayJournal:
+    """Append-only folder of episode files and an index line for each. One process writes to it.
+
+    The file comes first, its line second, each forced to the disk. So what a crash can leave behind is half an index
+    line or a file without a line; both, and any file whose checksum is wrong, move to ``damaged/`` with a warning.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._entries = self._recover_index()
+        self._next_number = 1 + max((entry.number for entry in self._entries), default=-1)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def append(self, episode: Episode, metadata: dict[str, Any] | None = None) -> int:
+        """Write the episode, then its index line; return its number."""
+        number = self._next_number
+        path = hdf5.write_episode(hdf5.episode_path(self.directory, number), episode, metadata)
+        entry = Entry(number, path.name, len(episode), episode.success, _sha256(path))
+        with self._index.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry._asdict()) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._entries.append(entry)
+        self._next_number = number + 1
+        return number
+
+    def load(self) -> Iterator[Episode]:
+        """The intact episodes, oldest first, one at a time: they need not fit into memory together."""
+        for entry in list(self._entries):
+            reason = self._damage(entry)
+            if reason is None:
+                yield hdf5.read_episode(self.directory / entry.file)
+            else:
+                self._entries.remove(entry)
+                self._write_index(self._entries)
+                self._set_aside(entry.file, reason)
+
+    @property
+    def _index(self) -> Path:
+        return self.directory / INDEX
+
+    def _damage(self, entry: Entry) -> str | None:
+        path = self.directory / entry.file
+        if not path.is_file():
+            return "the index names it, but it is missing"
+        found = _sha256(path)
+        return None if found == entry.sha256 else f"expected sha256 {entry.sha256}, found {found}"
+
+    def _recover_index(self) -> list[Entry]:
+        for unfinished in self.directory.glob(".*.tmp"):
+            unfinished.unlink()
+        lines = self._index.read_bytes().splitlines(keepends=True) if self._index.is_file() else []
+        parsed = [_parse(line) for line in lines]
+        entries = [entry for entry in parsed if entry is not None]
+        broken = b"".join(line for line, entry in zip(lines, parsed, strict=True) if entry is None)
+        known = {entry.file for entry in entries}
+        files = [path.name for path in sorted(self.directory.iterdir()) if path.suffix in hdf5.SUFFIXES]
+        strays = [name for name in files if name not in known]
+        if broken:
+            self._keep_broken_lines(broken)
+            self._write_index(entries)
+        for name in strays:
+            self._set_aside(name, f"{INDEX} has no line for it: the writer was stopped before the episode was complete")
+        return entries
+
+    def _write_index(self, entries: list[Entry]) -> None:
+        temporary = self.directory / f".{INDEX}.tmp"
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry._asdict()) + "\n" for entry in entries)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self._index)
+        hdf5.sync(self.directory)
+
+    def _keep_broken_lines(self, lines: bytes) -> None:
+        target = self._free_name(INDEX)
+        target.write_bytes(lines)
+        warnings.warn(f"{self._index}: lines that are not a complete entry were moved to {target}", stacklevel=2)
+
+    def _set_aside(self, name: str, reason: str) -> None:
+        source, target = self.directory / name, self._free_name(name)
+        if source.is_file():
+            os.replace(source, target)
+        warnings.warn(f"{source}: {reason}. Left out; what there is of it lies in {target.parent}.", stacklevel=2)
+
+    def _free_name(self, name: str) -> Path:
+        """A name in ``damaged/`` that overwrites nothing."""
+        folder = self.directory / "damaged"
+        folder.mkdir(exist_ok=True)
+        names = (folder / (name if count == 0 else f"{count}-{name}") for count in range(10**6))
+        return next(path for path in names if not path.exists())
+
+
+def _parse(line: bytes) -> Entry | None:
+    """An entry, or None for anything else. A line without its newline is half a line, whatever it says."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        return Entry(**json.loads(line))
+    except (ValueError, TypeError):  # not JSON or not UTF-8; JSON of another form
+        return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

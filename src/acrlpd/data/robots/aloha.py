@@ -1,0 +1,96 @@
+"""ALOHA (two ViperX arms): openpi's names and conventions to those pi0 was trained with, and back.
+
+An arm is 6 joint angles (rad) and a gripper; 14 numbers are the left arm, then the right one. The numbers below are
+openpi's for the Trossen arms. State and actions use different gripper maps; that is intended: the state holds where the
+follower's finger is, the action where the leader's handle is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from acrlpd.data.transforms import Data, Repack, make_bool_mask, to_image
+from acrlpd.types import typed
+
+ACTION_DIM = 14
+DELTA_MASK = make_bool_mask(6, -1, 6, -1)  # joints relative, grippers absolute
+REPACK = Repack({"state": "state", "images": "image", "actions": "actions", "prompt": "prompt"})
+"""From a store whose cameras have ALOHA's names; the simulation's ``top`` needs a Repack that calls it ``cam_high``."""
+
+_SLOTS = {"base_0_rgb": "cam_high", "left_wrist_0_rgb": "cam_left_wrist", "right_wrist_0_rgb": "cam_right_wrist"}
+_UNUSED = ("cam_low",)
+_GRIPPERS = [6, 13]
+_SIGNS = np.array([1.0, -1, -1, 1, 1, 1, 1, 1, -1, -1, 1, 1, 1, 1])  # pi0's joint directions
+
+_FINGER_CLOSED, _FINGER_OPEN = 0.01844, 0.05800  # finger position, m
+_HORN, _ARM = 0.022, 0.036  # the linkage from motor to finger, m
+_PI0_CLOSED, _PI0_OPEN = 0.5476, 1.6296  # gripper angle where pi0 has 0 and 1, rad
+_LEADER_CLOSED, _LEADER_OPEN = -0.6213, 1.4910  # gripper angle where ALOHA's actions have 0 and 1, rad
+
+
+@dataclasses.dataclass(frozen=True)
+class Aloha:
+    """Up to four cameras and a state of 14 in; 14 action dimensions out. Missing wrist cameras are black and masked."""
+
+    adapt_to_pi: bool = True  # to pi0's joint signs and gripper angles; off for a model trained from ALOHA's numbers
+
+    def __call__(self, data: Data) -> Data:
+        given = data["images"]
+        unknown = given.keys() - set(_SLOTS.values()) - set(_UNUSED)
+        if unknown or "cam_high" not in given:
+            raise ValueError(
+                f"ALOHA cameras are {', '.join([*_SLOTS.values(), *_UNUSED])}, of which cam_high must be there; "
+                f"got {', '.join(sorted(given))}. Rename them with a Repack."
+            )
+        base = to_image(np.asarray(given["cam_high"]))
+        seen = np.ones(base.shape[:-3], dtype=bool)
+        state = np.asarray(data["state"])
+        inputs: dict[str, Any] = {
+            "state": state_to_pi0(state) if self.adapt_to_pi else state,
+            "image": {
+                slot: to_image(np.asarray(given[camera])) if camera in given else np.zeros_like(base)
+                for slot, camera in _SLOTS.items()
+            },
+            "image_mask": {slot: seen & (camera in given) for slot, camera in _SLOTS.items()},
+        }
+        if "actions" in data:
+            actions = np.asarray(data["actions"])
+            inputs["actions"] = actions_to_pi0(actions) if self.adapt_to_pi else actions
+        return inputs | {key: data[key] for key in ("prompt",) if key in data}
+
+    def inverse(self, data: Data) -> Data:
+        actions = np.asarray(data["actions"])[..., :ACTION_DIM]
+        return {"actions": actions_from_pi0(actions) if self.adapt_to_pi else actions}
+
+
+@typed
+def state_to_pi0(state: Float[np.ndarray, "*batch 14"]) -> Float[np.ndarray, "*batch 14"]:
+    """Joint signs turned; gripper from finger travel (0 closed, 1 open) to the angle of its motor in pi0's range."""
+    finger = state[..., _GRIPPERS] * (_FINGER_OPEN - _FINGER_CLOSED) + _FINGER_CLOSED
+    sine = (_HORN**2 + finger**2 - _ARM**2) / (2 * _HORN * finger)
+    angle = np.arcsin(np.clip(sine, -1.0, 1.0))
+    return _with_grippers(state, (angle - _PI0_CLOSED) / (_PI0_OPEN - _PI0_CLOSED))
+
+
+@typed
+def actions_to_pi0(actions: Float[np.ndarray, "*batch 14"]) -> Float[np.ndarray, "*batch 14"]:
+    """Joint signs turned; gripper from the leader's range to an angle, counted from where pi0 has it closed."""
+    angle = actions[..., _GRIPPERS] * (_LEADER_OPEN - _LEADER_CLOSED) + _LEADER_CLOSED
+    return _with_grippers(actions, angle - _PI0_CLOSED)
+
+
+@typed
+def actions_from_pi0(actions: Float[np.ndarray, "*batch 14"]) -> Float[np.ndarray, "*batch 14"]:
+    """Inverse of ``actions_to_pi0``."""
+    angle = actions[..., _GRIPPERS] + _PI0_CLOSED
+    return _with_grippers(actions, (angle - _LEADER_CLOSED) / (_LEADER_OPEN - _LEADER_CLOSED))
+
+
+def _with_grippers(x: np.ndarray, grippers: np.ndarray) -> np.ndarray:
+    turned = x * _SIGNS.astype(x.dtype)
+    turned[..., _GRIPPERS] = grippers
+    return turned

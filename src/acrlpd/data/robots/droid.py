@@ -1,0 +1,59 @@
+"""DROID (one Franka arm, two cameras of three used): openpi's names and sizes to the model's, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from acrlpd.data.transforms import Data, Repack, to_image
+
+ACTION_DIM = 8
+REPACK = Repack(
+    {
+        "observation/state": "state",
+        "observation/exterior_image_1_left": "image/exterior_image_1_left",
+        "observation/wrist_image_left": "image/wrist_image_left",
+        "actions": "actions",
+        "prompt": "prompt",
+    }
+)
+"""From a store that has joints and gripper in one state, and cameras named as in openpi's DROID data set."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Droid:
+    """Two cameras and a state of 8 in (7 joints and the gripper); 8 action dimensions out.
+
+    The state comes as ``observation/joint_position`` and ``observation/gripper_position``, as a client of a policy
+    server sends it, or whole as ``observation/state``, as a store holds it.
+    """
+
+    pi0_fast: bool = False  # pi0-FAST has its cameras in another order and masks none
+
+    def __call__(self, data: Data) -> Data:
+        base = to_image(np.asarray(data["observation/exterior_image_1_left"]))
+        wrist = to_image(np.asarray(data["observation/wrist_image_left"]))
+        missing = np.zeros_like(base)
+        seen = np.ones(base.shape[:-3], dtype=bool)
+        if self.pi0_fast:
+            images = {"base_0_rgb": base, "base_1_rgb": missing, "wrist_0_rgb": wrist}
+            masks = dict.fromkeys(images, seen)
+        else:
+            images = {"base_0_rgb": base, "left_wrist_0_rgb": wrist, "right_wrist_0_rgb": missing}
+            masks = {"base_0_rgb": seen, "left_wrist_0_rgb": seen, "right_wrist_0_rgb": ~seen}
+        inputs = {"state": _state(data), "image": images, "image_mask": masks}
+        return inputs | {key: data[key] for key in ("actions", "prompt") if key in data}
+
+    def inverse(self, data: Data) -> Data:
+        return {"actions": np.asarray(data["actions"])[..., :ACTION_DIM]}
+
+
+def _state(data: Data) -> np.ndarray:
+    if "observation/state" in data:
+        return np.asarray(data["observation/state"])
+    joints = np.asarray(data["observation/joint_position"])
+    gripper = np.asarray(data["observation/gripper_position"])
+    if gripper.ndim < joints.ndim:  # one number an observation
+        gripper = gripper[..., None]
+    return np.concatenate([joints, gripper], axis=-1)

@@ -1,0 +1,110 @@
+"""Prompt text to tokens, as PaliGemma and openpi do it: SentencePiece with pad 0, EOS 1, BOS 2."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from jaxtyping import Bool, Float, Int
+
+from acrlpd.types import typed
+
+NUM_STATE_BINS = 256
+_BIN_TEXTS = {i: str(i) for i in range(-1, NUM_STATE_BINS)}
+CACHE_SIZE = 4096  # prompt texts; a training set has few, but pi0.5 writes the state into the text
+
+
+class PromptTokenizer:
+    """Tokens of fixed length from a task text, with the state written into it for pi0.5.
+
+    Args:
+        path: a SentencePiece model, such as PaliGemma's ``paligemma_tokenizer.model``; by default the small one of this
+            package, for the nano models.
+        max_length: tokens of a prompt, padded or cut to it (openpi: 48 for pi0, 200 for pi0.5).
+    """
+
+    def __init__(self, path: Path | str | None = None, *, max_length: int = 48):
+        self.max_length = max_length
+        self._processor = _load(path)
+        self._tokens = functools.lru_cache(maxsize=CACHE_SIZE)(self._encode_uncached)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.vocab_size()
+
+    @typed
+    def encode(
+        self, prompt: str, state: Float[np.ndarray, " s"] | None = None
+    ) -> tuple[Int[np.ndarray, " l"], Bool[np.ndarray, " l"]]:
+        """Tokens (int64) and mask (true = token, false = padding) of one prompt."""
+        tokens, mask = self.encode_batch([prompt], None if state is None else state[None])
+        return tokens[0], mask[0]
+
+    @typed
+    def encode_batch(
+        self, prompts: Sequence[str], states: Float[np.ndarray, "b s"] | None = None
+    ) -> tuple[Int[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
+        """As ``encode`` for each prompt; equal texts are encoded once. ``states`` are normalized and not padded."""
+        texts = list(prompts) if states is None else _with_state(prompts, states)
+        index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        rows = np.array([index[text] for text in texts], dtype=np.int64)
+        encoded = [self._tokens(text, states is not None) for text in index]
+        lengths = np.array([len(tokens) for tokens in encoded], dtype=np.int64)
+        table = np.zeros((len(encoded), self.max_length), dtype=np.int64)
+        for row, tokens in zip(table, encoded, strict=True):
+            row[: len(tokens)] = tokens
+        return table[rows], np.arange(self.max_length)[None, :] < lengths[rows, None]
+
+    def _encode_uncached(self, text: str, has_state: bool) -> tuple[int, ...]:
+        if has_state:
+            tokens = self._processor.encode(text, add_bos=True)
+        else:  # pi0's "start of answer": a newline, encoded on its own so that it never merges with the text
+            tokens = self._processor.encode(clean(text), add_bos=True) + self._processor.encode("\n")
+        if len(tokens) > self.max_length:
+            warnings.warn(
+                f"a prompt of {len(tokens)} tokens was cut to max_length={self.max_length}: {text[:80]!r}. "
+                "Shorten the text or raise max_length in the model's configuration.",
+                stacklevel=2,
+            )
+        return tuple(tokens[: self.max_length])
+
+
+def clean(prompt: str) -> str:
+    """The text as openpi cleans it. The order matters: a newline at the end goes, one before "_" stays as a space."""
+    return prompt.strip().replace("_", " ").replace("\n", " ")
+
+
+@typed
+def state_bins(state: Float[np.ndarray, "*batch s"]) -> Int[np.ndarray, "*batch s"]:
+    """256 bins of equal width over [-1, 1]: 0..255. Below -1 gives -1, from 1 upwards 255, as in openpi."""
+    edges = np.linspace(-1.0, 1.0, NUM_STATE_BINS + 1)[:-1]
+    return np.searchsorted(edges, state, side="right") - 1
+
+
+def _with_state(prompts: Sequence[str], states: np.ndarray) -> list[str]:
+    return [
+        f"Task: {clean(prompt)}, State: {' '.join([_BIN_TEXTS[i] for i in bins])};\nAction: "
+        for prompt, bins in zip(prompts, state_bins(states).tolist(), strict=True)
+    ]
+
+
+def _load(path: Path | str | None) -> sentencepiece.SentencePieceProcessor:
+    if path is None:
+        model = resources.files("acrlpd.data").joinpath("assets/nano_tokenizer.model").read_bytes()
+    elif Path(path).is_file():
+        model = Path(path).read_bytes()
+    else:
+        raise FileNotFoundError(
+            f"no tokenizer model at {path}. pi0 and pi0.5 need PaliGemma's paligemma_tokenizer.model; "
+            "leave the path out for the small tokenizer of the nano models."
+        )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ids = (processor.pad_id(), processor.eos_id(), processor.bos_id())
+    if ids != (0, 1, 2):
+        raise ValueError(f"{path}: pad, EOS and BOS must be tokens 0, 1 and 2 as in PaliGemma, got {ids}")
+    return processor

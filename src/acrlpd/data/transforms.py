@@ -1,0 +1,301 @@
+"""What happens to an observation on its way into the model, and to actions on their way out.
+
+One list of transforms serves training and serving; each is declared with its inverse, so the way back is right by
+construction. They work on openpi's data dictionary: ``state``, ``actions``, ``image`` {camera: ...}, ``image_mask``
+{camera: ...}, ``prompt``, ``tokenized_prompt``, ``tokenized_prompt_mask``; on one observation or on a batch (any
+leading axes; ``actions`` has one more, the horizon). ``actions`` may be absent on the way in. The input is never
+changed in place.
+
+The order is openpi's: repack, default prompt, robot, delta actions, normalize, resize, tokenize, pad. So normalization
+and the state text of pi0.5 see the state before it is padded, and delta actions are formed in raw units.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float, Shaped, UInt8
+from PIL import Image
+
+from acrlpd.data.normalize import NormStats, normalize, unnormalize
+from acrlpd.data.tokenizer import PromptTokenizer
+from acrlpd.types import Observation, typed
+
+Data = dict[str, Any]
+
+
+class Transform(Protocol):
+    def __call__(self, data: Data) -> Data:
+        """Towards the model."""
+        ...
+
+    def inverse(self, data: Data) -> Data:
+        """Back to the robot: ``data`` has ``actions`` as the model gave them and ``state`` as the model saw it."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Compose:
+    """One after the other; the inverse runs backwards."""
+
+    transforms: Sequence[Transform]
+
+    def __call__(self, data: Data) -> Data:
+        for transform in self.transforms:
+            data = transform(data)
+        return data
+
+    def inverse(self, data: Data) -> Data:
+        for transform in reversed(self.transforms):
+            data = transform.inverse(data)
+        return data
+
+    def before(self, kind: type) -> Compose:
+        """The transforms ahead of the first ``kind``; all if there is none. Statistics are taken after those."""
+        kinds = [isinstance(transform, kind) for transform in self.transforms]
+        return Compose(self.transforms[: kinds.index(True)] if any(kinds) else self.transforms)
+
+
+@dataclasses.dataclass(frozen=True)
+class Repack:
+    """Renames a dataset's keys to the robot's: ``{"observation/image": "image/top"}`` is new name to old path.
+
+    An old path may lead into nested dictionaries and may end at one, to keep all its cameras. ``actions`` and
+    ``prompt`` may be absent; a missing key of another name is an error. Keys not named are dropped.
+    """
+
+    names: Mapping[str, str]
+
+    OPTIONAL = ("actions", "prompt")
+
+    def __call__(self, data: Data) -> Data:
+        found = {new: _lookup(data, old) for new, old in self.names.items()}
+        missing = [self.names[new] for new, value in found.items() if value is None and new not in self.OPTIONAL]
+        if missing:
+            raise ValueError(f"Repack: the data has no {', '.join(missing)}; its keys are {_paths(data)}")
+        return {new: value for new, value in found.items() if value is not None}
+
+    def inverse(self, data: Data) -> Data:
+        return data  # answers keep the robot's names, as in openpi: a caller at run time never had the dataset's
+
+
+@dataclasses.dataclass(frozen=True)
+class DefaultPrompt:
+    """A task text where the data brings none (no prompt, or an empty one)."""
+
+    prompt: str
+
+    def __call__(self, data: Data) -> Data:
+        if "prompt" not in data:
+            return data | {"prompt": np.asarray(self.prompt)}
+        texts = _texts(data["prompt"])
+        return data | {"prompt": np.where(texts == "", self.prompt, texts)}
+
+    def inverse(self, data: Data) -> Data:
+        return data
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaActions:
+    """Actions relative to the state at the start of the chunk, where ``mask`` is true; in raw units.
+
+    The mask may be shorter than an action; dimensions beyond it stay absolute.
+    """
+
+    mask: Sequence[bool]
+
+    def __call__(self, data: Data) -> Data:
+        return self._shifted(data, -1) if "actions" in data else data
+
+    def inverse(self, data: Data) -> Data:
+        return self._shifted(data, 1)
+
+    def _shifted(self, data: Data, sign: int) -> Data:
+        dim = len(self.mask)
+        offset = np.where(np.asarray(self.mask), np.asarray(data["state"])[..., :dim], 0)
+        actions = np.array(data["actions"])
+        actions[..., :dim] += sign * offset[..., None, :]
+        return data | {"actions": actions}
+
+
+def make_bool_mask(*dims: int) -> tuple[bool, ...]:
+    """Mask notation of openpi: ``make_bool_mask(6, -1)`` is six times true, once false; 0 adds nothing."""
+    return tuple(dim > 0 for dim in dims for _ in range(abs(dim)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalize:
+    """z-scores, or 1 % and 99 % quantiles to -1 and 1. Keys without statistics are left alone on the way in."""
+
+    stats: Mapping[str, NormStats]
+    quantiles: bool = False
+
+    def __call__(self, data: Data) -> Data:
+        known = self.stats.keys() & data.keys()
+        return data | {
+            key: normalize(np.asarray(data[key]), self.stats[key], quantiles=self.quantiles) for key in known
+        }
+
+    def inverse(self, data: Data) -> Data:
+        missing = self.stats.keys() - data.keys()
+        if missing:
+            raise ValueError(
+                f"Normalize.inverse needs every key of its statistics, got {sorted(data)} without {sorted(missing)}. "
+                "Pass the state that the model saw along with its actions."
+            )
+        return data | {
+            key: unnormalize(np.asarray(data[key]), stats, quantiles=self.quantiles)
+            for key, stats in self.stats.items()
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizeImages:
+    """Images to the model's size, aspect kept, the rest black. Images of the right size are not touched."""
+
+    height: int
+    width: int
+
+    def __call__(self, data: Data) -> Data:
+        images = {camera: self._resized(camera, np.asarray(image)) for camera, image in data.get("image", {}).items()}
+        return data | {"image": images}
+
+    def inverse(self, data: Data) -> Data:
+        return data
+
+    def _resized(self, camera: str, image: np.ndarray) -> np.ndarray:
+        if image.shape[-3:-1] == (self.height, self.width):
+            return image
+        if image.dtype != np.uint8:
+            raise ValueError(
+                f"image/{camera} is {image.dtype} of size {image.shape[-3:-1]}, and only uint8 is resized here. "
+                "Convert it to 0..255 uint8 first."
+            )
+        return resize_with_pad(image, self.height, self.width)
+
+
+@typed
+def resize_with_pad(images: UInt8[np.ndarray, "*batch h w 3"], height: int, width: int) -> UInt8[np.ndarray, "..."]:
+    """Pillow's bilinear filter to the largest size that fits, centred on black (the smaller half of the rim first).
+
+    Rows first, then columns, in two calls: left to itself, newer Pillow chooses the order, and levels differ by one.
+    """
+    old_height, old_width = images.shape[-3:-1]
+    scale = max(old_width / width, old_height / height)
+    new_height, new_width = int(old_height / scale), int(old_width / scale)
+    top, left = int((height - new_height) / 2), int((width - new_width) / 2)
+    resized = np.zeros((*images.shape[:-3], height, width, 3), dtype=np.uint8)
+    targets = resized.reshape(-1, height, width, 3)
+    for source, target in zip(images.reshape(-1, old_height, old_width, 3), targets, strict=True):
+        narrow = Image.fromarray(source).resize((new_width, old_height), resample=Image.Resampling.BILINEAR)
+        small = narrow.resize((new_width, new_height), resample=Image.Resampling.BILINEAR)
+        target[top : top + new_height, left : left + new_width] = np.asarray(small)
+    return resized
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizePrompt:
+    """Replaces ``prompt`` by its tokens. With ``discrete_state_input`` (pi0.5) the state is part of the text."""
+
+    tokenizer: PromptTokenizer
+    discrete_state_input: bool = False
+
+    def __call__(self, data: Data) -> Data:
+        if "prompt" not in data:
+            raise ValueError(
+                "the data has no prompt. Add a task text to the dataset or a default prompt to the config."
+            )
+        state = np.asarray(data["state"])
+        texts = np.broadcast_to(_texts(data["prompt"]), state.shape[:-1])
+        states = state.reshape(-1, state.shape[-1]) if self.discrete_state_input else None
+        tokens, mask = self.tokenizer.encode_batch(texts.ravel().tolist(), states)
+        rest = {key: value for key, value in data.items() if key != "prompt"}
+        return rest | {
+            "tokenized_prompt": tokens.reshape(*texts.shape, -1),
+            "tokenized_prompt_mask": mask.reshape(*texts.shape, -1),
+        }
+
+    def inverse(self, data: Data) -> Data:
+        return data
+
+
+@dataclasses.dataclass(frozen=True)
+class PadToModel:
+    """Zeros behind state and actions up to the model's action size. Nothing is ever cut on the way in.
+
+    On the way out the actions are cut to ``robot_action_dim``; None leaves that to the robot's transform.
+    """
+
+    action_dim: int
+    robot_action_dim: int | None = None
+
+    def __call__(self, data: Data) -> Data:
+        return data | {key: self._padded(np.asarray(data[key])) for key in ("state", "actions") if key in data}
+
+    def inverse(self, data: Data) -> Data:
+        if self.robot_action_dim is None:
+            return data
+        return data | {"actions": np.asarray(data["actions"])[..., : self.robot_action_dim]}
+
+    def _padded(self, x: Float[np.ndarray, "*batch d"]) -> Float[np.ndarray, "*batch padded"]:
+        missing = max(0, self.action_dim - x.shape[-1])
+        return np.concatenate([x, np.zeros((*x.shape[:-1], missing), x.dtype)], axis=-1)
+
+
+@typed
+def to_image(image: Shaped[np.ndarray, "*batch _ _ _"]) -> UInt8[np.ndarray, "*batch _ _ _"]:
+    """A camera's picture as uint8 (h, w, 3): floats are 0..1, cut to whole levels; (3, h, w) is turned."""
+    if np.issubdtype(image.dtype, np.floating):
+        image = (255 * image).astype(np.uint8)
+    return np.moveaxis(image, -3, -1) if image.shape[-3] == 3 else image
+
+
+def to_observation(data: Data) -> Observation:
+    """The model's observation from transformed data, as numpy; images stay uint8, masks not given are true."""
+    images = {camera: np.asarray(image) for camera, image in data.get("image", {}).items()}
+    given = data.get("image_mask", {})
+    masks = {
+        camera: np.asarray(given.get(camera, np.ones(image.shape[:-3], dtype=bool))) for camera, image in images.items()
+    }
+    return Observation(
+        state=np.asarray(data["state"], np.float32),
+        images=images,
+        image_masks=masks,
+        tokenized_prompt=_optional(data, "tokenized_prompt", np.int32),
+        tokenized_prompt_mask=_optional(data, "tokenized_prompt_mask", bool),
+        token_ar_mask=_optional(data, "token_ar_mask", np.int32),
+        token_loss_mask=_optional(data, "token_loss_mask", bool),
+    )
+
+
+def _optional(data: Data, key: str, dtype: np.typing.DTypeLike) -> np.ndarray | None:
+    return np.asarray(data[key], dtype) if key in data else None
+
+
+def _texts(prompt: Any) -> np.ndarray:
+    """A prompt, or a batch of prompts, as an array of str; bytes are UTF-8."""
+    texts = np.asarray(prompt)
+    if texts.dtype.kind == "S":
+        return np.char.decode(texts, "utf-8")
+    return texts if texts.dtype.kind == "U" else texts.astype(np.str_)
+
+
+def _lookup(data: Any, path: str) -> Any:
+    """The value at a path, where a dictionary's own key may contain slashes; None if there is none."""
+    if not isinstance(data, Mapping):
+        return None
+    if path in data:
+        return data[path]
+    head, _, rest = path.partition("/")
+    return _lookup(data.get(head), rest) if rest else None
+
+
+def _paths(data: Mapping[str, Any], prefix: str = "") -> list[str]:
+    return [
+        path
+        for key, value in data.items()
+        for path in (_paths(value, f"{prefix}{key}/") if isinstance(value, Mapping) else [prefix + key])
+    ]

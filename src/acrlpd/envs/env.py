@@ -1,0 +1,220 @@
+"""One environment interface for every simulator: sparse rewards, time limits, seeds and pictures mean the same in all.
+
+An observation is one step, unbatched, in openpi's data-dictionary form::
+
+    {"state": float32 [s], "image": {camera: uint8 [h, w, 3]}, "prompt": str}
+
+``image`` is empty where no cameras are configured or no picture was asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+Obs: TypeAlias = dict[str, Any]
+RewardKind: TypeAlias = Literal["-1/0", "0/1"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvConfig:
+    """Which environment, and how it is seen."""
+
+    name: str = "metaworld/drawer-open-v3"  # "<simulator>/<task>"
+    max_episode_steps: int | None = None  # None: the simulator's own limit
+    cameras: tuple[str, ...] = ()  # rendered into the observation; () for state only
+    image_size: int = 64  # pixels, height and width of every camera
+    reward: RewardKind = "-1/0"  # -1 a step and 0 at success, or 0 a step and 1 at success
+    instruction: str | None = None  # None: the task's own words
+
+    def __post_init__(self) -> None:
+        if self.max_episode_steps is not None and self.max_episode_steps < 1:
+            raise ValueError(f"max_episode_steps must be at least 1, got {self.max_episode_steps}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}")
+        if self.reward not in ("-1/0", "0/1"):
+            raise ValueError(f"reward must be '-1/0' or '0/1', got {self.reward!r}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EnvSpec:
+    name: str
+    instruction: str
+    state_dim: int
+    action_dim: int
+    action_low: Float[np.ndarray, " a"]
+    action_high: Float[np.ndarray, " a"]
+    max_episode_steps: int
+    cameras: tuple[str, ...]
+    image_size: int
+    fps: float  # control steps a second
+    failure_reward: float  # of every step that does not reach success: -1 or 0; success pays 1 more
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    observation: Obs
+    reward: float
+    terminated: bool  # the task was solved
+    truncated: bool  # the time limit was reached
+    success: bool
+
+
+class PhysicsError(RuntimeError):
+    """The simulation diverged or was given numbers that are not finite. The episode is lost, the environment is not."""
+
+
+class Environment(Protocol):
+    """What rollouts need. The same seed at ``reset``, then the same actions, give the same trajectory, bit for bit."""
+
+    spec: EnvSpec
+
+    def reset(self, seed: int, *, render: bool = True) -> Obs: ...
+
+    def step(self, action: Float[np.ndarray, " a"], *, render: bool = False) -> Step:
+        """``render``: whether the next observation gets its pictures, which cost far more than the physics."""
+        ...
+
+    def render(self, size: int) -> UInt8[np.ndarray, "h w 3"]:
+        """The scene as it is now, for videos; no camera needs to be configured."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Simulator(Protocol):
+    """What a simulator has to provide; ``SimulatedEnvironment`` adds what is the same for all."""
+
+    state_dim: int
+    action_low: Float[np.ndarray, " a"]
+    action_high: Float[np.ndarray, " a"]
+    instruction: str
+    time_limit: int
+    fps: float
+    cameras: tuple[str, ...]
+    default_camera: str
+
+    def reset(self, seed: int) -> Float[np.ndarray, " s"]: ...
+
+    def step(self, action: Float[np.ndarray, " a"]) -> tuple[Float[np.ndarray, " s"], bool]:
+        """Next state, and whether the task is solved. Raises PhysicsError when the simulation diverges."""
+        ...
+
+    def render(self, camera: str, size: int) -> UInt8[np.ndarray, "h w 3"]: ...
+
+    def close(self) -> None: ...
+
+
+class SimulatedEnvironment:
+    """A simulator with sparse rewards, a time limit and cameras.
+
+    The first success terminates the episode, the time limit truncates it. Actions are clipped to the action space.
+    """
+
+    def __init__(self, simulator: Simulator, config: EnvConfig):
+        unknown = sorted(set(config.cameras) - set(simulator.cameras))
+        if unknown:
+            raise ValueError(f"{config.name} has no camera {unknown}; it has {list(simulator.cameras)}")
+        self.simulator = simulator
+        self.spec = EnvSpec(
+            name=config.name,
+            instruction=simulator.instruction if config.instruction is None else config.instruction,
+            state_dim=simulator.state_dim,
+            action_dim=len(simulator.action_low),
+            action_low=simulator.action_low,
+            action_high=simulator.action_high,
+            max_episode_steps=config.max_episode_steps or simulator.time_limit,
+            cameras=config.cameras,
+            image_size=config.image_size,
+            fps=simulator.fps,
+            failure_reward=-1.0 if config.reward == "-1/0" else 0.0,
+        )
+        self._num_steps: int | None = None  # None: reset first
+
+    def reset(self, seed: int, *, render: bool = True) -> Obs:
+        state = self.simulator.reset(seed)
+        self._num_steps = 0
+        return self._observation(state, render)
+
+    def step(self, action: Float[np.ndarray, " a"], *, render: bool = False) -> Step:
+        if self._num_steps is None:
+            raise RuntimeError(f"{self.spec.name}: step() before reset(), or after the end of the episode")
+        steps, self._num_steps = self._num_steps + 1, None
+        state, success = self.simulator.step(self._checked(action))
+        truncated = not success and steps >= self.spec.max_episode_steps
+        observation = self._observation(state, render)
+        if not success and not truncated:
+            self._num_steps = steps
+        return Step(observation, self.spec.failure_reward + success, success, truncated, success)
+
+    def render(self, size: int) -> UInt8[np.ndarray, "h w 3"]:
+        camera = self.spec.cameras[0] if self.spec.cameras else self.simulator.default_camera
+        return self.simulator.render(camera, size)
+
+    def close(self) -> None:
+        self.simulator.close()
+
+    def _checked(self, action: Float[np.ndarray, " a"]) -> Float[np.ndarray, " a"]:
+        if np.shape(action) != (self.spec.action_dim,):
+            raise ValueError(f"{self.spec.name}: expected an action of {self.spec.action_dim}, got {np.shape(action)}")
+        if not np.isfinite(action).all():
+            raise PhysicsError(f"{self.spec.name}: expected a finite action, got {action}")
+        return clip_action(self.spec, action)
+
+    def _observation(self, state: Float[np.ndarray, " s"], render: bool) -> Obs:
+        if not np.isfinite(state).all():
+            raise PhysicsError(f"{self.spec.name}: the state is not finite")
+        cameras = self.spec.cameras if render else ()
+        images = {camera: self.simulator.render(camera, self.spec.image_size) for camera in cameras}
+        return {"state": state.astype(np.float32), "image": images, "prompt": self.spec.instruction}
+
+
+def clip_action(spec: EnvSpec, action: Float[np.ndarray, "*b a"]) -> Float[np.ndarray, "*b a"]:
+    """What the environment executes when told ``action``: float32, inside the action space."""
+    return np.clip(np.asarray(action, np.float32), spec.action_low, spec.action_high)
+
+
+def make(config: EnvConfig) -> SimulatedEnvironment:
+    """The environment that ``config`` names.
+
+    >>> make(EnvConfig("metaworld/drawer-open-v3", max_episode_steps=150))
+    """
+    family, _, task = config.name.partition("/")
+    simulators = {"metaworld": _metaworld, "ogbench": _ogbench}
+    if family not in simulators:
+        raise ValueError(_unknown(config.name, [f"{name}/" for name in simulators]))
+    return SimulatedEnvironment(simulators[family](config.name, task), config)
+
+
+def check_physics(data: Any) -> None:
+    """Raise when MuJoCo has met numbers that are not finite: it resets itself then, and merely counts a warning."""
+    import mujoco
+
+    for kind in (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC):
+        if data.warning[kind].number:
+            raise PhysicsError(f"the simulation became unstable ({kind.name}) at {data.time:.2f} s")
+
+
+def _metaworld(name: str, task: str) -> Simulator:
+    from acrlpd.envs import metaworld  # here, because the simulators import this module
+
+    if task not in metaworld.task_names():
+        raise ValueError(_unknown(name, [f"metaworld/{known}" for known in metaworld.task_names()]))
+    return metaworld.MetaWorld(task)
+
+
+def _ogbench(name: str, task: str) -> Simulator:
+    from acrlpd.envs import ogbench
+
+    if task not in ogbench.task_names():
+        raise ValueError(_unknown(name, [f"ogbench/{known}" for known in ogbench.task_names()]))
+    return ogbench.OGBench(task)
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+    return f"unknown environment {name!r}; did you mean {' or '.join(map(repr, nearest or known[:3]))}?"

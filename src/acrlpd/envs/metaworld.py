@@ -1,0 +1,84 @@
+"""MetaWorld's 50 manipulation tasks (metaworld 3.1.1): 39 numbers of state, 4 of action."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from acrlpd.envs import rendering
+from acrlpd.envs.env import PhysicsError, check_physics
+
+MAX_EPISODE_STEPS = 500  # MetaWorld's own
+
+
+def task_names() -> tuple[str, ...]:
+    return tuple(_import().env_dict.ALL_V3_ENVIRONMENTS)
+
+
+class MetaWorld:
+    """One MetaWorld task, drawn anew at every reset from the reset's seed.
+
+    The goal is part of the state (its last three numbers), so that every task can be solved from what is observed.
+    """
+
+    default_camera = "corner2"
+    instruction: str
+    time_limit = MAX_EPISODE_STEPS
+
+    def __init__(self, task: str):
+        metaworld = _import()
+        env = metaworld.env_dict.ALL_V3_ENVIRONMENTS[task]()
+        # The classes that MetaWorld registers freeze the task they drew at construction. We let it draw from its own,
+        # seeded generator at every reset, which is what its benchmarks do to make their lists of tasks.
+        env._set_task_called = True
+        env._freeze_rand_vec = False
+        env.seeded_rand_vec = True
+        env._partially_observable = False
+        env.__dict__.pop("sawyer_observation_space", None)  # cached while the goal was hidden; steps are clipped to it
+        env.max_path_length = np.iinfo(np.int64).max  # the time limit is ours
+        self._env: Any = env
+        self._renderers = rendering.Renderers()
+        self.task = task
+        self.instruction = task.removesuffix("-v3").replace("-", " ")
+        self.action_low = env.action_space.low.astype(np.float32)
+        self.action_high = env.action_space.high.astype(np.float32)
+        self.state_dim = env.sawyer_observation_space.shape[0]
+        self.fps = 1.0 / env.dt
+        self.cameras = tuple(env.model.camera(index).name for index in range(env.model.ncam))
+
+    def reset(self, seed: int) -> Float[np.ndarray, " s"]:
+        self._env.seed(seed)  # reset(seed=...) ignores its seed
+        state, _ = self._env.reset()
+        return state
+
+    def step(self, action: Float[np.ndarray, " a"]) -> tuple[Float[np.ndarray, " s"], bool]:
+        import mujoco
+
+        try:
+            state, _, _, _, info = self._env.step(action)
+        except mujoco.FatalError as error:
+            raise PhysicsError(str(error)) from error
+        check_physics(self._env.data)
+        return state, bool(info["success"])
+
+    def render(self, camera: str, size: int) -> UInt8[np.ndarray, "h w 3"]:
+        picture = self._renderers.render(self._env.model, self._env.data, camera, size)
+        # MetaWorld's corner cameras hang upside down; policies were pretrained on upright pictures.
+        return picture[::-1, ::-1].copy() if camera.startswith("corner") else picture
+
+    def close(self) -> None:
+        self._renderers.close()
+        self._env.close()
+
+
+def _import() -> Any:
+    rendering.choose_backend()
+    try:
+        import metaworld
+        import metaworld.env_dict
+        import metaworld.policies
+    except ImportError as error:
+        raise ImportError("metaworld/... environments need MetaWorld: pip install 'acrlpd[metaworld]'") from error
+    return metaworld

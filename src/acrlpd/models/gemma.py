@@ -1,0 +1,369 @@
+"""Gemma language stack with two experts that share attention: the vision-language model and the action expert.
+
+Each expert has its own width and weights; queries, keys and values of both lie side by side in one attention. Parameter
+names are openpi's: those of the second expert end in ``_1``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from acrlpd.models import lora, stacked
+from acrlpd.types import typed
+
+NORM_EPSILON = 1e-6
+MASKED_SCORE = -2.3819763e38  # finite, so that a query which may see nothing looks at everything instead of giving NaN
+ROPE_BASE = 10_000.0
+
+Tokens: TypeAlias = Sequence[Float[Array, "b t d"] | None]
+"""One sequence per expert; ``None`` where an expert takes no part."""
+
+KeysValues: TypeAlias = tuple[Float[Array, "*layers b s k h"], Float[Array, "*layers b s k h"]]
+"""Keys (rotated) and values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of one expert. Experts of one stack agree in everything but ``width``, ``mlp_dim`` and adapters."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    attention_lora: lora.Config | None = None
+    mlp_lora: lora.Config | None = None
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads or self.num_heads == self.num_kv_heads:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}) and larger: "
+                "with equal numbers openpi stores queries, keys and values in one array, which no released model does"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
+
+    @property
+    def has_lora(self) -> bool:
+        return self.attention_lora is not None or self.mlp_lora is not None
+
+
+def _with_lora(config: Config, rank: int) -> Config:
+    adapter = lora.Config(rank=rank, alpha=float(rank))
+    return dataclasses.replace(config, attention_lora=adapter, mlp_lora=adapter)
+
+
+_GEMMA_2B = Config(width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256)
+_GEMMA_300M = dataclasses.replace(_GEMMA_2B, width=1024, mlp_dim=4096)
+
+VARIANTS = {
+    "gemma_2b": _GEMMA_2B,
+    "gemma_2b_lora": _with_lora(_GEMMA_2B, rank=16),
+    "gemma_300m": _GEMMA_300M,
+    "gemma_300m_lora": _with_lora(_GEMMA_300M, rank=32),
+    "dummy": Config(width=64, depth=4, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16),  # openpi's debug size
+    "mid": Config(width=512, depth=6, mlp_dim=2048, num_heads=8, num_kv_heads=1, head_dim=64),
+    "mid_expert": Config(width=256, depth=6, mlp_dim=1024, num_heads=8, num_kv_heads=1, head_dim=64),
+    "nano": Config(width=64, depth=2, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16),
+    "nano_expert": Config(width=64, depth=2, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16),
+}
+
+
+def get_config(variant: str | Config) -> Config:
+    """A named size, or the given one as it is."""
+    if isinstance(variant, Config):
+        return variant
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown language model {variant!r}; known: {', '.join(VARIANTS)}, or give a gemma.Config")
+    return VARIANTS[variant]
+
+
+def expert_name(name: str, expert: int) -> str:
+    """openpi's parameter name: the first expert's is plain, the others carry their number."""
+    return name if expert == 0 else f"{name}_{expert}"
+
+
+@typed
+def rotate(x: Float[Array, "b t n h"], positions: Int[Array, "b t"]) -> Float[Array, "b t n h"]:
+    """Rotary embedding (Su et al. 2021, arXiv:2104.09864) of the two halves of each head, in float32."""
+    half = x.shape[-1] // 2
+    wavelength = ROPE_BASE ** (jnp.arange(half, dtype=jnp.float32) / half)
+    angle = (positions[..., None] / wavelength[None, None])[:, :, None, :]  # [b t 1 h/2]
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+@typed
+def attend(
+    queries: Float[Array, "b t n h"],
+    keys: Float[Array, "b s k h"],
+    values: Float[Array, "b s k h"],
+    mask: Bool[Array, "b t p_and_s"],
+    cache: tuple[Float[Array, "b p k h"], Float[Array, "b p k h"]] | None = None,
+) -> Float[Array, "b t n h"]:
+    """Attention over cached and new keys under one float32 softmax; n/k query heads share a key head.
+
+    The two parts are never joined in memory: under a ``vmap`` over candidates that does not map the cache, all of them
+    read one copy of it.
+    """
+    b, t, n, h = queries.shape
+    grouped = queries.reshape(b, t, keys.shape[2], -1, h)
+    parts = [(keys, values)] if cache is None else [cache, (keys, values)]
+    scores = [jnp.einsum("btkgh,bskh->bkgts", grouped, part, preferred_element_type=jnp.float32) for part, _ in parts]
+    masked = jnp.where(mask[:, None, None], jnp.concatenate(scores, axis=-1), MASKED_SCORE)
+    weights = jax.nn.softmax(masked, axis=-1).astype(queries.dtype)
+    split = jnp.split(weights, [mask.shape[-1] - keys.shape[1]], axis=-1) if cache is not None else [weights]
+    attended = [
+        jnp.einsum("bkgts,bskh->btkgh", part_weights, part, preferred_element_type=jnp.float32)
+        for part_weights, (_, part) in zip(split, parts, strict=True)
+    ]
+    return sum(attended[1:], start=attended[0]).astype(queries.dtype).reshape(b, t, n, h)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm, plain or adaptive; returns the result and the gate of the residual branch it feeds.
+
+    Plain: times ``1 + scale``, no gate. Adaptive (pi0.5): scale, shift and gate come from a condition, and start at
+    zero, so the branch is closed at first.
+    """
+
+    def __init__(self, width: int, *, adaptive: bool, dtype: str, param_dtype: str, rngs: nnx.Rngs):
+        self.adaptive = adaptive
+        if adaptive:
+            self.Dense_0 = nnx.Linear(
+                width,
+                3 * width,
+                kernel_init=nnx.initializers.zeros,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+        else:
+            self.scale = nnx.Param(jnp.zeros(width, param_dtype))
+
+    def __call__(
+        self, x: Float[Array, "b t d"], condition: Float[Array, "b d"] | None
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b 1 d"] | None]:
+        wide = x.astype(jnp.float32)
+        normed = wide * jnp.reciprocal(jnp.sqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + NORM_EPSILON))
+        if not self.adaptive:
+            # The sum is formed in the parameter's dtype: bfloat16 weights round it, when serving as in openpi.
+            return (normed * (1 + self.scale[...])[None, None]).astype(x.dtype), None
+        scale, shift, gate = jnp.split(self.Dense_0(condition)[:, None, :], 3, axis=-1)
+        return (normed * (1 + scale) + shift).astype(x.dtype), gate
+
+
+def add_residual(
+    x: Float[Array, "b t d"] | None, update: Float[Array, "b t d"] | None, gate: Float[Array, "b 1 d"] | None
+) -> Float[Array, "b t d"] | None:
+    """``x + update``, through the gate of an adaptive norm if there is one; ``None`` for an absent expert."""
+    if x is None or update is None:
+        return None
+    return x + update if gate is None else x + update * gate
+
+
+class Embedder(nnx.Module):
+    """Text tokens to vectors, times the square root of the width (formed in the table's dtype)."""
+
+    def __init__(self, vocab_size: int, width: int, *, param_dtype: str, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(stddev=0.01)
+        self.input_embedding = nnx.Param(init(rngs.params(), (vocab_size, width), param_dtype))
+
+    def __call__(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        vectors = self.input_embedding[...][tokens]
+        return vectors * jnp.asarray(math.sqrt(vectors.shape[-1]), vectors.dtype)
+
+
+class Attention(nnx.Module):
+    """The projections of all experts around one shared attention."""
+
+    def __init__(self, configs: Sequence[Config], *, param_dtype: str, rngs: nnx.Rngs):
+        self.head_dim = configs[0].head_dim
+        for i, config in enumerate(configs):
+            n, k, h, d = config.num_heads, config.num_kv_heads, config.head_dim, config.width
+
+            def einsum(equation, shape, adapter=config.attention_lora, **axes) -> lora.Einsum:
+                init = nnx.initializers.lecun_normal(out_axis=-1, **axes)
+                return lora.Einsum(equation, shape, init, adapter, param_dtype=param_dtype, rngs=rngs)
+
+            q_einsum = einsum("BTD,NDH->BTNH", (n, d, h), in_axis=-2, batch_axis=(0,))
+            kv_einsum = einsum("BSD,CKDH->CBSKH", (2, k, d, h), in_axis=-2, batch_axis=(0, 1))
+            attn_vec_einsum = einsum("BTNH,NHD->BTD", (n, h, d), in_axis=(-3, -2))
+            setattr(self, expert_name("q_einsum", i), q_einsum)
+            setattr(self, expert_name("kv_einsum", i), kv_einsum)
+            setattr(self, expert_name("attn_vec_einsum", i), attn_vec_einsum)
+
+    def keys_values(self, xs: Tokens, positions: Int[Array, "b s"]) -> KeysValues:
+        """Keys and values of all present experts, side by side."""
+        keys, values = jnp.concatenate(self._project("kv_einsum", xs), axis=2)
+        return rotate(keys, positions), values
+
+    def __call__(
+        self,
+        xs: Tokens,
+        new: KeysValues,
+        positions: Int[Array, "b t"],
+        mask: Bool[Array, "b t p_and_s"],
+        cache: KeysValues | None,
+    ) -> list[Float[Array, "b t d"] | None]:
+        queries = rotate(jnp.concatenate(self._project("q_einsum", xs), axis=1), positions)
+        attended = attend(queries * self.head_dim**-0.5, *new, mask, cache)
+        return self._project_back(attended, xs)
+
+    def _project(self, name: str, xs: Tokens) -> list[jax.Array]:
+        return [getattr(self, expert_name(name, i))(x) for i, x in enumerate(xs) if x is not None]
+
+    def _project_back(self, attended: Float[Array, "b t n h"], xs: Tokens) -> list[Float[Array, "b t d"] | None]:
+        outputs: list[jax.Array | None] = []
+        start = 0
+        for i, x in enumerate(xs):
+            if x is None:
+                outputs.append(None)
+                continue
+            stop = start + x.shape[1]
+            outputs.append(getattr(self, expert_name("attn_vec_einsum", i))(attended[:, start:stop]))
+            start = stop
+        return outputs
+
+
+class Block(nnx.Module):
+    """One layer of all experts."""
+
+    def __init__(
+        self, configs: Sequence[Config], *, adaptive: Sequence[bool], dtype: str, param_dtype: str, rngs: nnx.Rngs
+    ):
+        self.attn = Attention(configs, param_dtype=param_dtype, rngs=rngs)
+        for i, config in enumerate(configs):
+            for name in ("pre_attention_norm", "pre_ffw_norm"):
+                norm = RMSNorm(config.width, adaptive=adaptive[i], dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+                setattr(self, expert_name(name, i), norm)
+            mlp = lora.FeedForward(config.width, config.mlp_dim, config.mlp_lora, param_dtype=param_dtype, rngs=rngs)
+            setattr(self, expert_name("mlp", i), mlp)
+
+    def __call__(
+        self,
+        xs: Tokens,
+        positions: Int[Array, "b t"],
+        mask: Bool[Array, "b t p_and_s"],
+        conditions: Sequence[Float[Array, "b d"] | None],
+        cache: KeysValues | None,
+        keys_values_only: Bool[Array, ""] | None = None,
+    ) -> tuple[list[Float[Array, "b t d"] | None], KeysValues]:
+        """The tokens after this layer, and their keys and values in it.
+
+        Where ``keys_values_only`` is true (a value on the device), the tokens come back as they were.
+        """
+        normed, gates = self._norm("pre_attention_norm", xs, conditions)
+        new = self.attn.keys_values(normed, positions)
+
+        def finish(xs):
+            attended = self.attn(normed, new, positions, mask, cache)
+            xs = [add_residual(*branch) for branch in zip(xs, attended, gates, strict=True)]
+            inputs, mlp_gates = self._norm("pre_ffw_norm", xs, conditions)
+            outputs = [None if x is None else getattr(self, expert_name("mlp", i))(x) for i, x in enumerate(inputs)]
+            return [add_residual(*branch) for branch in zip(xs, outputs, mlp_gates, strict=True)]
+
+        if keys_values_only is None:
+            return finish(list(xs)), new
+        return jax.lax.cond(keys_values_only, lambda xs: xs, finish, list(xs)), new
+
+    def _norm(self, name: str, xs: Tokens, conditions: Sequence[jax.Array | None]) -> tuple[list, list]:
+        results = [
+            (None, None) if x is None else getattr(self, expert_name(name, i))(x, conditions[i])
+            for i, x in enumerate(xs)
+        ]
+        return [normed for normed, _ in results], [gate for _, gate in results]
+
+
+class Gemma(nnx.Module):
+    """The stack: text embedding of the first expert, all layers, final norms. There is no head."""
+
+    def __init__(
+        self,
+        configs: Sequence[Config],
+        *,
+        vocab_size: int,
+        adaptive: Sequence[bool],
+        dtype: str,
+        param_dtype: str,
+        remat: bool,
+        unroll: bool,
+        rngs: nnx.Rngs,
+    ):
+        _check_experts_match(configs)
+        self.dtype = dtype
+        self.depth = configs[0].depth
+        self.remat = remat
+        self.unroll = unroll
+        self.embedder = Embedder(vocab_size, configs[0].width, param_dtype=param_dtype, rngs=rngs)
+        self.layers = stacked.create(
+            lambda rngs: Block(configs, adaptive=adaptive, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
+            self.depth,
+            rngs,
+        )
+        for i, config in enumerate(configs):
+            norm = RMSNorm(config.width, adaptive=adaptive[i], dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            setattr(self, expert_name("final_norm", i), norm)
+
+    def embed(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        return self.embedder(tokens).astype(self.dtype)
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        positions: Int[Array, "b t"],
+        mask: Bool[Array, "b t p_and_s"],
+        conditions: Sequence[Float[Array, "b d"] | None] = (None, None),
+        cache: KeysValues | None = None,
+    ) -> tuple[list[Float[Array, "b t d"] | None], KeysValues]:
+        """Outputs of every expert after its final norm, and the keys and values of the given (not the cached) tokens.
+
+        ``positions`` and ``mask`` run over the present experts' tokens side by side; in the mask's last axis the
+        cached tokens come first.
+        """
+
+        def step(block, xs, layer_cache):
+            return block(xs, positions, mask, conditions, layer_cache)
+
+        xs, new = self._scan(step, tokens, cache)
+        outputs = [
+            None if x is None else getattr(self, expert_name("final_norm", i))(x, conditions[i])[0]
+            for i, x in enumerate(xs)
+        ]
+        return outputs, new
+
+    def encode(
+        self, tokens: Float[Array, "b p d"], positions: Int[Array, "b p"], mask: Bool[Array, "b p p"]
+    ) -> KeysValues:
+        """Keys and values of the first expert's tokens in every layer, each [depth b p k h].
+
+        Nobody reads the tokens behind the last layer, so of that one only keys and values are computed.
+        """
+
+        def step(block, xs, is_last):
+            return block(xs, positions, mask, (None,), None, keys_values_only=is_last)
+
+        return self._scan(step, [tokens], jnp.arange(self.depth) == self.depth - 1)[1]
+
+    def _scan(self, step, tokens: Tokens, xs) -> tuple[list[Float[Array, "b t d"] | None], KeysValues]:
+        carry = [None if x is None else x.astype(self.dtype) for x in tokens]
+        return stacked.scan(self.layers, step, carry, xs, remat=self.remat, unroll=self.unroll)
+
+
+def _check_experts_match(configs: Sequence[Config]) -> None:
+    shared = [(config.depth, config.num_heads, config.num_kv_heads, config.head_dim) for config in configs]
+    if len(set(shared)) > 1:
+        raise ValueError(
+            "experts that share attention must agree in (depth, num_heads, num_kv_heads, head_dim), got "
+            + " and ".join(map(str, shared))
+        )

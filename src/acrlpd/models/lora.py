@@ -1,0 +1,127 @@
+"""Low-rank adapters of the language stack (Hu et al. 2021, arXiv:2106.09685), by openpi's two different rules.
+
+An einsum layer scales its update and, in the attention output, sums over heads twice; a feed-forward layer does not scale.
+Neither half starts at zero, so an adapter changes the output slightly before any training. All three are openpi's and
+kept, since its checkpoints depend on them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+_adapter_init = nnx.initializers.normal(stddev=0.01)
+_lecun_per_gate = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=(0,))
+_lecun = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One kind of adapter."""
+
+    rank: int
+    alpha: float = 1.0  # einsum layers scale their update by alpha / rank
+    rank_stabilized: bool = False  # alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"a LoRA rank must be at least 1, got {self.rank}; for no adapter, give no LoRA config")
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+
+def adapter_equations(equation: str) -> tuple[str, str]:
+    """The einsums of the two halves: the last two weight axes, in and out, each give way to the rank ``r`` once.
+
+    ``"BTNH,NHD->BTD"`` gives ``"BTNH,NHr->BTr"`` and ``"BTr,NrD->BTD"``: N is gone before the second one, which
+    therefore adds up the heads of B. That is openpi's rule, not the product head by head.
+    """
+    inputs, weight, output = re.split(",|->", equation)
+    axis_in, axis_out = weight[-2:]
+    low = output.replace(axis_out, "r")
+    return f"{inputs},{weight.replace(axis_out, 'r')}->{low}", f"{low},{weight.replace(axis_in, 'r')}->{output}"
+
+
+class Einsum(nnx.Module):
+    """A product with one weight, computed in the input's dtype, with an optional adapter beside it."""
+
+    def __init__(
+        self,
+        equation: str,
+        shape: Sequence[int],
+        init: Callable[..., jax.Array],
+        adapter: Config | None,
+        *,
+        param_dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        self.equation = equation
+        self.adapter = adapter
+        self.w = nnx.Param(init(rngs.params(), tuple(shape), param_dtype))
+        if adapter is not None:
+            down, up = (*shape[:-1], adapter.rank), (*shape[:-2], adapter.rank, shape[-1])
+            self.lora_a = nnx.Param(_adapter_init(rngs.params(), down, param_dtype))
+            self.lora_b = nnx.Param(_adapter_init(rngs.params(), up, param_dtype))
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        result = jnp.einsum(self.equation, x, self.w[...].astype(x.dtype))
+        if self.adapter is None:
+            return result
+        down, up = adapter_equations(self.equation)
+        update = jnp.einsum(down, x, self.lora_a[...].astype(x.dtype))
+        update = jnp.einsum(up, update, self.lora_b[...].astype(x.dtype))
+        return result + update * self.adapter.scaling
+
+
+class FeedForward(nnx.Module):
+    """Gated feed-forward layer without biases: ``(gelu(x W0) * (x W1)) W2``; adapters are added unscaled."""
+
+    def __init__(self, width: int, mlp_dim: int, adapter: Config | None, *, param_dtype: str, rngs: nnx.Rngs):
+        self.has_adapter = adapter is not None
+        self.gating_einsum = nnx.Param(_lecun_per_gate(rngs.params(), (2, width, mlp_dim), param_dtype))
+        self.linear = nnx.Param(_lecun(rngs.params(), (mlp_dim, width), param_dtype))
+        if adapter is not None:
+
+            def adapter_param(*shape: int) -> nnx.Param:
+                return nnx.Param(_adapter_init(rngs.params(), shape, param_dtype))
+
+            self.gating_einsum_lora_a = adapter_param(2, width, adapter.rank)
+            self.gating_einsum_lora_b = adapter_param(2, adapter.rank, mlp_dim)
+            self.linear_lora_a = adapter_param(mlp_dim, adapter.rank)
+            self.linear_lora_b = adapter_param(adapter.rank, width)
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        gate, value = (self._project(x, "gating_einsum", index) for index in (0, 1))
+        return self._project(nnx.gelu(gate, approximate=True) * value, "linear", ...)
+
+    def _project(self, x: jax.Array, name: str, index) -> jax.Array:
+        def weight(suffix: str = "") -> jax.Array:
+            return getattr(self, name + suffix)[index].astype(x.dtype)
+
+        result = jnp.dot(x, weight())
+        if not self.has_adapter:
+            return result
+        return result + jnp.dot(jnp.dot(x, weight("_lora_a")), weight("_lora_b"))
+
+
+def is_frozen(path: str, *, first_expert: bool, action_expert: bool) -> bool:
+    """openpi's freeze rule for a parameter path joined by '/', given which of the two experts has adapters.
+
+    The bases of an adapted expert are frozen, with its norms and the text embedding; the image tower and the
+    top-level projections never are.
+    """
+    is_action_expert = re.fullmatch(".*llm.*_1.*", path) is not None
+    if "llm" not in path or "lora" in path:
+        return False
+    if first_expert:
+        return action_expert or not is_action_expert
+    return action_expert and is_action_expert

@@ -1,0 +1,298 @@
+"""The π₀ and π₀.5 policies (Black et al. 2024, arXiv:2410.24164; 2025, arXiv:2504.16054), number for number openpi's.
+
+An observation becomes prefix tokens (cameras, prompt), read once; a noisy action chunk becomes suffix tokens, which look
+at the prefix through its keys and values. π₀ gives the state to the suffix and mixes the flow time into the action
+tokens; π₀.5 gives the time to the norms of the action expert, and the state, if at all, to the prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from acrlpd.models import flow, gemma, images, lora, siglip
+from acrlpd.models.flow import Prefix
+from acrlpd.types import Observation, typed
+
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+VOCAB_SIZE = 257_152
+MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0  # of the flow time's embedding
+
+
+@dataclasses.dataclass(frozen=True)
+class Pi0Config:
+    """Which of the two models, and its sizes. A variant is a name or a config of ``gemma`` or ``siglip``."""
+
+    pi05: bool = False
+    action_dim: int = 32
+    state_dim: int = None  # type: ignore[assignment]  # as action_dim unless given; openpi pads both to one width
+    action_horizon: int = 50
+    max_token_len: int = None  # type: ignore[assignment]  # prompt tokens; 200 for pi0.5, 48 for pi0 unless given
+    dtype: str = "bfloat16"  # of the computation
+    param_dtype: str = "float32"
+    paligemma_variant: str | gemma.Config = "gemma_2b"
+    action_expert_variant: str | gemma.Config = "gemma_300m"
+    vision_variant: str | siglip.Config = "so400m_14"
+    image_size: int = None  # type: ignore[assignment]  # side in pixels; as the image tower's variant unless given
+    vocab_size: int = VOCAB_SIZE
+    cameras: tuple[str, ...] = CAMERAS  # in the order of their tokens; empty: no image tower
+    discrete_state_input: bool = None  # type: ignore[assignment]  # state written into the prompt; as pi05 unless given
+    remat: bool = True  # compute activations again in the backward pass instead of keeping them
+    unroll: bool = False  # layers one after the other instead of in a loop: for tiny models
+
+    def __post_init__(self):
+        defaults = {
+            "state_dim": self.action_dim,
+            "max_token_len": 200 if self.pi05 else 48,
+            "image_size": siglip.get_config(self.vision_variant).image_size,
+            "discrete_state_input": self.pi05,
+        }
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        if len(set(self.cameras)) < len(self.cameras):
+            raise ValueError(f"cameras names one twice: {self.cameras}")
+
+    @property
+    def paligemma(self) -> gemma.Config:
+        return gemma.get_config(self.paligemma_variant)
+
+    @property
+    def action_expert(self) -> gemma.Config:
+        return gemma.get_config(self.action_expert_variant)
+
+    @property
+    def vision(self) -> siglip.Config:
+        return dataclasses.replace(siglip.get_config(self.vision_variant), image_size=self.image_size)
+
+    def create(self, rngs: nnx.Rngs) -> Pi0:
+        return Pi0(self, rngs)
+
+    def freezes(self, path: str) -> bool:
+        """Whether fine-tuning with this config's adapters leaves the parameter at ``path`` alone (openpi's rule)."""
+        return lora.is_frozen(path, first_expert=self.paligemma.has_lora, action_expert=self.action_expert.has_lora)
+
+
+def is_suffix_param(path: str) -> bool:
+    """Whether the parameter at ``path`` (joined by '/') belongs to the action expert or the top-level projections.
+
+    Those are all that ``velocity`` uses beside the prefix; ``encode`` uses exactly the others.
+    """
+    return not path.startswith("PaliGemma/") or re.fullmatch("PaliGemma/llm/.*_1/.*", path) is not None
+
+
+def is_backbone_param(path: str) -> bool:
+    """Whether the parameter at ``path`` belongs to the image tower or the vision-language expert."""
+    return not is_suffix_param(path)
+
+
+@typed
+def attention_mask(valid: Bool[Array, "b t"], block_starts: Bool[Array, " t"]) -> Bool[Array, "b t t"]:
+    """Who may look at whom: ``[b, i, j]`` is true where token i sees token j.
+
+    A true ``block_starts`` begins a new block. A token sees its own block and all earlier ones: ``[0 0 0]`` is fully
+    bidirectional, ``[1 1 1]`` causal, ``[0 0 1 0]`` two blocks of two. Invalid tokens neither see nor are seen.
+    """
+    block = jnp.cumsum(block_starts)
+    visible = block[None, :] <= block[:, None]
+    return visible[None] & valid[:, None, :] & valid[:, :, None]
+
+
+@typed
+def token_positions(valid: Bool[Array, "b t"]) -> Int[Array, "b t"]:
+    """Running count of valid tokens from 0; an invalid one repeats the last position, or has -1 before the first."""
+    return jnp.cumsum(valid, axis=1) - 1
+
+
+@typed
+def embed_time(time: Float[Array, " b"], width: int) -> Float[Array, "b width"]:
+    """Sines, then cosines, of ``width / 2`` periods spaced geometrically from 0.004 to 4."""
+    if width % 2:
+        raise ValueError(f"the width of a time embedding must be even, got {width}")
+    period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** jnp.linspace(0.0, 1.0, width // 2)
+    angle = time[:, None] * (1.0 / period * 2 * jnp.pi)[None, :]
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+@typed
+def pool(tokens: Float[Array, "b p d"], mask: Bool[Array, "b p"]) -> Float[Array, "b d"]:
+    """Mean over the valid tokens in float32; zero where there are none."""
+    weights = mask.astype(jnp.float32)
+    total = jnp.einsum("bpd,bp->bd", tokens.astype(jnp.float32), weights)
+    return total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
+
+
+class PaliGemma(nnx.Module):
+    """Image tower and language stack, under openpi's names. Without cameras there is no tower."""
+
+    def __init__(self, config: Pi0Config, rngs: nnx.Rngs):
+        common = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        loops = {"remat": config.remat, "unroll": config.unroll}
+        self.llm = gemma.Gemma(
+            [config.paligemma, config.action_expert],
+            vocab_size=config.vocab_size,
+            adaptive=[False, config.pi05],
+            rngs=rngs,
+            **common,
+            **loops,
+        )
+        if config.cameras:
+            self.img = siglip.SigLIP(config.vision, out_width=config.paligemma.width, rngs=rngs, **common, **loops)
+
+
+class Pi0(nnx.Module):
+    """A flow policy (``flow.FlowPolicy``) whose parameter paths and shapes are openpi's."""
+
+    def __init__(self, config: Pi0Config, rngs: nnx.Rngs):
+        self.config = config
+        self.action_dim = config.action_dim
+        self.action_horizon = config.action_horizon
+        self.feature_dim = config.paligemma.width
+        width = config.action_expert.width
+
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
+            # No dtype: input and weight are promoted, so float32 weights keep these layers in float32.
+            return nnx.Linear(inputs, outputs, param_dtype=config.param_dtype, rngs=rngs)
+
+        self.PaliGemma = PaliGemma(config, rngs)
+        self.action_in_proj = linear(config.action_dim, width)
+        if config.pi05:
+            self.time_mlp_in = linear(width, width)
+            self.time_mlp_out = linear(width, width)
+        else:
+            self.state_proj = linear(config.state_dim, width)
+            self.action_time_mlp_in = linear(2 * width, width)
+            self.action_time_mlp_out = linear(width, width)
+        self.action_out_proj = linear(width, config.action_dim)
+
+    @staticmethod
+    def is_suffix_param(path: str) -> bool:
+        return is_suffix_param(path)
+
+    # -- observation ---------------------------------------------------------------------------------------------
+
+    def preprocess(self, observation: Observation, *, augment_rng: PRNGKeyArray | None = None) -> Observation:
+        """The model's cameras as square floats in [-1, 1], all with a mask; augmented if a key is given.
+
+        Doing it twice changes nothing. Other cameras are dropped; a mask that is absent counts as all true.
+        """
+        missing = [name for name in self.config.cameras if name not in observation.images]
+        if missing:
+            raise ValueError(
+                f"the observation lacks the cameras {missing}; it has {sorted(observation.images)}. "
+                "Give a black image with a false mask for a camera that a robot does not have"
+            )
+        side = self.config.image_size
+        cameras = {
+            name: images.resize_with_pad(images.to_float(observation.images[name]), side, side)
+            for name in self.config.cameras
+        }
+        all_true = jnp.ones(observation.state.shape[0], bool)
+        masks = {name: observation.image_masks.get(name, all_true) for name in self.config.cameras}
+        if augment_rng is not None:
+            cameras = images.augment(augment_rng, cameras)
+        return observation.replace(images=cameras, image_masks=masks)
+
+    def embed_prefix(
+        self, observation: Observation
+    ) -> tuple[Float[Array, "b p d"], Bool[Array, "b p"], Bool[Array, " p"]]:
+        """Tokens of all cameras, then of the prompt; which of them are valid; which begin a block (none)."""
+        observation = self.preprocess(observation)
+        tokens, masks = [], []
+        for name in self.config.cameras:
+            tokens.append(self.PaliGemma.img(observation.images[name]))
+            masks.append(jnp.broadcast_to(observation.image_masks[name][:, None], tokens[-1].shape[:2]))
+        if observation.tokenized_prompt is not None:
+            tokens.append(self.PaliGemma.llm.embed(observation.tokenized_prompt))
+            masks.append(observation.tokenized_prompt_mask)
+        if not tokens:
+            raise ValueError("the observation has no tokenized prompt and the model no cameras: nothing to encode")
+        mask = jnp.concatenate(masks, axis=1)
+        return jnp.concatenate(tokens, axis=1), mask, jnp.zeros(mask.shape[1], bool)
+
+    def encode(self, observation: Observation) -> Prefix:
+        """One pass of the vision-language expert; kept are keys and values of every layer and the pooled tokens."""
+        tokens, mask, block_starts = self.embed_prefix(observation)
+        cache = self.PaliGemma.llm.encode(tokens, token_positions(mask), attention_mask(mask, block_starts))
+        return Prefix(state=observation.state, features=pool(tokens, mask), mask=mask, cache=cache)
+
+    # -- actions -------------------------------------------------------------------------------------------------
+
+    def embed_suffix(
+        self, state: Float[Array, "b s"], x_t: Float[Array, "b h a"], time: Float[Array, " b"]
+    ) -> tuple[Float[Array, "b t d"], Bool[Array, "b t"], Bool[Array, " t"], Float[Array, "b d"] | None]:
+        """Tokens of a noisy chunk, their validity, which begin a block, and the norms' condition (pi0.5)."""
+        tokens = self.action_in_proj(x_t)
+        time_embedding = embed_time(time, tokens.shape[-1])
+        if self.config.pi05:
+            condition = nnx.swish(self.time_mlp_out(nnx.swish(self.time_mlp_in(time_embedding))))
+        else:
+            condition = None
+            repeated = jnp.broadcast_to(time_embedding[:, None, :], tokens.shape)
+            both = jnp.concatenate([tokens, repeated], axis=-1)
+            tokens = self.action_time_mlp_out(nnx.swish(self.action_time_mlp_in(both)))
+            tokens = jnp.concatenate([self.state_proj(state)[:, None, :], tokens], axis=1)
+        # The state, if it is a token, is a block of its own; the actions are one block behind it.
+        first_action = tokens.shape[1] - x_t.shape[1]
+        block_starts = jnp.arange(tokens.shape[1]) <= first_action
+        return tokens, jnp.ones(tokens.shape[:2], bool), block_starts, condition
+
+    def velocity(
+        self, prefix: Prefix, x_t: Float[Array, "n b h a"], time: Float[Array, "n b"]
+    ) -> Float[Array, "n b h a"]:
+        """The field at ``x_t``. The n candidates are mapped, the prefix is not: all read one copy of its cache."""
+        return jax.vmap(self._velocity, in_axes=(None, 0, 0))(prefix, x_t, time)
+
+    def _velocity(self, prefix: Prefix, x_t: Float[Array, "b h a"], time: Float[Array, " b"]) -> Float[Array, "b h a"]:
+        tokens, valid, block_starts, condition = self.embed_suffix(prefix.state, x_t, time)
+        b, t = valid.shape
+        sees_prefix = jnp.broadcast_to(prefix.mask[:, None, :], (b, t, prefix.mask.shape[1]))
+        mask = jnp.concatenate([sees_prefix, attention_mask(valid, block_starts)], axis=-1)
+        positions = prefix.mask.sum(axis=1, keepdims=True) + token_positions(valid)
+        (_, outputs), _ = self.PaliGemma.llm(
+            [None, tokens], positions, mask, conditions=[None, condition], cache=prefix.cache
+        )
+        return self.action_out_proj(outputs[:, -x_t.shape[1] :])
+
+    # -- openpi's own interface ----------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        rng: PRNGKeyArray,
+        observation: Observation,
+        actions: Float[Array, "b h a"],
+        *,
+        train: bool = False,
+        noise: Float[Array, "b h a"] | None = None,
+        time: Float[Array, " b"] | None = None,
+    ) -> Float[Array, "b h"]:
+        """Flow matching loss with openpi's draws for a key. ``train`` switches image augmentation on.
+
+        openpi runs prefix and suffix as one sequence; here the prefix goes first. The prefix cannot see the suffix, so
+        values and gradients are the same.
+        """
+        augment_rng, noise_rng, time_rng = jax.random.split(rng, 3)
+        if noise is None:
+            noise = jax.random.normal(noise_rng, actions.shape)
+        if time is None:
+            time = flow.sample_time(time_rng, actions.shape[:1])
+        observation = self.preprocess(observation, augment_rng=augment_rng if train else None)
+        return flow.flow_loss(self, self.encode(observation), actions, noise, time)
+
+    def sample_actions(
+        self,
+        rng: PRNGKeyArray,
+        observation: Observation,
+        *,
+        num_steps: int = 10,
+        noise: Float[Array, "b h a"] | None = None,
+    ) -> Float[Array, "b h a"]:
+        """One chunk per observation from ``noise``, or from what the key draws."""
+        if noise is None:
+            noise = jax.random.normal(rng, (observation.state.shape[0], self.action_horizon, self.action_dim))
+        return flow.sample(self, self.encode(observation), noise[None], num_steps=num_steps)[0]

@@ -1,0 +1,46 @@
+"""Layers of equal shape stored as one module whose parameters have the depth as leading axis, as in openpi's files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+
+def create(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """``depth`` modules from ``make``, each with draws of its own, stacked."""
+
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make_all(layer_rngs: nnx.Rngs) -> nnx.Module:
+        return make(layer_rngs)
+
+    return make_all(rngs)
+
+
+def scan(
+    layers: nnx.Module,
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any = None,
+    *,
+    remat: bool,
+    unroll: bool,
+) -> tuple[Any, Any]:
+    """Runs ``step(layer, carry, x) -> (carry, y)`` over all layers; ``xs`` has one slice per layer, as have the ``y``.
+
+    ``remat`` keeps only the carry between layers and computes the rest again in a backward pass. ``unroll`` writes the
+    layers one after the other: slower to compile, faster for layers so small that the loop itself costs time.
+    """
+    graphdef, state = nnx.split(layers)
+
+    def body(carry, inputs):
+        layer_state, x = inputs
+        return step(nnx.merge(graphdef, layer_state), carry, x)
+
+    if remat:
+        # Inside a loop the compiler cannot merge the recomputation with the forward pass; in an unrolled one it could.
+        body = jax.checkpoint(body, prevent_cse=unroll)
+    return jax.lax.scan(body, carry, (state, xs), unroll=unroll)

@@ -1,0 +1,231 @@
+"""Named configurations. Above each: the command, and what to expect of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+
+from acrlpd.agents.acrlpd import AgentConfig, TemperatureConfig
+from acrlpd.agents.losses import LossWeights
+from acrlpd.config import (
+    CollectConfig,
+    CosineDecaySchedule,
+    DataConfig,
+    EvalConfig,
+    OptimizerConfig,
+    OptimizersConfig,
+    PolicyConfig,
+    TrainConfig,
+)
+from acrlpd.envs.env import EnvConfig
+from acrlpd.models.critic import CriticConfig
+
+NANO = PolicyConfig(
+    kind="pi0",
+    action_horizon=5,
+    paligemma_variant="nano",
+    action_expert_variant="nano_expert",
+    vision_variant="nano",
+    max_token_len=8,
+    image_size=64,
+    dtype="float32",
+    remat=False,
+)
+
+
+def _constant(learning_rate: float, *, warmup_steps: int = 0) -> OptimizerConfig:
+    """Adam at one learning rate, as QC and RLPD have it."""
+    schedule = CosineDecaySchedule(
+        warmup_steps=warmup_steps, peak_lr=learning_rate, decay_steps=10**9, decay_lr=learning_rate
+    )
+    return OptimizerConfig(schedule=schedule, b2=0.999, clip_gradient_norm=10.0)
+
+
+# acrlpd train demo            (make demo)
+# A small pi0 opens MetaWorld's drawer: about 30 % by imitation, over 90 % after online training; 10 minutes, two cores.
+def get_demo_config() -> TrainConfig:
+    return TrainConfig(
+        name="demo",
+        env=EnvConfig("metaworld/drawer-open-v3", max_episode_steps=150),
+        policy=NANO,
+        agent=AgentConfig(
+            critic=CriticConfig(num_critics=10, hidden_dims=(128, 128), q_aggregation="mean"),
+            temperature=TemperatureConfig(initial_temp=0.1, target_entropy_multiplier=0.5),
+            best_of_n_samples=16,
+            target_samples=4,
+            flow_steps=5,
+            discount=0.99,
+            target_update_tau=0.01,
+            action_clip=1.0,
+        ),
+        data=DataConfig(collect=CollectConfig(episodes=100), batch_size=128),
+        optimizers=OptimizersConfig(
+            policy=_constant(1e-3, warmup_steps=100), critic=_constant(1e-3), temperature=_constant(1e-3)
+        ),
+        eval=EvalConfig(episodes=50, frequency=2000, progress_episodes=20, num_envs=10),
+        offline_steps=2000,
+        online_steps=5000,
+        log_frequency=100,
+        save_frequency=2000,
+        early_stopping_patience=4,
+    )
+
+
+# acrlpd train demo-vision     (make demo-vision)
+# The same with a 64 px camera beside the state; rendering takes most of the additional time.
+def get_demo_vision_config() -> TrainConfig:
+    config = get_demo_config()
+    env = dataclasses.replace(config.env, cameras=("corner2",), image_size=64)
+    return dataclasses.replace(config, name="demo-vision", env=env)
+
+
+# acrlpd train demo-cube
+# OGBench's cube-single, the second simulator: harder, and its offline phase already helps.
+def get_demo_cube_config() -> TrainConfig:
+    config = get_demo_config()
+    return dataclasses.replace(
+        config,
+        name="demo-cube",
+        env=EnvConfig("ogbench/cube-single-play-singletask-task1-v0"),
+        online_steps=12_000,
+    )
+
+
+# acrlpd train debug
+# Everything once, in a minute: for tests and for a look at the files a run leaves.
+def get_debug_config() -> TrainConfig:
+    config = get_demo_config()
+    return dataclasses.replace(
+        config,
+        name="debug",
+        env=dataclasses.replace(config.env, max_episode_steps=30),
+        agent=dataclasses.replace(
+            config.agent,
+            critic=dataclasses.replace(config.agent.critic, num_critics=2, hidden_dims=(32,)),
+            best_of_n_samples=4,
+            target_samples=2,
+            flow_steps=2,
+        ),
+        data=DataConfig(collect=CollectConfig(episodes=4, num_workers=1), batch_size=16),
+        eval=EvalConfig(episodes=4, frequency=20, progress_episodes=2, num_envs=2),
+        offline_steps=20,
+        online_steps=60,
+        log_frequency=5,
+        save_frequency=10,
+    )
+
+
+def _full_size(horizon: int, max_token_len: int) -> PolicyConfig:
+    return PolicyConfig(kind="pi0", action_horizon=horizon, action_dim=32, max_token_len=max_token_len)
+
+
+def _cosine(warmup_steps: int, peak_lr: float, decay_steps: int, decay_lr: float) -> OptimizerConfig:
+    schedule = CosineDecaySchedule(warmup_steps, peak_lr, decay_steps, decay_lr)
+    return OptimizerConfig(schedule=schedule, weight_decay=1e-4)
+
+
+# acrlpd train droid --data.path /path/to/droid --policy.weights /path/to/pi0_droid/params
+# Offline, on the large DROID set: conservative rates, long phases. Needs accelerators.
+def get_droid_config() -> TrainConfig:
+    return TrainConfig(
+        name="droid",
+        policy=_full_size(10, 180),
+        agent=AgentConfig(
+            critic=CriticConfig(num_critics=10, hidden_dims=(512, 512, 256), dropout_rate=0.1, q_aggregation="min"),
+            temperature=TemperatureConfig(initial_temp=1.0, target_entropy_multiplier=0.5),
+            loss_weights=LossWeights(bc_weight=0.01),
+            best_of_n_samples=16,
+            flow_steps=50,
+            discount=0.995,
+            target_update_tau=0.005,
+        ),
+        data=DataConfig(path="data/droid", batch_size=64, sequence_ratio=0.7, action_normalization="z_score"),
+        optimizers=OptimizersConfig(
+            policy=_cosine(5000, 3e-5, 100_000, 3e-6),
+            critic=_cosine(2000, 5e-4, 80_000, 5e-5),
+            temperature=_cosine(2000, 5e-4, 80_000, 5e-5),
+        ),
+        offline_steps=2_000_000,
+        online_steps=0,
+    )
+
+
+# acrlpd train aloha --data.path /path/to/aloha --policy.weights /path/to/pi0_base/params
+# Fine-tunes the action expert for two arms; the backbone stays as it is.
+def get_aloha_config() -> TrainConfig:
+    return TrainConfig(
+        name="aloha",
+        policy=dataclasses.replace(_full_size(20, 250), freeze_pi0_backbone=True),
+        agent=AgentConfig(
+            critic=CriticConfig(
+                num_critics=8,
+                hidden_dims=(256, 256, 128),
+                dropout_rate=0.05,
+                q_aggregation="mean",
+                feature_fusion_method="mlp",
+            ),
+            temperature=TemperatureConfig(initial_temp=0.5, target_entropy_multiplier=0.3),
+            loss_weights=LossWeights(bc_weight=0.001, alpha_weight=0.8),
+            best_of_n_samples=32,
+            flow_steps=30,
+            discount=0.99,
+            target_update_tau=0.01,
+        ),
+        data=DataConfig(path="data/aloha", batch_size=128, sequence_ratio=0.8, action_normalization="z_score"),
+        optimizers=OptimizersConfig(
+            policy=_cosine(2000, 5e-6, 30_000, 1e-6),
+            critic=_cosine(1000, 1e-4, 25_000, 1e-5),
+            temperature=_cosine(1000, 1e-4, 25_000, 1e-5),
+        ),
+        offline_steps=500_000,
+        online_steps=0,
+    )
+
+
+# acrlpd train libero --data.path /path/to/libero --policy.weights /path/to/pi0_base/params
+# Everything trains, at high rates: for simulation.
+def get_libero_config() -> TrainConfig:
+    return TrainConfig(
+        name="libero",
+        policy=_full_size(5, 180),
+        agent=AgentConfig(
+            critic=CriticConfig(
+                num_critics=12, hidden_dims=(512, 512, 256, 128), dropout_rate=0.15, q_aggregation="min"
+            ),
+            temperature=TemperatureConfig(initial_temp=1.5, target_entropy_multiplier=0.7),
+            loss_weights=LossWeights(bc_weight=0.1, alpha_weight=1.2),
+            best_of_n_samples=64,
+            flow_steps=20,
+            discount=0.98,
+            target_update_tau=0.01,
+        ),
+        data=DataConfig(path="data/libero", batch_size=256, sequence_ratio=0.6, action_normalization="z_score"),
+        optimizers=OptimizersConfig(
+            policy=_cosine(3000, 3e-4, 50_000, 3e-5),
+            critic=_cosine(1500, 1e-3, 40_000, 1e-4),
+            temperature=_cosine(1500, 1e-3, 40_000, 1e-4),
+        ),
+        offline_steps=1_000_000,
+        online_steps=0,
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "demo": get_demo_config,
+    "demo-vision": get_demo_vision_config,
+    "demo-cube": get_demo_cube_config,
+    "debug": get_debug_config,
+    "droid": get_droid_config,
+    "aloha": get_aloha_config,
+    "libero": get_libero_config,
+}
+
+
+def get_preset(name: str) -> TrainConfig:
+    """The configuration of that name."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown preset {name!r}: {hint}There are {', '.join(PRESETS)}")
+    return PRESETS[name]()

@@ -1,0 +1,358 @@
+"""One loop, two phases: updates on prior data, then updates between the steps of one's own episodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from acrlpd.agents.acrlpd import ACRLPDAgent, ActingMode
+from acrlpd.agents.losses import LossWeights
+from acrlpd.config import TrainConfig, to_dict
+from acrlpd.data.episodes import EpisodeStore
+from acrlpd.data.loader import ChunkLoader
+from acrlpd.data.normalize import NormStats
+from acrlpd.data.replay import ReplayJournal
+from acrlpd.data.transforms import Transform
+from acrlpd.envs.env import Environment
+from acrlpd.envs.rollout import OnlineCollector, Rollout
+from acrlpd.training.checkpoint import ACRLPDCheckpointManager
+from acrlpd.training.evaluate import Evaluation, chunk_policy, evaluate
+from acrlpd.training.guards import Interrupted, StopRequest, stop_on_signal
+from acrlpd.training.metrics import JsonlWriter, MetricAverage, Stopwatch, write_json
+from acrlpd.training.sharding import make_mesh, put_batch
+
+logger = logging.getLogger(__name__)
+
+Phase = Literal["offline", "online"]
+PHASES: tuple[Phase, ...] = ("offline", "online")
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run has done, saved with every checkpoint. The number of updates is the agent's step."""
+
+    env_steps: int = 0
+    finished: list[str] = dataclasses.field(default_factory=list)  # phases
+    results: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # "bc", "offline", "online"
+    best_success: float = -1.0
+    evaluations_since_best: int = 0
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Interaction:
+    """The online side of a run: where episodes come from and where they go."""
+
+    collector: OnlineCollector
+    journal: ReplayJournal
+    replay: EpisodeStore
+
+    def keep(self, finished: Rollout) -> None:
+        """To the journal first: an episode that is used is on disk."""
+        self.journal.append(finished.episode, {"seed": finished.seed, "episode": finished.number})
+        self.replay.append(finished.episode)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFiles:
+    """What a run leaves behind, under ``run_dir/name``."""
+
+    directory: Path
+
+    @property
+    def metrics(self) -> Path:
+        return self.directory / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.directory / "summary.json"
+
+    @property
+    def config(self) -> Path:
+        return self.directory / "config.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    @property
+    def replay(self) -> Path:
+        return self.directory / "replay"
+
+    def evaluation(self, policy: str) -> Path:
+        """Seeds, outcomes and executed actions of an evaluation at the end of a phase."""
+        return self.directory / "evaluations" / f"{policy}.npz"
+
+
+class ACRLPDTrainer:
+    """Trains an agent offline, then online, and evaluates it at the end of each phase.
+
+    Everything that is not an update happens between two updates; the device is waited for at log points alone.
+    """
+
+    def __init__(
+        self,
+        agent: ACRLPDAgent,
+        loader: ChunkLoader,
+        config: TrainConfig,
+        *,
+        transform: Transform,
+        norm_stats: Mapping[str, NormStats],
+        files: RunFiles,
+        progress: Progress | None = None,
+        interaction: Interaction | None = None,
+        eval_environments: list[Environment] | None = None,
+    ):
+        self.agent = agent
+        self.loader = loader
+        self.config = config
+        self.progress = progress or Progress()
+        self._step = int(agent.step)
+        self._transform = transform
+        self._norm_stats = norm_stats
+        self._files = files
+        self._interaction = interaction
+        self._eval_environments = eval_environments or []
+        self._mesh = make_mesh(config.fsdp_devices)
+        self._update_rng, self._act_rng, self._eval_rng = jax.random.split(jax.random.key(config.seed + 1), 3)
+        self._average = MetricAverage()
+        self._watch = Stopwatch()
+        self._checkpoints = ACRLPDCheckpointManager(
+            files.checkpoints, max_to_keep=config.max_to_keep, keep=(config.offline_steps,)
+        )
+        self._started = time.perf_counter(), time.process_time()
+        self._compiled = False
+
+    def train(self) -> dict[str, Any]:
+        """Runs what is left of both phases and returns the summary, which also lies in ``summary.json``."""
+        write_json(self._files.config, to_dict(self.config))
+        self._writer = JsonlWriter(self._files.metrics)
+        try:
+            with stop_on_signal() as stop:
+                for phase in PHASES:
+                    if phase not in self.progress.finished and self._extent(phase)[0] > 0:
+                        self._run(phase, stop)
+            return self._summarize()
+        finally:
+            self._checkpoints.wait()
+            self._writer.close()
+
+    def _run(self, phase: Phase, stop: StopRequest) -> None:
+        total, done = self._extent(phase)
+        with tqdm(total=total, initial=done, desc=phase, unit="step", mininterval=1.0) as bar:
+            while not self._finished(phase):
+                if phase == "online":
+                    self._interact()
+                self._update(phase)
+                if self._step % self.config.log_frequency == 0:
+                    bar.set_postfix(self._log(phase))
+                self._evaluate_on_the_way(phase)
+                if self._step % self.config.save_frequency == 0:
+                    self._save()
+                bar.update(self._extent(phase)[1] - bar.n)
+                if stop:
+                    self._save()
+                    raise Interrupted(f"{stop.signal_name}: saved step {self._step} in {self._files.directory}")
+        self._end(phase)
+
+    # ---- one step
+
+    def _update(self, phase: Phase) -> None:
+        online = phase == "online"
+        with self._watch.span("data"):
+            batch = put_batch(self.loader.batch(self._step, online=online), self._mesh)
+        with self._watch.span("update" if self._compiled else "compile"):
+            rng = jax.random.fold_in(self._update_rng, self._step)
+            self.agent, metrics = self.agent.update(batch, rng, self.loss_weights())
+            self._step += 1
+            if not self._compiled:
+                jax.block_until_ready(metrics)
+                self._compiled = True
+        self._average.add(metrics)
+
+    def _interact(self) -> None:
+        """Executes chunks until an update is owed."""
+        assert self._interaction is not None, "_finished ends the online phase of a run without an environment"
+        collector = self._interaction.collector
+        while self._updates_owed() < 1:
+            with self._watch.span("update"):
+                jax.block_until_ready(self.agent.step)  # the policy that acts is the newest: wait for it
+            with self._watch.span("act"):
+                before = dataclasses.replace(collector.seconds)
+                rng = jax.random.fold_in(self._act_rng, self.progress.env_steps)
+                collected = collector.collect(chunk_policy(self.agent, self._transform, rng, mode="explore"))
+                self._watch.move("act", "simulator", collector.seconds.simulator - before.simulator)
+            self.progress.env_steps += collected.num_steps
+            with self._watch.span("replay"):
+                for finished in collected.rollouts:
+                    self._interaction.keep(finished)
+
+    def loss_weights(self) -> LossWeights:
+        """The weights of the coming update: no actor loss at first, a linear change early in the online phase."""
+        config = self.config
+        weights = config.agent.loss_weights
+        if config.online_loss_weights is not None and self._step >= config.offline_steps:
+            share = min(1.0, (self._step - config.offline_steps) / config.online_transition_steps)
+            weights = jax.tree.map(lambda a, b: a + share * (b - a), weights, config.online_loss_weights)
+        if self._step < config.actor_warmup_steps:
+            weights = weights.replace(actor_weight=0.0)
+        return weights
+
+    # ---- how far
+
+    def _updates_owed(self) -> float:
+        """Updates that ``utd_ratio`` asks for and that have not been made."""
+        due = (self.progress.env_steps - self.config.warmup_env_steps) * self.config.utd_ratio
+        return due - (self._step - self.config.offline_steps)
+
+    def _extent(self, phase: Phase) -> tuple[int, int]:
+        """Length of a phase and how much of it is done, in updates offline and environment steps online."""
+        if phase == "offline":
+            return self.config.offline_steps, min(self._step, self.config.offline_steps)
+        return self.config.online_steps, min(self.progress.env_steps, self.config.online_steps)
+
+    def _finished(self, phase: Phase) -> bool:
+        if phase == "offline":
+            return self._step >= self.config.offline_steps
+        if self._interaction is None or self._stalled():
+            return True
+        return self.progress.env_steps >= self.config.online_steps and self._updates_owed() < 1
+
+    def _stalled(self) -> bool:
+        stop_at = self.config.early_stopping_success
+        if stop_at is not None and self.progress.best_success >= stop_at:
+            return True
+        return self.progress.evaluations_since_best >= self.config.early_stopping_patience
+
+    # ---- between steps
+
+    def _log(self, phase: Phase) -> dict[str, str]:
+        with self._watch.span("update"):
+            metrics = self._average.fetch()  # waits for the device
+        with self._watch.span("log"):
+            record = {"step": self._step, "phase": phase, "env_steps": self.progress.env_steps, "wall_s": self._wall()}
+            self._writer.write(record | {f"train/{name}": value for name, value in metrics.items()})
+        return {"loss": f"{metrics['total_loss']:.3g}", "q": f"{metrics['q_mean']:.3g}"}
+
+    def _evaluate_on_the_way(self, phase: Phase) -> None:
+        frequency = self.config.eval.frequency // (2 if phase == "online" else 1)
+        if not self._eval_environments or self._step % max(1, frequency):
+            return
+        result = self._evaluate(phase, "greedy", self.config.eval.progress_episodes)[0]
+        if phase == "online":
+            improved = result.success > self.progress.best_success
+            self.progress.best_success = max(result.success, self.progress.best_success)
+            self.progress.evaluations_since_best = 0 if improved else self.progress.evaluations_since_best + 1
+
+    def _evaluate(self, name: str, mode: ActingMode, episodes: int) -> tuple[Evaluation, list[Rollout]]:
+        with self._watch.span("update"):
+            jax.block_until_ready(self.agent.step)
+        with self._watch.span("evaluation"):
+            first = self.config.eval.first_seed
+            result, rollouts = evaluate(
+                self.agent,
+                self._transform,
+                self._eval_environments,
+                range(first, first + episodes),
+                mode=mode,
+                rng=jax.random.fold_in(self._eval_rng, self._step),
+                execute_horizon=self.config.execute_horizon or self.config.policy.action_horizon,
+            )
+        record = {"step": self._step, "phase": name, "env_steps": self.progress.env_steps, "wall_s": self._wall()}
+        self._writer.write(record | result.metrics())
+        tqdm.write(f"{name}, step {self._step}: success {result}")
+        return result, rollouts
+
+    def _end(self, phase: Phase) -> None:
+        """Evaluates and saves. After the offline phase the flow alone, without the critic, is evaluated too: BC."""
+        if self._eval_environments:
+            modes: dict[str, ActingMode] = (
+                {"bc": "bc", "offline": "greedy"} if phase == "offline" else {"online": "greedy"}
+            )
+            for name, mode in modes.items():
+                result, rollouts = self._evaluate(name, mode, self.config.eval.episodes)
+                self.progress.results[name] = result.summary()
+                save_rollouts(self._files.evaluation(name), rollouts)
+        self.progress.finished.append(phase)
+        self._save()
+
+    def _save(self) -> None:
+        with self._watch.span("update"):
+            jax.block_until_ready(self.agent.step)
+        with self._watch.span("checkpoint"):
+            self._settle_clocks()
+            self._checkpoints.save(
+                self.agent,
+                asset_id=self.config.asset_id,
+                norm_stats=self._norm_stats,
+                run={"config": to_dict(self.config), "progress": dataclasses.asdict(self.progress)},
+            )
+
+    # ---- accounts
+
+    def _wall(self) -> float:
+        return self.progress.wall_s + time.perf_counter() - self._started[0]
+
+    def _settle_clocks(self) -> None:
+        """Moves the time since the last call into the run's account, which outlives this process."""
+        now = time.perf_counter(), time.process_time()
+        self.progress.wall_s += now[0] - self._started[0]
+        self.progress.cpu_s += now[1] - self._started[1]
+        self._started = now
+        for name, seconds in self._watch.seconds.items():
+            self.progress.seconds[name] = self.progress.seconds.get(name, 0.0) + seconds
+        self._watch.seconds.clear()
+
+    def _summarize(self) -> dict[str, Any]:
+        self._settle_clocks()
+        summary = {
+            "task": self.config.env.name if self.config.env else self.config.data.path,
+            "seed": self.config.seed,
+            "phases": self.progress.results,
+            "wall_s": self.progress.wall_s,
+            "cpu_s": self.progress.cpu_s,
+            "updates": self._step,
+            "env_steps": self.progress.env_steps,
+            "breakdown": breakdown(self.progress.seconds, self.progress.wall_s),
+        }
+        write_json(self._files.summary, summary)
+        return summary
+
+
+def breakdown(seconds: Mapping[str, float], wall_s: float) -> dict[str, float]:
+    """Seconds by what they were spent on, and the share of training time outside the update and the simulator.
+
+    Training time is everything but evaluation and the compiler; ``other`` is what no span measured.
+    """
+    other = max(0.0, wall_s - sum(seconds.values()))
+    training = wall_s - seconds.get("evaluation", 0.0) - seconds.get("compile", 0.0)
+    useful = seconds.get("update", 0.0) + seconds.get("simulator", 0.0)
+    outside = 1 - useful / training if training > 0 else math.nan
+    return {**{f"{name}_s": value for name, value in seconds.items()}, "other_s": other, "outside_share": outside}
+
+
+def save_rollouts(path: Path, rollouts: list[Rollout]) -> None:
+    """Outcomes and executed actions, from which an episode can be played again with pictures."""
+    longest = max(each.length for each in rollouts)
+    actions = np.zeros((len(rollouts), longest, rollouts[0].episode.actions.shape[1]), np.float32)
+    for row, each in zip(actions, rollouts, strict=True):
+        row[: each.length] = each.episode.actions
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(
+        path,
+        seed=[each.seed for each in rollouts],
+        success=[each.success for each in rollouts],
+        length=[each.length for each in rollouts],
+        actions=actions,
+    )

@@ -1,0 +1,100 @@
+"""What a run writes down: one JSON object a line, and where the wall time went."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class JsonlWriter:
+    """Appends one JSON object a line; a line is flushed when written, so a killed run keeps its curve."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the life of a run)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record, default=_plain) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All complete records; half a line at the end, left by a kill, is dropped."""
+    records = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            records.append(json.loads(line))
+    return records
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes beside the target and renames: a reader sees the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, default=_plain) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.generic, np.ndarray, jax.Array)):
+        return np.asarray(value).tolist()
+    raise TypeError(f"{type(value).__name__} does not go into JSON")
+
+
+class MetricAverage:
+    """Means of device scalars between two log points; nothing is fetched before ``fetch``."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        for name, value in metrics.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def fetch(self) -> dict[str, float]:
+        """Waits for the device once, and starts anew."""
+        sums = jax.device_get(self._sums)
+        means = {name: float(sums[name]) / self._counts[name] for name in sums}
+        self._sums, self._counts = {}, {}
+        return means
+
+
+class Stopwatch:
+    """Seconds of wall time by name; time in an inner span counts there alone."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inner = [0.0]
+
+    @contextlib.contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - start
+            self.add(name, elapsed - self._inner.pop())
+            self._inner[-1] += elapsed
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Books part of a span elsewhere: of a call whose inside someone else has measured."""
+        self.add(source, -seconds)
+        self.add(target, seconds)

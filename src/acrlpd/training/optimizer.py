@@ -1,0 +1,35 @@
+"""Optimisers and learning-rate schedules from their configuration."""
+
+from __future__ import annotations
+
+import optax
+
+from acrlpd.config import CosineDecaySchedule, OptimizerConfig, OptimizersConfig
+
+
+def make_schedule(config: CosineDecaySchedule) -> optax.Schedule:
+    """openpi's: the warm-up begins at peak / (warmup + 1) instead of 0, so that no step is wasted."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=config.peak_lr / (config.warmup_steps + 1),
+        peak_value=config.peak_lr,
+        warmup_steps=config.warmup_steps,
+        decay_steps=config.decay_steps,
+        end_value=config.decay_lr,
+    )
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW with decoupled decay on everything."""
+    adamw = optax.adamw(
+        make_schedule(config.schedule), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_gradient_norm), adamw)
+
+
+def make_optimizers(config: OptimizersConfig) -> dict[str, optax.GradientTransformation]:
+    """One for each group of parameters, by the group's name."""
+    return {
+        "policy": make_optimizer(config.policy),
+        "critic": make_optimizer(config.critic),
+        "temperature": make_optimizer(config.temperature),
+    }

@@ -1,0 +1,306 @@
+"""Everything a run needs, built from its configuration: data, transforms, policy, agent, environments."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.config import CollectConfig, PolicyConfig, TrainConfig, from_dict, to_dict
+from acrlpd.data import hdf5, normalize
+from acrlpd.data.episodes import EpisodeStore
+from acrlpd.data.hdf5 import H5DatasetReader
+from acrlpd.data.loader import ChunkLoader
+from acrlpd.data.normalize import NormStats
+from acrlpd.data.replay import ReplayJournal
+from acrlpd.data.tokenizer import PromptTokenizer
+from acrlpd.data.transforms import Compose, Normalize, PadToModel, ResizeImages, TokenizePrompt, Transform
+from acrlpd.envs import rollout
+from acrlpd.envs.env import EnvConfig, EnvSpec, SimulatedEnvironment, make
+from acrlpd.models.flow import FlowPolicy
+from acrlpd.models.mlp_flow import MLPFlowConfig
+from acrlpd.models.pi0 import Pi0, Pi0Config
+from acrlpd.training.checkpoint import ACRLPDCheckpointManager
+from acrlpd.training.loop import ACRLPDTrainer, Interaction, Progress, RunFiles
+from acrlpd.training.optimizer import make_optimizers
+from acrlpd.training.sharding import make_mesh, parameter_sharding
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dims:
+    """Sizes of the robot's own state and action, before any padding."""
+
+    state: int
+    action: int
+
+
+def run_files(config: TrainConfig) -> RunFiles:
+    return RunFiles(Path(config.run_dir) / config.name)
+
+
+def data_directory(config: TrainConfig) -> Path:
+    return Path(config.data.path) if config.data.path else run_files(config).directory / "prior"
+
+
+def make_trainer(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> ACRLPDTrainer:
+    """A trainer at the start of its run, or where the newest checkpoint left it."""
+    files = run_files(config)
+    claim_directory(config, files, resume=resume, overwrite=overwrite)
+    environments = make_environments(config, config.eval.num_envs) if config.env else []
+    prior = prior_data(config)
+    dims = Dims(prior.state.shape[1], prior.actions.shape[1])
+    agent = make_agent(config, dims, tuple(prior.images))
+    progress = Progress()
+    resuming = resume and files.checkpoints.is_dir()
+    if resuming:
+        restored = ACRLPDCheckpointManager(files.checkpoints).restore(agent)
+        agent, progress = restored.agent, Progress(**restored.run["progress"])
+        logger.info("resumed at update %d", restored.step)
+        stats = ACRLPDCheckpointManager(files.checkpoints).read_norm_stats(restored.step)
+    else:
+        stats = make_norm_stats(config, prior, environments[0].spec if environments else None)
+    transform = make_transform(config, stats, dims)
+    interaction = make_interaction(config, files, progress) if config.env and config.online_steps else None
+    loader = ChunkLoader(
+        prior,
+        transform,
+        batch_size=config.data.batch_size,
+        horizon=config.policy.action_horizon,
+        sequence_ratio=config.data.sequence_ratio,
+        seed=config.seed,
+        replay=interaction.replay if interaction else None,
+        online_ratio=config.data.online_ratio,
+    )
+    return ACRLPDTrainer(
+        agent,
+        loader,
+        config,
+        transform=transform,
+        norm_stats=stats,
+        files=files,
+        progress=progress,
+        interaction=interaction,
+        eval_environments=environments,
+    )
+
+
+def claim_directory(config: TrainConfig, files: RunFiles, *, resume: bool, overwrite: bool) -> None:
+    """Refuses to mix two runs in one folder, and to resume one with other hyper-parameters."""
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    if overwrite and files.directory.exists():
+        shutil.rmtree(files.directory)
+    if not files.config.exists():
+        return
+    if not resume:
+        raise ValueError(
+            f"run directory {files.directory} already exists. Use --resume to go on with it, --overwrite to delete it, "
+            "or another --name."
+        )
+    before = json.loads(files.config.read_text(encoding="utf-8"))
+    changed = [line for line in _differences(before, to_dict(config)) if line.split(":")[0] not in CHANGEABLE]
+    if changed:
+        raise ValueError(
+            f"{files.directory} was started with another configuration, so it cannot be resumed with this one:\n  "
+            + "\n  ".join(changed)
+        )
+
+
+CHANGEABLE = (
+    *("run_dir", "name", "online_steps", "log_frequency", "save_frequency", "max_to_keep"),
+    *("early_stopping_patience", "early_stopping_success", "eval.frequency", "eval.progress_episodes"),
+)
+"""Fields that say how long a run goes and what it reports, not what it computes."""
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> list[str]:
+    lines = []
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name), after.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _differences(old, new, f"{path}{name}.")
+        elif old != new:
+            lines.append(f"{path}{name}: was {old!r}, now {new!r}")
+    return lines
+
+
+def make_interaction(config: TrainConfig, files: RunFiles, progress: Progress) -> Interaction:
+    """The online side, with what a stopped run has already experienced: every journalled episode, once."""
+    journal = ReplayJournal(files.replay)
+    replay = EpisodeStore(max_bytes=config.data.max_replay_bytes)
+    env_steps = 0
+    for episode in journal.load():
+        replay.append(episode)
+        env_steps += len(episode)
+    progress.env_steps = env_steps  # steps of an episode that a stop cut short are lost, and made again
+    collector = rollout.OnlineCollector(
+        make_environments(config, config.online_envs),
+        seed=config.seed,
+        execute_horizon=config.execute_horizon or config.policy.action_horizon,
+        first_episode=ONLINE_FIRST_EPISODE + len(journal),
+    )
+    return Interaction(collector, journal, replay)
+
+
+ONLINE_FIRST_EPISODE = 1_000_000  # apart from the prior data's episodes, which count from 0 under the same seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A trained agent with what it needs to act."""
+
+    agent: ACRLPDAgent
+    transform: Transform
+    config: TrainConfig
+    step: int
+
+
+def load_checkpoint(path: str | Path) -> Loaded:
+    """The agent of a checkpoint: ``path`` is a run, its ``checkpoints`` folder (both: the newest), or one step's."""
+    directory, step = locate_checkpoint(Path(path))
+    manager = ACRLPDCheckpointManager(directory)
+    config = from_dict(TrainConfig, manager.read_run(step)["config"])
+    stats = manager.read_norm_stats(step)
+    dims = Dims(len(stats["state"].mean), len(stats["actions"].mean))
+    cameras = config.env.cameras if config.env else ()
+    restored = manager.restore(make_agent(config, dims, cameras), step)
+    return Loaded(restored.agent, make_transform(config, stats, dims), config, restored.step)
+
+
+def locate_checkpoint(path: Path) -> tuple[Path, int | None]:
+    """The folder of a manager, and the step if ``path`` names one."""
+    if not path.is_dir():
+        raise ValueError(f"checkpoint {path} is not a folder. Name a run (runs/demo), or a step below its checkpoints.")
+    if path.name.isdigit():
+        return path.parent, int(path.name)
+    return (path / "checkpoints", None) if (path / "checkpoints").is_dir() else (path, None)
+
+
+def prior_data(config: TrainConfig) -> EpisodeStore:
+    """The prior episodes in memory; collected first where the configuration names an environment and no folder."""
+    directory = data_directory(config)
+    if config.data.path is None and config.env is not None:
+        collect_prior(config.env, config.data.collect, directory, seed=config.seed)
+    return EpisodeStore.from_source(H5DatasetReader(directory))
+
+
+def collect_prior(env: EnvConfig, collect: CollectConfig, directory: Path, *, seed: int) -> None:
+    """Makes the episodes that are not in ``directory`` yet; episode k depends on the seed and k alone."""
+    done = {number for path in directory.glob("*.hdf5") if (number := hdf5.episode_number(path)) is not None}
+    missing = [number for number in range(collect.episodes) if number not in done]
+    if not missing:
+        return
+
+    def write(result: rollout.Rollout) -> None:
+        path = hdf5.episode_path(directory, result.number)
+        hdf5.write_episode(path, result.episode, {"env": env.name, "seed": result.seed})
+
+    directory.mkdir(parents=True, exist_ok=True)
+    rollout.collect(
+        env,
+        missing,
+        policy=collect.policy,
+        noise_range=collect.noise_range,
+        seed=seed,
+        num_workers=collect.num_workers,
+        on_episode=write,
+    )
+
+
+def make_norm_stats(config: TrainConfig, store: EpisodeStore, spec: EnvSpec | None) -> dict[str, NormStats]:
+    """Statistics of the prior data; a bounded action space speaks for itself."""
+    stats = normalize.from_store(store, min_std=config.data.min_std)
+    if config.data.action_normalization == "bounds":
+        if spec is None:
+            raise ValueError(
+                "data.action_normalization='bounds' needs an environment, which knows its action space; "
+                "use 'z_score' or 'quantile' for data alone"
+            )
+        stats["actions"] = normalize.bounds_stats(spec.action_low, spec.action_high)
+    return stats
+
+
+def make_transform(config: TrainConfig, stats: Mapping[str, NormStats], dims: Dims) -> Transform:
+    """From raw observations to the model's, in openpi's order; serving uses the same list."""
+    policy = config.policy
+    quantiles = policy.kind == "pi05" or config.data.action_normalization == "quantile"
+    tokenizer = PromptTokenizer(policy.tokenizer, max_length=policy.max_token_len)
+    steps: list[Transform] = [
+        Normalize(stats, quantiles),
+        ResizeImages(policy.image_size, policy.image_size),
+        TokenizePrompt(tokenizer, discrete_state_input=policy.kind == "pi05"),
+    ]
+    if policy.action_dim is not None:
+        steps.append(PadToModel(policy.action_dim, dims.action))
+    return Compose(steps)
+
+
+def make_policy(config: PolicyConfig, dims: Dims, cameras: tuple[str, ...], rngs: nnx.Rngs) -> FlowPolicy:
+    """A policy of the configured kind with fresh parameters."""
+    if config.kind == "mlp_flow":
+        return MLPFlowConfig(
+            state_dim=dims.state,
+            action_dim=dims.action,
+            action_horizon=config.action_horizon,
+            hidden_dims=config.hidden_dims,
+        ).create(rngs)
+    return pi0_config(config, dims, cameras).create(rngs)
+
+
+def pi0_config(config: PolicyConfig, dims: Dims, cameras: tuple[str, ...]) -> Pi0Config:
+    """openpi's models have one width for state and action; a small one takes the data's own two."""
+    return Pi0Config(
+        pi05=config.kind == "pi05",
+        action_dim=config.action_dim or dims.action,
+        state_dim=config.action_dim or dims.state,
+        action_horizon=config.action_horizon,
+        max_token_len=config.max_token_len,
+        paligemma_variant=config.paligemma_variant,
+        action_expert_variant=config.action_expert_variant,
+        vision_variant=config.vision_variant,
+        vocab_size=config.vocab_size or PromptTokenizer(config.tokenizer).vocab_size,
+        image_size=config.image_size,
+        cameras=cameras,
+        dtype=config.dtype,
+        remat=config.remat,
+    )
+
+
+def make_agent(config: TrainConfig, dims: Dims, cameras: tuple[str, ...]) -> ACRLPDAgent:
+    """A fresh agent, placed on the mesh."""
+    policy_rng, agent_rng = jax.random.split(jax.random.key(config.seed))
+    policy = make_policy(config.policy, dims, cameras, nnx.Rngs(params=policy_rng))
+    agent = ACRLPDAgent.create(
+        config.agent,
+        policy,
+        make_optimizers(config.optimizers),
+        state_dim=config.policy.action_dim or dims.state,
+        action_dim=dims.action,
+        rng=agent_rng,
+        trainable=_trainable(config.policy),
+    )
+    mesh = make_mesh(config.fsdp_devices)
+    return jax.device_put(agent, parameter_sharding(mesh, agent))
+
+
+def make_environments(config: TrainConfig, count: int) -> list[SimulatedEnvironment]:
+    if config.env is None:
+        raise ValueError("this run has no environment: set env.name")
+    return [make(config.env) for _ in range(count)]
+
+
+def _trainable(config: PolicyConfig) -> Callable[[str], bool]:
+    """Everything, or all but the image tower and the vision-language expert."""
+    if not config.freeze_pi0_backbone:
+        return lambda path: True
+    return Pi0.is_suffix_param

@@ -1,0 +1,51 @@
+"""Where arrays live: batches split over all devices, large parameters over the fsdp axis (openpi's rule)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+BATCH_AXIS, FSDP_AXIS = "batch", "fsdp"
+MIN_SHARDED_BYTES = 4 * 1024**2  # smaller arrays cost more to gather than to keep
+
+
+def make_mesh(fsdp_devices: int) -> Mesh:
+    """A (batch, fsdp) mesh over all devices."""
+    count = jax.device_count()
+    if fsdp_devices < 1 or count % fsdp_devices:
+        raise ValueError(f"fsdp_devices ({fsdp_devices}) must divide the number of devices ({count})")
+    return jax.make_mesh(
+        (count // fsdp_devices, fsdp_devices),
+        (BATCH_AXIS, FSDP_AXIS),
+        axis_types=(jax.sharding.AxisType.Auto, jax.sharding.AxisType.Auto),
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis over every device."""
+    return NamedSharding(mesh, PartitionSpec((BATCH_AXIS, FSDP_AXIS)))
+
+
+def parameter_sharding(mesh: Mesh, tree: Any) -> Any:
+    """A sharding for each leaf: its largest axis that divides by the fsdp size, if the array is large."""
+
+    def place(leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
+        size = mesh.shape[FSDP_AXIS]
+        large = leaf.size * leaf.dtype.itemsize >= MIN_SHARDED_BYTES and leaf.ndim >= 2
+        axes = [axis for axis in np.argsort(leaf.shape)[::-1] if leaf.shape[axis] % size == 0]
+        if size == 1 or not large or not axes:
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, PartitionSpec(*([None] * int(axes[0])), FSDP_AXIS))
+
+    return jax.tree.map(place, tree)
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """A host's share of the batch as global arrays, transferred without waiting."""
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

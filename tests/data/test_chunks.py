@@ -1,0 +1,218 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from acrlpd.data import chunks
+from acrlpd.data.episodes import EpisodeStore
+from acrlpd.types import Episode
+
+
+def make_episode(length, *, first=1, terminals=(), task="lift", cameras=()):
+    """State, actions, rewards and pictures hold the number of the step, counted from ``first``."""
+    steps = np.arange(first, first + length)
+    pictures = np.broadcast_to(steps[:, None, None, None], (length, 2, 2, 3)).astype(np.uint8)
+    return Episode(
+        state=steps[:, None].astype(np.float32),
+        actions=steps[:, None].astype(np.float32),
+        rewards=steps.astype(np.float32),
+        terminals=np.isin(np.arange(length), list(terminals)),
+        task=task,
+        images={camera: pictures + 10 * i for i, camera in enumerate(cameras)},
+    )
+
+
+def gather_one(episode, step, horizon):
+    """One chunk, from a store with a neighbour on either side that must never show."""
+    neighbour = make_episode(4, first=900, terminals=[0, 3])
+    store = EpisodeStore.from_episodes([neighbour, episode, neighbour])
+    chunk = chunks.gather(store, np.array([4 + step]), horizon)
+    return {key: value[0] for key, value in chunk.items() if not isinstance(value, dict)}
+
+
+# an episode of five steps, numbered 1 to 5 in its contents
+EDGES = [
+    # id, terminals, step, horizon, actions, rewards, terminals, valid, next_state, sequence_mask, bootstrap_mask
+    ("first step", [], 0, 3, [1, 2, 3], [1, 2, 3], [0, 0, 0], [1, 1, 1], 4, 1, 1),
+    ("window ends at the last step but one", [], 1, 3, [2, 3, 4], [2, 3, 4], [0, 0, 0], [1, 1, 1], 5, 1, 1),
+    ("window ends at the last step", [], 2, 3, [3, 4, 5], [3, 4, 5], [0, 0, 0], [1, 1, 1], 5, 1, 1),
+    ("last step but one, time limit", [], 3, 3, [4, 5, 5], [4, 5, 0], [0, 0, 0], [1, 1, 0], 5, 0, 1),
+    ("last step, time limit", [], 4, 3, [5, 5, 5], [5, 0, 0], [0, 0, 0], [1, 0, 0], 5, 0, 1),
+    ("last step but one, terminated", [4], 3, 3, [4, 5, 5], [4, 5, 0], [0, 1, 0], [1, 1, 0], 5, 1, 0),
+    ("last step, terminated", [4], 4, 3, [5, 5, 5], [5, 0, 0], [1, 0, 0], [1, 0, 0], 5, 1, 0),
+    ("full window up to the terminal", [4], 2, 3, [3, 4, 5], [3, 4, 5], [0, 0, 1], [1, 1, 1], 5, 1, 0),
+    ("full window before the terminal", [4], 1, 3, [2, 3, 4], [2, 3, 4], [0, 0, 0], [1, 1, 1], 5, 1, 1),
+    ("horizon 1", [], 1, 1, [2], [2], [0], [1], 3, 1, 1),
+    ("horizon 1 at a terminal", [4], 4, 1, [5], [5], [1], [1], 5, 1, 0),
+    ("longer than the episode", [], 0, 6, [1, 2, 3, 4, 5, 5], [1, 2, 3, 4, 5, 0], [0] * 6, [1] * 5 + [0], 5, 0, 1),
+    ("longer, terminated", [4], 0, 6, [1, 2, 3, 4, 5, 5], [1, 2, 3, 4, 5, 0], [0] * 4 + [1, 0], [1] * 5 + [0], 5, 1, 0),
+    ("terminal in mid-episode", [1], 0, 3, [1, 2, 3], [1, 2, 3], [0, 1, 0], [1, 1, 0], 4, 1, 0),
+    ("two terminals in mid-episode", [1, 2], 0, 4, [1, 2, 3, 4], [1, 2, 3, 4], [0, 1, 1, 0], [1, 1, 0, 0], 5, 1, 0),
+    ("just after a mid-episode terminal", [1], 2, 3, [3, 4, 5], [3, 4, 5], [0, 0, 0], [1, 1, 1], 5, 1, 1),
+    ("mid-episode terminal, then a time limit", [3], 3, 3, [4, 5, 5], [4, 5, 0], [1, 0, 0], [1, 0, 0], 5, 1, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [pytest.param(case[1:], id=case[0]) for case in EDGES])
+def test_edges_by_hand(case):
+    terminals, step, horizon, *expected = case
+    chunk = gather_one(make_episode(5, terminals=terminals), step, horizon)
+    keys = ["actions", "rewards", "terminals", "valid", "next_state", "sequence_mask", "bootstrap_mask"]
+    for key, value in zip(keys, expected, strict=True):
+        np.testing.assert_array_equal(np.squeeze(chunk[key]), np.squeeze(value), err_msg=key)
+    assert (chunk["state"], chunk["episode_id"], chunk["step_id"]) == ([step + 1], 1, step)
+
+
+def test_an_episode_of_one_step():
+    chunk = gather_one(make_episode(1), 0, 3)
+    np.testing.assert_array_equal(chunk["actions"][:, 0], [1, 1, 1])
+    np.testing.assert_array_equal(chunk["valid"], [1, 0, 0])
+    assert (chunk["sequence_mask"], chunk["bootstrap_mask"], chunk["next_state"]) == (0, 1, [1])
+
+
+def test_fields_of_a_batch():
+    store = EpisodeStore.from_episodes(
+        [make_episode(3, cameras=["top", "wrist"]), make_episode(2, first=6, task="fold it", cameras=["top", "wrist"])]
+    )
+    chunk = chunks.gather(store, np.array([4, 1]), 2)
+    assert chunk["prompt"].tolist() == ["fold it", "lift"]
+    np.testing.assert_array_equal(chunk["image"]["wrist"][:, 0, 0, 0], [17, 12])
+    np.testing.assert_array_equal(chunk["next_image"]["wrist"][:, 1, 1, 2], [17, 13])
+    assert {key: chunk[key].shape for key in ("state", "actions", "rewards", "valid", "sequence_mask")} == {
+        "state": (2, 1), "actions": (2, 2, 1), "rewards": (2, 2), "valid": (2, 2), "sequence_mask": (2,)
+    }  # fmt: skip
+    assert chunk["image"]["top"].dtype == np.uint8
+    assert {chunk[key].dtype for key in ("actions", "rewards", "terminals", "valid", "bootstrap_mask")} == {
+        np.dtype(np.float32)
+    }
+    without = chunks.gather(store, np.array([4, 1]), 2, images=False)
+    assert (without["image"], without["next_image"]) == ({}, {})
+
+
+def test_the_batch_is_a_copy():
+    store = EpisodeStore.from_episodes([make_episode(3, cameras=["top"])])
+    chunk = chunks.gather(store, np.array([0]), 2)
+    for value in (chunk["state"], chunk["actions"], chunk["image"]["top"]):
+        value[:] = 0
+    assert store.state[0] == store.actions[0] == store.images["top"][0, 0, 0, 0] == 1
+
+
+def test_seam_after_the_oldest_episodes_were_dropped():
+    bytes_per_row = 4 * 3 + 1
+    store = EpisodeStore(max_bytes=9 * bytes_per_row)
+    for i in range(20):
+        store.append(make_episode(4, first=100 * i, terminals=[3] if i % 2 else []))
+    # the buffers have been moved several times; episodes 18 (time limit) and 19 (terminated) are left
+    chunk = chunks.gather(store, np.array([0, 2, 3, 4, 7]), 3)
+    np.testing.assert_array_equal(
+        chunk["actions"][..., 0],
+        [[1800, 1801, 1802], [1802, 1803, 1803], [1803] * 3, [1900, 1901, 1902], [1903] * 3],
+    )
+    np.testing.assert_array_equal(chunk["episode_id"], [18, 18, 18, 19, 19])
+    np.testing.assert_array_equal(chunk["step_id"], [0, 2, 3, 0, 3])
+    np.testing.assert_array_equal(chunk["sequence_mask"], [1, 0, 0, 1, 1])
+    np.testing.assert_array_equal(chunk["bootstrap_mask"], [1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(chunk["next_state"][:, 0], [1803, 1803, 1803, 1903, 1903])
+
+
+def slow_gather(episodes, index, step, horizon):
+    """The definition, one step at a time (docs/algorithm.md, section 1)."""
+    episode = episodes[index]
+    length = len(episode)
+    actions, rewards, terminals, valid = [], [], [], []
+    ended = False
+    for t in range(step, step + horizon):
+        real = t < length
+        actions.append(episode.actions[t if real else length - 1])
+        rewards.append(episode.rewards[t] if real else 0.0)
+        terminals.append(float(real and episode.terminals[t]))
+        valid.append(float(real and not ended))
+        ended = ended or bool(terminals[-1])
+    return {
+        "state": episode.state[step],
+        "next_state": episode.state[min(step + horizon, length - 1)],
+        "actions": actions,
+        "rewards": rewards,
+        "terminals": terminals,
+        "valid": valid,
+        "bootstrap_mask": float(not ended),
+        "sequence_mask": float(step + horizon <= length or ended),
+        "episode_id": index,
+        "step_id": step,
+        "prompt": episode.task,
+    }
+
+
+@given(
+    flags=st.lists(st.lists(st.booleans(), min_size=1, max_size=7), min_size=1, max_size=5),
+    horizon=st.integers(1, 9),
+    num_dropped=st.integers(0, 3),
+)
+@settings(deadline=None, max_examples=150)
+def test_agrees_with_a_slow_reference(flags, horizon, num_dropped):
+    firsts = np.cumsum([0, *map(len, flags)])
+    episodes = [
+        make_episode(len(row), first=int(first), terminals=np.flatnonzero(row), task=f"task {len(row)}")
+        for row, first in zip(flags, firsts, strict=False)
+    ]
+    num_dropped = min(num_dropped, len(episodes) - 1)
+    store = EpisodeStore.from_episodes(episodes)
+    for _ in range(num_dropped):
+        store._drop_oldest()
+    places = [(i, t) for i in range(num_dropped, len(episodes)) for t in range(len(episodes[i]))]
+    chunk = chunks.gather(store, np.arange(len(places)), horizon)
+    for row, (index, step) in enumerate(places):
+        for key, value in slow_gather(episodes, index, step, horizon).items():
+            np.testing.assert_array_equal(chunk[key][row], value, err_msg=f"{key} at episode {index}, step {step}")
+
+
+def test_bad_horizon():
+    with pytest.raises(ValueError, match="horizon must be at least 1"):
+        gather_one(make_episode(3), 0, 0)
+
+
+@pytest.fixture
+def store():
+    return EpisodeStore.from_episodes([make_episode(length) for length in (5, 2, 3, 4)])
+
+
+def draw(store, sequence_ratio, *, batch_size=4000, horizon=3):
+    return chunks.start_rows(store, chunks.step_rng(0, 0), batch_size, horizon, sequence_ratio)
+
+
+def test_full_windows_are_drawn_evenly_from_all_that_fit(store):
+    rows, counts = np.unique(draw(store, 1.0), return_counts=True)
+    np.testing.assert_array_equal(rows, [0, 1, 2, 7, 10, 11])  # episodes start at rows 0, 5, 7, 10
+    np.testing.assert_allclose(counts, 4000 / 6, rtol=0.15)
+
+
+def test_anywhere_means_every_row(store):
+    rows, counts = np.unique(draw(store, 0.0), return_counts=True)
+    np.testing.assert_array_equal(rows, np.arange(14))
+    np.testing.assert_allclose(counts, 4000 / 14, rtol=0.25)
+
+
+def test_sequence_ratio_is_a_share_of_the_batch(store):
+    rows = draw(store, 0.75, batch_size=8)
+    assert rows.shape == (8,)
+    assert np.isin(rows[:6], [0, 1, 2, 7, 10, 11]).all()
+    tails = draw(store, 0.75)[3000:]
+    assert not np.isin(tails, [0, 1, 2, 7, 10, 11]).all()
+
+
+def test_where_no_window_fits_all_rows_are_drawn(store):
+    rows = draw(store, 1.0, horizon=6)
+    np.testing.assert_array_equal(np.unique(rows), np.arange(14))
+
+
+def test_an_empty_store_is_refused():
+    with pytest.raises(ValueError, match="empty EpisodeStore"):
+        draw(EpisodeStore(), 1.0)
+
+
+def test_rng_is_a_function_of_seed_and_step():
+    numbers = {
+        (seed, step): chunks.step_rng(seed, step).integers(1 << 60) for seed in range(4) for step in (0, 1, 1 << 33)
+    }
+    assert len(set(numbers.values())) == 12
+    assert chunks.step_rng(3, 1).integers(1 << 60) == numbers[3, 1]

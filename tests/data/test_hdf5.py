@@ -1,0 +1,202 @@
+import dataclasses
+import os
+
+import h5py
+import numpy as np
+import pytest
+
+from acrlpd.data import hdf5
+from acrlpd.data.episodes import EpisodeSource, EpisodeStore
+from acrlpd.data.hdf5 import H5DatasetReader
+from acrlpd.types import Episode
+
+
+def make_episode(length=4, state_dim=3, cameras=("top",), seed=0, success=True) -> Episode:
+    rng = np.random.default_rng(seed)
+    return Episode(
+        state=rng.normal(size=(length, state_dim)).astype(np.float32),
+        actions=rng.normal(size=(length, 2)).astype(np.float32),
+        rewards=np.where(np.arange(length) == length - 1, 0, -1).astype(np.float32),
+        terminals=np.arange(length) == length - 1,
+        task="öffne die Schublade",
+        images={camera: rng.integers(0, 256, (length, 5, 6, 3), np.uint8) for camera in cameras},
+        success=success,
+    )
+
+
+def assert_same(found: Episode, expected: Episode):
+    for key in ("state", "actions", "rewards", "terminals"):
+        np.testing.assert_array_equal(getattr(found, key), getattr(expected, key))
+        assert getattr(found, key).dtype == getattr(expected, key).dtype
+    assert found.images.keys() == expected.images.keys()
+    for camera, frames in expected.images.items():
+        np.testing.assert_array_equal(found.images[camera], frames)
+    assert (found.task, found.success) == (expected.task, expected.success)
+
+
+@pytest.mark.parametrize("success", [True, False, None])
+@pytest.mark.parametrize("compression", [None, "gzip", "lzf"])
+def test_round_trip(tmp_path, success, compression):
+    episode = make_episode(cameras=("top", "wrist"), success=success)
+    path = hdf5.write_episode(tmp_path / "new" / "episode_000007.hdf5", episode, {"seed": 3}, compression=compression)
+    found = hdf5.read_episode(path)
+    assert_same(found, episode)
+    assert found.source == str(path)
+    assert hdf5.read_metadata(path) == {"seed": 3}
+
+
+def test_pictures_are_stored_frame_by_frame(tmp_path):
+    path = hdf5.write_episode(tmp_path / "episode_0.hdf5", make_episode())
+    with h5py.File(path) as file:
+        assert file["observations/images/top"].chunks == (1, 5, 6, 3)
+
+
+def edit(path, change):
+    with h5py.File(path, "r+") as file:
+        change(file)
+
+
+def replace(key, values):
+    def change(file):
+        del file[key]
+        file[key] = values
+
+    return change
+
+
+def remove(key):
+    return lambda file: file.__delitem__(key)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove("actions"), "actions: expected a dataset, found nothing"),
+        (remove("observations/state"), "observations/state: expected a dataset, found nothing"),
+        (remove("observations"), "observations/state: expected a dataset, found nothing"),
+        (replace("rewards", np.zeros(3, np.float32)), r"rewards: expected 4 rows \(as in actions\), found 3"),
+        (replace("rewards", np.zeros((4, 1), np.float32)), r"rewards: expected 1 axes, found shape \(4, 1\)"),
+        (replace("rewards", np.zeros(4, np.int64)), "rewards: expected float32, found int64"),
+        (replace("terminals", np.zeros(4, np.float32)), "terminals: expected bool, found float32"),
+        (replace("actions", np.full((4, 2), np.nan, np.float32)), "actions: expected finite numbers, .* in row 0"),
+        (
+            replace("observations/state", np.array([[0.0] * 3] * 3 + [[0, np.inf, 0]], np.float32)),
+            "observations/state: expected finite numbers, .* in row 3",
+        ),
+        (replace("observations/images/top", np.zeros((4, 5, 6, 1), np.uint8)), "images/top: expected uint8"),
+        (replace("observations/images/top", np.zeros((3, 5, 6, 3), np.uint8)), "images/top: expected 4 rows"),
+        (lambda file: file.attrs.__delitem__("format"), "expected the attribute format='acrlpd'"),
+        (lambda file: file.attrs.__delitem__("task"), "expected the attribute 'task'"),
+        (lambda file: file.attrs.__setitem__("version", 2), "expected version=1, found .*2"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_key(tmp_path, change, message):
+    path = hdf5.write_episode(tmp_path / "episode_000001.hdf5", make_episode())
+    edit(path, change)
+    with pytest.raises(ValueError, match=rf"episode_000001\.hdf5: .*{message}"):
+        hdf5.read_episode(path)
+
+
+def test_an_empty_episode_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"episode_0\.hdf5: actions: expected at least 1 step, found 0"):
+        hdf5.write_episode(tmp_path / "episode_0.hdf5", make_episode(length=0, cameras=()))
+    path = hdf5.write_episode(tmp_path / "episode_1.hdf5", make_episode(cameras=()))
+    for key, shape in {"actions": (0, 2), "observations/state": (0, 3)}.items():
+        edit(path, replace(key, np.zeros(shape, np.float32)))
+    with pytest.raises(ValueError, match=r"episode_1\.hdf5: actions: expected at least 1 step, found 0"):
+        H5DatasetReader(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 3000])
+def test_a_truncated_file_is_named(tmp_path, keep):
+    path = hdf5.write_episode(tmp_path / "episode_0.hdf5", make_episode())
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"episode_0\.hdf5: expected a complete HDF5 file"):
+        hdf5.read_episode(path)
+
+
+def test_what_would_not_be_read_is_not_written(tmp_path):
+    episode = make_episode()
+    broken = dataclasses.replace(episode, rewards=np.full(4, np.nan, np.float32))
+    with pytest.raises(ValueError, match="rewards: expected finite"):
+        hdf5.write_episode(tmp_path / "episode_0.hdf5", broken)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_crash_before_the_rename_leaves_the_old_episode(tmp_path, monkeypatch):
+    old, new = make_episode(seed=1), make_episode(seed=2)
+    path = hdf5.write_episode(tmp_path / "episode_0.hdf5", old)
+
+    def crash(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        hdf5.write_episode(path, new)
+    with pytest.raises(KeyboardInterrupt):
+        hdf5.write_episode(tmp_path / "episode_1.hdf5", new)
+    assert list(tmp_path.iterdir()) == [path]
+    assert_same(hdf5.read_episode(path), old)
+
+
+def test_reader_orders_by_number_and_is_a_source(tmp_path):
+    lengths = {2: 3, 10: 5, 1: 4}
+    for number, length in lengths.items():
+        hdf5.write_episode(tmp_path / f"episode_{number}.hdf5", make_episode(length, seed=number, success=None))
+    (tmp_path / ".episode_3.hdf5.99.tmp").write_bytes(b"half")
+    reader = H5DatasetReader(tmp_path)
+    assert isinstance(reader, EpisodeSource)
+    assert [hdf5.episode_number(path) for path in reader.paths] == [1, 2, 10]
+    assert reader.lengths.tolist() == [4, 3, 5]
+    assert (len(reader), reader.num_episodes, reader.state_dim, reader.action_dim) == (3, 3, 3, 2)
+    assert reader.cameras == ("top",)
+    assert_same(reader.episode(2), make_episode(5, seed=10, success=None))
+    assert [len(episode) for episode in reader] == [4, 3, 5]
+    assert reader.info(1).length == 3
+    assert reader.info(1).success is None
+    assert reader.info(1).source.endswith("episode_2.hdf5")
+
+
+def test_window_reads_the_rows_of_one_key(tmp_path):
+    episode = make_episode(6)
+    hdf5.write_episode(tmp_path / "episode_0.hdf5", episode)
+    reader, store = H5DatasetReader(tmp_path), EpisodeStore.from_episodes([episode])
+    for key in ("state", "actions", "rewards", "terminals", "images/top"):
+        np.testing.assert_array_equal(reader.window(0, key, 2, 5), store.window(0, key, 2, 5))
+    with pytest.raises(IndexError, match=r"episode_0\.hdf5: window 2\.\.7 leaves the episode \(0\.\.6\)"):
+        reader.window(0, "state", 2, 7)
+    with pytest.raises(ValueError, match=r"episode_0\.hdf5: observations/images/wrist: expected a dataset"):
+        reader.window(0, "images/wrist", 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (make_episode(state_dim=4), r"observations/state: expected state_dim 3 \(as in episode_0.hdf5\), found 4"),
+        (make_episode(cameras=("wrist",)), "observations/images: expected image_shapes .*top.*, found .*wrist"),
+    ],
+)
+def test_episodes_of_different_dimensions_are_refused(tmp_path, other, message):
+    hdf5.write_episode(tmp_path / "episode_0.hdf5", make_episode())
+    hdf5.write_episode(tmp_path / "episode_1.hdf5", other)
+    with pytest.raises(ValueError, match=rf"episode_1\.hdf5: {message}"):
+        H5DatasetReader(tmp_path)
+
+
+def test_folders_without_episodes(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        H5DatasetReader(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"expected files named episode_\*\.hdf5, found none"):
+        H5DatasetReader(tmp_path)
+    with h5py.File(tmp_path / "demo_0.hdf5", "w") as file:
+        file["data/demo_0/actions"] = np.zeros((3, 7))
+    with pytest.raises(ValueError, match=r"demo_0\.hdf5: .*another layout"):
+        H5DatasetReader(tmp_path)
+    (tmp_path / "demo_0.hdf5").rename(tmp_path / "all.hdf5")
+    with pytest.raises(ValueError, match=r"names that end in a number, found \['all\.hdf5'\]"):
+        H5DatasetReader(tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"episode_5\.hdf5: no such file"):
+        hdf5.read_episode(tmp_path / "episode_5.hdf5")

@@ -1,0 +1,194 @@
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from acrlpd.data.chunks import gather
+from acrlpd.data.episodes import EpisodeStore
+from acrlpd.data.loader import PREFETCH, ACRLPDDataLoader, ChunkLoader
+from acrlpd.data.normalize import NormStats
+from acrlpd.data.tokenizer import PromptTokenizer
+from acrlpd.data.transforms import Compose, DeltaActions, Normalize, PadToModel, ResizeImages, TokenizePrompt
+from acrlpd.types import ChunkBatch, Episode
+
+STATS = {"state": NormStats(np.ones(3), 2 * np.ones(3)), "actions": NormStats(np.zeros(2), np.ones(2))}
+TRANSFORMS = Compose(
+    (
+        DeltaActions((True, False)),
+        Normalize(STATS),
+        ResizeImages(4, 4),
+        TokenizePrompt(PromptTokenizer(max_length=12)),
+        PadToModel(4),
+    )
+)
+
+
+def make_store(lengths, *, seed=0, size=(6, 8)):
+    rng = np.random.default_rng(seed)
+    return EpisodeStore.from_episodes(
+        Episode(
+            state=rng.normal(size=(n, 3)),
+            actions=rng.normal(size=(n, 2)),
+            rewards=rng.normal(size=n),
+            terminals=np.arange(n) == n - 1,
+            task=f"lift number {n}",
+            images={"top": rng.integers(0, 256, (n, *size, 3), dtype=np.uint8)},
+        )
+        for n in lengths
+    )
+
+
+def make_loader(prior=None, replay=None, transform=TRANSFORMS, **changes):
+    arguments = {"batch_size": 8, "horizon": 3, "sequence_ratio": 0.5, "seed": 0} | changes
+    return ChunkLoader(prior or make_store([7, 2, 9]), transform, replay=replay, **arguments)
+
+
+def assert_same(first, second):
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def assert_different(first, second):
+    assert not all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b), first, second)))
+
+
+def test_shapes_and_dtypes():
+    batch = make_loader().batch(0)
+    assert isinstance(batch, ChunkBatch)
+    assert all(isinstance(leaf, np.ndarray) and len(leaf) == 8 for leaf in jax.tree.leaves(batch))
+    assert batch.actions.shape == (8, 3, 4)
+    for observation in (batch.observations, batch.next_observations):
+        assert observation.state.shape == (8, 4)
+        assert observation.images["top"].shape == (8, 4, 4, 3)
+        assert observation.images["top"].dtype == np.uint8
+        assert observation.image_masks["top"].all()
+        assert observation.tokenized_prompt.shape == (8, 12)
+    assert {getattr(batch, key).dtype for key in ("actions", "rewards", "terminals", "valid", "sequence_mask")} == {
+        np.dtype(np.float32)
+    }
+    assert {batch.episode_id.dtype, batch.step_id.dtype} == {np.dtype(np.int32)}
+
+
+def test_a_batch_holds_what_its_ids_say():
+    prior = make_store([7, 2, 9])
+    batch = make_loader(prior).batch(5)
+    starts = np.array([0, 7, 9])[batch.episode_id] + batch.step_id
+    raw = gather(prior, starts, 3)
+    np.testing.assert_array_equal(batch.rewards, raw["rewards"])  # raw, undiscounted
+    np.testing.assert_array_equal(batch.valid, raw["valid"])
+    np.testing.assert_array_equal(batch.terminals, raw["terminals"])
+    np.testing.assert_array_equal(batch.bootstrap_mask, raw["bootstrap_mask"])
+    np.testing.assert_allclose(batch.next_observations.state[:, :3], (raw["next_state"] - 1) / 2, rtol=1e-5)
+    np.testing.assert_allclose(
+        batch.actions[..., :2], raw["actions"] - raw["state"][:, None, :2] * np.array([1.0, 0.0]), atol=1e-5
+    )
+    tokens, _ = PromptTokenizer(max_length=12).encode_batch(raw["prompt"].tolist())
+    np.testing.assert_array_equal(batch.observations.tokenized_prompt, tokens)
+    np.testing.assert_array_equal(batch.next_observations.tokenized_prompt, tokens)
+
+
+def test_a_batch_is_a_function_of_seed_step_and_contents():
+    loader = make_loader()
+    first = loader.batch(11)
+    loader.batch(12)
+    assert_same(loader.batch(11), first)
+    assert_same(make_loader().batch(11), first)
+    assert_different(loader.batch(12), first)
+    assert_different(make_loader(seed=1).batch(11), first)
+    assert_different(make_loader(make_store([7, 2, 9], seed=3)).batch(11), first)
+
+
+def test_sequence_ratio():
+    lengths = np.array([7, 2, 9])
+    batch = make_loader(sequence_ratio=1.0, batch_size=64).batch(0)
+    assert (batch.step_id + 3 <= lengths[batch.episode_id]).all()
+    mixed = make_loader(sequence_ratio=0.25, batch_size=64).batch(0)
+    fits = mixed.step_id + 3 <= lengths[mixed.episode_id]
+    assert fits[:16].all()
+    assert not fits[16:].all()
+
+
+@pytest.mark.parametrize(("online_ratio", "expected"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
+def test_online_batches_mix_replay_and_prior(online_ratio, expected):
+    prior, replay = make_store([7, 2, 9]), make_store([5, 5], seed=1, size=(3, 3))  # its pictures have another size
+    batch = make_loader(prior, replay, online_ratio=online_ratio).batch(3, online=True)
+    own = batch.episode_id >= 3  # replayed ids count on after the three prior ones
+    np.testing.assert_array_equal(own, np.arange(8) < expected)
+    rows = (batch.episode_id[own] - 3) * 5 + batch.step_id[own]
+    np.testing.assert_array_equal(batch.rewards[own], gather(replay, rows, 3)["rewards"])
+    assert len(jax.tree.leaves(batch)[0]) == 8
+
+
+def test_online_without_replayed_rows_is_prior_data():
+    replay = EpisodeStore()
+    loader = make_loader(replay=replay)
+    assert_same(loader.batch(3, online=True), make_loader().batch(3))
+    replay.append(make_store([4]).episode(0))
+    assert (loader.batch(3, online=True).episode_id >= 3).sum() == 4
+    assert (loader.batch(3).episode_id < 3).all()  # offline batches never touch it
+
+
+@pytest.mark.parametrize("changes", [{"sequence_ratio": 1.1}, {"online_ratio": -0.1}, {"batch_size": 0}, {"seed": -1}])
+def test_bad_arguments_are_named(changes):
+    (name,) = changes
+    with pytest.raises(ValueError, match=name):
+        make_loader(**changes)
+
+
+def test_empty_prior_is_refused():
+    with pytest.raises(ValueError, match="prior data is empty"):
+        ChunkLoader(EpisodeStore(), TRANSFORMS, batch_size=1, horizon=1, sequence_ratio=0.0, seed=0)
+
+
+def prefetch_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "acrlpd-prefetch"]
+
+
+def test_batches_made_ahead_are_the_same_from_any_step_on():
+    loader = make_loader()
+    ahead = list(loader.offline_batches(0, 6))
+    assert len(ahead) == 6
+    for step, batch in enumerate(ahead):
+        assert_same(batch, loader.batch(step))
+    for resumed, straight in zip(loader.offline_batches(4, 6), ahead[4:], strict=True):
+        assert_same(resumed, straight)
+    assert list(loader.offline_batches(3, 3)) == []
+    assert not prefetch_threads()
+
+
+def test_leaving_early_stops_the_thread():
+    batches = make_loader().offline_batches(0, 10**9)
+    next(batches)
+    assert len(prefetch_threads()) == 1
+    batches.close()
+    assert not prefetch_threads()
+
+
+class FailsAt:
+    """A transform that fails at its n-th call; a batch takes two."""
+
+    def __init__(self, call):
+        self.calls_left = call
+
+    def __call__(self, data):
+        self.calls_left -= 1
+        if self.calls_left == 0:
+            raise ValueError("the picture is torn")
+        return data
+
+    def inverse(self, data):
+        return data
+
+
+def test_an_error_in_the_thread_is_raised_here_at_its_batch():
+    failing = 4 + PREFETCH
+    batches = make_loader(transform=FailsAt(2 * failing + 1)).offline_batches(0, 100)
+    for _ in range(failing):
+        next(batches)
+    with pytest.raises(ValueError, match="the picture is torn"):
+        next(batches)
+    assert not prefetch_threads()
+
+
+def test_name_of_the_founding_design():
+    assert ACRLPDDataLoader is ChunkLoader

@@ -1,0 +1,119 @@
+import json
+
+import numpy as np
+import pytest
+
+from acrlpd.data import hdf5
+from acrlpd.data.replay import ReplayJournal
+from acrlpd.types import Episode
+
+
+def make_episode(number: int) -> Episode:
+    return Episode(
+        state=np.full((number + 1, 2), number, np.float32),
+        actions=np.zeros((number + 1, 1), np.float32),
+        rewards=-np.ones(number + 1, np.float32),
+        terminals=np.zeros(number + 1, np.bool_),
+        task="push",
+        success=number % 2 == 0,
+    )
+
+
+@pytest.fixture
+def journal(tmp_path) -> ReplayJournal:
+    journal = ReplayJournal(tmp_path / "replay")
+    assert [journal.append(make_episode(number)) for number in range(4)] == [0, 1, 2, 3]
+    return journal
+
+
+def lengths(journal: ReplayJournal) -> list[int]:
+    return [len(episode) for episode in journal.load()]
+
+
+def damaged(journal: ReplayJournal) -> list[str]:
+    return sorted(path.name for path in (journal.directory / "damaged").iterdir())
+
+
+def test_an_empty_journal(tmp_path):
+    journal = ReplayJournal(tmp_path / "new" / "replay")
+    assert len(journal) == 0
+    assert list(journal.load()) == []
+
+
+def test_what_was_appended_is_loaded_in_order(journal):
+    again = ReplayJournal(journal.directory)
+    assert len(again) == 4
+    loaded = list(again.load())
+    assert [len(episode) for episode in loaded] == [1, 2, 3, 4]
+    assert [episode.success for episode in loaded] == [True, False, True, False]
+    np.testing.assert_array_equal(loaded[2].state, make_episode(2).state)
+    assert again.append(make_episode(4)) == 4
+    assert lengths(ReplayJournal(journal.directory)) == [1, 2, 3, 4, 5]
+    assert not (journal.directory / "damaged").exists()
+
+
+def test_the_index_is_readable_without_us(journal):
+    lines = [json.loads(line) for line in (journal.directory / "journal.jsonl").read_text().splitlines()]
+    assert [line["number"] for line in lines] == [0, 1, 2, 3]
+    assert [line["file"] for line in lines] == [f"episode_{number:06d}.hdf5" for number in range(4)]
+    assert [line["length"] for line in lines] == [1, 2, 3, 4]
+    assert [line["success"] for line in lines] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_truncated_file_is_set_aside(journal, number):
+    path = hdf5.episode_path(journal.directory, number)
+    path.write_bytes(path.read_bytes()[:500])
+    again = ReplayJournal(journal.directory)
+    with pytest.warns(UserWarning, match=rf"{path.name}: expected sha256"):
+        assert lengths(again) == [length for length in (1, 2, 3, 4) if length != number + 1]
+    assert damaged(again) == [path.name]
+    assert again.append(make_episode(4)) == 4
+    assert len(ReplayJournal(journal.directory)) == 4  # the entry is gone for good, and nothing warns again
+
+
+def test_a_flipped_bit_is_found(journal):
+    path = hdf5.episode_path(journal.directory, 2)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match="expected sha256"):
+        assert lengths(ReplayJournal(journal.directory)) == [1, 2, 4]
+
+
+def test_a_missing_file_is_reported(journal):
+    hdf5.episode_path(journal.directory, 0).unlink()
+    with pytest.warns(UserWarning, match=r"episode_000000\.hdf5: the index names it, but it is missing"):
+        assert lengths(ReplayJournal(journal.directory)) == [2, 3, 4]
+
+
+@pytest.mark.parametrize("cut", [1, 30])
+def test_half_an_index_line_is_set_aside_with_its_file(journal, cut):
+    index = journal.directory / "journal.jsonl"
+    index.write_bytes(index.read_bytes()[:-cut])  # cut 1 takes only the newline
+    with (
+        pytest.warns(UserWarning, match=r"journal\.jsonl: lines that are not a complete entry"),
+        pytest.warns(UserWarning, match=r"episode_000003\.hdf5: journal\.jsonl has no line for it"),
+    ):
+        again = ReplayJournal(journal.directory)
+    assert damaged(again) == ["episode_000003.hdf5", "journal.jsonl"]
+    assert lengths(again) == [1, 2, 3]
+    assert again.append(make_episode(3)) == 3
+    assert lengths(ReplayJournal(journal.directory)) == [1, 2, 3, 4]
+
+
+def test_a_crash_between_file_and_line(journal, tmp_path):
+    hdf5.write_episode(hdf5.episode_path(journal.directory, 4), make_episode(4))
+    (journal.directory / ".episode_000005.hdf5.1.tmp").write_bytes(b"half")
+    with pytest.warns(UserWarning, match=r"episode_000004\.hdf5: journal\.jsonl has no line for it"):
+        again = ReplayJournal(journal.directory)
+    assert lengths(again) == [1, 2, 3, 4]
+    assert not list(journal.directory.glob(".*.tmp"))
+
+
+def test_what_is_set_aside_overwrites_nothing(journal):
+    for _ in range(2):
+        hdf5.write_episode(hdf5.episode_path(journal.directory, 4), make_episode(4))
+        with pytest.warns(UserWarning, match="no line for it"):
+            again = ReplayJournal(journal.directory)
+    assert damaged(again) == ["1-episode_000004.hdf5", "episode_000004.hdf5"]

@@ -1,0 +1,41 @@
+"""acrlpd: action-chunked reinforcement learning with prior data, for π₀ and π₀.5.
+
+The names below are importable from here; each is loaded when first used, so that ``import acrlpd`` stays cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "acrlpd.agents.acrlpd": ("ACRLPDAgent", "ACRLPDPi0Agent", "AgentConfig", "TemperatureConfig"),
+    "acrlpd.agents.losses": ("LossWeights",),
+    "acrlpd.config": ("ACRLPDPi0Config", "ACRLPDTrainingConfig", "EvalConfig", "TrainConfig"),
+    "acrlpd.data.episodes": ("EpisodeStore",),
+    "acrlpd.data.hdf5": ("H5DatasetReader",),
+    "acrlpd.data.loader": ("ACRLPDDataLoader", "ChunkLoader"),
+    "acrlpd.models.critic": ("CriticConfig", "CriticNetworks"),
+    "acrlpd.models.mlp_flow": ("MLPFlow", "MLPFlowConfig"),
+    "acrlpd.models.pi0": ("Pi0", "Pi0Config"),
+    "acrlpd.presets": ("get_aloha_config", "get_droid_config", "get_libero_config", "get_preset"),
+    "acrlpd.training.checkpoint": ("ACRLPDCheckpointManager",),
+    "acrlpd.training.loop": ("ACRLPDTrainer",),
+    "acrlpd.training.setup": ("load_checkpoint", "make_trainer"),
+    "acrlpd.types": ("ChunkBatch", "Episode", "Observation"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'acrlpd' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

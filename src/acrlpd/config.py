@@ -52,7 +52,7 @@ class CollectConfig:
     episodes: int = 100
     policy: Literal["expert", "random"] = "expert"
     noise_range: tuple[float, float] = (0.0, 0.8)
-    num_workers: int = 2
+    num_workers: int = 1  # processes
 
     def __post_init__(self):
         if self.episodes < 1:
@@ -141,6 +141,7 @@ class EvalConfig:
 class TrainConfig:
     """A run: what is trained, on what, for how long, and where its files go."""
 
+    preset: str | None = None  # where the values come from, for messages
     name: str = "run"
     run_dir: str = "runs"  # the run's own folder is run_dir/name
     seed: int = 0
@@ -186,6 +187,9 @@ class TrainConfig:
             raise ValueError("online_steps > 0 needs an environment: set env.name, or online_steps to 0")
         if self.env is None and self.data.path is None:
             raise ValueError("a run needs data.path (a folder of episodes), env.name (to collect some), or both")
+
+
+ACRLPDPi0Config = ACRLPDTrainingConfig = TrainConfig  # two names of the founding design for one description of a run
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from acrlpd.config import (
 from acrlpd.envs.env import EnvConfig
 from acrlpd.models.critic import CriticConfig
 
+DRAWER = EnvConfig("metaworld/drawer-open-v3", max_episode_steps=150)
+
 NANO = PolicyConfig(
     kind="pi0",
     action_horizon=5,
@@ -47,7 +49,7 @@ def _constant(learning_rate: float, *, warmup_steps: int = 0) -> OptimizerConfig
 def get_demo_config() -> TrainConfig:
     return TrainConfig(
         name="demo",
-        env=EnvConfig("metaworld/drawer-open-v3", max_episode_steps=150),
+        env=DRAWER,
         policy=NANO,
         agent=AgentConfig(
             critic=CriticConfig(num_critics=10, hidden_dims=(128, 128), q_aggregation="mean"),
@@ -75,9 +77,8 @@ def get_demo_config() -> TrainConfig:
 # acrlpd train demo-vision     (make demo-vision)
 # The same with a 64 px camera beside the state; rendering takes most of the additional time.
 def get_demo_vision_config() -> TrainConfig:
-    config = get_demo_config()
-    env = dataclasses.replace(config.env, cameras=("corner2",), image_size=64)
-    return dataclasses.replace(config, name="demo-vision", env=env)
+    env = dataclasses.replace(DRAWER, cameras=("corner2",), image_size=64)
+    return dataclasses.replace(get_demo_config(), name="demo-vision", env=env)
 
 
 # acrlpd train demo-cube
@@ -99,7 +100,7 @@ def get_debug_config() -> TrainConfig:
     return dataclasses.replace(
         config,
         name="debug",
-        env=dataclasses.replace(config.env, max_episode_steps=30),
+        env=dataclasses.replace(DRAWER, max_episode_steps=30),
         agent=dataclasses.replace(
             config.agent,
             critic=dataclasses.replace(config.agent.critic, num_critics=2, hidden_dims=(32,)),
@@ -228,4 +229,4 @@ def get_preset(name: str) -> TrainConfig:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown preset {name!r}: {hint}There are {', '.join(PRESETS)}")
-    return PRESETS[name]()
+    return dataclasses.replace(PRESETS[name](), preset=name)

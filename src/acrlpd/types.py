@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from beartype import beartype
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, UInt8, jaxtyped
+from jaxtyping import Bool, Float, Int, UInt8, jaxtyped
 
 typed = jaxtyped(typechecker=beartype)
 """Checks the array shapes and dtypes that a function declares, at every call outside a compiled program."""
+
+AnyArray: TypeAlias = Any
+"""A batch is numpy until it is placed on a device, and holds whatever JAX rebuilds its pytree with."""
 
 Metrics = Mapping[str, Any]
 """Scalars by name, on the device until someone logs them."""
@@ -29,13 +32,13 @@ class Observation:
     Images stay uint8 until they are on the device; a model maps them to [-1, 1]. A state is normalized.
     """
 
-    state: Float[Array, "b s"]
-    images: dict[str, Float[Array, "b _ _ 3"] | UInt8[Array, "b _ _ 3"]] = struct.field(default_factory=dict)
-    image_masks: dict[str, Bool[Array, " b"]] = struct.field(default_factory=dict)
-    tokenized_prompt: Int[Array, "b l"] | None = None
-    tokenized_prompt_mask: Bool[Array, "b l"] | None = None
-    token_ar_mask: Int[Array, "b l"] | None = None  # pi0-FAST only
-    token_loss_mask: Bool[Array, "b l"] | None = None  # pi0-FAST only
+    state: Float[AnyArray, "b s"]
+    images: dict[str, Float[AnyArray, "b _ _ 3"] | UInt8[AnyArray, "b _ _ 3"]] = struct.field(default_factory=dict)
+    image_masks: dict[str, Bool[AnyArray, " b"]] = struct.field(default_factory=dict)
+    tokenized_prompt: Int[AnyArray, "b l"] | None = None
+    tokenized_prompt_mask: Bool[AnyArray, "b l"] | None = None
+    token_ar_mask: Int[AnyArray, "b l"] | None = None  # pi0-FAST only
+    token_loss_mask: Bool[AnyArray, "b l"] | None = None  # pi0-FAST only
 
 
 @struct.dataclass
@@ -43,15 +46,15 @@ class ChunkBatch:
     """A batch of action chunks: facts only, rewards raw and undiscounted (``docs/algorithm.md``, section 1)."""
 
     observations: Observation  # at the first step of the chunk
-    actions: Float[Array, "b h a"]  # normalized; repeats the last action past the end of the episode
-    rewards: Float[Array, "b h"]  # per step, undiscounted; 0 past the end
-    terminals: Float[Array, "b h"]  # the task truly ended here (success or failure); a time limit does not count
-    valid: Float[Array, "b h"]  # 1 where the step is real and no terminal came before it in the window
+    actions: Float[AnyArray, "b h a"]  # normalized; repeats the last action past the end of the episode
+    rewards: Float[AnyArray, "b h"]  # per step, undiscounted; 0 past the end
+    terminals: Float[AnyArray, "b h"]  # the task truly ended here (success or failure); a time limit does not count
+    valid: Float[AnyArray, "b h"]  # 1 where the step is real and no terminal came before it in the window
     next_observations: Observation  # at t+h, or the last real step
-    bootstrap_mask: Float[Array, " b"]  # 0 if the task terminated inside the window, else 1
-    sequence_mask: Float[Array, " b"]  # 1 where the chunk may be used for the TD loss
-    episode_id: Int[Array, " b"]
-    step_id: Int[Array, " b"]
+    bootstrap_mask: Float[AnyArray, " b"]  # 0 if the task terminated inside the window, else 1
+    sequence_mask: Float[AnyArray, " b"]  # 1 where the chunk may be used for the TD loss
+    episode_id: Int[AnyArray, " b"]
+    step_id: Int[AnyArray, " b"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,10 @@ def test_resize_with_pad_is_openpis(golden):
     for number in numbers:
         pixels, (height, width) = jnp.asarray(arrays[f"{number}/in_u8"]), map(int, arrays[f"{number}/size"])
         as_bytes = images.resize_with_pad(pixels, height, width)
-        np.testing.assert_array_equal(as_bytes, arrays[f"{number}/out_u8"])
+        # A value halfway between two levels goes up or down with the last bit of the compiler's sum.
+        off = np.abs(np.asarray(as_bytes, int) - arrays[f"{number}/out_u8"])
+        assert off.max() <= 1
+        assert off.mean() < 1e-3
         as_floats = images.resize_with_pad(images.to_float(pixels), height, width)
         np.testing.assert_allclose(as_floats, arrays[f"{number}/out_f32"], atol=1e-5)
 

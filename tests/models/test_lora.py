@@ -9,9 +9,9 @@ from acrlpd.models import lora, weights
 
 
 def einsum(equation, adapter, **arrays):
-    options = {"param_dtype": "float32", "rngs": nnx.Rngs(0)}
+    shape, init = arrays["w"].shape, nnx.initializers.zeros
     layer = nnx.eval_shape(
-        lambda: lora.Einsum(equation, arrays["w"].shape, nnx.initializers.zeros, adapter, **options)
+        lambda: lora.Einsum(equation, shape, init, adapter, param_dtype="float32", rngs=nnx.Rngs(0))
     )
     weights.load_into(layer, arrays)
     return layer

@@ -82,9 +82,11 @@ class AgentConfig:
             raise ValueError(f"agent.discount must lie in (0, 1], got {self.discount}")
         if not 0 < self.target_update_tau <= 1:
             raise ValueError(f"agent.target_update_tau must lie in (0, 1], got {self.target_update_tau}")
-        for name in ("best_of_n_samples", "flow_steps", "best_of_n_block", "actor_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"agent.{name} must be at least 1, got {getattr(self, name)}")
+        counts = ("best_of_n_samples", "target_samples", "flow_steps", "target_flow_steps", "best_of_n_block")
+        for name in (*counts, "top_k", "actor_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"agent.{name} must be at least 1, got {value}")
         if self.temperature.adaptive and self.candidates_in_target < 2:
             raise ValueError(
                 "agent.temperature.adaptive needs the spread of at least 2 candidates, but the TD target draws "
@@ -156,17 +158,15 @@ class ACRLPDAgent:
         action_dim: int | None = None,
         trainable: Callable[[str], bool] = lambda path: True,
     ) -> ACRLPDAgent:
-        """A fresh agent around ``policy``.
+        """A fresh agent around ``policy``, whose arrays it takes over: the first update gives their memory away.
 
         ``optimizers`` has one entry per group: policy, critic, temperature; a student uses the policy's.
         ``action_dim`` is the robot's, where the policy's is wider (openpi pads to 32).
         ``trainable`` takes a policy parameter's path, joined by '/', and says whether it may change.
         """
 
-        def is_trainable(path, _):
-            return trainable("/".join(map(str, path)))
-
-        policy_def, policy_params, frozen = nnx.split(policy, is_trainable, ...)
+        policy_def, policy_state = nnx.split(policy)
+        policy_params, frozen = nnx.split_state(policy_state, _by_path(trainable), ...)
         action_dim = policy.action_dim if action_dim is None else action_dim
         critic = CriticNetworks(
             config.critic,
@@ -183,8 +183,10 @@ class ACRLPDAgent:
             "temperature": {"log_temperature": jnp.log(jnp.float32(config.temperature.initial_temp))},
         }
         optimizers = dict(optimizers)
+        if not config.temperature.adaptive:
+            optimizers["temperature"] = optax.set_to_zero()  # no gradient, and no weight decay either
         if config.extraction == "distill":
-            suffix = nnx.state(policy, lambda path, _: policy.is_suffix_param("/".join(map(str, path))))
+            suffix = nnx.filter_state(policy_params, _by_path(policy.is_suffix_param))  # frozen parts are shared
             params["student"] = jax.tree.map(jnp.copy, suffix)  # at first, the flow's own single Euler step
             optimizers["student"] = optimizers["policy"]
         action_shape = (policy.action_horizon, policy.action_dim)
@@ -229,6 +231,11 @@ class ACRLPDAgent:
         return act(self, observations, rng, mode=mode, num_samples=num_samples, num_steps=num_steps)[0]
 
 
+def _by_path(chosen: Callable[[str], bool]) -> Callable[[tuple[Any, ...], Any], bool]:
+    """A filter of parameters from a condition on their path, joined by '/'."""
+    return lambda path, _: chosen("/".join(map(str, path)))
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _update(
     agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray, weights: LossWeights
@@ -242,7 +249,8 @@ def _update(
         metrics[f"grad_norm/{group}"] = optax.global_norm(grads[group])
     tau = nets.config.target_update_tau
     target_critic = optax.incremental_update(params["critic"], agent.target_critic, tau)
-    agent = agent.replace(params=params, opt_state=opt_state, target_critic=target_critic, step=agent.step + 1)
+    step = agent.step + 1
+    agent = dataclasses.replace(agent, params=params, opt_state=opt_state, target_critic=target_critic, step=step)
     return agent, metrics
 
 
@@ -277,7 +285,7 @@ def joint_loss(
     noise = jax.random.normal(noise_rng, batch.actions.shape)
     time = flow.sample_time(time_rng, batch.actions.shape[:1])
     flow_loss = flow.flow_loss(modules.policy, prefix, batch.actions, noise, time)
-    sample_weights = _bc_sample_weights(config, flow_loss, q, target)
+    sample_weights = _bc_sample_weights(config, flow_loss, batch.valid, q, target)
     bc_loss = losses.bc_loss(flow_loss, batch.valid, sample_weights)
     climbing = dataclasses.replace(modules, critic=constant.critic)
     actor_loss, actor_metrics = config.make_extraction(config.flow_steps).actor_loss(
@@ -345,12 +353,19 @@ def propose(
 
 
 def _bc_sample_weights(
-    config: AgentConfig, flow_loss: Float[Array, "b h"], q: Float[Array, "e b"], target: Float[Array, " b"]
+    config: AgentConfig,
+    flow_loss: Float[Array, "b h"],
+    valid: Float[Array, "b h"],
+    q: Float[Array, "e b"],
+    target: Float[Array, " b"],
 ) -> Float[Array, " b"]:
     """Importance: chunks better than the critic thought. Difficulty: chunks the policy imitates badly."""
     if config.bc_weighting == "none":
         return jnp.ones(flow_loss.shape[:1])
-    score = target - q.mean(axis=0) if config.bc_weighting == "importance" else flow_loss.mean(axis=1)
+    if config.bc_weighting == "importance":
+        score = target - q.mean(axis=0)
+    else:
+        score = jnp.average(flow_loss, axis=1, weights=valid)  # padding is never imitated, so it is always difficult
     return losses.bounded_weights(score, temperature=config.bc_weighting_temperature, bound=config.bc_weighting_bound)
 
 
@@ -378,8 +393,8 @@ def act(
         modules, config, prefix, noise_rng, num_samples or config.best_of_n_samples, num_steps=num_steps
     )
     if mode == "explore":
-        chunks, best = sampling.select(
-            candidates,
+        _, best = sampling.select(
+            candidates[..., : agent.nets.action_dim],  # the diversity of the padding would be no diversity
             scores,
             choice_rng,
             temperature=agent.temperature,
@@ -387,5 +402,6 @@ def act(
             diversity_bonus=config.diversity_bonus,
         )
     else:
-        chunks, best = sampling.select(candidates, scores)
-    return chunks, {"q": sampling.take(scores, best), "q_mean": scores.mean(axis=0), "q_std": scores.std(axis=0)}
+        _, best = sampling.select(candidates, scores)
+    values = {"q": sampling.take(scores, best), "q_mean": scores.mean(axis=0), "q_std": scores.std(axis=0)}
+    return sampling.take(candidates, best), values

@@ -80,7 +80,8 @@ class QGradient:
         q = modules.critic.aggregate(_q(modules.critic, prefix, chunks))
         loss = losses.q_gradient_loss(q)
         if self.num_samples > 1:
-            loss = loss - temperature * jnp.mean(losses.gaussian_entropy(chunks))
+            robot_chunks = chunks[..., : modules.critic.action_dim]  # padding has no entropy worth a bonus
+            loss = loss - temperature * jnp.mean(losses.gaussian_entropy(robot_chunks))
         return loss, {"actor_q_mean": q.mean()}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -9,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from acrlpd import presets
-from acrlpd.config import TrainConfig
+from acrlpd.config import TrainConfig, from_dict
 from acrlpd.training import setup
 from acrlpd.training.guards import EXIT_INTERRUPTED, Interrupted
 from acrlpd.training.report import write_report
@@ -21,25 +23,36 @@ def main(argv: Sequence[str]) -> int:
         print("acrlpd train PRESET --help lists every field with the preset's value.")
         return 0 if argv else 2
     name, *flags = argv
-    preset = presets.get_preset(name)
-
-    def train(
-        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = preset, resume: bool = False, overwrite: bool = False
-    ) -> int:
-        """Train offline on prior data, then online in the simulator.
-
-        Args:
-            config: The run.
-            resume: Go on where the run of this name stopped.
-            overwrite: Delete the run of this name first.
-        """
-        return _train(config, name, flags, resume=resume, overwrite=overwrite)
-
-    return tyro.cli(train, args=flags, prog=f"acrlpd train {name}", config=(tyro.conf.AvoidSubcommands,))
+    arguments = _parse(presets.get_preset(name), name, flags)
+    stored = setup.run_files(arguments.config).config
+    if arguments.resume and stored.exists():  # what the run was started with need not be said again
+        before = from_dict(TrainConfig, json.loads(stored.read_text(encoding="utf-8")))
+        arguments = _parse(before, name, flags)
+    return _train(arguments, name, flags)
 
 
-def _train(config: TrainConfig, name: str, flags: Sequence[str], *, resume: bool, overwrite: bool) -> int:
-    trainer = setup.make_trainer(config, resume=resume, overwrite=overwrite)
+@dataclasses.dataclass(frozen=True)
+class TrainArguments:
+    """Train offline on prior data, then online in the simulator."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    resume: bool = False  # go on where the run of this name stopped
+    overwrite: bool = False  # delete the run of this name first
+
+
+def _parse(default: TrainConfig, name: str, flags: Sequence[str]) -> TrainArguments:
+    return tyro.cli(
+        TrainArguments,
+        args=flags,
+        default=TrainArguments(default),
+        prog=f"acrlpd train {name}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def _train(arguments: TrainArguments, name: str, flags: Sequence[str]) -> int:
+    config = arguments.config
+    trainer = setup.make_trainer(config, resume=arguments.resume, overwrite=arguments.overwrite)
     try:
         summary = trainer.train()
     except Interrupted as stop:

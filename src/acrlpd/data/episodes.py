@@ -5,9 +5,11 @@ The store keeps all rows of all episodes in flat arrays, in raw units, so that a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
-from typing import Any, Protocol, runtime_checkable
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -49,6 +51,37 @@ class EpisodeSource(Protocol):
     def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
         """Rows ``start`` to ``stop`` (exclusive) of one key of one episode; both must lie inside the episode."""
         ...
+
+
+class BadEpisodes:
+    """What a reader does with episodes that cannot be used: it stops at the first, or leaves them out with a warning.
+
+    ``skipped`` holds the name of each one left out and the reason, in the words of the error it would have been.
+    """
+
+    def __init__(self, on_bad_episode: Literal["error", "skip"]):
+        if on_bad_episode not in ("error", "skip"):
+            raise ValueError(f"on_bad_episode must be 'error' or 'skip', got {on_bad_episode!r}")
+        self.skip = on_bad_episode == "skip"
+        self.skipped: list[tuple[str, str]] = []
+
+    @contextlib.contextmanager
+    def guard(self, name: str) -> Iterator[None]:
+        """Around what concerns the episode ``name`` alone. A fault of the whole set must be raised outside."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if not self.skip:
+                raise
+            self.skipped.append((name, str(error)))
+            warnings.warn(f"episode left out: {error}", stacklevel=4)
+
+    def report(self, where: str, total: int) -> None:
+        """Says how many of ``total`` episodes were left out; raises if none is left."""
+        if total and len(self.skipped) == total:
+            raise ValueError(f"{where}: no episode is left, all {total} were skipped; the first: {self.skipped[0][1]}")
+        if self.skipped:
+            warnings.warn(f"{where}: {len(self.skipped)} of {total} episodes were left out", stacklevel=3)
 
 
 class EpisodeStore:

@@ -1,286 +1,294 @@
-"""Episodes in HDF5, one file an episode (``episode_000000.hdf5``):
+"""Recorded episodes in HDF5, whoever wrote them, as one ``EpisodeSource``.
 
-    /observations/state           (T, s)        float32
-    /observations/images/<camera> (T, h, w, 3)  uint8, RGB, stored frame by frame; absent without cameras
-    /actions                      (T, a)        float32, as executed
-    /rewards                      (T,)          float32
-    /terminals                    (T,)          bool, true where the task ended (a time limit does not end it)
-    attributes of /: format="acrlpd", version=1, task (text), success (bool; absent: nobody knows), metadata (JSON)
-
-State and actions are in raw units; row t holds what was seen, the action taken there and what it paid.
+Layouts, told apart by what the files hold: our own (``layouts/own.py``, which also writes), ALOHA and ACT, robomimic
+and LIBERO, DROID's raw folders. Each file of ``layouts`` describes one, with its conventions.
 """
 
 from __future__ import annotations
 
-import json
+import collections
+import dataclasses
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import h5py
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Bool, Float, Shaped
 
-from acrlpd.data.episodes import EpisodeInfo
+from acrlpd.data import rewards as reward_labels
+from acrlpd.data.episodes import IMAGE_PREFIX, BadEpisodes, EpisodeInfo
+from acrlpd.data.layouts import droid
+from acrlpd.data.layouts.aloha import Aloha
+from acrlpd.data.layouts.columns import Layout, Options, Reading, Record
+from acrlpd.data.layouts.droid import Droid
+from acrlpd.data.layouts.own import (
+    FORMAT,
+    SUFFIXES,
+    Own,
+    episode_number,
+    episode_path,
+    read_episode,
+    read_metadata,
+    sync,
+    write_episode,
+)
+from acrlpd.data.layouts.robomimic import Robomimic
+from acrlpd.data.rewards import RewardConfig
 from acrlpd.types import Episode
 
-FORMAT = "acrlpd"
-VERSION = 1
-SUFFIXES = (".hdf5", ".h5")
-
-
-def episode_path(folder: str | os.PathLike[str], number: int) -> Path:
-    return Path(folder) / f"episode_{number:06d}.hdf5"
-
-
-def episode_number(path: str | os.PathLike[str]) -> int | None:
-    """The number that ends the file's name, or None."""
-    found = re.search(r"(\d+)$", Path(path).stem)
-    return int(found[1]) if found else None
-
-
-def write_episode(
-    path: str | os.PathLike[str],
-    episode: Episode,
-    metadata: Mapping[str, Any] | None = None,
-    *,
-    compression: str | None = None,
-) -> Path:
-    """Write the whole episode or nothing: a crash leaves at most a hidden temporary file beside ``path``.
-
-    ``metadata`` is anything JSON can hold. ``compression`` (``"gzip"``, ``"lzf"``) applies to pictures.
-    """
-    path = Path(path)
-    _check_episode(str(path), episode)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with h5py.File(temporary, "w") as file:
-            _fill(file, episode, metadata or {}, compression)
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
-    return path
-
-
-def read_episode(path: str | os.PathLike[str]) -> Episode:
-    """Read and check one episode: finite, of one length, at least one step."""
-    with _Reading(path) as file:
-        _layout(str(path), file)
-        images = file.get("observations/images", {})
-        success = file.attrs.get("success")
-        episode = Episode(
-            state=_array(str(path), file, "observations/state", "f", np.float32),
-            actions=_array(str(path), file, "actions", "f", np.float32),
-            rewards=_array(str(path), file, "rewards", "f", np.float32),
-            terminals=_array(str(path), file, "terminals", "b", np.bool_),
-            task=str(file.attrs["task"]),
-            images={name: _array(str(path), file, f"observations/images/{name}", "u", np.uint8) for name in images},
-            success=None if success is None else bool(success),
-            source=str(path),
-        )
-    _check_episode(str(path), episode)
-    return episode
-
-
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    with _Reading(path) as file:
-        _layout(str(path), file)
-        return json.loads(file.attrs.get("metadata", "{}"))
-
-
-class Header(NamedTuple):
-    """What must agree across the episodes of a data set, and what need not."""
-
-    info: EpisodeInfo
-    state_dim: int
-    action_dim: int
-    image_shapes: dict[str, tuple[int, ...]]  # by camera: (h, w, 3)
+__all__ = [
+    "FORMAT",
+    "SUFFIXES",
+    "H5DatasetReader",
+    "episode_number",
+    "episode_path",
+    "read_episode",
+    "read_metadata",
+    "sync",
+    "write_episode",
+]
 
 
 class H5DatasetReader:
-    """The episodes of a folder, ordered by the number in their name: an ``EpisodeSource``.
+    """The episodes of a folder or file in any layout we know: an ``EpisodeSource``.
 
-    Nothing but headers is read at construction. ``episode`` checks every number; ``window`` reads its rows as they are.
+    Opening checks every number (state, actions, rewards), the lengths of all keys, that all episodes have the same
+    widths and cameras, and that every video opens. Afterwards ``window`` reads the rows asked for and nothing else;
+    pictures are decoded then, and a damaged one is an error then, unless ``check_images`` has them all decoded at once.
+
+    Args:
+        path: a folder of episode files, a robomimic file (or a folder of LIBERO's), or the root of a DROID tree.
+        filter_key: robomimic's name for a subset of the demos.
+        on_bad_episode: ``"skip"`` leaves out episodes that cannot be used, with a warning; see ``skipped``.
+        rewards: which rewards to give. None: those stored, and 0 where none are (good for imitation only).
+        fps: for formats that do not say, or say it wrong.
+        default_task: the instruction of episodes whose format has none.
+        state_keys, action_keys: the format's names of what is put side by side; None for what pi0 is trained with.
+        cameras: the format's names; None for all.
+        check_images: None is yes when skipping (an episode cannot be left out later), else no.
+        align_observations: LIBERO only, see ``layouts/robomimic.py``.
+        jpeg_bgr: ALOHA only, for recordings in which red and blue are swapped. Nothing in the files tells.
+        drop_idle: DROID only, leaves out the steps at which the operator was not driving.
+
+    Raises:
+        ValueError: the first episode that cannot be used, or a fault of the whole set; names file, episode and key.
     """
 
-    def __init__(self, data_dir: str | os.PathLike[str]):
-        self.data_dir = Path(data_dir)
-        self.paths = _episode_files(self.data_dir)
-        headers = [_read_header(path) for path in self.paths]
-        _check_same(self.paths, headers)
-        self._infos = [header.info for header in headers]
-        self.lengths = np.array([info.length for info in self._infos])
-        self.state_dim = headers[0].state_dim
-        self.action_dim = headers[0].action_dim
-        self.cameras = tuple(headers[0].image_shapes)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        filter_key: str | None = None,
+        on_bad_episode: Literal["error", "skip"] = "error",
+        rewards: RewardConfig | None = None,
+        fps: float | None = None,
+        default_task: str = "",
+        state_keys: Sequence[str] | None = None,
+        action_keys: Sequence[str] | None = None,
+        cameras: Sequence[str] | None = None,
+        check_images: bool | None = None,
+        align_observations: bool = False,
+        jpeg_bgr: bool = False,
+        drop_idle: bool = False,
+    ):
+        self.path = Path(path)
+        options = Options(
+            fps=fps,
+            default_task=default_task,
+            state_keys=None if state_keys is None else tuple(state_keys),
+            action_keys=None if action_keys is None else tuple(action_keys),
+            cameras=None if cameras is None else tuple(cameras),
+            filter_key=filter_key,
+            align_observations=align_observations,
+            jpeg_bgr=jpeg_bgr,
+            drop_idle=drop_idle,
+        )
+        layout = _open_layout(self.path, options)
+        bad = BadEpisodes(on_bad_episode)
+        records = _scan(layout, bad, check_images=bad.skip if check_images is None else check_images)
+        records = _alike(layout, records, bad)
+        episodes = _labelled(layout, records, bad, rewards)
+        bad.report(str(self.path), len(layout.sources))
+        self.layout = layout.name
+        self.fps = layout.fps  # None: nobody said
+        self.skipped = bad.skipped  # source and reason of each episode left out
+        self.indices = tuple(episodes)  # of each episode, its place before any was skipped
+        self._episodes = list(episodes.values())
+        self.lengths = np.array([episode.info.length for episode in self._episodes])
+        first = self._episodes[0].record.columns
+        self.state_dim = first["state"].row_shape[0]
+        self.action_dim = first["actions"].row_shape[0]
+        self.cameras = tuple(key.removeprefix(IMAGE_PREFIX) for key in first if key.startswith(IMAGE_PREFIX))
 
     @property
     def num_episodes(self) -> int:
-        return len(self.paths)
+        return len(self._episodes)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return self.num_episodes
 
     def __iter__(self) -> Iterator[Episode]:
-        return (read_episode(path) for path in self.paths)
+        return (self.episode(index) for index in range(self.num_episodes))
 
     def info(self, index: int) -> EpisodeInfo:
-        return self._infos[index]
+        return self._episodes[index].info
 
     def episode(self, index: int) -> Episode:
-        return read_episode(self.paths[index])
+        info = self.info(index)
+
+        def whole(key: str) -> np.ndarray:
+            return self.window(index, key, 0, info.length)
+
+        return Episode(
+            state=whole("state"),
+            actions=whole("actions"),
+            rewards=whole("rewards"),
+            terminals=whole("terminals"),
+            task=info.task,
+            images={camera: whole(IMAGE_PREFIX + camera) for camera in self.cameras},
+            success=info.success,
+            source=info.source,
+        )
 
     def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
-        path, length = self.paths[index], self._infos[index].length
-        if not 0 <= start <= stop <= length:
-            raise IndexError(f"{path}: window {start}..{stop} leaves the episode (0..{length})")
-        place = key if key in ("actions", "rewards", "terminals") else f"observations/{key}"
-        with _Reading(path) as file:
-            return _dataset(str(path), file, place)[start:stop]
+        episode = self._episodes[index]
+        if not 0 <= start <= stop <= episode.info.length:
+            raise IndexError(
+                f"{episode.info.source}: window {start}..{stop} leaves the episode (0..{episode.info.length})"
+            )
+        if key == "rewards":
+            return episode.rewards[start:stop].copy()
+        if key == "terminals":
+            return episode.terminals[start:stop].copy()
+        columns = episode.record.columns
+        if key not in columns:
+            raise KeyError(f"{episode.info.source}: no key {key!r}; it has {', '.join(columns)}, rewards, terminals")
+        return columns[key].read(start, stop)
 
 
-def sync(path: Path) -> None:
-    """Force a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+@dataclasses.dataclass(frozen=True)
+class _Labelled:
+    """An episode that is kept, with its rewards."""
+
+    record: Record
+    info: EpisodeInfo
+    rewards: Float[np.ndarray, " t"]
+    terminals: Bool[np.ndarray, " t"]
 
 
-class _Reading:
-    """An open HDF5 file in which every I/O error names the file and says what is likely wrong."""
-
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
-
-    def __enter__(self) -> h5py.File:
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path}: no such file")
-        try:
-            self.file = h5py.File(self.path, "r")
-        except OSError as error:
-            raise self._damaged(error) from error
-        return self.file
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        self.file.close()
-        if isinstance(error, OSError):
-            raise self._damaged(error) from error
-
-    def _damaged(self, error: OSError) -> ValueError:
-        return ValueError(f"{self.path}: expected a complete HDF5 file; it is truncated or not HDF5 ({error})")
+def _scan(layout: Layout, bad: BadEpisodes, *, check_images: bool) -> dict[int, Record]:
+    """The usable episodes by index."""
+    records = {}
+    for index, source in enumerate(layout.sources):
+        with bad.guard(source):
+            record = layout.scan(index)
+            for key in record.columns if check_images else ():
+                for step in range(len(record) if key.startswith(IMAGE_PREFIX) else 0):
+                    record.columns[key].read(step, step + 1)
+            records[index] = record
+    return records
 
 
-def _fill(file: h5py.File, episode: Episode, metadata: Mapping[str, Any], compression: str | None) -> None:
-    file.attrs.update(format=FORMAT, version=VERSION, task=episode.task, metadata=json.dumps(dict(metadata)))
-    if episode.success is not None:
-        file.attrs["success"] = bool(episode.success)
-    file.create_dataset("observations/state", data=episode.state, dtype=np.float32)
-    file.create_dataset("actions", data=episode.actions, dtype=np.float32)
-    file.create_dataset("rewards", data=episode.rewards, dtype=np.float32)
-    file.create_dataset("terminals", data=episode.terminals, dtype=np.bool_)
-    for camera, frames in episode.images.items():
-        # One frame a chunk: a sample reads two frames of an episode, not all of them.
-        file.create_dataset(
-            f"observations/images/{camera}", data=frames, chunks=(1, *frames.shape[1:]), compression=compression
-        )
+def _alike(layout: Layout, records: dict[int, Record], bad: BadEpisodes) -> dict[int, Record]:
+    """The episodes that have the shapes, dtype kinds and cameras that most of them have."""
+    features = {index: record.features for index, record in records.items()}
+    names = {name: None for found in features.values() for name in found}  # in the order of the format
+    usual = {
+        name: collections.Counter(found.get(name) for found in features.values()).most_common(1)[0][0] for name in names
+    }
+    alike = {}
+    for index, found in features.items():
+        with bad.guard(layout.sources[index]):
+            for name, expected in usual.items():
+                if found.get(name) != expected:
+                    raise ValueError(
+                        f"{layout.sources[index]}: {name}: expected {_described(expected)}, as in most episodes, "
+                        f"found {_described(found.get(name))}"
+                    )
+            alike[index] = records[index]
+    return alike
 
 
-def _layout(where: str, file: h5py.File) -> None:
-    """The one place that tells layouts apart: raises unless ``file`` holds an episode as described above."""
-    found = file.attrs.get("format")
-    if found != FORMAT:
-        raise ValueError(
-            f"{where}: expected the attribute format={FORMAT!r} on '/', found {found!r} (keys: {sorted(file)}). "
-            "The file has another layout, which this reader does not know."
-        )
-    if file.attrs.get("version") != VERSION:
-        raise ValueError(
-            f"{where}: expected version={VERSION}, found {file.attrs.get('version')!r}. "
-            "The file was written by another release of acrlpd; upgrade, or write it again."
-        )
-    if "task" not in file.attrs:
-        raise ValueError(f"{where}: expected the attribute 'task' (the instruction, as text) on '/', found none")
+def _described(feature: tuple[tuple[int, ...], str] | None) -> str:
+    if feature is None:
+        return "nothing"
+    shape, kind = feature
+    return f"rows of shape {shape} and dtype kind {kind!r}"
 
 
-def _dataset(where: str, file: h5py.File, key: str) -> h5py.Dataset:
-    found = file.get(key)
-    if not isinstance(found, h5py.Dataset):
-        raise ValueError(f"{where}: {key}: expected a dataset, found {'nothing' if found is None else 'a group'}")
-    return found
+def _labelled(
+    layout: Layout, records: dict[int, Record], bad: BadEpisodes, config: RewardConfig | None
+) -> dict[int, _Labelled]:
+    stored = [record.rewards for record in records.values() if record.rewards is not None]
+    threshold = reward_labels.success_reward(config, stored)
+    labelled = {}
+    for index, record in records.items():
+        source = layout.sources[index]
+        with bad.guard(source):
+            success = reward_labels.success_of(config, record.success, record.rewards, threshold)
+            rewards, terminals = reward_labels.label(
+                config, len(record), success=success, stored=record.rewards, threshold=threshold, where=source
+            )
+            if record.terminals is not None and (config is None or config.source == "stored"):
+                terminals = record.terminals  # our own layout knows better than any threshold
+            info = EpisodeInfo(len(record), record.task, success, source)
+            labelled[index] = _Labelled(record, info, rewards, terminals)
+    return labelled
 
 
-def _array(where: str, file: h5py.File, key: str, kind: str, dtype: type[np.generic]) -> np.ndarray:
-    data = _dataset(where, file, key)
-    if data.dtype.kind != kind:
-        raise ValueError(f"{where}: {key}: expected {np.dtype(dtype)}, found {data.dtype}")
-    return data[...].astype(dtype, copy=False)
-
-
-def _check_episode(where: str, episode: Episode) -> None:
-    length = len(episode.actions)
-    if length < 1:
-        raise ValueError(f"{where}: actions: expected at least 1 step, found 0. Leave empty episodes out.")
-    arrays = {"observations/state": (episode.state, 2), "actions": (episode.actions, 2)}
-    arrays |= {"rewards": (episode.rewards, 1), "terminals": (episode.terminals, 1)}
-    arrays |= {f"observations/images/{camera}": (frames, 4) for camera, frames in episode.images.items()}
-    for key, (array, rank) in arrays.items():
-        if array.ndim != rank:
-            raise ValueError(f"{where}: {key}: expected {rank} axes, found shape {array.shape}")
-        if len(array) != length:
-            raise ValueError(f"{where}: {key}: expected {length} rows (as in actions), found {len(array)}")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            row = int(np.argwhere(~np.isfinite(array))[0, 0])
-            raise ValueError(f"{where}: {key}: expected finite numbers, found {array[row]} in row {row}")
-        if rank == 4 and (array.shape[-1] != 3 or array.dtype != np.uint8):
-            raise ValueError(f"{where}: {key}: expected uint8 (T, h, w, 3), found {array.dtype} {array.shape}")
-
-
-def _episode_files(data_dir: Path) -> list[Path]:
-    if not data_dir.is_dir():
-        raise FileNotFoundError(f"{data_dir}: no such folder. Point data_dir at a folder of episode_*.hdf5 files.")
-    files = [path for path in data_dir.iterdir() if path.suffix in SUFFIXES and not path.name.startswith(".")]
+def _open_layout(path: Path, options: Options) -> Layout:
+    """Tells the layouts apart. A damaged file tells nothing, so the first one that can be read decides."""
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = [file for file in path.iterdir() if file.suffix in SUFFIXES and not file.name.startswith(".")]
+        files = [] if path / droid.FILE in files else files
+    else:
+        raise FileNotFoundError(f"{path}: no such file or folder. Point it at recorded episodes.")
     if not files:
-        raise ValueError(
-            f"{data_dir}: expected files named episode_*.hdf5, found none. Record some with `acrlpd collect`, "
-            "or point data_dir at the folder that holds them."
-        )
+        if next(path.rglob(droid.FILE), None) is None:
+            raise ValueError(
+                f"{path}: expected files named episode_*.hdf5, a robomimic file, or DROID's folders with "
+                f"{droid.FILE}, found none. Record some with `acrlpd collect`, or point it at the folder that holds "
+                "them."
+            )
+        return Droid(path, options)
+    files.sort(key=lambda file: file.name)
+    kinds = [_kind(file) for file in files]
+    make = next((kind for kind in kinds if kind is not None), None)
+    if make is None:
+        with Reading(files[0]) as file:
+            raise ValueError(
+                f"{files[0]}: expected the layout of acrlpd, ALOHA/ACT, robomimic or LIBERO, found the keys "
+                f"{sorted(file)}. It has another layout, which this reader does not know."
+            )
+    return make(files if make is Robomimic else _numbered(files), options)
+
+
+def _kind(path: Path) -> Callable[[list[Path], Options], Layout] | None:
+    """The layout of one file; None if it cannot be read or has another."""
+    try:
+        with Reading(path) as file:
+            if file.attrs.get("format") == FORMAT:
+                return Own
+            if isinstance(file.get("data"), h5py.Group):
+                return Robomimic
+            if "action" in file or "observations" in file:
+                return Aloha
+    except ValueError:
+        pass
+    return None
+
+
+def _numbered(files: list[Path]) -> list[Path]:
+    """By the number that ends the name; holes are allowed."""
     unnumbered = [path.name for path in files if episode_number(path) is None]
     if unnumbered:
-        raise ValueError(f"{data_dir}: expected names that end in a number, found {sorted(unnumbered)[:5]}")
-    return sorted(files, key=lambda path: (episode_number(path), path.name))
+        raise ValueError(f"{files[0].parent}: expected names that end in a number, found {unnumbered[:5]}")
 
+    def order(path: Path) -> tuple[Any, str]:
+        return episode_number(path), path.name
 
-def _read_header(path: Path) -> Header:
-    where = str(path)
-    with _Reading(path) as file:
-        _layout(where, file)
-        state = _dataset(where, file, "observations/state").shape
-        actions = _dataset(where, file, "actions").shape
-        for key, shape in {"observations/state": state, "actions": actions}.items():
-            if len(shape) != 2:
-                raise ValueError(f"{where}: {key}: expected 2 axes, found shape {shape}")
-        if actions[0] < 1:
-            raise ValueError(f"{where}: actions: expected at least 1 step, found 0. Delete the file.")
-        cameras = file.get("observations/images", {})
-        images = {name: _dataset(where, file, f"observations/images/{name}").shape[1:] for name in cameras}
-        success = file.attrs.get("success")
-        known = None if success is None else bool(success)
-        info = EpisodeInfo(actions[0], str(file.attrs["task"]), known, where)
-        return Header(info, state[1], actions[1], images)
-
-
-def _check_same(paths: list[Path], headers: list[Header]) -> None:
-    first = headers[0]
-    names = {"state_dim": "observations/state", "action_dim": "actions", "image_shapes": "observations/images"}
-    for path, header in zip(paths, headers, strict=True):
-        for field, key in names.items():
-            expected, found = getattr(first, field), getattr(header, field)
-            if found != expected:
-                raise ValueError(f"{path}: {key}: expected {field} {expected} (as in {paths[0].name}), found {found}")
+    return sorted(files, key=order)

@@ -46,6 +46,11 @@ class FlowPolicy(Protocol):
         """The field at ``x_t``; all n candidates read the same prefix."""
         ...
 
+    @staticmethod
+    def is_suffix_param(path: str) -> bool:
+        """Whether ``velocity`` alone reads the parameter at ``path`` (joined by '/'); ``encode`` reads the others."""
+        ...
+
 
 def sample_time(rng: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
     """Beta(1.5, 1) squeezed into [0.001, 1]: more weight on noisy times (pi0, appendix B)."""

@@ -157,10 +157,12 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         normed = wide * jnp.reciprocal(jnp.sqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + NORM_EPSILON))
         if not self.adaptive:
-            # The sum is formed in the parameter's dtype: bfloat16 weights round it, when serving as in openpi.
-            return (normed * (1 + self.scale[...])[None, None]).astype(x.dtype), None
+            # openpi writes the sum in the parameter's dtype, but compiled it stays in float32 (XLA's excess precision):
+            # its numbers with bfloat16 weights come out only this way.
+            scale = 1 + self.scale[...].astype(jnp.float32)
+            return (normed * scale[None, None]).astype(x.dtype), None
         scale, shift, gate = jnp.split(self.Dense_0(condition)[:, None, :], 3, axis=-1)
-        return (normed * (1 + scale) + shift).astype(x.dtype), gate
+        return (normed * (1 + scale.astype(jnp.float32)) + shift).astype(x.dtype), gate
 
 
 def add_residual(

@@ -77,9 +77,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, jax.ShapeDtypeStruct]:
     if local.suffix in (".npz", ".safetensors"):
         return {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in read_params(local).items()}
     tree = _metadata(_find_item(local, "params"))
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _flatten_params(tree, local).items()
-    }
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _flatten_params(tree, local).items()}
 
 
 def fetch(path: str | os.PathLike[str]) -> Path:
@@ -214,7 +212,9 @@ def load_into(
         if isinstance(params[path].get_value(), jax.ShapeDtypeStruct)
     ]
     if problems:
-        listed = problems[:_MAX_LISTED] + [f"... and {len(problems) - _MAX_LISTED} more"] * (len(problems) > _MAX_LISTED)
+        listed = problems[:_MAX_LISTED] + [f"... and {len(problems) - _MAX_LISTED} more"] * (
+            len(problems) > _MAX_LISTED
+        )
         raise ValueError("the weights do not fit the model; is its config the right one?\n  " + "\n  ".join(listed))
     for path in params.keys() - kept:
         param = params[path]
@@ -272,7 +272,7 @@ def _flat(params: nnx.Module | Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    return traverse_util.unflatten_dict({(*path.split("/"), "value"): value for path, value in flat.items()})
+    return _on_host({tuple(path.split("/")) + ("value",): value for path, value in flat.items()})
 
 
 def _new(path: str | os.PathLike[str]) -> Path:

@@ -170,7 +170,7 @@ def curves(what: Curves, records: Sequence[Mapping[str, Any]], boundary: int | N
     if len(records) > MAX_POINTS:
         caption += f" {MAX_POINTS} of {len(records):,} points, evenly spaced."
     if broken:
-        caption += f" Up to {broken} points of a curve are not finite and left out."
+        caption += f" Not finite and left out: up to {broken} of a curve's points."
     return _chart(what.title, caption, draw, height=2.9 if len(panels) < 2 else 1.5 * len(panels) + 0.4)
 
 

@@ -173,7 +173,8 @@ def _split(agent: ACRLPDAgent) -> tuple[nnx.State, dict[str, Any]]:
 def _join(template: ACRLPDAgent, policy: nnx.State, rest: Mapping[str, Any]) -> ACRLPDAgent:
     flat = nnx.to_flat_state(policy)
     trainable = {path for path, _ in nnx.to_flat_state(template.params["policy"])}
-    return template.replace(
+    return dataclasses.replace(
+        template,
         params={"policy": _pick(flat, lambda path: path in trainable), **rest["params"]},
         frozen=_pick(flat, lambda path: path not in trainable),
         target_critic=rest["target_critic"],

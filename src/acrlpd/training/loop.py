@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,9 +110,10 @@ class ACRLPDTrainer:
         transform: Transform,
         norm_stats: Mapping[str, NormStats],
         files: RunFiles,
+        checkpoints: ACRLPDCheckpointManager,
         progress: Progress | None = None,
         interaction: Interaction | None = None,
-        eval_environments: list[Environment] | None = None,
+        eval_environments: Sequence[Environment] = (),
     ):
         self.agent = agent
         self.loader = loader
@@ -123,14 +124,12 @@ class ACRLPDTrainer:
         self._norm_stats = norm_stats
         self._files = files
         self._interaction = interaction
-        self._eval_environments = eval_environments or []
+        self._eval_environments = eval_environments
         self._mesh = make_mesh(config.fsdp_devices)
         self._update_rng, self._act_rng, self._eval_rng = jax.random.split(jax.random.key(config.seed + 1), 3)
         self._average = MetricAverage()
         self._watch = Stopwatch()
-        self._checkpoints = ACRLPDCheckpointManager(
-            files.checkpoints, max_to_keep=config.max_to_keep, keep=(config.offline_steps,)
-        )
+        self._checkpoints = checkpoints
         self._started = time.perf_counter(), time.process_time()
         self._compiled = False
 
@@ -141,7 +140,7 @@ class ACRLPDTrainer:
         try:
             with stop_on_signal() as stop:
                 for phase in PHASES:
-                    if phase not in self.progress.finished and self._extent(phase)[0] > 0:
+                    if self._extent(phase)[0] > 0 and not (phase in self.progress.finished and self._finished(phase)):
                         self._run(phase, stop)
             return self._summarize()
         finally:
@@ -206,7 +205,7 @@ class ACRLPDTrainer:
             share = min(1.0, (self._step - config.offline_steps) / config.online_transition_steps)
             weights = jax.tree.map(lambda a, b: a + share * (b - a), weights, config.online_loss_weights)
         if self._step < config.actor_warmup_steps:
-            weights = weights.replace(actor_weight=0.0)
+            weights = dataclasses.replace(weights, actor_weight=0.0)
         return weights
 
     # ---- how far
@@ -284,7 +283,7 @@ class ACRLPDTrainer:
                 result, rollouts = self._evaluate(name, mode, self.config.eval.episodes)
                 self.progress.results[name] = result.summary()
                 save_rollouts(self._files.evaluation(name), rollouts)
-        self.progress.finished.append(phase)
+        self.progress.finished = [*dict.fromkeys([*self.progress.finished, phase])]  # a lengthened phase ends twice
         self._save()
 
     def _save(self) -> None:

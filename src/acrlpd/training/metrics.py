@@ -18,7 +18,11 @@ class JsonlWriter:
     """Appends one JSON object a line; a line is flushed when written, so a killed run keeps its curve."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():  # half a line, left by a kill, would spoil the first line of a resumed run
+            whole = path.read_bytes()
+            os.truncate(path, whole.rfind(b"\n") + 1)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the life of a run)
 
     def write(self, record: Mapping[str, Any]) -> None:

@@ -14,10 +14,9 @@ import io
 import json
 import math
 import os
-import re
 import shlex
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
-from acrlpd.config import from_dict
+from acrlpd.config import TrainConfig, from_dict
 from acrlpd.envs.env import EnvConfig, Environment, PhysicsError, make
 from acrlpd.training import charts
 from acrlpd.training.charts import POLICIES, Evaluated
@@ -206,8 +205,8 @@ def _paired(run: Run) -> str:
     name, before, after = pair
     failed, solved = before.failed & after.seeds, before.solved & after.seeds
     text = (
-        f"Seed by seed, the {POLICIES[name][0]} policy solved {len(failed & after.solved)} of the {len(failed)} episodes "
-        f"that imitation failed, and failed {len(solved & after.failed)} of the {len(solved)} that imitation solved."
+        f"Seed by seed, the {POLICIES[name][0]} policy solved {len(failed & after.solved)} of the {len(failed)} "
+        f"episodes that imitation failed, and failed {len(solved & after.failed)} of the {len(solved)} that it solved."
     )
     return _element("p", text)
 
@@ -237,8 +236,8 @@ def _films(run: Run) -> str:
         lines = [_element("p", "The films could not be made here.", "remark"), _element("pre", str(error))]
         return _section("Before and after", *lines)
     intro = (
-        f"The same task, seed {seed}: the first of the evaluation that imitation failed and the {POLICIES[name][0]} "
-        "policy solved. The recorded actions were executed again and filmed."
+        f"The same task twice, seed {seed}: the first on which imitation failed and the {POLICIES[name][0]} policy "
+        "succeeded. The recorded actions were executed again and filmed."
     )
     return _section("Before and after", _element("p", intro), *strips)
 
@@ -274,7 +273,9 @@ def _go_on(run: Run) -> str:
     """Commands, with this folder's own place and name: a run may have been moved since it was configured."""
     folder = run.files.directory.resolve()
     shown = shlex.quote(str(run.files.directory))
-    train = ["acrlpd train", shlex.quote(str(run.config.get("name"))), f"--run_dir {shlex.quote(str(folder.parent))}"]
+    train = ["acrlpd train", shlex.quote(str(run.config.get("preset") or "PRESET"))]
+    if run.files.directory.parent != Path(TrainConfig.run_dir):
+        train.append(f"--run_dir {shlex.quote(str(folder.parent))}")
     train += [f"--name {shlex.quote(folder.name)}", "--resume"]
     commands = [("write this page again", f"acrlpd report {shown}")]
     if run.config.get("env") and run.results:
@@ -285,11 +286,7 @@ def _go_on(run: Run) -> str:
         steps = f"--online_steps {2 * run.config['online_steps']}"
         commands.append(("train on online", " ".join([*train, steps])))
     lines = "\n".join(f"# {purpose}\n{command}" for purpose, command in commands)
-    remark = (
-        "A run is resumed with the preset and the fields that it was started with; if the name of the run is not that "
-        "of its preset, put the preset's there."
-    )
-    return _section("Going on", _element("pre", lines), _element("p", remark))
+    return _section("Going on", _element("pre", lines))
 
 
 # ---- films

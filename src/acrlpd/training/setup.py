@@ -61,12 +61,14 @@ def make_trainer(config: TrainConfig, *, resume: bool = False, overwrite: bool =
     dims = Dims(prior.state.shape[1], prior.actions.shape[1])
     agent = make_agent(config, dims, tuple(prior.images))
     progress = Progress()
-    resuming = resume and files.checkpoints.is_dir()
-    if resuming:
-        restored = ACRLPDCheckpointManager(files.checkpoints).restore(agent)
+    checkpoints = ACRLPDCheckpointManager(
+        files.checkpoints, max_to_keep=config.max_to_keep, keep=(config.offline_steps,)
+    )
+    if checkpoints.steps():
+        restored = checkpoints.restore(agent)
         agent, progress = restored.agent, Progress(**restored.run["progress"])
+        stats = checkpoints.read_norm_stats(restored.step)
         logger.info("resumed at update %d", restored.step)
-        stats = ACRLPDCheckpointManager(files.checkpoints).read_norm_stats(restored.step)
     else:
         stats = make_norm_stats(config, prior, environments[0].spec if environments else None)
     transform = make_transform(config, stats, dims)
@@ -88,6 +90,7 @@ def make_trainer(config: TrainConfig, *, resume: bool = False, overwrite: bool =
         transform=transform,
         norm_stats=stats,
         files=files,
+        checkpoints=checkpoints,
         progress=progress,
         interaction=interaction,
         eval_environments=environments,

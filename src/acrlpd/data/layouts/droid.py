@@ -1,0 +1,167 @@
+"""DROID's raw episodes: a tree of folders, each with ``trajectory.h5``, ``metadata_<uuid>.json`` and videos.
+
+    <root>/<success|failure>/<date>/<time>/trajectory.h5        numbers, 15 Hz, time first
+                                          /recordings/MP4/<serial>.mp4
+    <root>/aggregated-annotations-030724.json                   {uuid: {language_instruction1, ...}}
+
+State: 7 joint angles (rad) and the gripper (0 open, 1 closed). Actions: 7 joint velocities (1 is 0.2 rad a step) and
+the gripper's target. Step t is frame number t of each video. Cameras are called as in openpi's DROID data set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from acrlpd.data.episodes import IMAGE_PREFIX
+from acrlpd.data.layouts import columns
+from acrlpd.data.layouts.columns import Column, Joined, Options, Picked, Reading, Record
+from acrlpd.data.layouts.mp4 import Video
+from acrlpd.data.video import VideoReaders
+
+FILE = "trajectory.h5"
+FPS = 15.0
+STATE_KEYS = ("joint_positions", "gripper_position")
+ACTION_KEYS = ("joint_velocity", "gripper_position")
+WRIST = "wrist_image_left"
+EXTERIOR = "exterior_image_{number}_left"
+
+
+class Droid:
+    """Every episode below a folder, sorted by path.
+
+    ``state_keys`` are below ``observation/robot_state``, ``action_keys`` below ``action``. With ``drop_idle``, steps at
+    which the operator was not driving are left out.
+    """
+
+    name = "droid"
+
+    def __init__(self, root: Path, options: Options):
+        options.only(self.name, "state_keys", "action_keys", "drop_idle")
+        self._root = root
+        self._options = options
+        self._folders = sorted(path.parent for path in root.rglob(FILE))
+        self._annotations = _annotations(root)
+        self.sources = [str(folder / FILE) for folder in self._folders]
+        self.fps: float | None = options.fps or FPS
+        self._videos = VideoReaders()
+
+    def scan(self, index: int) -> Record:
+        where, folder, options = self.sources[index], self._folders[index], self._options
+        state = [f"observation/robot_state/{key}" for key in options.state_keys or STATE_KEYS]
+        actions = [f"action/{key}" for key in options.action_keys or ACTION_KEYS]
+        uuid, metadata = _metadata(folder)
+        with Reading(folder / FILE) as file:
+            numbers: dict[str, Column] = {
+                "state": Joined(tuple(columns.numbers(where, file, label) for label in state)),
+                "actions": Joined(tuple(columns.numbers(where, file, label) for label in actions)),
+            }
+            columns.checked(where, Record(numbers))
+            serials = _cameras(where, file)
+            success = _success(where, file, metadata, folder.relative_to(self._root.parent))
+            driven = _driven(where, file) if options.drop_idle else None
+        videos: dict[str, Column] = {
+            IMAGE_PREFIX + camera: Video.of(
+                folder / "recordings" / "MP4" / f"{serials[camera]}.mp4", camera, self._videos
+            )
+            for camera in columns.choose_cameras(where, sorted(serials), options.cameras)
+        }
+        record = Record(numbers | videos, self._task(uuid), success)
+        return _picked(where, _ended_with_videos(where, record), driven)
+
+    def _task(self, uuid: str) -> str:
+        entry = self._annotations.get(uuid) or {}
+        return str(entry.get("language_instruction1") or self._options.default_task)
+
+
+def _annotations(root: Path) -> Mapping[str, Mapping[str, str]]:
+    """Instructions by uuid; empty where the folder has no such file."""
+    found = sorted(root.glob("aggregated-annotations-*.json"))
+    return _read_json(found[-1]) if found else {}
+
+
+def _metadata(folder: Path) -> tuple[str, Mapping[str, Any]]:
+    """The episode's uuid and what its JSON says; both empty where there is none."""
+    found = sorted(folder.glob("metadata_*.json"))
+    return (found[0].stem.removeprefix("metadata_"), _read_json(found[0])) if found else ("", {})
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # both JSON's and UTF-8's
+        raise ValueError(f"{path}: expected JSON in UTF-8 ({error})") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(parsed).__name__}")
+    return parsed
+
+
+def _cameras(where: str, file: h5py.File) -> dict[str, str]:
+    """Serial number by camera: type 0 is the wrist, the others are exterior cameras in ascending order."""
+    group = "observation/camera_type"
+    if not isinstance(file.get(group), h5py.Group):
+        raise ValueError(f"{where}: {group}: expected the type of each camera, found nothing")
+    types = {serial: columns.vector(where, file, f"{group}/{serial}") for serial in file[group]}
+    wrist = [serial for serial, kinds in types.items() if (kinds == 0).all()]
+    exterior = sorted((serial for serial in types if serial not in wrist), key=_serial_order)
+    named = {EXTERIOR.format(number=number): serial for number, serial in enumerate(exterior, 1)}
+    return named | {WRIST: serial for serial in wrist[:1]}
+
+
+def _serial_order(serial: str) -> tuple[int, str]:
+    return (int(serial) if serial.isdigit() else 0, serial)
+
+
+def _success(where: str, file: h5py.File, metadata: Mapping[str, Any], place: Path) -> bool | None:
+    """From the first source that knows: attribute, JSON, controller, name of a folder."""
+    for source in (file.attrs, metadata):
+        if source.get("success") is not None:
+            return bool(source["success"])
+    label = "observation/controller_info/success"
+    if label in file and len(recorded := columns.vector(where, file, label)):
+        return bool(recorded[-1])
+    named = {"success": True, "failure": False}
+    return next((named[part] for part in reversed(place.parts) if part in named), None)
+
+
+def _driven(where: str, file: h5py.File) -> np.ndarray:
+    """Numbers of the steps at which the operator was driving."""
+    return np.flatnonzero(columns.vector(where, file, "observation/controller_info/movement_enabled"))
+
+
+def _ended_with_videos(where: str, record: Record) -> Record:
+    """The episode ends where its shortest video does. A video that is longer than the episode loses its tail."""
+    steps = len(record)
+    shortest = min(record.columns, key=lambda key: len(record.columns[key]))
+    kept = len(record.columns[shortest])
+    if kept < steps:
+        warnings.warn(
+            f"{where}: {shortest}: the video has {kept} frames for {steps} steps; the episode ends there", stacklevel=2
+        )
+    return _picked(where, record, np.arange(kept))
+
+
+def _picked(where: str, record: Record, steps: np.ndarray | None) -> Record:
+    """The record with some of its steps alone; None is all of them."""
+    if steps is None:
+        return record
+    steps = steps[steps < len(record)]
+    if all(np.array_equal(steps, np.arange(len(column))) for column in record.columns.values()):
+        return record
+    if not len(steps):
+        raise ValueError(f"{where}: no step is left: the operator was driving at none of them")
+    return dataclasses.replace(record, columns={key: _pick(column, steps) for key, column in record.columns.items()})
+
+
+def _pick(column: Column, steps: np.ndarray) -> Column:
+    """Keeps the parts of a joined column apart: their shapes must agree across episodes one by one."""
+    if isinstance(column, Joined):
+        return Joined(tuple(Picked(part, steps) for part in column.parts))
+    return Picked(column, steps)

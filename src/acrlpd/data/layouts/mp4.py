@@ -1,0 +1,63 @@
+"""Frames of an mp4 by their number, for recordings in which step t is frame t whatever its time says."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from acrlpd.data import video
+
+TOLERANCE_S = 1e-6  # frames are asked for at the very times they were found at
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A column whose row t is frame number t in presentation order."""
+
+    path: Path
+    label: str  # the camera
+    num_frames: int
+    row_shape: tuple[int, ...]  # h, w, 3
+    readers: video.VideoReaders
+
+    @classmethod
+    def of(cls, path: Path, label: str, readers: video.VideoReaders) -> Video:
+        """Counts the frames, and decodes the first one alone."""
+        try:
+            times = _frame_times(path)
+            if not len(times):
+                raise video.VideoError("the video has no frame")
+            first = readers.frames(path, times[:1], TOLERANCE_S, (-np.inf, np.inf))
+        except video.VideoError as error:
+            raise _named(path, label, error) from error
+        return cls(path, label, len(times), first.shape[1:], readers)
+
+    @property
+    def kind(self) -> str:
+        return "u"
+
+    def __len__(self) -> int:
+        return self.num_frames
+
+    def read(self, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
+        times = _frame_times(self.path)[start:stop]
+        if not len(times):
+            return np.empty((0, *self.row_shape), np.uint8)
+        try:
+            return self.readers.frames(self.path, times, TOLERANCE_S, (-np.inf, np.inf))
+        except video.VideoError as error:
+            raise _named(self.path, self.label, error) from error
+
+
+@functools.lru_cache(maxsize=4096)
+def _frame_times(path: Path) -> Float[np.ndarray, " n"]:
+    """Kept for the videos in use only: those of a whole data set would take hundreds of megabytes."""
+    return video.frame_times(path)
+
+
+def _named(path: Path, label: str, error: video.VideoError) -> ValueError:
+    return ValueError(f"{path}: {label}: {error}")

@@ -1,0 +1,164 @@
+"""Columns of parquet files as numpy arrays, with a limit on what stays in memory.
+
+Only types and values are read: the schema metadata that dataset libraries leave behind differs between their releases.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+MAX_BYTES = 256 << 20
+
+
+class ParquetError(ValueError):
+    """What is wrong with a file or one of its columns; the caller adds file and episode."""
+
+
+class MissingColumnError(ParquetError):
+    """The file can be read but has no such column."""
+
+
+class ParquetReader:
+    """Reads whole columns, or some cells of one; keeps the last read up to ``max_bytes``. Safe to use from threads."""
+
+    def __init__(self, max_bytes: int = MAX_BYTES):
+        self._kept = _Kept(max_bytes)
+
+    def names(self, path: Path) -> list[str]:
+        return list(self._metadata(path).schema.to_arrow_schema().names)
+
+    def num_rows(self, path: Path) -> int:
+        return self._metadata(path).num_rows
+
+    def columns(self, path: Path, names: Sequence[str]) -> dict[str, Shaped[np.ndarray, "n *shape"]]:
+        """Whole columns, all read at once. Nested lists must have the same length in every row."""
+        return self._kept.get((path, *names), lambda: self._read(path, names))
+
+    def cells(self, path: Path, name: str, start: int, stop: int) -> list[Any]:
+        """Cells of one column as Python objects. Row groups without any of them are not read."""
+        metadata, cells, first = self._metadata(path), [], 0
+        for group in range(metadata.num_row_groups):
+            last = first + metadata.row_group(group).num_rows
+            if first < stop and start < last:
+                column = self._kept.get((path, name, group), lambda group=group: self._read_group(path, name, group))
+                low, high = max(start, first) - first, min(stop, last) - first
+                cells += column.slice(low, high - low).to_pylist()
+            first = last
+        return cells
+
+    def _metadata(self, path: Path) -> Any:
+        parquet = import_pyarrow().parquet
+        return self._kept.get((path,), lambda: _readable(path, lambda: parquet.read_metadata(path)))
+
+    def _read(self, path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+        self._check_names(path, names)
+        # a ParquetFile, not read_table: the latter takes "chunk-000" in a path for a partition's value
+        file = import_pyarrow().parquet.ParquetFile
+        table = _readable(path, lambda: file(path).read(columns=list(names)))
+        return {name: _to_numpy(table[name], name) for name in names}
+
+    def _read_group(self, path: Path, name: str, group: int) -> Any:
+        self._check_names(path, [name])
+        file = import_pyarrow().parquet.ParquetFile
+        return _readable(path, lambda: file(path).read_row_group(group, columns=[name])[name])
+
+    def _check_names(self, path: Path, names: Sequence[str]) -> None:
+        present = self.names(path)
+        missing = [name for name in names if name not in present]
+        if missing:
+            raise MissingColumnError(f"column {missing[0]!r} is missing; the file has {', '.join(present)}")
+
+
+class _Kept:
+    """What was made by ``get``, up to ``max_bytes``; the least recently used goes first."""
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes = max_bytes
+        self._items: OrderedDict[Hashable, Any] = OrderedDict()
+        self._nbytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        with self._lock:
+            if key in self._items:
+                self._items.move_to_end(key)
+                return self._items[key]
+        item = make()
+        with self._lock:
+            if key not in self._items:
+                self._items[key] = item
+                self._nbytes += _nbytes(item)
+            while self._nbytes > self._max_bytes:
+                self._nbytes -= _nbytes(self._items.popitem(last=False)[1])
+        return item
+
+
+def _nbytes(item: Any) -> int:
+    if isinstance(item, dict):
+        return sum(array.nbytes for array in item.values())
+    return item.nbytes if hasattr(item, "nbytes") else item.serialized_size  # a column, or a file's metadata
+
+
+def _readable(path: Path, read: Callable[[], Any]) -> Any:
+    """``read()``, where damage is told in words."""
+    arrow = import_pyarrow()
+    if not path.is_file():
+        raise ParquetError("no such parquet file")
+    try:
+        return read()
+    except (arrow.ArrowException, OSError) as error:
+        raise ParquetError(
+            f"expected a complete parquet file ({error}). It is truncated, or its recorder was not closed properly and "
+            "left it without a footer."
+        ) from error
+
+
+def _to_numpy(column: Any, name: str) -> np.ndarray:
+    """Lists in lists become axes."""
+    arrow = import_pyarrow()
+    array = column.combine_chunks()
+    shape = [len(array)]
+    while True:
+        if isinstance(array, arrow.ExtensionArray):
+            array = array.storage
+        if array.null_count:
+            raise ParquetError(f"{name}: {array.null_count} values are missing (null)")
+        if not hasattr(array.type, "value_type") or arrow.types.is_dictionary(array.type):
+            break
+        shape.append(_list_length(array, name))
+        array = array.flatten()
+    if arrow.types.is_nested(array.type):
+        raise ParquetError(f"{name}: expected numbers or text, found {array.type}")
+    values = array.to_numpy(zero_copy_only=False)
+    return values.reshape(shape)
+
+
+def _list_length(array: Any, name: str) -> int:
+    arrow = import_pyarrow()
+    if arrow.types.is_fixed_size_list(array.type):
+        return array.type.list_size
+    if len(array) == 0:
+        return 0
+    limits = arrow.compute.min_max(arrow.compute.list_value_length(array)).as_py()
+    if limits["min"] != limits["max"]:
+        raise ParquetError(
+            f"{name}: expected the same shape in every row, found lists of {limits['min']} to {limits['max']} numbers"
+        )
+    return limits["max"]
+
+
+def import_pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.compute
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("reading parquet files needs pyarrow: pip install 'acrlpd[lerobot]'") from error
+    return pyarrow

@@ -1,0 +1,203 @@
+"""Frames of video files by presentation time: the frame that lies where it was asked for, or an error.
+
+What counts is the time a frame is shown, not its place in the file: with B-frames the two orders differ. A reader keeps
+its file open and goes on where it stopped, so windows read one after another cost one seek.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+READ_ON_S = 1.0  # decode on, instead of seeking, up to this far ahead
+MAX_OPEN_FILES = 16
+
+
+class VideoError(ValueError):
+    """What is wrong with a video; the caller adds file, episode and camera."""
+
+
+class VideoReader:
+    """One open video file. One thread at a time."""
+
+    def __init__(self, path: Path):
+        self._av = _import_av()
+        self._container = _open(self._av, path)
+        self._stream = self._container.streams.video[0]
+        self._stream.thread_type = "AUTO"
+        self._frames: Iterator[Any] = iter(())
+        self._before: Any = None  # the last two frames decoded: the time last asked for lies between them
+        self._current: Any = None
+
+    def close(self) -> None:
+        self._container.close()
+
+    def frames(
+        self,
+        times_s: Float[np.ndarray, " t"],
+        tolerance_s: float,
+        span_s: tuple[float, float] = (0.0, np.inf),
+    ) -> UInt8[np.ndarray, "t h w 3"]:
+        """The frames shown at ``times_s`` (ascending), RGB.
+
+        Raises:
+            VideoError: a time has no frame within ``tolerance_s``, or the frame lies outside the half-open ``span_s``.
+        """
+        out: np.ndarray | None = None
+        try:
+            for place, time in enumerate(times_s.tolist()):
+                frame = self._nearest(time, tolerance_s)
+                found = np.empty(0) if frame is None else np.array([frame.time])
+                check_times(found, np.array([time]), tolerance_s, span_s)
+                if frame.is_corrupt:
+                    raise VideoError(f"the video frame at {time:.6f} s is damaged and does not decode completely")
+                picture = frame.to_ndarray(format="rgb24")
+                if out is None:
+                    out = np.empty((len(times_s), *picture.shape), np.uint8)
+                out[place] = picture
+        except self._av.FFmpegError as error:
+            self._before = self._current = None
+            raise VideoError(f"the video does not decode ({error.strerror}); the mp4 is damaged") from error
+        if out is None:
+            return np.empty((0, self._stream.height, self._stream.width, 3), np.uint8)
+        return out
+
+    def _nearest(self, time: float, tolerance_s: float) -> Any:
+        """The frame shown nearest to ``time``; None if the file ends before it has any."""
+        if not self._can_read_on(time, tolerance_s):
+            self._seek(time, tolerance_s)
+        while self._current is None or self._current.time < time:
+            following = next(self._frames, None)
+            if following is None:
+                break
+            self._before, self._current = self._current, following
+        near = [frame for frame in (self._before, self._current) if frame is not None]
+        return min(near, key=lambda frame: abs(frame.time - time), default=None)
+
+    def _can_read_on(self, time: float, tolerance_s: float) -> bool:
+        if self._current is None:
+            return False
+        earliest = self._current if self._before is None else self._before
+        return earliest.time - tolerance_s <= time <= self._current.time + READ_ON_S
+
+    def _seek(self, time: float, tolerance_s: float) -> None:
+        """To a key frame shown no later than ``time``. Containers are searched by decoding time, so the first one found
+        may be shown later; then the search goes further back."""
+        self._before = self._current = None
+        base, start = self._stream.time_base, self._stream.start_time or 0
+        back_s = 0.0
+        while True:
+            target = max(int((time - tolerance_s - back_s) / base), start)
+            self._container.seek(target, stream=self._stream)
+            packets = self._container.demux(self._stream)
+            first = next(packets, None)
+            if first is None:
+                self._frames = iter(())
+                return
+            if target == start or (first.pts is not None and first.pts * base <= time + tolerance_s):
+                self._frames = (frame for packet in itertools.chain([first], packets) for frame in packet.decode())
+                return
+            back_s = 2 * back_s + 1
+
+
+class VideoReaders:
+    """Readers by file: the last ``MAX_OPEN_FILES`` used stay open. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, VideoReader] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def frames(
+        self, path: Path, times_s: Float[np.ndarray, " t"], tolerance_s: float, span_s: tuple[float, float]
+    ) -> UInt8[np.ndarray, "t h w 3"]:
+        """See ``VideoReader.frames``."""
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = VideoReader(path)
+            self._open.move_to_end(path)
+            while len(self._open) > MAX_OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+            return self._open[path].frames(times_s, tolerance_s, span_s)
+
+
+def frame_times(path: Path) -> Float[np.ndarray, " n"]:
+    """Presentation times of the frames whose data is complete, ascending, in seconds. Nothing is decoded.
+
+    Of a truncated file, these are the frames before the cut.
+    """
+    av = _import_av()
+    container = _open(av, path)
+    ticks = []
+    try:
+        stream = container.streams.video[0]
+        ticks = [packet.pts for packet in _whole_packets(av, container, stream)]
+        return np.sort(np.array(ticks, np.float64)) * float(stream.time_base)
+    finally:
+        container.close()
+
+
+def check_times(
+    found_s: Float[np.ndarray, " n"],
+    wanted_s: Float[np.ndarray, " t"],
+    tolerance_s: float,
+    span_s: tuple[float, float],
+) -> None:
+    """Raises unless every wanted time has a frame among ``found_s`` (ascending), inside the half-open span."""
+    if len(found_s) == 0:
+        raise VideoError(f"no frame at {wanted_s[0]:.6f} s: the video ends before it")
+    after = np.clip(np.searchsorted(found_s, wanted_s), 1, max(len(found_s) - 1, 1))
+    left, right = found_s[after - 1], found_s[np.minimum(after, len(found_s) - 1)]
+    nearest = np.where(wanted_s - left <= right - wanted_s, left, right)
+    far = np.abs(nearest - wanted_s) > tolerance_s
+    if far.any():
+        first = int(np.argmax(far))
+        raise VideoError(
+            f"no video frame at {wanted_s[first]:.6f} s: the nearest one lies at {nearest[first]:.6f} s, farther than "
+            f"the tolerance of {tolerance_s:g} s. The mp4 is cut short, or its timestamps do not fit the table."
+        )
+    start, stop = span_s
+    outside = (nearest < start - tolerance_s) | (nearest >= stop - tolerance_s)
+    if outside.any():
+        raise VideoError(
+            f"the video frame at {nearest[int(np.argmax(outside))]:.6f} s lies outside the episode's stretch of the "
+            f"mp4, from_timestamp {start:.6f} to to_timestamp {stop:.6f} s"
+        )
+
+
+def _whole_packets(av: Any, container: Any, stream: Any) -> Iterator[Any]:
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except (StopIteration, av.FFmpegError):  # what lies behind the damage is as good as missing
+            return
+        if packet.pts is not None and not packet.is_corrupt:
+            yield packet
+
+
+def _open(av: Any, path: Path) -> Any:
+    if not path.is_file():
+        raise VideoError("no such video file")
+    try:
+        container = av.open(str(path))
+    except av.FFmpegError as error:
+        raise VideoError(f"the video cannot be opened ({error.strerror}); the mp4 is truncated or damaged") from error
+    if not container.streams.video:
+        container.close()
+        raise VideoError("the file holds no video stream")
+    return container
+
+
+def _import_av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("reading videos needs PyAV: pip install 'acrlpd[lerobot]'") from error
+    return av

@@ -1,0 +1,334 @@
+"""One update of the agent in NumPy and float64, written from ``docs/algorithm.md`` and from nothing else.
+
+Gradients are central differences of each group's own loss, with everything else held as a number: the table of
+section 7 is what is differentiated here, not what automatic differentiation was stopped from doing.
+The networks are the flow MLP and the critic ensemble (concatenated inputs, GELU, layer norm after it), without features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+Params = dict[str, np.ndarray]  # by path, as "out/kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The fields of section 1 that a loss reads."""
+
+    state: np.ndarray  # [b s]
+    next_state: np.ndarray  # [b s]
+    actions: np.ndarray  # [b h a]
+    rewards: np.ndarray  # [b h]
+    valid: np.ndarray  # [b h]
+    bootstrap_mask: np.ndarray  # [b]
+    sequence_mask: np.ndarray  # [b]
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """All that is random in one update."""
+
+    candidate_noise: np.ndarray  # [n b h a], at the next state
+    pair: np.ndarray  # the two critics of "subset"
+    flow_noise: np.ndarray  # [b h a]
+    flow_time: np.ndarray  # [b]
+    actor_noise: np.ndarray  # [m b h a]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    extraction: str
+    aggregation: str
+    robot_dim: int  # action dimensions beyond it are padding
+    discount: float
+    tau: float
+    num_steps: int
+    action_clip: float | None
+    huber_delta: float | None
+    distill_weight: float
+    bc_weighting: str
+    bc_bound: float
+    entropy_multiplier: float
+    learning_rate: float
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    max_norm: float
+
+
+@dataclasses.dataclass
+class State:
+    """Parameters by group, with AdamW's moments."""
+
+    params: dict[str, Params]
+    target_critic: Params
+    first: dict[str, Params]
+    second: dict[str, Params]
+    count: int = 0
+
+
+def initial_state(params: dict[str, Params], target_critic: Params) -> State:
+    zeros = {group: {name: np.zeros_like(x) for name, x in tree.items()} for group, tree in params.items()}
+    return State(params, target_critic, zeros, zeros)
+
+
+# -- networks ----------------------------------------------------------------------------------------------------------
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def velocity(policy: Params, state: np.ndarray, x: np.ndarray, time: np.ndarray) -> np.ndarray:
+    """[b h a] at ``x`` [b h a] and ``time`` [b]."""
+    inputs = np.concatenate([state, x.reshape(len(x), -1), time[:, None]], axis=1)
+    kernel = np.concatenate([policy["state_in/kernel"], policy["chunk_time_in/kernel"]])
+    hidden = gelu(inputs @ kernel + policy["state_in/bias"] + policy["chunk_time_in/bias"])
+    return (hidden @ policy["out/kernel"] + policy["out/bias"]).reshape(x.shape)
+
+
+def euler(policy: Params, state: np.ndarray, noise: np.ndarray, num_steps: int) -> np.ndarray:
+    """Chunks [n b h a] from noise, candidate by candidate."""
+    chunks = []
+    for x in noise:
+        for step in range(num_steps):
+            time = np.full(len(x), 1 - step / num_steps)
+            x = x - velocity(policy, state, x, time) / num_steps
+        chunks.append(x)
+    return np.stack(chunks)
+
+
+def member_values(critic: Params, state: np.ndarray, chunk: np.ndarray, robot_dim: int) -> np.ndarray:
+    """Q [e b] of one chunk for each state, member by member."""
+    inputs = np.concatenate([state, chunk[:, :, :robot_dim].reshape(len(chunk), -1)], axis=1)
+    values = []
+    for e in range(len(critic["out/bias"])):
+        kernel = np.concatenate([critic["observation_in/kernel"][e], critic["chunk_in/kernel"][e]])
+        x = gelu(inputs @ kernel + critic["observation_in/bias"][e] + critic["chunk_in/bias"][e])
+        x = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-6)
+        x = x * critic["norms/0/scale"][e] + critic["norms/0/bias"][e]
+        values.append((x @ critic["out/kernel"][e] + critic["out/bias"][e])[:, 0])
+    return np.stack(values)
+
+
+def aggregate(critic: Params, q: np.ndarray, aggregation: str, pair: np.ndarray | None = None) -> np.ndarray:
+    """One value from the members, axis 0. ``pair``: the two of "subset"; its mean ranks candidates."""
+    if aggregation == "min":
+        return q.min(axis=0)
+    if aggregation == "weighted":
+        weights = np.exp(critic["aggregation_logits"])
+        return np.tensordot(weights / weights.sum(), q, axes=1)
+    if aggregation == "subset" and pair is not None:
+        return np.minimum(q[pair[0]], q[pair[1]])
+    return q.mean(axis=0)
+
+
+# -- losses ------------------------------------------------------------------------------------------------------------
+
+
+def clip(chunks: np.ndarray, limit: float | None) -> np.ndarray:
+    return chunks if limit is None else np.clip(chunks, -limit, limit)
+
+
+def propose(state: State, settings: Settings, observation: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    if settings.extraction == "distill":
+        student = {**state.params["policy"], **state.params["student"]}
+        return clip(euler(student, observation, noise, 1), settings.action_clip)
+    return clip(euler(state.params["policy"], observation, noise, settings.num_steps), settings.action_clip)
+
+
+def td_target(state: State, settings: Settings, batch: Batch, draws: Draws, candidates: np.ndarray) -> np.ndarray:
+    critic, dim = state.params["critic"], settings.robot_dim
+    scores = np.stack(
+        [
+            aggregate(critic, member_values(critic, batch.next_state, x, dim), settings.aggregation)
+            for x in candidates
+        ]
+    )
+    chosen = np.stack([candidates[scores[:, i].argmax(), i] for i in range(len(batch.state))])
+    members = member_values(state.target_critic, batch.next_state, chosen, dim)
+    next_q = aggregate(state.target_critic, members, settings.aggregation, draws.pair)
+    horizon = batch.rewards.shape[1]
+    target = settings.discount**horizon * batch.bootstrap_mask * next_q
+    for k in range(horizon):
+        target = target + settings.discount**k * batch.valid[:, k] * batch.rewards[:, k]
+    return target
+
+
+def penalty(error: np.ndarray, huber_delta: float | None) -> np.ndarray:
+    """Twice Huber's loss, so that it is the square near zero."""
+    if huber_delta is None:
+        return error**2
+    size = np.abs(error)
+    return np.where(size <= huber_delta, error**2, 2 * huber_delta * size - huber_delta**2)
+
+
+def critic_loss(critic: Params, settings: Settings, batch: Batch, target: np.ndarray, held: np.ndarray) -> float:
+    """TD error of every member. Under "weighted", also the aggregate's own, of the ``held`` members [e b]."""
+    q = member_values(critic, batch.state, batch.actions, settings.robot_dim)
+    loss = np.mean(batch.sequence_mask * penalty(q - target, settings.huber_delta))
+    if settings.aggregation == "weighted":
+        error = aggregate(critic, held, "weighted") - target
+        loss = loss + np.mean(batch.sequence_mask * penalty(error, settings.huber_delta))
+    return loss
+
+
+def flow_loss(policy: Params, batch: Batch, draws: Draws) -> np.ndarray:
+    """[b h]"""
+    t = draws.flow_time[:, None, None]
+    x = t * draws.flow_noise + (1 - t) * batch.actions
+    error = velocity(policy, batch.state, x, draws.flow_time) - (draws.flow_noise - batch.actions)
+    return np.mean(error**2, axis=2)
+
+
+def bounded_weights(score: np.ndarray, bound: float) -> np.ndarray:
+    weights = np.exp((score - score.mean()) / (score.std() + 1e-6))
+    weights = np.clip(weights, bound**-0.5, bound**0.5)
+    return weights / weights.mean()
+
+
+def sample_weights(state: State, settings: Settings, batch: Batch, draws: Draws, target: np.ndarray) -> np.ndarray:
+    if settings.bc_weighting == "importance":
+        q = member_values(state.params["critic"], batch.state, batch.actions, settings.robot_dim)
+        return bounded_weights(target - q.mean(axis=0), settings.bc_bound)
+    if settings.bc_weighting == "difficulty":
+        loss = batch.valid * flow_loss(state.params["policy"], batch, draws)
+        return bounded_weights(loss.sum(axis=1) / batch.valid.sum(axis=1), settings.bc_bound)
+    return np.ones(len(batch.state))
+
+
+def entropy(chunks: np.ndarray, robot_dim: int) -> float:
+    """Of the diagonal Gaussian with the chunks' variance over axis 0; nats, mean over the batch."""
+    variance = chunks[..., :robot_dim].var(axis=0) + 1e-6
+    return 0.5 * np.log(2 * np.pi * np.e * variance).sum(axis=(1, 2)).mean()
+
+
+def q_gradient_loss(
+    policy: Params, state: State, settings: Settings, batch: Batch, draws: Draws, size: float | None
+) -> float:
+    """``size``: the constant that Q is divided by; None: its own mean size, as where a loss value is wanted."""
+    chunks = clip(euler(policy, batch.state, draws.actor_noise, settings.num_steps), settings.action_clip)
+    critic = state.params["critic"]
+    q = np.stack(
+        [
+            aggregate(critic, member_values(critic, batch.state, x, settings.robot_dim), settings.aggregation)
+            for x in chunks
+        ]
+    )
+    size = np.abs(q).mean() if size is None else size
+    alpha = np.exp(state.params["temperature"]["log_temperature"])
+    return -q.mean() / (size + 1e-6) - alpha * entropy(chunks, settings.robot_dim)
+
+
+def q_size(state: State, settings: Settings, batch: Batch, draws: Draws) -> float:
+    chunks = clip(
+        euler(state.params["policy"], batch.state, draws.actor_noise, settings.num_steps), settings.action_clip
+    )
+    critic = state.params["critic"]
+    q = [
+        aggregate(critic, member_values(critic, batch.state, x, settings.robot_dim), settings.aggregation)
+        for x in chunks
+    ]
+    return np.abs(q).mean()
+
+
+def distill_loss(student: Params, state: State, settings: Settings, batch: Batch, draws: Draws) -> float:
+    policy = state.params["policy"]
+    teacher = euler(policy, batch.state, draws.actor_noise, settings.num_steps)[0]
+    chunk = euler({**policy, **student}, batch.state, draws.actor_noise, 1)[0]
+    q = member_values(
+        state.params["critic"], batch.state, clip(chunk, settings.action_clip), settings.robot_dim
+    )
+    return settings.distill_weight * np.mean((chunk - teacher) ** 2) - q.mean()
+
+
+# -- the update --------------------------------------------------------------------------------------------------------
+
+
+def gradient(loss: Callable[[Params], float], params: Params, step: float = 1e-5) -> Params:
+    """Central differences, one entry at a time."""
+    grads = {}
+    for name, value in params.items():
+        grads[name] = np.zeros_like(value)
+        for index in np.ndindex(value.shape):
+            above, below = np.array(value), np.array(value)
+            above[index] += step
+            below[index] -= step
+            rise = loss({**params, name: above}) - loss({**params, name: below})
+            grads[name][index] = rise / (2 * step)
+    return grads
+
+
+def adamw(state: State, group: str, grads: Params, settings: Settings, count: int) -> tuple[Params, Params, Params]:
+    """New parameters and moments: clipping by the global norm, then Adam with decoupled decay."""
+    norm = np.sqrt(sum(np.sum(g**2) for g in grads.values()))
+    params, first, second = {}, {}, {}
+    for name, value in state.params[group].items():
+        g = grads[name] * min(1.0, settings.max_norm / max(norm, 1e-300))
+        first[name] = settings.b1 * state.first[group][name] + (1 - settings.b1) * g
+        second[name] = settings.b2 * state.second[group][name] + (1 - settings.b2) * g**2
+        mean, square = first[name] / (1 - settings.b1**count), second[name] / (1 - settings.b2**count)
+        step = mean / (np.sqrt(square) + settings.eps) + settings.weight_decay * value
+        params[name] = value - settings.learning_rate * step
+    return params, first, second
+
+
+def update(
+    state: State, batch: Batch, draws: Draws, settings: Settings, weights: dict[str, float]
+) -> tuple[State, dict[str, float]]:
+    """The state after one update, and the losses before it. ``weights``: critic, bc, actor, alpha."""
+    old = state.params
+    candidates = propose(state, settings, batch.next_state, draws.candidate_noise)
+    target = td_target(state, settings, batch, draws, candidates)
+    held = member_values(old["critic"], batch.state, batch.actions, settings.robot_dim)
+    sample_weight = sample_weights(state, settings, batch, draws, target)
+    target_entropy = -settings.entropy_multiplier * batch.actions.shape[1] * settings.robot_dim
+    excess = entropy(candidates, settings.robot_dim) - target_entropy
+
+    def critic_term(critic: Params) -> float:
+        return critic_loss(critic, settings, batch, target, held)
+
+    def bc_term(policy: Params) -> float:
+        return np.mean(sample_weight[:, None] * batch.valid * flow_loss(policy, batch, draws))
+
+    def alpha_term(temperature: Params) -> float:
+        return np.exp(temperature["log_temperature"]) * excess
+
+    losses = {
+        "critic_loss": critic_term(old["critic"]),
+        "bc_loss": bc_term(old["policy"]),
+        "actor_loss": 0.0,
+        "alpha_loss": alpha_term(old["temperature"]),
+        "target_q_mean": target.mean(),
+        "entropy_estimate": excess + target_entropy,
+    }
+    terms = {
+        "critic": lambda critic: weights["critic"] * critic_term(critic),
+        "policy": lambda policy: weights["bc"] * bc_term(policy),
+        "temperature": lambda temperature: weights["alpha"] * alpha_term(temperature),
+    }
+    if settings.extraction == "q_gradient":
+        size = q_size(state, settings, batch, draws)
+        losses["actor_loss"] = q_gradient_loss(old["policy"], state, settings, batch, draws, None)
+        terms["policy"] = lambda policy: (
+            weights["bc"] * bc_term(policy)
+            + weights["actor"] * q_gradient_loss(policy, state, settings, batch, draws, size)
+        )
+    if settings.extraction == "distill":
+        losses["actor_loss"] = distill_loss(old["student"], state, settings, batch, draws)
+        terms["student"] = lambda student: weights["actor"] * distill_loss(student, state, settings, batch, draws)
+
+    params, first, second = {}, {}, {}
+    for group, term in terms.items():
+        grads = gradient(term, old[group])
+        params[group], first[group], second[group] = adamw(state, group, grads, settings, state.count + 1)
+    target_critic = {
+        name: settings.tau * params["critic"][name] + (1 - settings.tau) * slow
+        for name, slow in state.target_critic.items()
+    }
+    return State(params, target_critic, first, second, state.count + 1), losses

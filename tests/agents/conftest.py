@@ -52,7 +52,7 @@ class Toys:
         return AgentConfig(critic=CriticConfig(**critic), **fields)
 
     def policy(self, action_dim: int = ACTION_DIM, kind: type[MLPFlow] = MLPFlow) -> MLPFlow:
-        return kind(MLPFlowConfig(STATE_DIM, action_dim, HORIZON, (8,)), nnx.Rngs(0))
+        return kind(MLPFlowConfig(STATE_DIM, action_dim, HORIZON, (8,)), nnx.Rngs(params=self.key(0)))
 
     def agent(
         self,
@@ -69,7 +69,7 @@ class Toys:
             self.policy() if policy is None else policy,
             dict.fromkeys(("policy", "critic", "temperature"), optimizer),
             state_dim=state_dim,
-            rng=jax.random.key(0),
+            rng=self.key(0),
             **options,
         )
         rng = np.random.default_rng(0)

@@ -2,7 +2,8 @@
 
 Gradients are central differences of each group's own loss, with everything else held as a number: the table of
 section 7 is what is differentiated here, not what automatic differentiation was stopped from doing.
-The networks are the flow MLP and the critic ensemble (concatenated inputs, GELU, layer norm after it), without features.
+The networks are the flow MLP and the critic ensemble (concatenated inputs, GELU, layer norm after it), without
+features.
 """
 
 from __future__ import annotations
@@ -145,10 +146,7 @@ def propose(state: State, settings: Settings, observation: np.ndarray, noise: np
 def td_target(state: State, settings: Settings, batch: Batch, draws: Draws, candidates: np.ndarray) -> np.ndarray:
     critic, dim = state.params["critic"], settings.robot_dim
     scores = np.stack(
-        [
-            aggregate(critic, member_values(critic, batch.next_state, x, dim), settings.aggregation)
-            for x in candidates
-        ]
+        [aggregate(critic, member_values(critic, batch.next_state, x, dim), settings.aggregation) for x in candidates]
     )
     chosen = np.stack([candidates[scores[:, i].argmax(), i] for i in range(len(batch.state))])
     members = member_values(state.target_critic, batch.next_state, chosen, dim)
@@ -241,9 +239,7 @@ def distill_loss(student: Params, state: State, settings: Settings, batch: Batch
     policy = state.params["policy"]
     teacher = euler(policy, batch.state, draws.actor_noise, settings.num_steps)[0]
     chunk = euler({**policy, **student}, batch.state, draws.actor_noise, 1)[0]
-    q = member_values(
-        state.params["critic"], batch.state, clip(chunk, settings.action_clip), settings.robot_dim
-    )
+    q = member_values(state.params["critic"], batch.state, clip(chunk, settings.action_clip), settings.robot_dim)
     return settings.distill_weight * np.mean((chunk - teacher) ** 2) - q.mean()
 
 

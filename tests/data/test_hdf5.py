@@ -8,6 +8,7 @@ import pytest
 from acrlpd.data import hdf5
 from acrlpd.data.episodes import EpisodeSource, EpisodeStore
 from acrlpd.data.hdf5 import H5DatasetReader
+from acrlpd.data.rewards import RewardConfig
 from acrlpd.types import Episode
 
 
@@ -103,7 +104,11 @@ def test_an_empty_episode_is_refused(tmp_path):
     path = hdf5.write_episode(tmp_path / "episode_1.hdf5", make_episode(cameras=()))
     for key, shape in {"actions": (0, 2), "observations/state": (0, 3)}.items():
         edit(path, replace(key, np.zeros(shape, np.float32)))
-    with pytest.raises(ValueError, match=r"episode_1\.hdf5: actions: expected at least 1 step, found 0"):
+    with pytest.raises(ValueError, match=r"episode_1\.hdf5: rewards: expected 0 rows"):
+        H5DatasetReader(tmp_path)
+    for key, dtype in {"rewards": np.float32, "terminals": bool}.items():
+        edit(path, replace(key, np.zeros(0, dtype)))
+    with pytest.raises(ValueError, match=r"episode_1\.hdf5: expected at least 1 step, found 0"):
         H5DatasetReader(tmp_path)
 
 
@@ -146,7 +151,7 @@ def test_reader_orders_by_number_and_is_a_source(tmp_path):
     (tmp_path / ".episode_3.hdf5.99.tmp").write_bytes(b"half")
     reader = H5DatasetReader(tmp_path)
     assert isinstance(reader, EpisodeSource)
-    assert [hdf5.episode_number(path) for path in reader.paths] == [1, 2, 10]
+    assert (reader.layout, reader.indices, reader.skipped) == ("acrlpd", (0, 1, 2), [])
     assert reader.lengths.tolist() == [4, 3, 5]
     assert (len(reader), reader.num_episodes, reader.state_dim, reader.action_dim) == (3, 3, 3, 2)
     assert reader.cameras == ("top",)
@@ -165,15 +170,21 @@ def test_window_reads_the_rows_of_one_key(tmp_path):
         np.testing.assert_array_equal(reader.window(0, key, 2, 5), store.window(0, key, 2, 5))
     with pytest.raises(IndexError, match=r"episode_0\.hdf5: window 2\.\.7 leaves the episode \(0\.\.6\)"):
         reader.window(0, "state", 2, 7)
-    with pytest.raises(ValueError, match=r"episode_0\.hdf5: observations/images/wrist: expected a dataset"):
+    with pytest.raises(KeyError, match=r"episode_0\.hdf5: no key 'images/wrist'; it has state, actions, images/top"):
         reader.window(0, "images/wrist", 0, 1)
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (make_episode(state_dim=4), r"observations/state: expected state_dim 3 \(as in episode_0.hdf5\), found 4"),
-        (make_episode(cameras=("wrist",)), "observations/images: expected image_shapes .*top.*, found .*wrist"),
+        (
+            make_episode(state_dim=4),
+            r"observations/state: expected .*\(3,\).* as in .*episode_0.hdf5.*, found .*\(4,\)",
+        ),
+        (
+            make_episode(cameras=("wrist",)),
+            r"images/top: expected .*\(5, 6, 3\).* as in .*episode_0.hdf5.*, found nothing",
+        ),
     ],
 )
 def test_episodes_of_different_dimensions_are_refused(tmp_path, other, message):
@@ -183,18 +194,103 @@ def test_episodes_of_different_dimensions_are_refused(tmp_path, other, message):
         H5DatasetReader(tmp_path)
 
 
+def test_the_odd_one_out_is_the_bad_one(tmp_path):
+    for number, state_dim in enumerate((4, 3, 3)):
+        hdf5.write_episode(tmp_path / f"episode_{number}.hdf5", make_episode(state_dim=state_dim))
+    with pytest.raises(ValueError, match=r"episode_0\.hdf5: observations/state: expected .*\(3,\)"):
+        H5DatasetReader(tmp_path)
+
+
+def test_skipping_warns_counts_and_keeps_the_order(tmp_path):
+    for number in range(4):
+        hdf5.write_episode(tmp_path / f"episode_{number}.hdf5", make_episode(number + 2))
+    edit(tmp_path / "episode_1.hdf5", remove("actions"))
+    with pytest.warns(UserWarning, match="left out") as said:
+        reader = H5DatasetReader(tmp_path, on_bad_episode="skip")
+    assert (reader.indices, reader.lengths.tolist()) == ((0, 2, 3), [2, 4, 5])
+    [(name, reason)] = reader.skipped
+    assert name.endswith("episode_1.hdf5")
+    assert "actions: expected a dataset, found nothing" in reason
+    assert [reason in str(said[0].message), "1 of 4 episodes were left out" in str(said[1].message)] == [True, True]
+    for number in (0, 2, 3):
+        edit(tmp_path / f"episode_{number}.hdf5", remove("actions"))
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(
+            ValueError, match=r"no episode is left, all 4 were skipped; the first: .*episode_0\.hdf5: actions"
+        ),
+    ):
+        H5DatasetReader(tmp_path, on_bad_episode="skip")
+    with pytest.raises(ValueError, match="on_bad_episode must be 'error' or 'skip', got 'ignore'"):
+        H5DatasetReader(tmp_path, on_bad_episode="ignore")
+
+
+def test_a_window_of_plain_numbers_is_mapped_not_read(tmp_path, monkeypatch):
+    path = hdf5.write_episode(tmp_path / "episode_0.hdf5", make_episode(6))
+    with h5py.File(path) as file:
+        expected = file["actions"][2:5]
+    reader = H5DatasetReader(tmp_path)
+    monkeypatch.setattr(h5py, "File", None)  # HDF5 is not asked any more
+    np.testing.assert_array_equal(reader.window(0, "actions", 2, 5), expected)
+
+
+def test_a_file_cut_short_after_opening_is_an_error_not_a_crash(tmp_path):
+    path = hdf5.write_episode(tmp_path / "episode_0.hdf5", make_episode(6))
+    reader = H5DatasetReader(tmp_path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"episode_0\.hdf5: actions: rows 2\.\.5 cannot be read any more"):
+        reader.window(0, "actions", 2, 5)
+    with pytest.raises(ValueError, match=r"episode_0\.hdf5: expected a complete HDF5 file"):
+        reader.window(0, "images/top", 2, 5)
+
+
 def test_folders_without_episodes(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
         H5DatasetReader(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"expected files named episode_\*\.hdf5, found none"):
+    with pytest.raises(ValueError, match=r"expected files named episode_\*\.hdf5, .*found none"):
         H5DatasetReader(tmp_path)
-    with h5py.File(tmp_path / "demo_0.hdf5", "w") as file:
-        file["data/demo_0/actions"] = np.zeros((3, 7))
-    with pytest.raises(ValueError, match=r"demo_0\.hdf5: .*another layout"):
+    with h5py.File(tmp_path / "table_0.hdf5", "w") as file:
+        file["rows"] = np.zeros((3, 7))
+    with pytest.raises(ValueError, match=r"table_0\.hdf5: expected the layout of .*, found the keys \['rows'\]"):
         H5DatasetReader(tmp_path)
-    (tmp_path / "demo_0.hdf5").rename(tmp_path / "all.hdf5")
+    hdf5.write_episode(tmp_path / "all.hdf5", make_episode())
     with pytest.raises(ValueError, match=r"names that end in a number, found \['all\.hdf5'\]"):
         H5DatasetReader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"filter_key": "train"}, r"filter_key does not apply to the layout found here \(acrlpd\)"),
+        ({"drop_idle": True}, "drop_idle does not apply"),
+        ({"fps": 0}, "fps must be positive, got 0"),
+        ({"state_keys": []}, "state_keys names no key"),
+        ({"cameras": ["wrist"]}, r"episode_0\.hdf5: images/wrist: no such camera; the episode has top"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(tmp_path, options, message):
+    hdf5.write_episode(tmp_path / "episode_0.hdf5", make_episode())
+    with pytest.raises(ValueError, match=message):
+        H5DatasetReader(tmp_path, **options)
+
+
+def test_cameras_are_chosen(tmp_path):
+    hdf5.write_episode(tmp_path / "episode_0.hdf5", make_episode(cameras=("top", "wrist")))
+    assert H5DatasetReader(tmp_path).cameras == ("top", "wrist")
+    assert H5DatasetReader(tmp_path, cameras=["wrist"]).episode(0).images.keys() == {"wrist"}
+    assert H5DatasetReader(tmp_path, cameras=[]).episode(0).images == {}
+
+
+def test_our_own_rewards_are_given_as_stored_unless_sparse_ones_are_asked_for(tmp_path):
+    episode = dataclasses.replace(make_episode(), rewards=np.array([-1, 0, -1, 0], np.float32))
+    episode = dataclasses.replace(episode, terminals=np.array([False, True, False, False]), success=False)
+    hdf5.write_episode(tmp_path / "episode_0.hdf5", episode)
+    for config in (None, RewardConfig()):
+        found = H5DatasetReader(tmp_path, rewards=config).episode(0)
+        np.testing.assert_array_equal(found.rewards, episode.rewards)
+        np.testing.assert_array_equal(found.terminals, episode.terminals)
+    found = H5DatasetReader(tmp_path, rewards=RewardConfig(source="sparse", convention="0/1")).episode(0)
+    assert (found.rewards.tolist(), found.terminals.any()) == ([0, 0, 0, 0], False)
 
 
 def test_a_missing_file_is_named(tmp_path):

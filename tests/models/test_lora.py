@@ -10,18 +10,14 @@ from acrlpd.models import lora, weights
 
 def einsum(equation, adapter, **arrays):
     shape, init = arrays["w"].shape, nnx.initializers.zeros
-    layer = nnx.eval_shape(
-        lambda: lora.Einsum(equation, shape, init, adapter, param_dtype="float32", rngs=nnx.Rngs(0))
-    )
+    layer = nnx.eval_shape(lambda: lora.Einsum(equation, shape, init, adapter, param_dtype="float32", rngs=nnx.Rngs(0)))
     weights.load_into(layer, arrays)
     return layer
 
 
 def feed_forward(adapter, **arrays):
     mlp_dim, width = arrays["linear"].shape
-    layer = nnx.eval_shape(
-        lambda: lora.FeedForward(width, mlp_dim, adapter, param_dtype="float32", rngs=nnx.Rngs(0))
-    )
+    layer = nnx.eval_shape(lambda: lora.FeedForward(width, mlp_dim, adapter, param_dtype="float32", rngs=nnx.Rngs(0)))
     weights.load_into(layer, arrays)
     return layer
 
@@ -144,7 +140,12 @@ def test_is_frozen(first_expert, action_expert, frozen):
 
 @pytest.mark.parametrize(
     ("model", "first_expert", "action_expert", "count"),
-    [("pi0_lora", True, False, 9), ("pi0_lora", False, True, 8), ("pi0_lora", True, True, 17), ("pi05_lora", True, True, 20)],
+    [
+        ("pi0_lora", True, False, 9),
+        ("pi0_lora", False, True, 8),
+        ("pi0_lora", True, True, 17),
+        ("pi05_lora", True, True, 20),
+    ],
 )
 def test_number_of_frozen_arrays(param_tables, model, first_expert, action_expert, count):
     paths = [

@@ -1,9 +1,10 @@
 """Decoded frames at the model's resolution, made once and read from memory-mapped files.
 
 Decoding a video and resizing its frames costs milliseconds a frame, reading a record microseconds. A record is the
-frames of one camera in one episode, ``<folder>/<height>x<width>/<camera>/<episode>-<key>.npy``, uint8 [t h w 3]. Its key
-is made from size and time of the file the frames came from, so a changed file is decoded anew. Records are written whole
-or not at all; a build that was stopped goes on with the records that are missing. Use one folder for each data set.
+frames of one camera in one episode, ``<folder>/<height>x<width>/<camera>/<episode>-<key>.npy``, uint8 [t h w 3]. Its
+key is made from size and time of the file that the frames came from, so a changed file is decoded anew. Records are
+written whole or not at all; a build that was stopped goes on with the records that are missing. Use one folder for each
+data set.
 """
 
 from __future__ import annotations

@@ -50,6 +50,8 @@ __all__ = [
     "write_episode",
 ]
 
+DECODE_BLOCK = 64  # pictures that are decoded at once when all are checked
+
 
 class H5DatasetReader:
     """The episodes of a folder or file in any layout we know: an ``EpisodeSource``.
@@ -184,11 +186,18 @@ def _scan(layout: Layout, bad: BadEpisodes, *, check_images: bool) -> dict[int, 
     for index, source in enumerate(layout.sources):
         with bad.guard(source):
             record = layout.scan(index)
-            for key in record.columns if check_images else ():
-                for step in range(len(record) if key.startswith(IMAGE_PREFIX) else 0):
-                    record.columns[key].read(step, step + 1)
+            if check_images:
+                _decode_all(record)
             records[index] = record
     return records
+
+
+def _decode_all(record: Record) -> None:
+    """Reads every picture once, a block at a time: raw pictures of a whole episode may not fit into memory."""
+    for key, column in record.columns.items():
+        if key.startswith(IMAGE_PREFIX):
+            for start in range(0, len(column), DECODE_BLOCK):
+                column.read(start, min(start + DECODE_BLOCK, len(column)))
 
 
 def _alike(layout: Layout, records: dict[int, Record], bad: BadEpisodes) -> dict[int, Record]:
@@ -203,9 +212,10 @@ def _alike(layout: Layout, records: dict[int, Record], bad: BadEpisodes) -> dict
         with bad.guard(layout.sources[index]):
             for name, expected in usual.items():
                 if found.get(name) != expected:
+                    model = next(other for other in features if features[other].get(name) == expected)
                     raise ValueError(
-                        f"{layout.sources[index]}: {name}: expected {_described(expected)}, as in most episodes, "
-                        f"found {_described(found.get(name))}"
+                        f"{layout.sources[index]}: {name}: expected {_described(expected)} as in "
+                        f"{layout.sources[model]} (most episodes agree), found {_described(found.get(name))}"
                     )
             alike[index] = records[index]
     return alike
@@ -226,13 +236,14 @@ def _labelled(
     labelled = {}
     for index, record in records.items():
         source = layout.sources[index]
+        own = record.terminals is not None  # then the file says all of it, and nothing is to be guessed from rewards
         with bad.guard(source):
-            success = reward_labels.success_of(config, record.success, record.rewards, threshold)
+            success = reward_labels.success_of(config, record.success, None if own else record.rewards, threshold)
             rewards, terminals = reward_labels.label(
                 config, len(record), success=success, stored=record.rewards, threshold=threshold, where=source
             )
             if record.terminals is not None and (config is None or config.source == "stored"):
-                terminals = record.terminals  # our own layout knows better than any threshold
+                terminals = record.terminals
             info = EpisodeInfo(len(record), record.task, success, source)
             labelled[index] = _Labelled(record, info, rewards, terminals)
     return labelled

@@ -1,7 +1,7 @@
 """The tables of a LeRobot dataset, v2.0, v2.1 or v3.0, brought to one form: which rows and frames are an episode's.
 
     v2   meta/tasks.jsonl    meta/episodes.jsonl                    a parquet file and, per camera, an mp4 an episode
-    v3   meta/tasks.parquet  meta/episodes/chunk-*/file-*.parquet   many episodes share a file, each file kind on its own
+    v3   meta/tasks.parquet  meta/episodes/chunk-*/file-*.parquet   many episodes share a file, each kind on its own
 
 Errors found here concern the set as a whole.
 """
@@ -21,6 +21,11 @@ from acrlpd.data.parquet import import_pyarrow
 
 PICTURES = ("image", "video")  # dtypes of cameras
 DEFAULT_CHUNKS_SIZE = 1000
+TIMESTAMP, INDEX, TASK_INDEX = "timestamp", "index", "task_index"
+REQUIRED = (TIMESTAMP, "frame_index", "episode_index", INDEX, TASK_INDEX)  # columns of every dataset
+STATE_KEYS = (("observation.state",), ("state",), ("joint_position", "gripper_position"))  # the first that are there
+ACTION_KEYS = ("action", "actions")
+CAMERA_PREFIXES = ("observation.images.", "observation.")  # left out of a camera's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +104,47 @@ def files_by_number(folder: Path) -> list[Path]:
         return int(path.parent.name.removeprefix("chunk-")), int(path.stem.removeprefix("file-"))
 
     return sorted(folder.glob("chunk-*/file-*.parquet"), key=numbers)
+
+
+def state_keys(meta: Meta, asked: Sequence[str] | None) -> tuple[str, ...]:
+    usual = [keys for keys in STATE_KEYS if all(key in meta.features for key in keys)]
+    keys = usual[0] if asked is None and usual else tuple(asked or ())
+    return _numeric(meta, "state_keys", keys)
+
+
+def action_key(meta: Meta, asked: str | None) -> str:
+    usual = [key for key in ACTION_KEYS if key in meta.features]
+    keys = usual[:1] if asked is None else [asked]
+    return _numeric(meta, "action_key", keys)[0]
+
+
+def _numeric(meta: Meta, name: str, keys: Sequence[str]) -> tuple[str, ...]:
+    there = [key for key in meta.features if meta.numeric(key) and key not in REQUIRED]
+    unknown = [key for key in keys if key not in there]
+    if unknown or not keys:
+        wrong = f"{unknown} are not among them" if unknown else "none has a usual name"
+        raise ValueError(
+            f"{meta.info_path}: {name}: the numeric features are {', '.join(there)}; {wrong}. Name {name}."
+        )
+    return tuple(keys)
+
+
+def camera_keys(meta: Meta, asked: Sequence[str] | None) -> dict[str, str]:
+    """Feature by the camera's name: without prefix, unless two cameras would then have the same name."""
+    short = {key: _camera_name(key) for key in meta.cameras}
+    names = {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
+    keys = {name: key for key, name in names.items()}
+    unknown = [name for name in asked or () if name not in keys]
+    if unknown:
+        raise ValueError(f"{meta.info_path}: no camera {', '.join(unknown)}; the cameras are {', '.join(keys)}")
+    return keys if asked is None else {name: keys[name] for name in asked}
+
+
+def _camera_name(key: str) -> str:
+    for prefix in CAMERA_PREFIXES:
+        if key.startswith(prefix):
+            return key.removeprefix(prefix)
+    return key
 
 
 def _version(path: Path, info: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ Only types and values are read: the schema metadata that dataset libraries leave
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -17,12 +18,8 @@ from jaxtyping import Shaped
 MAX_BYTES = 256 << 20
 
 
-class ParquetError(ValueError):
+class DataError(ValueError):
     """What is wrong with a file or one of its columns; the caller adds file and episode."""
-
-
-class MissingColumnError(ParquetError):
-    """The file can be read but has no such column."""
 
 
 class ParquetReader:
@@ -47,7 +44,8 @@ class ParquetReader:
         for group in range(metadata.num_row_groups):
             last = first + metadata.row_group(group).num_rows
             if first < stop and start < last:
-                column = self._kept.get((path, name, group), lambda group=group: self._read_group(path, name, group))
+                read = functools.partial(self._read_group, path, name, group)
+                column = self._kept.get((path, name, group), read)
                 low, high = max(start, first) - first, min(stop, last) - first
                 cells += column.slice(low, high - low).to_pylist()
             first = last
@@ -73,7 +71,7 @@ class ParquetReader:
         present = self.names(path)
         missing = [name for name in names if name not in present]
         if missing:
-            raise MissingColumnError(f"column {missing[0]!r} is missing; the file has {', '.join(present)}")
+            raise DataError(f"column {missing[0]!r} is missing; the file has {', '.join(present)}")
 
 
 class _Kept:
@@ -110,11 +108,11 @@ def _readable(path: Path, read: Callable[[], Any]) -> Any:
     """``read()``, where damage is told in words."""
     arrow = import_pyarrow()
     if not path.is_file():
-        raise ParquetError("no such parquet file")
+        raise DataError("no such parquet file")
     try:
         return read()
     except (arrow.ArrowException, OSError) as error:
-        raise ParquetError(
+        raise DataError(
             f"expected a complete parquet file ({error}). It is truncated, or its recorder was not closed properly and "
             "left it without a footer."
         ) from error
@@ -129,13 +127,13 @@ def _to_numpy(column: Any, name: str) -> np.ndarray:
         if isinstance(array, arrow.ExtensionArray):
             array = array.storage
         if array.null_count:
-            raise ParquetError(f"{name}: {array.null_count} values are missing (null)")
+            raise DataError(f"{name}: {array.null_count} values are missing (null)")
         if not hasattr(array.type, "value_type") or arrow.types.is_dictionary(array.type):
             break
         shape.append(_list_length(array, name))
         array = array.flatten()
     if arrow.types.is_nested(array.type):
-        raise ParquetError(f"{name}: expected numbers or text, found {array.type}")
+        raise DataError(f"{name}: expected numbers or text, found {array.type}")
     values = array.to_numpy(zero_copy_only=False)
     return values.reshape(shape)
 
@@ -148,7 +146,7 @@ def _list_length(array: Any, name: str) -> int:
         return 0
     limits = arrow.compute.min_max(arrow.compute.list_value_length(array)).as_py()
     if limits["min"] != limits["max"]:
-        raise ParquetError(
+        raise DataError(
             f"{name}: expected the same shape in every row, found lists of {limits['min']} to {limits['max']} numbers"
         )
     return limits["max"]
@@ -156,9 +154,8 @@ def _list_length(array: Any, name: str) -> int:
 
 def import_pyarrow() -> Any:
     try:
-        import pyarrow
-        import pyarrow.compute
-        import pyarrow.parquet
+        import pyarrow as pa
+        from pyarrow import compute, parquet  # noqa: F401 - as attributes of pa
     except ImportError as error:
         raise ImportError("reading parquet files needs pyarrow: pip install 'acrlpd[lerobot]'") from error
-    return pyarrow
+    return pa

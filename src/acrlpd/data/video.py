@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-READ_ON_S = 1.0  # decode on, instead of seeking, up to this far ahead
+READ_ON_S = 0.2  # decode on, instead of seeking, up to this far ahead
 MAX_OPEN_FILES = 16
 
 
@@ -25,19 +25,16 @@ class VideoError(ValueError):
 
 
 class VideoReader:
-    """One open video file. One thread at a time."""
+    """One open video file. Safe to use from several threads, which take turns."""
 
     def __init__(self, path: Path):
         self._av = _import_av()
+        self._lock = threading.Lock()
         self._container = _open(self._av, path)
         self._stream = self._container.streams.video[0]
-        self._stream.thread_type = "AUTO"
         self._frames: Iterator[Any] = iter(())
         self._before: Any = None  # the last two frames decoded: the time last asked for lies between them
         self._current: Any = None
-
-    def close(self) -> None:
-        self._container.close()
 
     def frames(
         self,
@@ -50,24 +47,26 @@ class VideoReader:
         Raises:
             VideoError: a time has no frame within ``tolerance_s``, or the frame lies outside the half-open ``span_s``.
         """
-        out: np.ndarray | None = None
-        try:
-            for place, time in enumerate(times_s.tolist()):
-                frame = self._nearest(time, tolerance_s)
-                found = np.empty(0) if frame is None else np.array([frame.time])
-                check_times(found, np.array([time]), tolerance_s, span_s)
-                if frame.is_corrupt:
-                    raise VideoError(f"the video frame at {time:.6f} s is damaged and does not decode completely")
-                picture = frame.to_ndarray(format="rgb24")
-                if out is None:
-                    out = np.empty((len(times_s), *picture.shape), np.uint8)
-                out[place] = picture
-        except self._av.FFmpegError as error:
-            self._before = self._current = None
-            raise VideoError(f"the video does not decode ({error.strerror}); the mp4 is damaged") from error
-        if out is None:
-            return np.empty((0, self._stream.height, self._stream.width, 3), np.uint8)
+        out = np.empty((len(times_s), self._stream.height, self._stream.width, 3), np.uint8)
+        with self._lock:
+            try:
+                for picture, time in zip(out, times_s.tolist(), strict=True):
+                    self._decode(time, tolerance_s, span_s, picture)
+            except self._av.FFmpegError as error:
+                self._before = self._current = None
+                raise VideoError(f"the video does not decode ({error.strerror}); the mp4 is damaged") from error
         return out
+
+    def _decode(self, time: float, tolerance_s: float, span_s: tuple[float, float], picture: np.ndarray) -> None:
+        """The frame at ``time`` into ``picture``."""
+        frame = self._nearest(time, tolerance_s)
+        found = np.empty(0) if frame is None else np.array([frame.time])
+        check_times(found, np.array([time]), tolerance_s, span_s)
+        if frame.is_corrupt:
+            raise VideoError(f"the video frame at {time:.6f} s is damaged and does not decode completely")
+        if (frame.height, frame.width) != picture.shape[:2]:
+            raise VideoError(f"the video frame at {time:.6f} s has another size than the video says")
+        picture[:] = frame.to_ndarray(format="rgb24")
 
     def _nearest(self, time: float, tolerance_s: float) -> Any:
         """The frame shown nearest to ``time``; None if the file ends before it has any."""
@@ -108,7 +107,7 @@ class VideoReader:
 
 
 class VideoReaders:
-    """Readers by file: the last ``MAX_OPEN_FILES`` used stay open. Safe to use from several threads."""
+    """Readers by file, the last ``MAX_OPEN_FILES`` used. Others close when no thread uses them any more."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[Path, VideoReader] = OrderedDict()
@@ -122,9 +121,10 @@ class VideoReaders:
             if path not in self._open:
                 self._open[path] = VideoReader(path)
             self._open.move_to_end(path)
+            reader = self._open[path]
             while len(self._open) > MAX_OPEN_FILES:
-                self._open.popitem(last=False)[1].close()
-            return self._open[path].frames(times_s, tolerance_s, span_s)
+                self._open.popitem(last=False)
+        return reader.frames(times_s, tolerance_s, span_s)
 
 
 def frame_times(path: Path) -> Float[np.ndarray, " n"]:

@@ -53,7 +53,7 @@ class MetaWorldExpert:
     def __init__(self, task: str):
         from metaworld.policies import ENV_POLICY_MAP
 
-        self._policy = ENV_POLICY_MAP[task]()
+        self._policy: Any = ENV_POLICY_MAP[task]()  # the map is typed by the abstract base
 
     def __call__(self, observation: Obs) -> Float[np.ndarray, " a"]:
         with warnings.catch_warnings():

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -161,8 +161,10 @@ class RMSNorm(nnx.Module):
             # its numbers with bfloat16 weights come out only this way.
             scale = 1 + self.scale[...].astype(jnp.float32)
             return (normed * scale[None, None]).astype(x.dtype), None
+        if condition is None:
+            raise ValueError("an adaptive norm needs a condition: give one for every present expert of this kind")
         scale, shift, gate = jnp.split(self.Dense_0(condition)[:, None, :], 3, axis=-1)
-        return (normed * (1 + scale.astype(jnp.float32)) + shift).astype(x.dtype), gate
+        return (normed * (1 + scale) + shift).astype(x.dtype), gate
 
 
 def add_residual(
@@ -193,17 +195,15 @@ class Attention(nnx.Module):
         self.head_dim = configs[0].head_dim
         for i, config in enumerate(configs):
             n, k, h, d = config.num_heads, config.num_kv_heads, config.head_dim, config.width
-
-            def einsum(equation, shape, adapter=config.attention_lora, **axes) -> lora.Einsum:
-                init = nnx.initializers.lecun_normal(out_axis=-1, **axes)
-                return lora.Einsum(equation, shape, init, adapter, param_dtype=param_dtype, rngs=rngs)
-
-            q_einsum = einsum("BTD,NDH->BTNH", (n, d, h), in_axis=-2, batch_axis=(0,))
-            kv_einsum = einsum("BSD,CKDH->CBSKH", (2, k, d, h), in_axis=-2, batch_axis=(0, 1))
-            attn_vec_einsum = einsum("BTNH,NHD->BTD", (n, h, d), in_axis=(-3, -2))
-            setattr(self, expert_name("q_einsum", i), q_einsum)
-            setattr(self, expert_name("kv_einsum", i), kv_einsum)
-            setattr(self, expert_name("attn_vec_einsum", i), attn_vec_einsum)
+            einsums: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
+                "q_einsum": ("BTD,NDH->BTNH", (n, d, h), {"in_axis": -2, "batch_axis": (0,)}),
+                "kv_einsum": ("BSD,CKDH->CBSKH", (2, k, d, h), {"in_axis": -2, "batch_axis": (0, 1)}),
+                "attn_vec_einsum": ("BTNH,NHD->BTD", (n, h, d), {"in_axis": (-3, -2)}),
+            }
+            for name, (equation, shape, fans) in einsums.items():
+                init = nnx.initializers.lecun_normal(out_axis=-1, **fans)
+                layer = lora.Einsum(equation, shape, init, config.attention_lora, param_dtype=param_dtype, rngs=rngs)
+                setattr(self, expert_name(name, i), layer)
 
     def keys_values(self, xs: Tokens, positions: Int[Array, "b s"]) -> KeysValues:
         """Keys and values of all present experts, side by side."""
@@ -357,7 +357,9 @@ class Gemma(nnx.Module):
 
         return self._scan(step, [tokens], jnp.arange(self.depth) == self.depth - 1)[1]
 
-    def _scan(self, step, tokens: Tokens, xs) -> tuple[list[Float[Array, "b t d"] | None], KeysValues]:
+    def _scan(
+        self, step: Callable[..., Any], tokens: Tokens, xs: Any
+    ) -> tuple[list[Float[Array, "b t d"] | None], KeysValues]:
         carry = [None if x is None else x.astype(self.dtype) for x in tokens]
         return stacked.scan(self.layers, step, carry, xs, remat=self.remat, unroll=self.unroll)
 

@@ -42,10 +42,7 @@ def resize_with_pad(
     new_height, new_width = int(old_height / ratio), int(old_width / ratio)
     resized = jax.image.resize(images, (b, new_height, new_width, channels), method="linear")
     is_bytes = images.dtype == jnp.uint8
-    if is_bytes:
-        resized = jnp.clip(jnp.round(resized), 0, 255).astype(jnp.uint8)
-    else:
-        resized = jnp.clip(resized, -1.0, 1.0)
+    resized = jnp.clip(jnp.round(resized), 0, 255).astype(jnp.uint8) if is_bytes else jnp.clip(resized, -1.0, 1.0)
     top, left = (height - new_height) // 2, (width - new_width) // 2
     padding = ((0, 0), (top, height - new_height - top), (left, width - new_width - left), (0, 0))
     return jnp.pad(resized, padding, constant_values=0 if is_bytes else -1.0)
@@ -83,7 +80,9 @@ def crop_rotate_jitter(rng: PRNGKeyArray, image: Float[Array, "y x 3"]) -> Float
     return color_jitter(jitter_rng, crop_rotate(crop_rng, rotate_rng, image))
 
 
-def crop_rotate(crop_rng: PRNGKeyArray, rotate_rng: PRNGKeyArray, image: Float[Array, "y x 3"]):
+def crop_rotate(
+    crop_rng: PRNGKeyArray, rotate_rng: PRNGKeyArray, image: Float[Array, "y x 3"]
+) -> Float[Array, "y x 3"]:
     """Where each output pixel lies in the input, read off linearly; black outside the image."""
     size = jnp.array(image.shape[:2], jnp.float32)
     cropped = jnp.array([int(CROP_SHARE * side) for side in image.shape[:2]], jnp.float32)
@@ -105,7 +104,7 @@ def crop_rotate(crop_rng: PRNGKeyArray, rotate_rng: PRNGKeyArray, image: Float[A
 def color_jitter(rng: PRNGKeyArray, image: Float[Array, "y x 3"]) -> Float[Array, "y x 3"]:
     """Brightness, contrast and hue of one image in [0, 1], all or nothing.
 
-    augmax 0.4.1 draws a change of saturation too and drops it; its key is split off here only to keep the others' draws.
+    augmax 0.4.1 draws a change of saturation too and drops it; its key is split off only to keep the others' draws.
     """
     brightness_rng, contrast_rng, hue_rng, _, _ = jax.random.split(rng, 5)
     hue, saturation, value = _rgb_to_hsv(image)

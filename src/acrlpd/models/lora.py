@@ -1,8 +1,8 @@
 """Low-rank adapters of the language stack (Hu et al. 2021, arXiv:2106.09685), by openpi's two different rules.
 
-An einsum layer scales its update and, in the attention output, sums over heads twice; a feed-forward layer does not scale.
-Neither half starts at zero, so an adapter changes the output slightly before any training. All three are openpi's and
-kept, since its checkpoints depend on them.
+An einsum layer scales its update and, in the attention output, sums over heads twice; a feed-forward layer does not
+scale. Neither half starts at zero, so an adapter changes the output slightly before any training. All of this is
+openpi's and kept, since its checkpoints depend on it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def adapter_equations(equation: str) -> tuple[str, str]:
     therefore adds up the heads of B. That is openpi's rule, not the product head by head.
     """
     inputs, weight, output = re.split(",|->", equation)
-    axis_in, axis_out = weight[-2:]
+    axis_in, axis_out = weight[-2], weight[-1]
     low = output.replace(axis_out, "r")
     return f"{inputs},{weight.replace(axis_out, 'r')}->{low}", f"{low},{weight.replace(axis_in, 'r')}->{output}"
 
@@ -100,17 +100,18 @@ class FeedForward(nnx.Module):
             self.linear_lora_b = adapter_param(adapter.rank, width)
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        gate, value = (self._project(x, "gating_einsum", index) for index in (0, 1))
-        return self._project(nnx.gelu(gate, approximate=True) * value, "linear", ...)
+        gate, value = self._project(x, "gating_einsum", 0), self._project(x, "gating_einsum", 1)
+        return self._project(nnx.gelu(gate, approximate=True) * value, "linear")
 
-    def _project(self, x: jax.Array, name: str, index) -> jax.Array:
-        def weight(suffix: str = "") -> jax.Array:
-            return getattr(self, name + suffix)[index].astype(x.dtype)
+    def _project(self, x: jax.Array, name: str, index: int | None = None) -> jax.Array:
+        def weight(name: str) -> jax.Array:
+            stored = getattr(self, name)[...]
+            return (stored if index is None else stored[index]).astype(x.dtype)
 
-        result = jnp.dot(x, weight())
+        result = jnp.dot(x, weight(name))
         if not self.has_adapter:
             return result
-        return result + jnp.dot(jnp.dot(x, weight("_lora_a")), weight("_lora_b"))
+        return result + jnp.dot(jnp.dot(x, weight(f"{name}_lora_a")), weight(f"{name}_lora_b"))
 
 
 def is_frozen(path: str, *, first_expert: bool, action_expert: bool) -> bool:

@@ -1,7 +1,7 @@
 """The π₀ and π₀.5 policies (Black et al. 2024, arXiv:2410.24164; 2025, arXiv:2504.16054), number for number openpi's.
 
-An observation becomes prefix tokens (cameras, prompt), read once; a noisy action chunk becomes suffix tokens, which look
-at the prefix through its keys and values. π₀ gives the state to the suffix and mixes the flow time into the action
+An observation becomes prefix tokens (cameras, prompt), read once; a noisy action chunk becomes suffix tokens, which
+look at the prefix through its keys and values. π₀ gives the state to the suffix and mixes the flow time into the action
 tokens; π₀.5 gives the time to the norms of the action expert, and the state, if at all, to the prompt.
 """
 
@@ -131,18 +131,26 @@ class PaliGemma(nnx.Module):
     """Image tower and language stack, under openpi's names. Without cameras there is no tower."""
 
     def __init__(self, config: Pi0Config, rngs: nnx.Rngs):
-        common = {"dtype": config.dtype, "param_dtype": config.param_dtype}
-        loops = {"remat": config.remat, "unroll": config.unroll}
         self.llm = gemma.Gemma(
             [config.paligemma, config.action_expert],
             vocab_size=config.vocab_size,
             adaptive=[False, config.pi05],
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            remat=config.remat,
+            unroll=config.unroll,
             rngs=rngs,
-            **common,
-            **loops,
         )
         if config.cameras:
-            self.img = siglip.SigLIP(config.vision, out_width=config.paligemma.width, rngs=rngs, **common, **loops)
+            self.img = siglip.SigLIP(
+                config.vision,
+                out_width=config.paligemma.width,
+                dtype=config.dtype,
+                param_dtype=config.param_dtype,
+                remat=config.remat,
+                unroll=config.unroll,
+                rngs=rngs,
+            )
 
 
 class Pi0(nnx.Module):
@@ -196,7 +204,7 @@ class Pi0(nnx.Module):
         masks = {name: observation.image_masks.get(name, all_true) for name in self.config.cameras}
         if augment_rng is not None:
             cameras = images.augment(augment_rng, cameras)
-        return observation.replace(images=cameras, image_masks=masks)
+        return dataclasses.replace(observation, images=cameras, image_masks=masks)
 
     def embed_prefix(
         self, observation: Observation
@@ -207,9 +215,12 @@ class Pi0(nnx.Module):
         for name in self.config.cameras:
             tokens.append(self.PaliGemma.img(observation.images[name]))
             masks.append(jnp.broadcast_to(observation.image_masks[name][:, None], tokens[-1].shape[:2]))
-        if observation.tokenized_prompt is not None:
-            tokens.append(self.PaliGemma.llm.embed(observation.tokenized_prompt))
-            masks.append(observation.tokenized_prompt_mask)
+        prompt, prompt_mask = observation.tokenized_prompt, observation.tokenized_prompt_mask
+        if (prompt is None) != (prompt_mask is None):
+            raise ValueError("an observation has both tokenized_prompt and tokenized_prompt_mask, or neither")
+        if prompt is not None and prompt_mask is not None:
+            tokens.append(self.PaliGemma.llm.embed(prompt))
+            masks.append(prompt_mask)
         if not tokens:
             raise ValueError("the observation has no tokenized prompt and the model no cameras: nothing to encode")
         mask = jnp.concatenate(masks, axis=1)
@@ -257,6 +268,7 @@ class Pi0(nnx.Module):
         (_, outputs), _ = self.PaliGemma.llm(
             [None, tokens], positions, mask, conditions=[None, condition], cache=prefix.cache
         )
+        assert outputs is not None  # the second expert was given tokens
         return self.action_out_proj(outputs[:, -x_t.shape[1] :])
 
     # -- openpi's own interface ----------------------------------------------------------------------------------

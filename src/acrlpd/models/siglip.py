@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: Config, *, dtype: str, param_dtype: str, rngs: nnx.Rngs):
         heads = (config.num_heads, config.width // config.num_heads)
 
-        def linear(inputs, outputs, axis) -> nnx.LinearGeneral:
+        def linear(inputs: Any, outputs: Any, axis: Any) -> nnx.LinearGeneral:
             return nnx.LinearGeneral(
                 inputs,
                 outputs,

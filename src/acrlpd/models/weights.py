@@ -192,8 +192,9 @@ def load_into(
 ) -> None:
     """Puts ``weights`` into ``model``, in the model's dtypes; all problems are listed before anything changes.
 
-    Parameters whose path matches ``may_miss`` keep what they hold, if the weights lack them. ``place`` moves an array to
-    where it belongs, such as a sharding. The model may be abstract (``nnx.eval_shape``), but then must become complete.
+    Parameters whose path matches ``may_miss`` keep what they hold, if the weights lack them. ``place`` moves an array
+    to where it belongs, such as a sharding. The model may be abstract (``nnx.eval_shape``), but then must become
+    complete.
     """
     params = _params(model)
     kept = {path for path in params.keys() - weights.keys() if re.fullmatch(may_miss, path)}
@@ -247,10 +248,10 @@ def write_checkpoint(path: str | os.PathLike[str], checkpoint: TrainingCheckpoin
     target = _new(path)
     with_average = checkpoint.ema_params is not None
     train_state = {
-        "step": np.asarray(checkpoint.step, np.int32),
+        "step": _on_host(np.asarray(checkpoint.step, np.int32)),
         "params": _nest(checkpoint.params) if with_average else {},
         "model_def": None,
-        "opt_state": checkpoint.opt_state,
+        "opt_state": jax.tree.map(_on_host, checkpoint.opt_state),
         "ema_params": None,
     }
     saved = checkpoint.ema_params if checkpoint.ema_params is not None else checkpoint.params
@@ -272,7 +273,15 @@ def _flat(params: nnx.Module | Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    return _on_host({tuple(path.split("/")) + ("value",): value for path, value in flat.items()})
+    leaves = {(*path.split("/"), "value"): _on_host(value) for path, value in flat.items()}
+    return traverse_util.unflatten_dict(leaves)
+
+
+def _on_host(value: Any) -> jax.Array:
+    """A numpy array as a JAX array in host memory: only of those Orbax notes chunks and sharding, as openpi's do."""
+    if isinstance(value, jax.Array):
+        return value
+    return jax.device_put(value, jax.local_devices(backend="cpu")[0])
 
 
 def _new(path: str | os.PathLike[str]) -> Path:

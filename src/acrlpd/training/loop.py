@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from acrlpd.training.sharding import make_mesh, put_batch
 logger = logging.getLogger(__name__)
 
 Phase = Literal["offline", "online"]
+BAR_SECONDS = 1.0 if sys.stderr.isatty() else 30.0  # a log file needs no animation
 PHASES: tuple[Phase, ...] = ("offline", "online")
 
 
@@ -149,7 +151,7 @@ class ACRLPDTrainer:
 
     def _run(self, phase: Phase, stop: StopRequest) -> None:
         total, done = self._extent(phase)
-        with tqdm(total=total, initial=done, desc=phase, unit="step", mininterval=1.0) as bar:
+        with tqdm(total=total, initial=done, desc=phase, unit="step", mininterval=BAR_SECONDS) as bar:
             while not self._finished(phase):
                 if phase == "online":
                     self._interact()

@@ -112,7 +112,7 @@ def _cameras(where: str, file: h5py.File) -> dict[str, str]:
     wrist = [serial for serial, kinds in types.items() if (kinds == 0).all()]
     exterior = sorted((serial for serial in types if serial not in wrist), key=_serial_order)
     named = {EXTERIOR.format(number=number): serial for number, serial in enumerate(exterior, 1)}
-    return named | {WRIST: serial for serial in wrist[:1]}
+    return named | ({WRIST: wrist[0]} if wrist else {})
 
 
 def _serial_order(serial: str) -> tuple[int, str]:

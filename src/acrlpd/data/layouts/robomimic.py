@@ -35,7 +35,8 @@ ACTION_KEYS = ("actions",)
 class Robomimic:
     """The demos of one or several files, by file and number. ``state_keys`` are below ``obs``.
 
-    A quaternion in the state (a key that ends in ``_quat``) is read as a rotation vector, as pi0 was trained with.
+    Without them, the state is pi0's: the quaternion of ``STATE_KEYS`` becomes a rotation vector. Keys that are named
+    are read as they are stored.
     """
 
     def __init__(self, paths: Sequence[Path], options: Options):
@@ -57,10 +58,11 @@ class Robomimic:
         where, options = self.sources[index], self._options
         path, name = self._demos[index]
         state_keys = options.state_keys or (LIBERO_STATE_KEYS if self._libero else STATE_KEYS)
+        convert = options.state_keys is None
         with Reading(path) as file:
             demo = file[f"data/{name}"]
             found: dict[str, Column] = {
-                "state": Joined(tuple(_state(where, demo, f"obs/{key}") for key in state_keys)),
+                "state": Joined(tuple(_state(where, demo, f"obs/{key}", convert=convert) for key in state_keys)),
                 "actions": Joined(
                     tuple(columns.numbers(where, demo, label) for label in options.action_keys or ACTION_KEYS)
                 ),
@@ -120,11 +122,10 @@ def _demo_names(where: str, file: h5py.File, filter_key: str | None) -> list[str
     return sorted(stored, key=lambda name: int(name.removeprefix("demo_")))
 
 
-def _state(where: str, demo: h5py.Group, label: str) -> Column:
+def _state(where: str, demo: h5py.Group, label: str, *, convert: bool) -> Column:
     rows = columns.numbers(where, demo, label)
-    if not label.endswith("_quat") or rows.row_shape != (4,):
-        return rows
-    return Converted(rows, columns.axis_angle, (3,))
+    is_quaternion = label.endswith("_quat") and rows.row_shape == (4,)
+    return Converted(rows, columns.axis_angle, (3,)) if convert and is_quaternion else rows
 
 
 def _cameras(demo: h5py.Group) -> list[str]:

@@ -1,0 +1,101 @@
+"""What must hold of one episode of a LeRobot dataset. Errors say what is wrong; the caller adds file and episode."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from acrlpd.data.lerobot_meta import INDEX, TIMESTAMP, EpisodeRow
+from acrlpd.data.parquet import DataError
+
+
+def first_row(row: EpisodeRow, table: dict[str, np.ndarray]) -> int:
+    """Where in its file an episode begins; raises unless it has exactly the rows that the table gives it."""
+    num_rows = len(table[INDEX])
+    if row.indices is None:
+        if num_rows != row.length:
+            raise DataError(f"the episode table gives it length {row.length}, but the file has {num_rows} rows")
+        return 0
+    start, stop = row.indices
+    stated = f"dataset_from_index {start} to dataset_to_index {stop}"
+    if stop - start != row.length:
+        raise DataError(f"{stated} are {stop - start} rows, but its length is {row.length}")
+    own = np.flatnonzero(table["episode_index"] == row.number)
+    together = len(own) == row.length and own[-1] - own[0] == row.length - 1
+    if not together or not np.array_equal(table[INDEX][own], np.arange(start, stop)):
+        indices = table[INDEX][own]
+        found = f"{len(own)} rows, index {indices[0]} to {indices[-1] + 1}" if len(own) else "none"
+        raise DataError(f"the episode table gives it {stated}; the file has {found} with this episode_index")
+    return int(own[0])
+
+
+def check_values(key: str, values: np.ndarray, features: dict[str, dict[str, Any]]) -> None:
+    """Shape, kind of number, and that all are finite."""
+    if key not in features:
+        raise DataError(f"{key}: info.json does not list this column")
+    shape, dtype = tuple(features[key]["shape"]), np.dtype(features[key]["dtype"])
+    allowed = ((), (1,)) if shape in ((), (1,)) else (shape,)  # a feature of one number is stored as a plain column
+    if values.shape[1:] not in allowed:
+        raise DataError(f"{key}: expected shape {shape} in every frame, as in info.json, found {values.shape[1:]}")
+    if values.dtype.kind != dtype.kind:
+        raise DataError(f"{key}: expected {dtype}, as in info.json, found {values.dtype}")
+    finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    if not finite.all():
+        frame = int(np.argmin(finite))
+        raise DataError(f"{key}: expected finite numbers, found nan or inf in frame {frame}")
+
+
+def check_clock(rows: dict[str, np.ndarray], fps: float, tolerance_s: float) -> None:
+    """``frame_index`` counts from 0, and every timestamp lies 1/fps after the one before it."""
+    length = len(rows[TIMESTAMP])
+    if not np.array_equal(rows["frame_index"].ravel(), np.arange(length)):
+        raise DataError(f"frame_index: expected 0 to {length - 1} in order, found {rows['frame_index'].ravel()}")
+    steps = np.diff(rows[TIMESTAMP].astype(np.float64).ravel())
+    wrong = np.abs(steps - 1 / fps) > tolerance_s
+    if wrong.any():
+        frame = int(np.argmax(wrong))
+        raise DataError(
+            f"timestamp: expected steps of 1/fps = {1 / fps:.6f} s (fps {fps:g}, tolerance {tolerance_s:g} s), found "
+            f"{steps[frame]:.6f} s from frame {frame} to {frame + 1}"
+        )
+
+
+def decode_images(cells: Sequence[Mapping[str, Any] | None], first: int) -> UInt8[np.ndarray, "t h w 3"]:
+    """The pictures in cells ``{bytes, path}``, as RGB; ``first`` is the number of the first frame."""
+    pictures = []
+    for frame, cell in enumerate(cells, start=first):
+        with _opened_image(cell, frame) as image:
+            pictures.append(np.asarray(image.convert("RGB")))
+    sizes = {picture.shape for picture in pictures}
+    if len(sizes) > 1:
+        raise DataError(f"expected images of one size, found {sorted(sizes)}")
+    return np.stack(pictures)
+
+
+def check_image(cell: Mapping[str, Any] | None, frame: int) -> None:
+    """A PNG has check sums, which are enough; pictures of other formats have to be decoded."""
+    with _opened_image(cell, frame) as image:
+        if image.format == "PNG":
+            image.verify()
+        else:
+            image.load()
+
+
+@contextmanager
+def _opened_image(cell: Mapping[str, Any] | None, frame: int) -> Iterator[Image.Image]:
+    """Damage becomes an error that names the frame."""
+    content = (cell or {}).get("bytes")
+    if not content:
+        raise DataError(f"frame {frame}: no image is embedded, only its path: {(cell or {}).get('path')}")
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, struct.error) as error:  # Pillow raises each of them for damaged files
+        raise DataError(f"frame {frame}: the embedded image does not decode ({error})") from error

@@ -1,0 +1,186 @@
+"""OGBench's manipulation data, one ``.npz`` a data set: play without rewards, relabelled for one goal.
+
+    observations (R, s)   actions (R, a)   terminals (R,)   qpos (R, q)   button_states (R, buttons), some
+
+``terminals`` flags the last row of each trajectory, whatever the reason. That row is dropped, as OGBench does: nothing
+in the file follows its action. ``qpos`` is the simulator's state before the action of its row.
+
+Rewards come from a goal: the number of objects in place minus the number of objects, judged before the action. Play
+data passes through the goal and goes on, so a terminal may lie in mid-episode.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from jaxtyping import Bool, Float, Shaped
+
+from acrlpd.data.episodes import BadEpisodes, EpisodeInfo, EpisodeStore
+from acrlpd.types import Episode
+
+CLIP = 1e-5  # how far OGBench's loader keeps actions from -1 and 1
+CUBE_TOLERANCE = 0.04  # m
+FIRST_CUBE, CUBE_WIDTH = 14, 7  # of qpos: position and quaternion of each cube, after the arm and the gripper
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Goal(Protocol):
+    def in_place(self, arrays: Arrays) -> Bool[np.ndarray, "r k"]:
+        """Which of the k objects are where they should be, for every row.
+
+        Raises:
+            ValueError: the arrays of the file do not tell.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class CubeGoal:
+    """Cubes at given places (x, y, z in m); their rotation does not matter."""
+
+    positions: tuple[tuple[float, float, float], ...]
+
+    def in_place(self, arrays: Arrays) -> Bool[np.ndarray, "r k"]:
+        qpos, count = _required(arrays, "qpos"), len(self.positions)
+        if qpos.shape[1] < FIRST_CUBE + CUBE_WIDTH * count:
+            raise ValueError(f"qpos: {qpos.shape[1]} numbers a row are too few for {count} cubes")
+        first = FIRST_CUBE + CUBE_WIDTH * np.arange(count)
+        places = qpos[:, first[:, None] + np.arange(3)[None, :]]  # [r k 3]
+        return np.linalg.norm(places - np.array(self.positions)[None], axis=-1) <= CUBE_TOLERANCE
+
+
+@dataclasses.dataclass(frozen=True)
+class ButtonGoal:
+    """Buttons in given states."""
+
+    states: tuple[int, ...]
+
+    def in_place(self, arrays: Arrays) -> Bool[np.ndarray, "r k"]:
+        buttons = _required(arrays, "button_states")
+        if buttons.shape[1] != len(self.states):
+            raise ValueError(f"button_states: {buttons.shape[1]} buttons, but the goal names {len(self.states)}")
+        return buttons == np.array(self.states)[None]
+
+
+class NpzReader:
+    """The trajectories of one file, in memory: an ``EpisodeSource``.
+
+    Args:
+        goal: what the rewards are for. None: rewards 0 and no terminals (good for imitation only).
+        sparse: rewards are -1 until everything is in place, and 0 there, instead of counting objects.
+        task: the instruction; the file has none.
+        clip_actions: to -1 + 1e-5 and 1 - 1e-5, as QC has it for the published data sets.
+        on_bad_episode: ``"skip"`` leaves out trajectories that cannot be used, with a warning; see ``skipped``.
+
+    Raises:
+        ValueError: the file is damaged, or a trajectory cannot be used; names file, episode and key.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        goal: Goal | None = None,
+        sparse: bool = False,
+        task: str = "",
+        clip_actions: bool = False,
+        on_bad_episode: Literal["error", "skip"] = "error",
+    ):
+        self.path = Path(path)
+        arrays = _load(self.path)
+        rewards, done = _relabelled(self.path, arrays, goal, sparse=sparse)
+        actions = arrays["actions"].astype(np.float32, copy=False)
+        actions = np.clip(actions, -1 + CLIP, 1 - CLIP) if clip_actions else actions
+        state = arrays["observations"].astype(np.float32, copy=False)
+        bad = BadEpisodes(on_bad_episode)
+        self._store = EpisodeStore()
+        last_rows = np.flatnonzero(arrays["terminals"])
+        start = 0
+        for index, last in enumerate(last_rows.tolist()):
+            rows, start = slice(start, last), last + 1
+            source = f"{self.path}: episode {index}"
+            with bad.guard(source):
+                self._store.append(
+                    Episode(
+                        state[rows],
+                        actions[rows],
+                        rewards[rows],
+                        done[rows],
+                        task,
+                        success=bool(done[rows].any()) if goal is not None else None,
+                        source=source,
+                    )
+                )
+        bad.report(str(self.path), len(last_rows))
+        self.skipped = bad.skipped
+
+    @property
+    def num_episodes(self) -> int:
+        return self._store.num_episodes
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self._store.lengths
+
+    def info(self, index: int) -> EpisodeInfo:
+        return self._store.info(index)
+
+    def episode(self, index: int) -> Episode:
+        return self._store.episode(index)
+
+    def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
+        return self._store.window(index, key, start, stop)
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file, checked as a whole."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: expected a complete .npz file; it is truncated or not one ({error})") from error
+    for key, rank in {"observations": 2, "actions": 2, "terminals": 1}.items():
+        if key not in arrays:
+            raise ValueError(f"{path}: {key}: expected an array of that name, found {', '.join(arrays) or 'none'}")
+        if arrays[key].ndim != rank or arrays[key].dtype.kind not in "fiub":
+            found = f"{arrays[key].dtype} {arrays[key].shape}"
+            raise ValueError(f"{path}: {key}: expected numbers with {rank} axes, found {found}")
+    rows = len(arrays["observations"])
+    for key in ("actions", "terminals", "qpos", "button_states"):
+        if key in arrays and (arrays[key].ndim == 0 or len(arrays[key]) != rows):
+            raise ValueError(f"{path}: {key}: expected {rows} rows (as in observations), found {arrays[key].shape}")
+    if not rows or not arrays["terminals"][-1]:
+        raise ValueError(
+            f"{path}: terminals: expected the last of {rows} rows to be flagged as the end of a trajectory, but it is "
+            "not. The file was cut, or is not in OGBench's format."
+        )
+    return arrays
+
+
+def _relabelled(
+    path: Path, arrays: Arrays, goal: Goal | None, *, sparse: bool
+) -> tuple[Float[np.ndarray, " r"], Bool[np.ndarray, " r"]]:
+    if goal is None:
+        return np.zeros(len(arrays["actions"]), np.float32), np.zeros(len(arrays["actions"]), bool)
+    try:
+        in_place = goal.in_place(arrays)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    missing = np.sum(~in_place, axis=1)
+    return -(missing > 0 if sparse else missing).astype(np.float32), missing == 0
+
+
+def _required(arrays: Arrays, key: str) -> np.ndarray:
+    if key not in arrays or arrays[key].ndim != 2:
+        raise ValueError(f"{key}: the goal needs this array with 2 axes; the file has {', '.join(arrays)}")
+    return arrays[key]

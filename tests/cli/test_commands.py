@@ -1,0 +1,93 @@
+"""The command line as a person meets it: help, typing mistakes, and a whole run with a kill in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from acrlpd.cli.main import main
+from acrlpd.training.guards import EXIT_INTERRUPTED
+
+
+def test_usage_lists_the_commands(capsys):
+    assert main(["--help"]) == 0
+    assert "train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["trian"], "did you mean 'train'"),
+        (["train", "dmeo"], "did you mean 'demo'"),
+        (["eval", "--checkpoint", "no/such/folder"], "is not a folder"),
+        (["train", "demo", "--env.name", "metaworld/drawer-opn-v3", "--run_dir", "{tmp}"], "metaworld/drawer-open-v3"),
+        (["train", "demo", "--execute_horizon", "9", "--run_dir", "{tmp}"], "cannot execute more steps"),
+    ],
+)
+def test_a_mistake_gets_the_nearest_valid_word(arguments, hint, capsys, tmp_path):
+    try:
+        code = main([argument.format(tmp=tmp_path) for argument in arguments])
+    except SystemExit as stop:  # the flag parser's own way out
+        code = stop.code
+    assert code == 2
+    captured = capsys.readouterr()
+    assert hint in " ".join((captured.err + captured.out).split())
+
+
+def test_help_of_a_preset_shows_fields_with_their_meaning(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "demo", "--help"])
+    assert stop.value.code == 0
+    assert "updates per environment step" in " ".join(capsys.readouterr().out.split())
+
+
+def acrlpd(*arguments: str) -> subprocess.Popen:
+    environment = {**os.environ, "XLA_FLAGS": ""}  # one device, as a user has
+    command = [sys.executable, "-m", "acrlpd.cli.main", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(process: subprocess.Popen, path: Path) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_train_kill_resume_interrupt_resume_eval(tmp_path):
+    run = tmp_path / "debug"
+    flags = ("train", "debug", "--run_dir", str(tmp_path))
+
+    killed = acrlpd(*flags)
+    wait_for(killed, run / "checkpoints" / "10" / "params")
+    killed.kill()
+    killed.communicate()
+
+    interrupted = acrlpd(*flags, "--resume")
+    wait_for(interrupted, run / "replay" / "journal.jsonl")  # the first online episode is finished
+    interrupted.send_signal(signal.SIGINT)
+    errors = interrupted.communicate(timeout=300)[1]
+    assert interrupted.returncode == EXIT_INTERRUPTED, errors
+    assert f"acrlpd train debug --run_dir {tmp_path} --resume" in errors
+
+    resumed = acrlpd(*flags, "--resume")
+    output, errors = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, errors
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["phases"]) == {"bc", "offline", "online"}
+    assert summary["env_steps"] >= 60
+    assert summary["updates"] >= 20 + 60 - 5
+    journal = [json.loads(line) for line in (run / "replay" / "journal.jsonl").read_text().splitlines()]
+    assert [entry["number"] for entry in journal] == list(range(len(journal)))
+    assert (run / "report.html").stat().st_size > 10_000
+    assert str(run / "report.html") in output
+
+    evaluated = acrlpd("eval", "--checkpoint", str(run), "--episodes", "2", "--json")
+    output, errors = evaluated.communicate(timeout=300)
+    assert evaluated.returncode == 0, errors
+    assert json.loads(output)["episodes"] == 2

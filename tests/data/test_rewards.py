@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+
+from acrlpd.data import rewards
+from acrlpd.data.rewards import RewardConfig
+
+
+def f32(*values):
+    return np.array(values, np.float32)
+
+
+STORED = f32(0, 0, 0, 1, 1)  # the task is done at step 3, the recorder runs on
+
+
+@pytest.mark.parametrize(
+    ("config", "expected", "terminals"),
+    [
+        (RewardConfig("stored", "0/1"), [0, 0, 0, 1, 1], [0, 0, 0, 1, 1]),
+        (RewardConfig("stored", "-1/0"), [-1, -1, -1, 0, 0], [0, 0, 0, 1, 1]),
+        (RewardConfig("sparse", "0/1"), [0, 0, 0, 0, 1], [0, 0, 0, 0, 1]),
+        (RewardConfig("sparse", "-1/0"), [-1, -1, -1, -1, 0], [0, 0, 0, 0, 1]),
+        (None, [0, 0, 0, 1, 1], [0, 0, 0, 1, 1]),
+    ],
+)
+def test_a_success(config, expected, terminals):
+    found, done = rewards.label(config, 5, success=True, stored=STORED, threshold=1.0, where="demo_0")
+    assert (found.tolist(), done.tolist()) == (expected, [bool(flag) for flag in terminals])
+    assert (found.dtype, done.dtype) == (np.float32, bool)
+
+
+@pytest.mark.parametrize("source", ["stored", "sparse"])
+@pytest.mark.parametrize(("terminal_on_failure", "last"), [(False, False), (True, True)])
+def test_a_failure_costs_at_every_step_and_ends_the_task_only_on_request(source, terminal_on_failure, last):
+    config = RewardConfig(source, terminal_on_failure=terminal_on_failure)
+    found, done = rewards.label(config, 3, success=False, stored=f32(0, 0, 0), threshold=1.0, where="demo_0")
+    assert (found.tolist(), done.tolist()) == ([-1, -1, -1], [False, False, last])
+
+
+def test_terminal_on_failure_leaves_a_success_alone():
+    config = RewardConfig(terminal_on_failure=True)
+    _, done = rewards.label(config, 4, success=True, stored=f32(0, 1, 0, 0), threshold=1.0, where="demo_0")
+    assert done.tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("length", [1, 7])
+def test_an_undiscounted_success_returns_its_length_minus_one(length):
+    found, done = rewards.label(RewardConfig(), length, success=True, where="episode_0")
+    assert found.sum() == -(length - 1)
+    assert done.tolist() == [False] * (length - 1) + [True]
+
+
+def test_unknown_success_is_an_error_only_when_rewards_are_asked_for():
+    with pytest.raises(ValueError, match=r"episode_3\.hdf5: success: .* RewardConfig\(success=True\) if all"):
+        rewards.label(RewardConfig(), 2, success=None, where="episode_3.hdf5")
+    found, done = rewards.label(None, 2, success=None, where="episode_3.hdf5")
+    assert (found.tolist(), done.tolist()) == ([0, 0], [False, False])
+
+
+def test_staged_rewards_need_the_users_word():
+    staged = f32(0, 1, 2, 4, 4)
+    with pytest.raises(ValueError, match=r"episode_0: rewards: .* up to 4\. .*success_reward=4\.0"):
+        rewards.label(RewardConfig(), 5, success=None, stored=staged, threshold=None, where="episode_0")
+    config = RewardConfig(success_reward=4.0)
+    threshold = rewards.success_reward(config, [staged])
+    found, done = rewards.label(config, 5, success=True, stored=staged, threshold=threshold, where="episode_0")
+    assert (found.tolist(), done.tolist()) == ([-1, -1, -1, 0, 0], [False, False, False, True, True])
+    found, done = rewards.label(None, 5, success=True, stored=staged, threshold=None, where="episode_0")
+    assert (found.tolist(), done.tolist()) == ([0, 1, 2, 4, 4], [False, False, False, False, True])
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ([f32(0, 0), f32(0, 1)], 1.0),
+        ([f32(0, 0)], 1.0),  # nobody succeeded
+        ([f32(-1, 0), f32(-1, -1)], 0.0),
+        ([f32(0, 1), f32(0, 2)], None),  # staged: the first episode alone would look like 0 and 1
+        ([f32(0, 0.5)], None),
+        ([f32(-1, 1)], None),
+        ([], 1.0),
+    ],
+)
+def test_which_stored_reward_means_success(stored, expected):
+    assert rewards.success_reward(RewardConfig(), stored) == expected
+    assert rewards.success_reward(RewardConfig(success_reward=2.0), stored) == 2.0
+
+
+def test_the_first_source_that_knows_decides_on_success():
+    yes = RewardConfig(success=True)
+    assert rewards.success_of(yes, False) is False
+    assert rewards.success_of(yes, None, f32(0, 0), 1.0) is False
+    assert rewards.success_of(None, None, f32(0, 1, 0), 1.0) is True
+    assert rewards.success_of(yes, None, f32(0, 3), None) is True
+    assert rewards.success_of(yes, None) is True
+    assert rewards.success_of(RewardConfig(), None) is None
+    assert rewards.success_of(None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "dense"}, "source must be .* got 'dense'"),
+        ({"convention": "1/0"}, "convention must be .* got '1/0'"),
+    ],
+)
+def test_words_that_do_not_exist_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        RewardConfig(**options)

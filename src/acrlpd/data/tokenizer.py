@@ -30,7 +30,7 @@ class PromptTokenizer:
 
     def __init__(self, path: Path | str | None = None, *, max_length: int = 48):
         self.max_length = max_length
-        self._processor = _load(path)
+        self._processor = load_processor(path)
         self._tokens = functools.lru_cache(maxsize=CACHE_SIZE)(self._encode_uncached)
 
     @property
@@ -93,7 +93,7 @@ def _with_state(prompts: Sequence[str], states: np.ndarray) -> list[str]:
     ]
 
 
-def _load(path: Path | str | None) -> sentencepiece.SentencePieceProcessor:
+def load_processor(path: Path | str | None) -> sentencepiece.SentencePieceProcessor:
     if path is None:
         model = resources.files("acrlpd.data").joinpath("assets/nano_tokenizer.model").read_bytes()
     elif Path(path).is_file():

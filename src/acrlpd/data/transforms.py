@@ -91,7 +91,7 @@ class DefaultPrompt:
     def __call__(self, data: Data) -> Data:
         if "prompt" not in data:
             return data | {"prompt": np.asarray(self.prompt)}
-        texts = _texts(data["prompt"])
+        texts = prompt_texts(data["prompt"])
         return data | {"prompt": np.where(texts == "", self.prompt, texts)}
 
     def inverse(self, data: Data) -> Data:
@@ -209,7 +209,7 @@ class TokenizePrompt:
                 "the data has no prompt. Add a task text to the dataset or a default prompt to the config."
             )
         state = np.asarray(data["state"])
-        texts = np.broadcast_to(_texts(data["prompt"]), state.shape[:-1])
+        texts = np.broadcast_to(prompt_texts(data["prompt"]), state.shape[:-1])
         states = state.reshape(-1, state.shape[-1]) if self.discrete_state_input else None
         tokens, mask = self.tokenizer.encode_batch(texts.ravel().tolist(), states)
         rest = {key: value for key, value in data.items() if key != "prompt"}
@@ -275,7 +275,7 @@ def _optional(data: Data, key: str, dtype: np.typing.DTypeLike) -> np.ndarray | 
     return np.asarray(data[key], dtype) if key in data else None
 
 
-def _texts(prompt: Any) -> np.ndarray:
+def prompt_texts(prompt: Any) -> np.ndarray:
     """A prompt, or a batch of prompts, as an array of str; bytes are UTF-8."""
     texts = np.asarray(prompt)
     if texts.dtype.kind == "S":

@@ -121,13 +121,13 @@ def attend(
     parts = [(keys, values)] if cache is None else [cache, (keys, values)]
     scores = [jnp.einsum("btkgh,bskh->bkgts", grouped, part, preferred_element_type=jnp.float32) for part, _ in parts]
     masked = jnp.where(mask[:, None, None], jnp.concatenate(scores, axis=-1), MASKED_SCORE)
-    weights = jax.nn.softmax(masked, axis=-1).astype(queries.dtype)
+    weights = jax.nn.softmax(masked, axis=-1).astype(values.dtype)
     split = jnp.split(weights, [mask.shape[-1] - keys.shape[1]], axis=-1) if cache is not None else [weights]
     attended = [
         jnp.einsum("bkgts,bskh->btkgh", part_weights, part, preferred_element_type=jnp.float32)
         for part_weights, (_, part) in zip(split, parts, strict=True)
     ]
-    return sum(attended[1:], start=attended[0]).astype(queries.dtype).reshape(b, t, n, h)
+    return sum(attended[1:], start=attended[0]).astype(values.dtype).reshape(b, t, n, h)
 
 
 class RMSNorm(nnx.Module):
@@ -191,8 +191,9 @@ class Embedder(nnx.Module):
 class Attention(nnx.Module):
     """The projections of all experts around one shared attention."""
 
-    def __init__(self, configs: Sequence[Config], *, param_dtype: str, rngs: nnx.Rngs):
+    def __init__(self, configs: Sequence[Config], *, float32_queries: bool, param_dtype: str, rngs: nnx.Rngs):
         self.head_dim = configs[0].head_dim
+        self.float32_queries = float32_queries
         for i, config in enumerate(configs):
             n, k, h, d = config.num_heads, config.num_kv_heads, config.head_dim, config.width
             einsums: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
@@ -218,8 +219,10 @@ class Attention(nnx.Module):
         mask: Bool[Array, "b t p_and_s"],
         cache: KeysValues | None,
     ) -> list[Float[Array, "b t d"] | None]:
-        queries = rotate(jnp.concatenate(self._project("q_einsum", xs), axis=1), positions)
-        attended = attend(queries * self.head_dim**-0.5, *new, mask, cache)
+        queries = jnp.concatenate(self._project("q_einsum", xs), axis=1)
+        if self.float32_queries:
+            queries = queries.astype(jnp.float32)
+        attended = attend(rotate(queries, positions) * self.head_dim**-0.5, *new, mask, cache)
         return self._project_back(attended, xs)
 
     def _project(self, name: str, xs: Tokens) -> list[jax.Array]:
@@ -242,9 +245,16 @@ class Block(nnx.Module):
     """One layer of all experts."""
 
     def __init__(
-        self, configs: Sequence[Config], *, adaptive: Sequence[bool], dtype: str, param_dtype: str, rngs: nnx.Rngs
+        self,
+        configs: Sequence[Config],
+        *,
+        adaptive: Sequence[bool],
+        float32_queries: bool,
+        dtype: str,
+        param_dtype: str,
+        rngs: nnx.Rngs,
     ):
-        self.attn = Attention(configs, param_dtype=param_dtype, rngs=rngs)
+        self.attn = Attention(configs, float32_queries=float32_queries, param_dtype=param_dtype, rngs=rngs)
         for i, config in enumerate(configs):
             for name in ("pre_attention_norm", "pre_ffw_norm"):
                 norm = RMSNorm(config.width, adaptive=adaptive[i], dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -288,7 +298,10 @@ class Block(nnx.Module):
 
 
 class Gemma(nnx.Module):
-    """The stack: text embedding of the first expert, all layers, final norms. There is no head."""
+    """The stack: text embedding of the first expert, all layers, final norms. There is no head of its own.
+
+    ``float32_queries`` keeps queries in float32 after their rotation (pi0-FAST), where others go back to ``dtype``.
+    """
 
     def __init__(
         self,
@@ -301,6 +314,7 @@ class Gemma(nnx.Module):
         remat: bool,
         unroll: bool,
         rngs: nnx.Rngs,
+        float32_queries: bool = False,
     ):
         _check_experts_match(configs)
         self.dtype = dtype
@@ -309,7 +323,14 @@ class Gemma(nnx.Module):
         self.unroll = unroll
         self.embedder = Embedder(vocab_size, configs[0].width, param_dtype=param_dtype, rngs=rngs)
         self.layers = stacked.create(
-            lambda rngs: Block(configs, adaptive=adaptive, dtype=dtype, param_dtype=param_dtype, rngs=rngs),
+            lambda rngs: Block(
+                configs,
+                adaptive=adaptive,
+                float32_queries=float32_queries,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            ),
             self.depth,
             rngs,
         )
@@ -319,6 +340,10 @@ class Gemma(nnx.Module):
 
     def embed(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         return self.embedder(tokens).astype(self.dtype)
+
+    def logits(self, outputs: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """Scores of the next token against the embedding table, in the wider dtype of the two."""
+        return jnp.einsum("btd,vd->btv", outputs, self.embedder.input_embedding[...])
 
     def __call__(
         self,

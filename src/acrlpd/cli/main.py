@@ -13,16 +13,19 @@ COMMANDS = {
     "eval": "success rate of a checkpoint, with its interval",
     "collect": "make prior data with a scripted expert",
     "report": "one self-contained HTML page about a run",
+    "weights": "what arrays a checkpoint holds; convert between openpi's layout, PaliGemma, safetensors and npz",
+    "data": "what a data set holds, what is wrong with it; convert it; decode its pictures once",
+    "norm-stats": "normalization statistics of a data set, in openpi's file",
 }
 
-USAGE = "usage: acrlpd COMMAND ...\n\n" + "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+USAGE = "usage: acrlpd COMMAND ...\n\n" + "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 the user's mistake, 75 interrupted and saved."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger("acrlpd").setLevel(logging.INFO)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{USAGE}\n\nacrlpd COMMAND --help explains a command.")
         return 0 if arguments else 2

@@ -1,4 +1,4 @@
-"""Normalization statistics: openpi's formulas and file, and three ways to make them.
+"""Normalization statistics: openpi's formulas and file, and four ways to make them.
 
 z-score (pi0): ``(x - mean) / (std + 1e-6)``; quantiles (pi0.5, pi0-FAST): 1 % and 99 % to -1 and 1. Nothing is clipped.
 The formulas are openpi's, so that its statistics work here; the floors for dimensions that hardly move are put into
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +20,8 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from acrlpd.data import chunks
-from acrlpd.data.episodes import EpisodeStore
-from acrlpd.types import typed
+from acrlpd.data.episodes import EpisodeSource, EpisodeStore
+from acrlpd.types import Episode, typed
 
 if TYPE_CHECKING:
     from acrlpd.data.transforms import Transform
@@ -78,11 +80,19 @@ def _quantiles(stats: NormStats) -> tuple[np.ndarray, np.ndarray]:
 
 
 def save(path: Path | str, stats: Mapping[str, NormStats]) -> None:
-    """Writes openpi's ``norm_stats.json``; ``path`` is the file, its folder is made."""
-    content = {key: {name: _as_list(value) for name, value in vars(value).items()} for key, value in stats.items()}
+    """Writes openpi's ``norm_stats.json``; ``path`` is the file, its folder is made. Replaces a file all at once."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"norm_stats": content}, indent=2), encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        partial = Path(folder) / path.name
+        partial.write_text(json.dumps(to_dict(stats), indent=2), encoding="utf-8")
+        os.replace(partial, path)
+
+
+def to_dict(stats: Mapping[str, NormStats]) -> dict[str, Any]:
+    """The content of ``norm_stats.json``."""
+    lists = {key: {name: _as_list(value) for name, value in vars(value).items()} for key, value in stats.items()}
+    return {"norm_stats": lists}
 
 
 def load(path: Path | str) -> dict[str, NormStats]:
@@ -119,10 +129,17 @@ def _from_lists(entry: Mapping[str, Any]) -> NormStats:
 
 
 class RunningStats:
-    """Statistics of more vectors than fit in memory, as openpi takes them: moments exact, quantiles by histogram."""
+    """Statistics of more vectors than fit in memory, as openpi takes them: moments exact, quantiles by histogram.
 
-    def __init__(self, *, num_bins: int = 5000):
+    With ``bounds`` (least and greatest value of each dimension, known beforehand) no count ever moves to another bin,
+    and a quantile is off by less than a bin: a 5000th of the range; moments are taken about the middle, so that a small
+    spread far from 0 does not cancel. Without, the range grows as in openpi, and every growth may shift the counts by a
+    bin.
+    """
+
+    def __init__(self, *, num_bins: int = 5000, bounds: tuple[np.ndarray, np.ndarray] | None = None):
         self._num_bins = num_bins
+        self._bounds = bounds
         self._count = 0
 
     @typed
@@ -135,6 +152,10 @@ class RunningStats:
         if self._count == 0:
             self._mean = np.zeros_like(batch[0])
             self._mean_of_squares = np.zeros_like(batch[0])
+            self._origin = np.zeros_like(batch[0])
+            if self._bounds is not None:
+                low, high = self._bounds
+                self._origin = (low + high) / 2
             self._low, self._high = low, high
             self._counts = np.zeros((batch.shape[-1], self._num_bins))
             self._edges = self._make_edges(low - 1e-10, high + 1e-10)
@@ -144,8 +165,9 @@ class RunningStats:
             self._widen(np.minimum(low, self._low), np.maximum(high, self._high))
         self._count += len(batch)
         weight = len(batch) / self._count
-        self._mean += (batch.mean(axis=0) - self._mean) * weight
-        self._mean_of_squares += (np.square(batch).mean(axis=0) - self._mean_of_squares) * weight
+        centred = batch - self._origin
+        self._mean += (centred.mean(axis=0) - self._mean) * weight
+        self._mean_of_squares += (np.square(centred).mean(axis=0) - self._mean_of_squares) * weight
         for dim, edges in enumerate(self._edges):
             self._counts[dim] += np.histogram(batch[:, dim], bins=edges)[0]
 
@@ -155,7 +177,7 @@ class RunningStats:
             raise ValueError(f"statistics need at least 2 vectors, got {self._count}")
         variance = self._mean_of_squares - np.square(self._mean)
         return NormStats(
-            mean=self._mean.copy(),
+            mean=self._origin + self._mean,
             std=np.sqrt(np.maximum(0, variance)),
             q01=self._quantile(0.01),
             q99=self._quantile(0.99),
@@ -236,13 +258,64 @@ def from_store(
 
 
 def _transformed(
-    store: EpisodeStore, transform: Transform, horizon: int, *, block: int = 256
+    store: EpisodeStore, transform: Transform | None, horizon: int, *, block: int = 256
 ) -> Iterator[dict[str, np.ndarray]]:
     for start in range(0, store.num_rows, block):
         rows = np.arange(start, min(start + block, store.num_rows))
         batch = chunks.gather(store, rows, horizon)
-        data = transform({key: batch[key] for key in ("state", "actions", "image", "prompt")})
+        data = {key: batch[key] for key in ("state", "actions", "image", "prompt")}
+        data = data if transform is None else transform(data)
         yield {"state": data["state"], "actions": data["actions"]}
+
+
+def from_source(
+    source: EpisodeSource,
+    transform: Transform | None = None,
+    *,
+    horizon: int = 1,
+    num_episodes: int | None = None,
+    cameras: Sequence[str] = (),
+    min_std: float = MIN_STD,
+) -> dict[str, NormStats]:
+    """As ``from_store``, for sets larger than memory: an episode at a time, twice, for the range and for the rest.
+
+    Quantiles are off by less than a 5000th of a dimension's range. No picture is read: a ``transform`` that expects
+    ``cameras`` is shown black ones. ``num_episodes`` takes so many, evenly spread.
+    """
+    spread = np.linspace(0, source.num_episodes - 1, min(num_episodes or source.num_episodes, source.num_episodes))
+    indices = np.unique(spread.round().astype(int)).tolist()
+
+    def blocks() -> Iterator[dict[str, np.ndarray]]:
+        for index in indices:
+            store = EpisodeStore.from_episodes([_without_pictures(source, index, cameras)])
+            for data in _transformed(store, transform, horizon):
+                yield {key: value.reshape(-1, value.shape[-1]).astype(np.float64) for key, value in data.items()}
+
+    low: dict[str, np.ndarray] = {}
+    high: dict[str, np.ndarray] = {}
+    for block in blocks():
+        for key, value in block.items():
+            low[key] = np.minimum(low.get(key, np.inf), value.min(axis=0))
+            high[key] = np.maximum(high.get(key, -np.inf), value.max(axis=0))
+    running = {key: RunningStats(bounds=(low[key], high[key])) for key in low}
+    for block in blocks():
+        for key, value in block.items():
+            running[key].update(value)
+    return {key: with_floor(stats.result(), key, min_std=min_std) for key, stats in running.items()}
+
+
+def _without_pictures(source: EpisodeSource, index: int, cameras: Sequence[str]) -> Episode:
+    info = source.info(index)
+    return Episode(
+        state=source.window(index, "state", 0, info.length),
+        actions=source.window(index, "actions", 0, info.length),
+        rewards=np.zeros(info.length, np.float32),
+        terminals=np.zeros(info.length, bool),
+        task=info.task,
+        images={camera: np.zeros((info.length, 1, 1, 3), np.uint8) for camera in cameras},
+        success=info.success,
+        source=info.source,
+    )
 
 
 @typed

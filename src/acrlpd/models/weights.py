@@ -6,12 +6,16 @@ or writes a pickle.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +24,16 @@ import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
 
 Weights: TypeAlias = dict[str, np.ndarray]
+Layout = Literal["orbax", "orbax-bare", "npz", "paligemma", "safetensors"]
 
 LORA = ".*lora.*"
 NOT_IN_PALIGEMMA = f"{LORA}|(?!PaliGemma/).*|PaliGemma/llm/.*_1/.*"
 """What a model has beyond a PaliGemma checkpoint: adapters, the action expert, the top-level projections."""
 
 _MAX_LISTED = 20
+_SUFFIXES: dict[Layout, str] = {"npz": ".npz", "paligemma": ".npz", "safetensors": ".safetensors"}
+_BFLOAT16 = np.dtype(jnp.bfloat16)
+_BFLOAT16_IN_NPZ = np.dtype("V2")  # numpy's file format has no name for it; big_vision reads and writes it so as well
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +80,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainingCheckpoint:
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every array that ``read_params`` would return; Orbax arrays are not read for it."""
+    """Shape and dtype of every array that ``read_params`` would return; no array is read for it."""
     local = fetch(path)
-    if local.suffix in (".npz", ".safetensors"):
-        return {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in read_params(local).items()}
+    if local.suffix == ".npz":
+        return _inspect_npz(local)
+    if local.suffix == ".safetensors":
+        return _inspect_safetensors(local)
     tree = _metadata(_find_item(local, "params"))
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _flatten_params(tree, local).items()}
 
@@ -104,23 +114,27 @@ def _download(url: str, scheme: str, target: Path) -> None:
         filesystem, remote = fsspec.core.url_to_fs(url)
     except ImportError as error:
         raise ImportError(f"reading {scheme}:// needs an extra: pip install 'acrlpd[remote]' ({error})") from error
-    partial = target.with_name(f"{target.name}.partial")  # so that a broken transfer is never taken for weights
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        filesystem.get(remote, str(partial), recursive=True)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no weights at {url}: {error}") from error
-    except Exception as error:  # every file system has network errors of its own
-        raise ConnectionError(
-            f"could not copy {url} to {target}: {error!r}. Check the network and your access, or copy it there by hand."
-        ) from error
-    partial.rename(target)
+    with _replacing(target) as partial:
+        try:
+            filesystem.get(remote, str(partial), recursive=True)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"no weights at {url}: {error}") from error
+        except Exception as error:  # every file system has network errors of its own
+            raise ConnectionError(
+                f"could not copy {url} to {target}: {error!r}. Check the network and your access, or copy it there by "
+                "hand."
+            ) from error
 
 
 def _find_item(path: Path, item: str) -> Path:
-    """The Orbax folder of ``item``: ``path`` itself, inside it, or inside its highest-numbered step."""
-    steps = [int(child.name) for child in path.iterdir() if child.name.isdigit()] if path.is_dir() else []
-    candidates = [path / item, *(path / str(step) / item for step in sorted(steps, reverse=True))]
+    """The Orbax folder of ``item``: ``path`` itself, inside it, or inside its highest-numbered step.
+
+    The steps may lie in a folder ``checkpoints``, as in a run of this project.
+    """
+    candidates = [path / item]
+    for parent in (path, path / "checkpoints"):
+        steps = [int(child.name) for child in parent.iterdir() if child.name.isdigit()] if parent.is_dir() else []
+        candidates += [parent / str(step) / item for step in sorted(steps, reverse=True)]
     if item == "params":
         candidates.insert(0, path)
     for candidate in candidates:
@@ -161,18 +175,77 @@ def _flatten_params(tree: Any, source: Path) -> dict[str, Any]:
 
 
 def _read_npz(path: Path) -> Weights:
-    """Arrays by path; a PaliGemma file has its image and language parts under "params", other subtrees are dropped."""
-    with np.load(path, allow_pickle=False) as file:
-        names = [name for name in file.files if name.startswith("params/")]
-        if names:
-            return {f"PaliGemma/{name.removeprefix('params/')}": file[name] for name in names}
-        return {name: file[name] for name in file.files}
+    with _naming(path), np.load(path, allow_pickle=False) as file:
+        return {name: _as_bfloat16(file[stored]) for stored, name in _npz_names(file.files).items()}
+
+
+def _inspect_npz(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    with _naming(path), zipfile.ZipFile(path) as file:
+        names = _npz_names(member.removesuffix(".npy") for member in file.namelist())
+        return {name: _npy_header(file, stored) for stored, name in names.items()}
+
+
+def _npy_header(file: zipfile.ZipFile, name: str) -> jax.ShapeDtypeStruct:
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with file.open(f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        if version not in readers:
+            raise ValueError(f"{name} has version {version} of numpy's format, expected 1.0 or 2.0")
+        shape, _, dtype = readers[version](member)
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds pickled objects, which are never read (allow_pickle=False)")
+    return jax.ShapeDtypeStruct(shape, _BFLOAT16 if dtype == _BFLOAT16_IN_NPZ else dtype)
+
+
+def _npz_names(stored: Iterable[str]) -> dict[str, str]:
+    """Our path by the name in the file. PaliGemma's has its two parts under "params"; other subtrees are dropped."""
+    names = list(stored)
+    inside = [name for name in names if name.startswith("params/")]
+    if inside:
+        return {name: f"PaliGemma/{name.removeprefix('params/')}" for name in inside}
+    return {name: name for name in names}
+
+
+def _as_bfloat16(array: np.ndarray) -> np.ndarray:
+    return array.view(_BFLOAT16) if array.dtype == _BFLOAT16_IN_NPZ else array
 
 
 def _read_safetensors(path: Path) -> Weights:
-    from safetensors import flax as safetensors
+    from safetensors.numpy import load_file
 
-    return {name: np.asarray(value) for name, value in safetensors.load_file(path).items()}
+    with _naming(path):
+        return load_file(path)
+
+
+def _inspect_safetensors(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    from safetensors import safe_open
+
+    with _naming(path), safe_open(path, "numpy") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: jax.ShapeDtypeStruct(tuple(each.get_shape()), _SAFETENSORS_DTYPES[each.get_dtype()])
+            for name, each in slices.items()
+        }
+
+
+_SAFETENSORS_DTYPES = {"BF16": _BFLOAT16, "BOOL": np.dtype(bool)} | {
+    f"{letter}{8 * size}": np.dtype(f"{kind}{size}")
+    for letter, kind, sizes in (("F", "f", (2, 4, 8)), ("I", "i", (1, 2, 4, 8)), ("U", "u", (1, 2, 4, 8)))
+    for size in sizes
+}
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Adds the file to errors that only know what is wrong."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
+        raise ValueError(
+            f"{path}: expected a complete {path.suffix} file with arrays; it is truncated or another ({error})"
+        ) from error
 
 
 # -- between disk and model --------------------------------------------------------------------------------------------
@@ -198,15 +271,7 @@ def load_into(
     """
     params = _params(model)
     kept = {path for path in params.keys() - weights.keys() if re.fullmatch(may_miss, path)}
-    problems = [
-        f"missing: {path}, expected {_describe(params[path].get_value())}"
-        for path in sorted(params.keys() - weights.keys() - kept)
-    ]
-    problems += [f"extra: {path}, found {_describe(weights[path])}" for path in sorted(weights.keys() - params.keys())]
-    for path in sorted(params.keys() & weights.keys()):
-        expected, found = params[path].get_value(), weights[path]
-        if expected.shape != found.shape:
-            problems.append(f"shape: {path}, expected {_describe(expected)}, found {_describe(found)}")
+    problems = mismatches(flatten(model), weights, may_miss=may_miss)
     problems += [
         f"missing: {path}, and the model was built without values to keep"
         for path in sorted(kept)
@@ -222,6 +287,22 @@ def load_into(
         param.set_value(place(np.asarray(weights[path]).astype(param.get_value().dtype)))
 
 
+def mismatches(expected: Mapping[str, Any], found: Mapping[str, Any], *, may_miss: str = "") -> list[str]:
+    """What keeps ``found`` from being ``expected``, a line for each array missing, extra or of another shape.
+
+    Both hold anything with a shape and a dtype, by path. Dtypes may differ; paths that match ``may_miss`` may lack.
+    """
+    missing = [path for path in sorted(expected.keys() - found.keys()) if not re.fullmatch(may_miss, path)]
+    problems = [f"missing: {path}, expected {_describe(expected[path])}" for path in missing]
+    problems += [f"extra: {path}, found {_describe(found[path])}" for path in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"shape: {path}, expected {_describe(expected[path])}, found {_describe(found[path])}"
+        for path in sorted(expected.keys() & found.keys())
+        if expected[path].shape != found[path].shape
+    ]
+    return problems
+
+
 def _params(model: nnx.Module) -> dict[str, nnx.Param]:
     return {"/".join(map(str, path)): param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
@@ -233,10 +314,52 @@ def _describe(array: Any) -> str:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
+def write(
+    path: str | os.PathLike[str],
+    params: nnx.Module | Mapping[str, Any],
+    *,
+    layout: Layout | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes weights in one of the layouts; half-written files never have the name ``path``.
+
+    ``orbax`` is a ``params`` folder of openpi's training loop and ``orbax-bare`` one without the level "value";
+    ``npz`` and ``safetensors`` are one file with the parameters' paths as names; ``paligemma`` is an ``.npz`` of the
+    image tower and the vision-language expert alone, under PaliGemma's names. None goes by the suffix of ``path``.
+    """
+    layout = check_target(path, layout, overwrite=overwrite)
+    flat = _flat(params)
+    with _replacing(Path(path).absolute(), overwrite=overwrite) as partial:
+        if layout == "safetensors":
+            _write_safetensors(partial, flat)
+        elif layout in ("npz", "paligemma"):
+            _write_npz(partial, flat if layout == "npz" else _for_paligemma(flat))
+        else:
+            tree = _nest(flat) if layout == "orbax" else _nest(flat, level=())
+            _checkpointer().save(partial, args=ocp.args.PyTreeSave({"params": tree}))
+
+
+def check_target(path: str | os.PathLike[str], layout: Layout | None = None, *, overwrite: bool = False) -> Layout:
+    """The layout ``write`` would choose, if it may write there at all."""
+    suffix = Path(path).suffix
+    if layout is None:
+        by_suffix: dict[str, Layout] = {".npz": "npz", ".safetensors": "safetensors"}
+        layout = by_suffix.get(suffix, "orbax")
+    if suffix != _SUFFIXES.get(layout, suffix) or (layout not in _SUFFIXES and suffix in _SUFFIXES.values()):
+        expected = f"a name that ends in {_SUFFIXES[layout]}" if layout in _SUFFIXES else "the name of a folder"
+        raise ValueError(f"{path}: the layout {layout} needs {expected}, because readers go by the suffix")
+    _check_free(Path(path).absolute(), overwrite=overwrite)
+    return layout
+
+
 def write_params(path: str | os.PathLike[str], params: nnx.Module | Mapping[str, Any]) -> None:
     """Writes a ``params`` folder as openpi's training loop does; arrays keep their dtype and may be sharded."""
-    target = _new(path)
-    _checkpointer().save(target, args=ocp.args.PyTreeSave({"params": _nest(_flat(params))}))
+    write(path, params, layout="orbax")
+
+
+def write_safetensors(path: str | os.PathLike[str], params: nnx.Module | Mapping[str, Any]) -> None:
+    """Writes one file whose tensors are named by the parameters' paths."""
+    write(path, params, layout="safetensors")
 
 
 def write_checkpoint(path: str | os.PathLike[str], checkpoint: TrainingCheckpoint) -> None:
@@ -245,7 +368,6 @@ def write_checkpoint(path: str | os.PathLike[str], checkpoint: TrainingCheckpoin
     Its optimizer is ``chain(clip, adamw)``: ``opt_state`` is ``[None, [{count, mu, nu}, None, {count}]]`` with ``mu``
     and ``nu`` nested like the trainable parameters.
     """
-    target = _new(path)
     with_average = checkpoint.ema_params is not None
     train_state = {
         "step": _on_host(np.asarray(checkpoint.step, np.int32)),
@@ -258,34 +380,63 @@ def write_checkpoint(path: str | os.PathLike[str], checkpoint: TrainingCheckpoin
     items = ocp.args.Composite(
         params=ocp.args.PyTreeSave({"params": _nest(saved)}), train_state=ocp.args.PyTreeSave(train_state)
     )
-    ocp.Checkpointer(ocp.CompositeCheckpointHandler()).save(target, args=items)
+    with _replacing(Path(path).absolute()) as partial:
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler()).save(partial, args=items)
 
 
-def write_safetensors(path: str | os.PathLike[str], params: nnx.Module | Mapping[str, Any]) -> None:
-    """Writes one file whose tensors are named by the parameters' paths."""
-    from safetensors import flax as safetensors
+def _write_safetensors(path: Path, flat: Mapping[str, Any]) -> None:
+    from safetensors.numpy import save_file
 
-    safetensors.save_file({name: jnp.asarray(value) for name, value in _flat(params).items()}, os.fspath(path))
+    save_file({name: np.asarray(value, order="C") for name, value in flat.items()}, path)
+
+
+def _write_npz(path: Path, flat: Mapping[str, Any]) -> None:
+    arrays = {name: np.asarray(value) for name, value in flat.items()}
+    np.savez(path, **{  # type: ignore[arg-type]  # the stubs take any name for savez's own argument
+        name: value.view(_BFLOAT16_IN_NPZ) if value.dtype == _BFLOAT16 else value for name, value in arrays.items()
+    })  # fmt: skip
+
+
+def _for_paligemma(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The part that a PaliGemma checkpoint has, under its names."""
+    part = {path: value for path, value in flat.items() if not re.fullmatch(NOT_IN_PALIGEMMA, path)}
+    if not part:
+        raise ValueError("the weights hold no PaliGemma (no array under PaliGemma/): write them as npz instead")
+    return {f"params/{path.removeprefix('PaliGemma/')}": value for path, value in part.items()}
 
 
 def _flat(params: nnx.Module | Mapping[str, Any]) -> Mapping[str, Any]:
     return flatten(params) if isinstance(params, nnx.Module) else params
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    leaves = {(*path.split("/"), "value"): _on_host(value) for path, value in flat.items()}
-    return traverse_util.unflatten_dict(leaves)
+def _nest(flat: Mapping[str, Any], *, level: tuple[str, ...] = ("value",)) -> dict[str, Any]:
+    return traverse_util.unflatten_dict({(*path.split("/"), *level): _on_host(value) for path, value in flat.items()})
 
 
 def _on_host(value: Any) -> jax.Array:
     """A numpy array as a JAX array in host memory: only of those Orbax notes chunks and sharding, as openpi's do."""
     if isinstance(value, jax.Array):
         return value
+    if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
+        raise ValueError(f"openpi's layout has no {value.dtype} arrays: cast the weights to float32 or bfloat16 first")
     return jax.device_put(value, jax.local_devices(backend="cpu")[0])
 
 
-def _new(path: str | os.PathLike[str]) -> Path:
-    target = Path(path).absolute()
-    if target.exists():
-        raise FileExistsError(f"{target} exists already: name another folder, or delete it first")
-    return target
+@contextlib.contextmanager
+def _replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A path beside ``target`` to write to; it takes the target's place at the end, or vanishes in an error."""
+    _check_free(target, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        partial = Path(folder) / target.name
+        yield partial
+        if target.exists():
+            target.rename(Path(folder) / "replaced")
+        partial.rename(target)
+
+
+def _check_free(target: Path, *, overwrite: bool) -> None:
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists already: name another path, or overwrite it")
+    if target.is_dir() and not (target / "_METADATA").exists():
+        raise ValueError(f"{target} is a folder without weights (no _METADATA in it) and will not be deleted")

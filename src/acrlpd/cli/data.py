@@ -1,0 +1,201 @@
+"""``acrlpd data inspect | validate | convert | cache PATH``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from acrlpd.data import convert, inspection, sources
+from acrlpd.data.convert import Pictures
+from acrlpd.data.frame_cache import FrameCache, FrameSource
+from acrlpd.data.inspection import Contents, Inspection, Range
+from acrlpd.data.sources import Dataset
+
+SHOWN = 20  # tasks in a table
+EXIT_UNUSABLE = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadArguments:
+    """How to read the format; what is left out is found in the files."""
+
+    fps: float | None = None  # where the format does not say
+    default_task: str | None = None  # the instruction of episodes that have none
+    cameras: tuple[str, ...] | None = None
+    state_keys: tuple[str, ...] | None = None
+    filter_key: str | None = None  # robomimic's name for a subset of the demos
+
+    def options(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectArguments:
+    """Episodes, steps, tasks, cameras, ranges, success rate, and episodes that cannot be used. Exit code 1 if any."""
+
+    path: tyro.conf.Positional[str]  # a folder or file of episodes
+    read: ReadArguments = dataclasses.field(default_factory=ReadArguments)
+    json: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidateArguments:
+    """As inspect, and every picture, constant dimensions, clipped actions, episodes that occur twice."""
+
+    path: tyro.conf.Positional[str]  # a folder or file of episodes
+    read: ReadArguments = dataclasses.field(default_factory=ReadArguments)
+    decode: bool = True  # read every picture, which takes long where they are many
+    json: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertArguments:
+    """Into our own HDF5 layout, or into LeRobot v3.0 with its videos."""
+
+    path: tyro.conf.Positional[str]  # a folder or file of episodes, in any format
+    output: tyro.conf.Positional[str]  # the new folder
+    to: Literal["hdf5", "lerobot"] = "lerobot"
+    pictures: Pictures = "av1"  # LeRobot: how they are stored; png alone loses nothing
+    compression: Literal["gzip", "lzf"] | None = None  # HDF5: of pictures
+    robot_type: str | None = None  # LeRobot: a label
+    on_bad_episode: Literal["error", "skip"] = "error"
+    read: ReadArguments = dataclasses.field(default_factory=ReadArguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheArguments:
+    """Decode all pictures once, to the model's resolution; the size is told before anything is written."""
+
+    path: tyro.conf.Positional[str]  # a folder or file of episodes with videos or pictures
+    output: tyro.conf.Positional[str]  # the cache's folder, one for each data set
+    height: int = 224
+    width: int = 224
+    read: ReadArguments = dataclasses.field(default_factory=ReadArguments)
+
+
+def main(argv: Sequence[str]) -> int:
+    name, *flags = argv or [""]
+    if name in ("", "-h", "--help"):
+        print("usage: acrlpd data COMMAND ...\n")
+        for command, (kind, _) in COMMANDS.items():
+            print(f"  {command:<10}{kind.__doc__}")
+        return 0 if name else 2
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1) or [", ".join(COMMANDS)]
+        raise ValueError(f"unknown command 'data {name}': did you mean {near[0]!r}?")
+    kind, run = COMMANDS[name]
+    return run(tyro.cli(kind, args=flags, prog=f"acrlpd data {name}", config=(tyro.conf.OmitArgPrefixes,)))
+
+
+def _inspect(arguments: InspectArguments) -> int:
+    found = inspection.inspect(arguments.path, **arguments.read.options())
+    return _show(arguments.path, found, as_json=arguments.json)
+
+
+def _validate(arguments: ValidateArguments) -> int:
+    options = arguments.read.options()
+    found = inspection.inspect(arguments.path, thorough=True, decode=arguments.decode, **options)
+    return _show(arguments.path, found, as_json=arguments.json)
+
+
+def _convert(arguments: ConvertArguments) -> int:
+    dataset = _opened(arguments.path, arguments.read, on_bad_episode=arguments.on_bad_episode)
+    if arguments.to == "hdf5":
+        folder = convert.to_hdf5(dataset, arguments.output, compression=arguments.compression)
+    else:
+        folder = convert.to_lerobot(
+            dataset,
+            arguments.output,
+            fps=arguments.read.fps,
+            pictures=arguments.pictures,
+            robot_type=arguments.robot_type,
+        )
+    print(f"{folder}: {dataset.num_episodes} episodes, {int(dataset.lengths.sum())} steps")
+    return 0
+
+
+def _cache(arguments: CacheArguments) -> int:
+    dataset = _opened(arguments.path, arguments.read)
+    if not dataset.cameras or not isinstance(dataset, FrameSource):
+        raise ValueError(f"{arguments.path}: {dataset.format} data without pictures in files has nothing to cache")
+    cache = FrameCache(Path(arguments.output), arguments.height, arguments.width)
+    missing = len(cache.missing(dataset))
+    print(
+        f"{cache.total_bytes(dataset) / 1e6:.1f} MB for {int(dataset.lengths.sum())} frames of "
+        f"{', '.join(dataset.cameras)}; {missing} of {dataset.num_episodes * len(dataset.cameras)} records are missing",
+        flush=True,
+    )
+    cache.build(dataset)
+    return 0
+
+
+COMMANDS: dict[str, tuple[Any, Callable[[Any], int]]] = {
+    "inspect": (InspectArguments, _inspect),
+    "validate": (ValidateArguments, _validate),
+    "convert": (ConvertArguments, _convert),
+    "cache": (CacheArguments, _cache),
+}
+
+
+def _opened(path: str, read: ReadArguments, **options: Any) -> Dataset:
+    return sources.open_episodes(path, **read.options(), **options)
+
+
+def _show(path: str, found: Inspection, *, as_json: bool) -> int:
+    if as_json:
+        content = dataclasses.asdict(found) | {"path": path, "usable": found.usable}
+        if found.contents is not None:
+            content["contents"]["success_rate"] = found.contents.success_rate
+        print(json.dumps(content, indent=2))
+    else:
+        lines = _table(path, found.contents) if found.contents is not None else [f"{path}: no usable episode"]
+        print("\n".join([*lines, *_problems(found)]))
+    return 0 if found.usable else EXIT_UNUSABLE
+
+
+def _table(path: str, contents: Contents) -> list[str]:
+    least, mean, most = contents.lengths
+    rate = "rate unknown" if contents.fps is None else f"{contents.fps:g} fps"
+    known = contents.successes + contents.failures
+    success = f"{contents.successes} of {known} ({contents.success_rate:.0%})" if known else "nobody knows"
+    unknown = contents.episodes - known if known else 0
+    low, high = contents.rewards
+    tasks = [f"  {count:>6}  {task or '(no text)'}" for task, count in list(contents.tasks.items())[:SHOWN]]
+    more = [f"          and {len(contents.tasks) - SHOWN} more"] if len(contents.tasks) > SHOWN else []
+    cameras = ", ".join(f"{name} {height}x{width}" for name, (height, width) in contents.cameras.items())
+    return [
+        f"{path}: {contents.format}, {contents.episodes} episodes, {contents.steps} steps, {rate}",
+        f"lengths   {least} to {most}, mean {mean:.1f}",
+        f"success   {success}{f', unknown in {unknown}' if unknown else ''}",
+        f"rewards   {low:g} to {high:g}",
+        f"cameras   {cameras or 'none'}",
+        f"tasks     {len(contents.tasks)}",
+        *tasks,
+        *more,
+        *_ranges("state", contents.state),
+        *_ranges("actions", contents.actions),
+    ]
+
+
+def _ranges(name: str, found: Range) -> list[str]:
+    head = f"{name:<10}{'least':>12}{'most':>12}{'mean':>12}{'std':>12}"
+    rows = zip(found.low, found.high, found.mean, found.std, strict=True)
+    return [head, *(f"  {dim:<8}" + "".join(f"{number:>12.4g}" for number in row) for dim, row in enumerate(rows))]
+
+
+def _problems(found: Inspection) -> list[str]:
+    if not found.problems:
+        return ["problems  none"]
+    lines = [f"problems  {len(found.problems)}"]
+    return lines + [f"  {problem.level}: {_told(problem.episode, problem.text)}" for problem in found.problems]
+
+
+def _told(episode: str, text: str) -> str:
+    """Most texts name the episode themselves."""
+    return text if not episode or episode in text else f"{episode}: {text}"

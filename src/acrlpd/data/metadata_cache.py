@@ -1,0 +1,133 @@
+"""What opening a data set found out, kept on disk: the second opening reads one file instead of every episode.
+
+An entry is an ``.npz`` of numbers, flags and JSON texts. It holds for one path, one set of options and one state of the
+files (name, size and time of each); anything else, a damaged entry too, is found out anew. Entries may be deleted at
+any time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # of what the entries hold; raise it when readers find out something else
+VERSION_KEY, FILES_KEY, WARNINGS_KEY = "cache/version", "cache/files", "cache/warnings"
+
+Arrays = dict[str, np.ndarray]
+
+
+def default_folder() -> Path:
+    """Below the user's cache directory (XDG_CACHE_HOME)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acrlpd" / "metadata"
+
+
+def pack(content: Any) -> np.ndarray:
+    """JSON as an array of bytes."""
+    return np.frombuffer(json.dumps(content).encode(), np.uint8)
+
+
+def unpack(array: np.ndarray) -> Any:
+    return json.loads(array.tobytes())
+
+
+@dataclasses.dataclass(frozen=True)
+class MetadataCache:
+    """Entries in ``folder``, one a data set and choice of options."""
+
+    folder: Path = dataclasses.field(default_factory=default_folder)
+
+    def get(self, path: Path, asked: object, find_out: Callable[[], Arrays]) -> Arrays:
+        """What ``find_out`` returned for this state of the files under ``path``.
+
+        ``asked`` is everything that its result depends on, by its ``repr``. Warnings are told again each time.
+        """
+        files = fingerprint(path)
+        entry = self.entry_path(path, asked)
+        arrays = _read(entry, files)
+        if arrays is not None:
+            for text in unpack(arrays[WARNINGS_KEY]):
+                warnings.warn(text, stacklevel=4)
+            return arrays
+        caught: list[warnings.WarningMessage] = []
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                arrays = find_out()
+        finally:
+            told = [str(warning.message) for warning in caught]
+            for text in told:
+                warnings.warn(text, stacklevel=4)
+        arrays = {**arrays, VERSION_KEY: np.array(VERSION), FILES_KEY: pack(files), WARNINGS_KEY: pack(told)}
+        _write(entry, arrays)
+        return arrays
+
+    def entry_path(self, path: Path, asked: object) -> Path:
+        """The file of an entry, there or not. Messages hold the path as it was given, so its spelling counts."""
+        text = f"{path}\n{path.resolve()}\n{asked!r}"
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
+
+
+def fingerprint(path: Path) -> str:
+    """Changes with the name, size or time of any file that is not hidden."""
+    digest = hashlib.sha256()
+    for name, size, time_ns in sorted(_files(path, "")):
+        digest.update(f"{name}\0{size}\0{time_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _files(path: Path, name: str) -> Iterator[tuple[str, int, int]]:
+    if path.is_file():
+        status = path.stat()
+        yield name, status.st_size, status.st_mtime_ns
+        return
+    with os.scandir(path) as found:
+        for entry in found:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _files(Path(entry.path), f"{name}/{entry.name}")
+            else:
+                status = entry.stat()
+                yield f"{name}/{entry.name}", status.st_size, status.st_mtime_ns
+
+
+def _read(entry: Path, files: str) -> Arrays | None:
+    """The entry's arrays; None if there is none, it is damaged, or it is about other files."""
+    if not entry.is_file():
+        return None
+    try:
+        with np.load(entry, allow_pickle=False) as stored:
+            if int(stored[VERSION_KEY]) != VERSION or unpack(stored[FILES_KEY]) != files:
+                return None
+            return {key: stored[key] for key in stored.files}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        logger.warning("metadata cache: %s is damaged (%s) and is made anew", entry, error)
+        return None
+
+
+def _write(entry: Path, arrays: Arrays) -> None:
+    """The whole entry or nothing. Without room for it, opening stays as slow as it was."""
+    temporary = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+            os.replace(temporary, entry)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("metadata cache: %s cannot be written (%s); opening will take as long next time", entry, error)

@@ -1,0 +1,147 @@
+"""Minari datasets, read by the ``minari`` library: an ``EpisodeSource`` in memory.
+
+The library stores one observation more than actions: row t pairs observation t with action t, and the last observation
+is left out. Numbers of a dictionary observation stand side by side, in the order of their names; uint8 pictures
+[h w 3] are cameras. ``terminations`` are the terminals; ``truncations`` end an episode without one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Shaped
+
+from acrlpd.data import rewards as reward_labels
+from acrlpd.data.episodes import BadEpisodes, EpisodeInfo, EpisodeStore
+from acrlpd.data.rewards import RewardConfig
+from acrlpd.types import Episode
+
+PREFIX = "minari:"
+
+
+class MinariSource:
+    """All episodes of a dataset.
+
+    Args:
+        dataset: ``minari:<dataset id>`` for one of the library's own folder, or the folder of a dataset.
+        state_keys: parts of a dictionary observation (``a/b`` where they nest); None takes all numbers.
+        rewards: None leaves rewards as they are stored.
+        task: the instruction; the format has none.
+
+    Raises:
+        ImportError: ``minari`` is not installed.
+        ValueError: an episode cannot be used; names the dataset, the episode and the key.
+    """
+
+    def __init__(
+        self,
+        dataset: str | os.PathLike[str],
+        *,
+        state_keys: Sequence[str] | None = None,
+        rewards: RewardConfig | None = None,
+        task: str = "",
+        on_bad_episode: Literal["error", "skip"] = "error",
+    ):
+        found = _opened(str(dataset))
+        bad = BadEpisodes(on_bad_episode)
+        self._store = EpisodeStore()
+        threshold = reward_labels.success_reward(rewards, [np.asarray(episode.rewards) for episode in found])
+        for episode in found.iterate_episodes():
+            source = f"{dataset}: episode {episode.id}"
+            with bad.guard(source):
+                self._store.append(_episode(episode, source, state_keys, rewards, threshold, task))
+        bad.report(str(dataset), int(found.total_episodes))
+        self.skipped = bad.skipped
+
+    format = "minari"
+    fps = None
+
+    @property
+    def num_episodes(self) -> int:
+        return self._store.num_episodes
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self._store.lengths
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return tuple(self._store.images)
+
+    def info(self, index: int) -> EpisodeInfo:
+        return self._store.info(index)
+
+    def episode(self, index: int) -> Episode:
+        return self._store.episode(index)
+
+    def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
+        return self._store.window(index, key, start, stop)
+
+
+def _opened(dataset: str) -> Any:
+    try:
+        import minari  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ImportError(f"{dataset}: reading Minari datasets needs minari: pip install 'acrlpd[minari]'") from error
+    if dataset.startswith(PREFIX):
+        return minari.load_dataset(dataset.removeprefix(PREFIX))
+    path = Path(dataset)
+    folder = path.parent if path.is_file() else path
+    return minari.MinariDataset(folder / "data" if (folder / "data").is_dir() else folder)
+
+
+def _episode(
+    found: Any,
+    source: str,
+    state_keys: Sequence[str] | None,
+    config: RewardConfig | None,
+    threshold: float | None,
+    task: str,
+) -> Episode:
+    length = len(found.actions)
+    parts = dict(_parts(found.observations))
+    images = {name: part[:length] for name, part in parts.items() if _is_picture(part)}
+    names = sorted(name for name in parts if name not in images) if state_keys is None else list(state_keys)
+    unknown = [name for name in names if name not in parts]
+    if unknown or not names:
+        raise ValueError(f"{source}: state: {unknown or 'no numbers'} among the observations {', '.join(parts)}")
+    if isinstance(found.actions, Mapping | tuple):
+        raise ValueError(f"{source}: actions: expected one array, found {type(found.actions).__name__}")
+    stored = np.asarray(found.rewards, np.float32)
+    recorded = found.infos.get("success") if found.infos else None
+    success = reward_labels.success_of(
+        config, None if recorded is None else bool(np.any(recorded)), None if config is None else stored, threshold
+    )
+    terminals = np.asarray(found.terminations, bool)
+    rewards = stored
+    if config is not None:
+        rewards, terminals = reward_labels.label(
+            config, length, success=success, stored=stored, threshold=threshold, where=source
+        )
+    return Episode(
+        state=np.concatenate([parts[name][:length].reshape(length, -1) for name in names], axis=1, dtype=np.float32),
+        actions=np.asarray(found.actions, np.float32).reshape(length, -1),
+        rewards=rewards,
+        terminals=terminals,
+        task=task,
+        images=images,
+        success=success,
+        source=source,
+    )
+
+
+def _parts(observations: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """Arrays of an observation by name; a plain one is ``observation``."""
+    if not isinstance(observations, Mapping):
+        yield prefix or "observation", np.asarray(observations)
+        return
+    for name, part in observations.items():
+        yield from _parts(part, f"{prefix}/{name}" if prefix else name)
+
+
+def _is_picture(part: np.ndarray) -> bool:
+    return part.dtype == np.uint8 and part.ndim == 4 and part.shape[-1] == 3

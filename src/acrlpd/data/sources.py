@@ -1,0 +1,155 @@
+"""Recorded episodes of any format we read, opened by path: the way in for commands and for training."""
+
+from __future__ import annotations
+
+import collections
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from acrlpd.data import lerobot
+from acrlpd.data.episodes import EpisodeSource
+from acrlpd.data.hdf5 import SUFFIXES, H5DatasetReader
+from acrlpd.data.layouts import droid
+from acrlpd.data.lerobot import LeRobotSource
+from acrlpd.data.metadata_cache import MetadataCache
+from acrlpd.data.minari import PREFIX as MINARI_PREFIX
+from acrlpd.data.minari import MinariSource
+from acrlpd.data.npz import NpzReader
+from acrlpd.data.rewards import RewardConfig
+
+UNDERSTOOD = (
+    "a LeRobot dataset v2.0, v2.1 or v3.0 (a folder with meta/info.json, or the lerobot library's object); a folder of "
+    "episode_*.hdf5 (acrlpd, ALOHA/ACT); a robomimic or LIBERO .hdf5 file; DROID's folders with trajectory.h5; an "
+    "OGBench .npz file; a Minari dataset (its folder, or minari:<dataset id>)"
+)
+
+Format = Literal["lerobot", "hdf5", "npz", "minari"]
+
+
+class Dataset(EpisodeSource, Protocol):
+    """What every reader knows of its data set beside the episodes."""
+
+    @property
+    def format(self) -> str:
+        """Who wrote it: ``acrlpd``, ``aloha``, ``lerobot v3.0``, ..."""
+        ...
+
+    @property
+    def fps(self) -> float | None:
+        """None: the format does not say."""
+        ...
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """Name and fault of each episode left out."""
+        ...
+
+
+def open_episodes(
+    data: Any,
+    *,
+    on_bad_episode: Literal["error", "skip"] = "error",
+    rewards: RewardConfig | None = None,
+    remember: bool = True,
+    **options: Any,
+) -> Dataset:
+    """The episodes at a path, or of an object of the ``lerobot`` library, whatever their format.
+
+    Args:
+        on_bad_episode: ``"skip"`` leaves out episodes that cannot be used, with a warning that says which and why.
+        rewards: which rewards to give. None: those stored, and 0 where none are (good for imitation only).
+        remember: keep what opening found out in the user's cache directory, for the next time.
+        options: the reader's own, such as ``cameras`` or ``state_keys``: see ``H5DatasetReader``, ``LeRobotSource``,
+            ``NpzReader`` and ``MinariSource``.
+
+    Raises:
+        ValueError: nothing is found there that we read; an episode cannot be used; an option has no meaning here.
+    """
+    kind = identify(data)
+    reader: Callable[..., Dataset] = READERS[kind]
+    known = inspect.signature(reader).parameters
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        own = ", ".join(name for name in list(known)[1:] if name not in ("metadata_cache", "rewards", "on_bad_episode"))
+        raise ValueError(f"{data}: {', '.join(unknown)} means nothing to {kind} data. It has the options {own}.")
+    if "rewards" in known:
+        options["rewards"] = rewards
+    elif rewards is not None:
+        raise ValueError(
+            f"{data}: OGBench's play data has no rewards and no success of its own. Give a goal instead, such as "
+            "CubeGoal(...) of acrlpd.data.npz."
+        )
+    if "metadata_cache" in known and remember:
+        options["metadata_cache"] = MetadataCache()
+    if kind == "minari" and isinstance(data, os.PathLike):
+        data = str(data)
+    return reader(data, on_bad_episode=on_bad_episode, **options)
+
+
+READERS: dict[Format, Callable[..., Dataset]] = {
+    "lerobot": LeRobotSource,
+    "hdf5": H5DatasetReader,
+    "npz": NpzReader,
+    "minari": MinariSource,
+}
+
+
+def identify(data: Any) -> Format:
+    """Which reader a path or object is for; looks at names only.
+
+    Raises:
+        ValueError: for none; says what was found and what is understood.
+        FileNotFoundError: nothing is there.
+    """
+    if not isinstance(data, (str, os.PathLike)):
+        return "lerobot"  # which says what it misses
+    if str(data).startswith(MINARI_PREFIX):
+        return "minari"
+    path = Path(data)
+    if path.is_file():
+        return _identify_file(path)
+    if not path.is_dir():
+        if str(data).startswith("hf://") or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(data)):
+            lerobot.dataset_folder(data)  # says how to copy it from the hub
+        raise FileNotFoundError(f"{data}: no such file or folder. Point it at recorded episodes: {UNDERSTOOD}.")
+    if (path / "meta/info.json").is_file():
+        return "lerobot"
+    if any((path / name).is_file() for name in ("data/metadata.json", "metadata.json")):
+        return "minari"
+    names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    if any(name.endswith(SUFFIXES) for name in names):
+        return "hdf5"
+    below = [name for name in names if (path / name / "meta/info.json").is_file()]
+    if below:
+        raise ValueError(f"{path}: this folder holds LeRobot datasets. Name one of them, such as {path / below[0]}.")
+    if next(path.rglob(droid.FILE), None) is not None:
+        return "hdf5"
+    arrays = [name for name in names if name.endswith(".npz")]
+    if arrays:
+        raise ValueError(f"{path}: an OGBench data set is one file. Name one of {', '.join(arrays[:5])}.")
+    raise ValueError(f"{path}: found {_described(path, names)}, and no episodes. Understood are {UNDERSTOOD}.")
+
+
+def _identify_file(path: Path) -> Format:
+    if path.suffix in SUFFIXES:
+        return "minari" if path.name == "main_data.hdf5" else "hdf5"
+    if path.suffix == ".npz":
+        return "npz"
+    if path.name == "info.json" and path.parent.name == "meta":
+        raise ValueError(f"{path}: name the dataset's folder instead, {path.parent.parent}.")
+    raise ValueError(f"{path}: found a file of type {path.suffix or 'unknown'}. Understood are {UNDERSTOOD}.")
+
+
+def _described(path: Path, names: list[str]) -> str:
+    """What a folder holds, by kinds of files."""
+
+    def kinds() -> Iterator[str]:
+        for name in names:
+            yield "folders" if (path / name).is_dir() else f"{Path(name).suffix or 'other'} files"
+
+    counts = collections.Counter(kinds()).most_common(5)
+    return ", ".join(f"{count} {kind}" for kind, count in counts) or "an empty folder"

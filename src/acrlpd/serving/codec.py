@@ -1,0 +1,102 @@
+"""openpi's messages: MessagePack, with numpy arrays and scalars as maps whose keys are bytes.
+
+    array   {__ndarray__: true, data: bytes in C order, dtype: "<f4", shape: [2, 3]}
+    scalar  {__npgeneric__: true, data: a plain number, dtype: "<f4"}
+
+Nothing is ever pickled: objects, structures and complex numbers are refused both ways, and so is bfloat16, whose dtype
+string says nothing but its size. float64 scalars and numpy strings go as plain numbers and texts, being subclasses of
+Python's; tuples come back as lists.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import msgpack  # type: ignore[import-untyped]
+import numpy as np
+
+ARRAY, SCALAR = b"__ndarray__", b"__npgeneric__"
+DTYPE = re.compile(r"[<>|=]?[a-zA-Z]\d+(\[\w+\])?")  # numpy itself would read far more, and Python literals among it
+REFUSED = "VOc"  # kinds of dtype: structures and bfloat16, objects, complex numbers
+
+
+def pack(message: Any) -> bytes:
+    """The message's bytes, equal to openpi's.
+
+    Raises:
+        ValueError: an array of a kind that is refused.
+        TypeError: something that is neither plain nor numpy, such as an array on a device.
+    """
+    return msgpack.packb(message, default=_encode)
+
+
+def unpack(data: bytes) -> Any:
+    """The message; its arrays are read-only views of ``data``.
+
+    Raises:
+        ValueError: the bytes are no message, or an array in it is not what it says.
+    """
+    try:
+        return msgpack.unpackb(data, object_hook=_decode)
+    except (msgpack.UnpackException, RecursionError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected one MessagePack message, got {len(data)} bytes that are none: {error}") from error
+
+
+def _encode(value: Any) -> dict[bytes, Any]:
+    if not isinstance(value, (np.ndarray, np.generic)):
+        raise TypeError(
+            f"a message holds numbers, texts, lists, dictionaries and numpy arrays, not {type(value).__name__}; "
+            "convert it first (np.asarray for an array on a device)"
+        )
+    dtype = _checked(value.dtype)
+    if isinstance(value, np.generic):
+        return {SCALAR: True, b"data": value.item(), b"dtype": dtype.str}
+    return {ARRAY: True, b"data": value.tobytes(), b"dtype": dtype.str, b"shape": value.shape}
+
+
+def _decode(entry: dict[Any, Any]) -> Any:
+    if ARRAY in entry:
+        shape, dtype = _field(entry, b"shape", list), _dtype(entry)
+        data = _field(entry, b"data", bytes)
+        if not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise ValueError(f"an array's shape must be whole numbers from 0, got {shape}")
+        if math.prod(shape) * dtype.itemsize != len(data):
+            raise ValueError(f"an array of shape {shape} and dtype {dtype.str} does not have {len(data)} bytes")
+        return np.ndarray(shape, dtype, buffer=data)
+    if SCALAR in entry:
+        return _scalar(_dtype(entry), _field(entry, b"data", (bool, int, float, str, bytes)))
+    return entry
+
+
+def _scalar(dtype: np.dtype, value: Any) -> np.generic:
+    try:
+        return dtype.type(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{value!r:.100} in a message is no scalar of dtype {dtype.str}: {error}") from error
+
+
+def _dtype(entry: dict[Any, Any]) -> np.dtype:
+    name = _field(entry, b"dtype", str)
+    try:
+        if not DTYPE.fullmatch(name):
+            raise TypeError("expected a byte order, a letter and a size")
+        return _checked(np.dtype(name))
+    except TypeError as error:
+        raise ValueError(f"a message names the dtype {name!r:.100}, which numpy does not know: {error}") from error
+
+
+def _checked(dtype: np.dtype) -> np.dtype:
+    if dtype.kind in REFUSED:
+        raise ValueError(
+            f"a message cannot hold the dtype {dtype}: structures, objects, complex numbers and bfloat16 are refused. "
+            "Send float32 instead."
+        )
+    return dtype
+
+
+def _field(entry: dict[Any, Any], key: bytes, kind: type | tuple[type, ...]) -> Any:
+    if not isinstance(entry.get(key), kind):
+        raise ValueError(f"an array or scalar in a message has no usable {key.decode()}: {entry.get(key)!r:.100}")
+    return entry[key]

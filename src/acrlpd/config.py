@@ -27,7 +27,7 @@ class PolicyConfig:
     state_dim: int | None = None  # likewise for the state; openpi's models have it equal to action_dim
     paligemma_variant: str = "gemma_2b"
     action_expert_variant: str = "gemma_300m"
-    vision_variant: str = "so400m/14"
+    vision_variant: str = "so400m_14"
     vocab_size: int | None = None  # None: the tokenizer's
     max_token_len: int = 48
     image_size: int = 224

@@ -20,6 +20,7 @@ from acrlpd.config import (
 )
 from acrlpd.envs.env import EnvConfig
 from acrlpd.models.critic import CriticConfig
+from acrlpd.models.pi0 import VOCAB_SIZE
 
 DRAWER = EnvConfig("metaworld/drawer-open-v3", max_episode_steps=150)
 
@@ -118,7 +119,9 @@ def get_debug_config() -> TrainConfig:
 
 
 def _full_size(horizon: int, max_token_len: int) -> PolicyConfig:
-    return PolicyConfig(kind="pi0", action_horizon=horizon, action_dim=32, max_token_len=max_token_len)
+    return PolicyConfig(
+        kind="pi0", action_horizon=horizon, action_dim=32, max_token_len=max_token_len, vocab_size=VOCAB_SIZE
+    )
 
 
 def _cosine(warmup_steps: int, peak_lr: float, decay_steps: int, decay_lr: float) -> OptimizerConfig:

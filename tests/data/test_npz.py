@@ -26,7 +26,7 @@ def play(path, cube_x, ends, **changes):
     return path
 
 
-CUBE_X = [0.0, 0.41, 0.9, 0.0, 0.0, 0.0, 0.44, 0.40]  # rows 3 and 7 end trajectories; the cube is in place at 1, 7
+CUBE_X = [0.0, 0.41, 0.9, 0.0, 0.0, 0.0, 0.4401, 0.40]  # rows 3 and 7 end trajectories; the cube is in place at 1, 7
 
 
 def test_the_flagged_row_of_each_trajectory_is_dropped(tmp_path):
@@ -45,7 +45,7 @@ def test_relabelling_puts_terminals_in_mid_episode(tmp_path):
     reader = NpzReader(play(tmp_path / "a.npz", CUBE_X, [3, 7]), goal=GOAL)
     first, second = reader.episode(0), reader.episode(1)
     assert (first.rewards.tolist(), first.terminals.tolist()) == ([-1, 0, -1], [False, True, False])
-    assert (first.success, second.success) == (True, False)  # row 7 is dropped; 0.44 is just outside of 4 cm
+    assert (first.success, second.success) == (True, False)  # row 7 is dropped; 0.4401 is just outside of 4 cm
     batch = chunks.gather(EpisodeStore.from_source(reader), np.array([0, 2]), horizon=3)
     assert batch["valid"].tolist() == [[1, 1, 0], [1, 0, 0]]
     assert batch["bootstrap_mask"].tolist() == [0, 1]

@@ -87,11 +87,11 @@ def test_numbers_are_exact_in_float32(sets):
         if "reward" in each.values:
             np.testing.assert_array_equal(each.frames(reader, "rewards"), each.values["reward"].astype(np.float32))
         for key, expected in each.under("state__").items():
-            name = FILE_NAMES.get(reader.layout, {}).get(key, key)
+            name = FILE_NAMES.get(reader.format, {}).get(key, key)
             alone = each.reader(cameras=(), state_keys=[name])
             np.testing.assert_array_equal(each.frames(alone, "state"), expected.astype(np.float32), err_msg=key)
-        if reader.layout in STATES:
-            joined = np.concatenate([each.values[f"state__{key}"] for key in STATES[reader.layout]], axis=1)
+        if reader.format in STATES:
+            joined = np.concatenate([each.values[f"state__{key}"] for key in STATES[reader.format]], axis=1)
             np.testing.assert_array_equal(each.frames(reader, "state"), joined.astype(np.float32))
 
 
@@ -115,7 +115,7 @@ def test_sums_over_all_frames(sets):
             is_action = key in ("action", "actions")
             reader = each.reader(cameras=())
             if not is_action:
-                name = FILE_NAMES.get(reader.layout, {}).get(key, key)
+                name = FILE_NAMES.get(reader.format, {}).get(key, key)
                 reader = each.reader(cameras=(), state_keys=[name])
             read = "actions" if is_action else "state"
             rows = [reader.window(index, read, 0, length) for index, length in enumerate(reader.lengths.tolist())]

@@ -246,7 +246,7 @@ def _update(
     for group, optimizer in nets.optimizers.items():
         updates, opt_state[group] = optimizer.update(grads[group], agent.opt_state[group], agent.params[group])
         params[group] = optax.apply_updates(agent.params[group], updates)
-        metrics[f"grad_norm/{group}"] = optax.global_norm(grads[group])
+        metrics[f"grad_norm/{group}"] = optax.tree.norm(grads[group])
     tau = nets.config.target_update_tau
     target_critic = optax.incremental_update(params["critic"], agent.target_critic, tau)
     step = agent.step + 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -29,6 +29,9 @@ class EpisodeInfo:
     source: str  # file (and group) it came from, for messages
 
 
+KNOWN_SUCCESS = (None, False, True)  # in the order of the numbers that readers remember it by
+
+
 @runtime_checkable
 class EpisodeSource(Protocol):
     """Recorded episodes by index 0..num_episodes-1, in a fixed order, wherever they lie.
@@ -43,6 +46,9 @@ class EpisodeSource(Protocol):
     def lengths(self) -> Int[np.ndarray, " n"]:
         """Steps of each episode."""
         ...
+
+    @property
+    def cameras(self) -> tuple[str, ...]: ...
 
     def info(self, index: int) -> EpisodeInfo: ...
 
@@ -96,7 +102,8 @@ class EpisodeStore:
         if max_bytes is not None and max_bytes <= 0:
             raise ValueError(f"max_bytes must be positive, got {max_bytes}. Leave it out to keep every episode.")
         self.max_bytes = max_bytes
-        self._columns: dict[str, _Column] = {}
+        self.reader: RowReader | None = None  # None: all rows are in memory
+        self._columns: dict[str, _Column | _FixedColumn] = {}
         self._first_source = ""  # the episode whose shapes all others must have
         self._ends = _Column((), np.int64)  # counted from the first row ever appended, so that dropping shifts nothing
         self._task_indices = _Column((), np.int64)
@@ -121,6 +128,19 @@ class EpisodeStore:
             store.append(source.episode(index))
             if index == 0 and max_bytes is None:
                 store._reserve(int(np.sum(source.lengths[1:])))
+        return store
+
+    @classmethod
+    def of_columns(
+        cls, columns: Mapping[str, Rows], infos: Sequence[EpisodeInfo], reader: RowReader | None = None
+    ) -> EpisodeStore:
+        """A store of rows that lie elsewhere, which cannot grow. Keys are those of an ``EpisodeSource``."""
+        store = cls()
+        store.reader = reader
+        store._columns = {key: _FixedColumn(rows) for key, rows in columns.items()}
+        store._ends.append(np.cumsum([info.length for info in infos]))
+        store._task_indices.append(np.array([store._intern(info.task) for info in infos]))
+        store._infos = list(infos)
         return store
 
     @property
@@ -171,6 +191,10 @@ class EpisodeStore:
         }
 
     @property
+    def cameras(self) -> tuple[str, ...]:
+        return tuple(self.images)
+
+    @property
     def tasks(self) -> list[str]:
         """Every task text seen so far; ``task_index`` points into it."""
         return list(self._tasks)
@@ -216,6 +240,8 @@ class EpisodeStore:
 
     def prompts(self, rows: Int[np.ndarray, " b"]) -> Shaped[np.ndarray, " b"]:
         """Task text of each row."""
+        if len(self._task_texts) < len(self._tasks):
+            self._task_texts = np.array(list(self._tasks), dtype=np.str_)
         return self._task_texts[self._task_indices.rows[self.episode_index(rows)]]
 
     def append(self, episode: Episode) -> int:
@@ -305,8 +331,52 @@ class EpisodeStore:
     def _intern(self, task: str) -> int:
         if task not in self._tasks:
             self._tasks[task] = len(self._tasks)
-            self._task_texts = np.array(list(self._tasks), dtype=np.str_)
         return self._tasks[task]
+
+
+class Rows(Protocol):
+    """Rows of all episodes, one after the other, read by number as an array's are; an array is one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Memory they take."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """``rows``: an array of numbers, of any shape, or a slice inside one episode."""
+        ...
+
+
+class RowReader(Protocol):
+    """What fetches rows that lie elsewhere."""
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the rows asked for that were in memory already."""
+        ...
+
+    def close(self) -> None:
+        """Stops its processes."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _FixedColumn:
+    rows: Any
+
+    def append(self, rows: np.ndarray) -> None:
+        raise ValueError("this EpisodeStore reads its rows from a source and cannot grow; append to a store of its own")
+
+    def drop(self, count: int) -> None:
+        raise ValueError("this EpisodeStore reads its rows from a source and cannot forget any")
+
+    def reserve(self, num_rows: int) -> None:
+        """Nothing to prepare: it cannot grow."""
 
 
 class _Column:

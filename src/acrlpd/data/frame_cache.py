@@ -15,13 +15,13 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
 
 from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeSource
-from acrlpd.data.hdf5 import sync
+from acrlpd.data.layouts.own import sync
 from acrlpd.data.transforms import resize_with_pad
 
 logger = logging.getLogger(__name__)
@@ -38,11 +38,9 @@ class FrameOrigin:
     stretch: str  # which part of the file
 
 
+@runtime_checkable
 class FrameSource(EpisodeSource, Protocol):
     """Episodes whose pictures are worth caching."""
-
-    @property
-    def cameras(self) -> tuple[str, ...]: ...
 
     def frame_origin(self, index: int, camera: str) -> FrameOrigin: ...
 

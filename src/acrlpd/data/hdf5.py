@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,10 +19,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from acrlpd.data import rewards as reward_labels
-from acrlpd.data.episodes import IMAGE_PREFIX, BadEpisodes, EpisodeInfo
-from acrlpd.data.layouts import droid
+from acrlpd.data.episodes import IMAGE_PREFIX, KNOWN_SUCCESS, BadEpisodes, EpisodeInfo
+from acrlpd.data.frame_cache import FrameCache, FrameOrigin
+from acrlpd.data.layouts import droid, stored
 from acrlpd.data.layouts.aloha import Aloha
-from acrlpd.data.layouts.columns import Layout, Options, Reading, Record
+from acrlpd.data.layouts.columns import Column, Layout, Options, Reading, Record
 from acrlpd.data.layouts.droid import Droid
 from acrlpd.data.layouts.own import (
     FORMAT,
@@ -35,7 +37,9 @@ from acrlpd.data.layouts.own import (
     write_episode,
 )
 from acrlpd.data.layouts.robomimic import Robomimic
+from acrlpd.data.metadata_cache import Arrays, MetadataCache, pack, unpack
 from acrlpd.data.rewards import RewardConfig
+from acrlpd.data.video import VideoReaders
 from acrlpd.types import Episode
 
 __all__ = [
@@ -73,6 +77,8 @@ class H5DatasetReader:
         align_observations: LIBERO only, see ``layouts/robomimic.py``.
         jpeg_bgr: ALOHA only, for recordings in which red and blue are swapped. Nothing in the files tells.
         drop_idle: DROID only, leaves out the steps at which the operator was not driving.
+        metadata_cache: where to remember what opening found out. None reads every episode each time.
+        frame_cache: where to look for frames first. Frames then always have the cache's resolution.
 
     Raises:
         ValueError: the first episode that cannot be used, or a fault of the whole set; names file, episode and key.
@@ -94,6 +100,8 @@ class H5DatasetReader:
         align_observations: bool = False,
         jpeg_bgr: bool = False,
         drop_idle: bool = False,
+        metadata_cache: MetadataCache | None = None,
+        frame_cache: FrameCache | None = None,
     ):
         self.path = Path(path)
         options = Options(
@@ -107,26 +115,32 @@ class H5DatasetReader:
             jpeg_bgr=jpeg_bgr,
             drop_idle=drop_idle,
         )
-        layout = _open_layout(self.path, options)
-        bad = BadEpisodes(on_bad_episode)
-        records = _scan(layout, bad, check_images=bad.skip if check_images is None else check_images)
-        records = _alike(layout, records, bad)
-        episodes = _labelled(layout, records, bad, rewards)
-        bad.report(str(self.path), len(layout.sources))
-        self.layout = layout.name
-        self.fps = layout.fps  # None: nobody said
-        self.skipped = bad.skipped  # source and reason of each episode left out
-        self.indices = tuple(episodes)  # of each episode, its place before any was skipped
-        self._episodes = list(episodes.values())
-        self.lengths = np.array([episode.info.length for episode in self._episodes])
-        first = self._episodes[0].record.columns
+        check_images = on_bad_episode == "skip" if check_images is None else check_images
+
+        def find_out() -> Arrays:
+            return _find_out(self.path, options, BadEpisodes(on_bad_episode), rewards, check_images=check_images)
+
+        asked = (options, on_bad_episode, rewards, check_images)
+        opened = metadata_cache.get(self.path, asked, find_out) if metadata_cache and self.path.exists() else find_out()
+        facts = unpack(opened["facts"])
+        self.format: str = facts["layout"]
+        self.fps: float | None = facts["fps"]  # None: nobody said
+        self.skipped = [tuple(entry) for entry in facts["skipped"]]  # source and reason of each episode left out
+        self.indices = tuple(opened["indices"].tolist())  # of each episode, its place before any was skipped
+        self.lengths = opened["lengths"]
+        self._facts = facts
+        self._opened = opened
+        self._ends = np.cumsum(self.lengths)
+        self._frame_cache = frame_cache
+        self._videos = VideoReaders()
+        first = self._columns(0)
         self.state_dim = first["state"].row_shape[0]
         self.action_dim = first["actions"].row_shape[0]
         self.cameras = tuple(key.removeprefix(IMAGE_PREFIX) for key in first if key.startswith(IMAGE_PREFIX))
 
     @property
     def num_episodes(self) -> int:
-        return len(self._episodes)
+        return len(self.lengths)
 
     def __len__(self) -> int:
         return self.num_episodes
@@ -135,7 +149,9 @@ class H5DatasetReader:
         return (self.episode(index) for index in range(self.num_episodes))
 
     def info(self, index: int) -> EpisodeInfo:
-        return self._episodes[index].info
+        task = self._facts["tasks"][self._opened["tasks"][index]]
+        success = KNOWN_SUCCESS[self._opened["success"][index]]
+        return EpisodeInfo(int(self.lengths[index]), task, success, self._facts["sources"][index])
 
     def episode(self, index: int) -> Episode:
         info = self.info(index)
@@ -155,19 +171,35 @@ class H5DatasetReader:
         )
 
     def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
-        episode = self._episodes[index]
-        if not 0 <= start <= stop <= episode.info.length:
-            raise IndexError(
-                f"{episode.info.source}: window {start}..{stop} leaves the episode (0..{episode.info.length})"
-            )
-        if key == "rewards":
-            return episode.rewards[start:stop].copy()
-        if key == "terminals":
-            return episode.terminals[start:stop].copy()
-        columns = episode.record.columns
+        length = int(self.lengths[index])
+        if not 0 <= start <= stop <= length:
+            raise IndexError(f"{self.info(index).source}: window {start}..{stop} leaves the episode (0..{length})")
+        if key in ("rewards", "terminals"):
+            first = self._ends[index] - length
+            return self._opened[key][first + start : first + stop].copy()
+        columns = self._columns(index)
         if key not in columns:
-            raise KeyError(f"{episode.info.source}: no key {key!r}; it has {', '.join(columns)}, rewards, terminals")
-        return columns[key].read(start, stop)
+            source = self.info(index).source
+            raise KeyError(f"{source}: no key {key!r}; it has {', '.join(columns)}, rewards, terminals")
+        if self._frame_cache is None or not key.startswith(IMAGE_PREFIX):
+            return columns[key].read(start, stop)
+        camera = key.removeprefix(IMAGE_PREFIX)
+        cached = self._frame_cache.read(camera, self._origin(index, columns[key]), length, start, stop)
+        return self._frame_cache.resize(columns[key].read(start, stop)) if cached is None else cached
+
+    def frame_origin(self, index: int, camera: str) -> FrameOrigin:
+        """Which file the frames of a camera come from; for the frame cache."""
+        return self._origin(index, self._columns(index)[IMAGE_PREFIX + camera])
+
+    def _origin(self, index: int, column: Column) -> FrameOrigin:
+        """The stored form of the column says all that decides which frames these are."""
+        stretch = hashlib.sha256(stored.encode({"": column})).hexdigest()
+        return FrameOrigin(f"episode_{self.indices[index]:06d}", column.path, stretch)
+
+    def _columns(self, index: int) -> dict[str, Column]:
+        end = self._opened["column_ends"]
+        start = end[index - 1] if index else 0
+        return stored.decode(self._opened["columns"][start : end[index]].tobytes(), self._videos)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +210,37 @@ class _Labelled:
     info: EpisodeInfo
     rewards: Float[np.ndarray, " t"]
     terminals: Bool[np.ndarray, " t"]
+
+
+def _find_out(
+    path: Path, options: Options, bad: BadEpisodes, rewards: RewardConfig | None, *, check_images: bool
+) -> Arrays:
+    """All that a reader knows before it reads windows, in the form in which it is remembered."""
+    layout = _open_layout(path, options)
+    records = _alike(layout, _scan(layout, bad, check_images=check_images), bad)
+    episodes = _labelled(layout, records, bad, rewards)
+    bad.report(str(path), len(layout.sources))
+    infos = [episode.info for episode in episodes.values()]
+    tasks = {task: number for number, task in enumerate(dict.fromkeys(info.task for info in infos))}
+    columns = [stored.encode(episode.record.columns) for episode in episodes.values()]
+    facts = {
+        "layout": layout.name,
+        "fps": layout.fps,
+        "skipped": bad.skipped,
+        "tasks": list(tasks),
+        "sources": [info.source for info in infos],
+    }
+    return {
+        "facts": pack(facts),
+        "indices": np.array(list(episodes)),
+        "lengths": np.array([info.length for info in infos]),
+        "tasks": np.array([tasks[info.task] for info in infos]),
+        "success": np.array([KNOWN_SUCCESS.index(info.success) for info in infos], np.int8),
+        "rewards": np.concatenate([episode.rewards for episode in episodes.values()]),
+        "terminals": np.concatenate([episode.terminals for episode in episodes.values()]),
+        "columns": np.frombuffer(b"".join(columns), np.uint8),
+        "column_ends": np.cumsum([len(text) for text in columns]),
+    }
 
 
 def _scan(layout: Layout, bad: BadEpisodes, *, check_images: bool) -> dict[int, Record]:
@@ -267,8 +330,7 @@ def _open_layout(path: Path, options: Options) -> Layout:
             )
         return Droid(path, options)
     files.sort(key=lambda file: file.name)
-    kinds = [_kind(file) for file in files]
-    make = next((kind for kind in kinds if kind is not None), None)
+    make = next((kind for kind in map(_kind, files) if kind is not None), None)
     if make is None:
         with Reading(files[0]) as file:
             raise ValueError(

@@ -20,12 +20,13 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
 
-from acrlpd.data import chunks, lerobot_meta, video
+from acrlpd.data import chunks, lerobot_meta, video, windows
 from acrlpd.data import lerobot_checks as checks
-from acrlpd.data.episodes import IMAGE_PREFIX, BadEpisodes, EpisodeInfo, EpisodeSource, EpisodeStore
+from acrlpd.data.episodes import IMAGE_PREFIX, KNOWN_SUCCESS, BadEpisodes, EpisodeInfo, EpisodeSource, EpisodeStore
 from acrlpd.data.frame_cache import FrameCache, FrameOrigin
 from acrlpd.data.lerobot_meta import REQUIRED, TASK_INDEX, TIMESTAMP, EpisodeRow
 from acrlpd.data.loader import ChunkLoader
+from acrlpd.data.metadata_cache import Arrays, MetadataCache, pack, unpack
 from acrlpd.data.normalize import MIN_STD, NormStats, RunningStats, with_floor
 from acrlpd.data.parquet import DataError, ParquetReader
 from acrlpd.data.rewards import RewardConfig, label, success_of, success_reward
@@ -33,16 +34,27 @@ from acrlpd.data.transforms import Compose, Transform
 from acrlpd.types import Episode
 
 REWARD, SUCCESS = "next.reward", "next.success"
+TERMINAL = "next.terminal"  # where the task ended; only sets that acrlpd wrote have it
 FULL_CHECK_BLOCK = 64  # frames
 
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    """What opening the dataset found out about an episode."""
+    """What is known of an episode that is kept."""
 
     row: EpisodeRow
     first: int  # row of the file at which it begins
-    tasks: tuple[str, ...]  # texts in the order in which its frames have them; mostly one
+    task: str  # of its first frame
+    success: bool | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """What reading an episode's numbers found out."""
+
+    row: EpisodeRow
+    first: int
+    tasks: tuple[int, ...]  # task_index in the order in which its frames have them; mostly one
     success: bool | None  # as recorded
     reward_values: Float[np.ndarray, " n"] | None  # the different values of next.reward
 
@@ -63,6 +75,7 @@ class LeRobotSource:
             both. It looks at every video's packets and every embedded image, without decoding frames.
         tolerance_s: how far a timestamp may be from its place, and a video frame from its timestamp.
         frame_cache: where to look for frames first. Frames then always have the cache's resolution.
+        metadata_cache: where to remember what opening found out. None reads every episode each time.
     """
 
     def __init__(
@@ -77,8 +90,8 @@ class LeRobotSource:
         on_bad_episode: Literal["error", "skip"] = "error",
         tolerance_s: float = 1e-4,
         frame_cache: FrameCache | None = None,
+        metadata_cache: MetadataCache | None = None,
     ):
-        self._bad_episodes = BadEpisodes(on_bad_episode)
         folder, episodes = _opened(root, episodes)
         self.meta = lerobot_meta.read(folder)
         self.state_keys = lerobot_meta.state_keys(self.meta, state_keys)
@@ -89,9 +102,24 @@ class LeRobotSource:
         self._frame_cache = frame_cache
         self._parquet = ParquetReader()
         self._videos = video.VideoReaders()
-        optional = [key for key in (REWARD, SUCCESS) if key in self.meta.features]
+        optional = [key for key in (REWARD, SUCCESS, TERMINAL) if key in self.meta.features]
         self._columns = (*dict.fromkeys((*self.state_keys, self.action_key, *REQUIRED, *optional)),)
-        self._facts = self._opened_episodes(_selected(self.meta, episodes))
+        selected = _selected(self.meta, episodes)
+
+        def find_out() -> Arrays:
+            return self._find_out(selected, BadEpisodes(on_bad_episode))
+
+        numbers = [row.number for row in selected] if episodes is not None else None
+        asked = (self._columns, self._camera_keys, numbers, rewards, on_bad_episode, tolerance_s)
+        opened = metadata_cache.get(folder, asked, find_out) if metadata_cache else find_out()
+        facts = unpack(opened["facts"])
+        self.skipped = [tuple(entry) for entry in facts["skipped"]]  # name and fault of each episode left out
+        self._threshold: float | None = facts["threshold"]
+        known = zip(*(opened[key].tolist() for key in ("numbers", "firsts", "tasks", "successes")), strict=True)
+        self._facts = [
+            _Facts(self.meta.episodes[number], first, self.meta.tasks[task], KNOWN_SUCCESS[success])
+            for number, first, task, success in known
+        ]
         self.lengths = np.array([facts.row.length for facts in self._facts])
 
     @property
@@ -104,13 +132,12 @@ class LeRobotSource:
         return [facts.row.number for facts in self._facts]
 
     @property
-    def skipped(self) -> list[tuple[str, str]]:
-        """Name (``episode_000003``) and fault of each episode left out."""
-        return self._bad_episodes.skipped
-
-    @property
     def cameras(self) -> tuple[str, ...]:
         return tuple(self._camera_keys)
+
+    @property
+    def format(self) -> str:
+        return f"lerobot {self.meta.version}"
 
     @property
     def fps(self) -> float:
@@ -119,12 +146,11 @@ class LeRobotSource:
     def info(self, index: int) -> EpisodeInfo:
         """The task is that of the first frame."""
         facts = self._facts[index]
-        success = success_of(self._rewards, facts.success, facts.reward_values, self._threshold)
-        return EpisodeInfo(facts.row.length, facts.tasks[0], success, _where(facts.row))
+        return EpisodeInfo(facts.row.length, facts.task, facts.success, _where(facts.row))
 
     def episode(self, index: int) -> Episode:
         info = self.info(index)
-        rewards, terminals = self._label(self._facts[index])
+        rewards, terminals = self._label(self._facts[index], self._threshold)
         return Episode(
             state=self.window(index, "state", 0, info.length),
             actions=self.window(index, "actions", 0, info.length),
@@ -145,7 +171,7 @@ class LeRobotSource:
         if key == "actions":
             return self._numbers(facts, [self.action_key], start, stop)
         if key in ("rewards", "terminals"):
-            return self._label(facts)[key == "terminals"][start:stop]
+            return self._label(facts, self._threshold)[key == "terminals"][start:stop]
         if key == "task":
             return np.array([self.meta.tasks[at] for at in self._rows(facts, TASK_INDEX)[start:stop].tolist()], np.str_)
         if key.startswith(IMAGE_PREFIX) and key.removeprefix(IMAGE_PREFIX) in self._camera_keys:
@@ -177,23 +203,25 @@ class LeRobotSource:
         parts = [self._rows(facts, key)[start:stop].reshape(stop - start, -1) for key in keys]
         return np.concatenate(parts, axis=1).astype(np.float32)
 
-    def _rows(self, facts: _Facts, key: str) -> np.ndarray:
+    def _rows(self, facts: _Facts | _Checked, key: str) -> np.ndarray:
         """All rows of an episode in one column, as they are stored."""
         with _blaming(facts.row, facts.row.file):
             table = self._parquet.columns(facts.row.file, self._columns if key in self._columns else (key,))
         return table[key][facts.first : facts.first + facts.row.length]
 
-    def _label(self, facts: _Facts) -> tuple[Float[np.ndarray, " t"], Bool[np.ndarray, " t"]]:
+    def _label(self, facts: _Facts, threshold: float | None) -> tuple[Float[np.ndarray, " t"], Bool[np.ndarray, " t"]]:
         stored = self._rows(facts, REWARD).astype(np.float32).ravel() if REWARD in self._columns else None
-        success = success_of(self._rewards, facts.success, stored, self._threshold)
-        return label(
+        rewards, terminals = label(
             self._rewards,
             facts.row.length,
-            success=success,
+            success=facts.success,
             stored=stored,
-            threshold=self._threshold,
+            threshold=threshold,
             where=_where(facts.row),
         )
+        if TERMINAL in self._columns and (self._rewards is None or self._rewards.source == "stored"):
+            terminals = self._rows(facts, TERMINAL).astype(bool).ravel()
+        return rewards, terminals
 
     def _frames(self, facts: _Facts, camera: str, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
         key = self._camera_keys[camera]
@@ -215,31 +243,41 @@ class LeRobotSource:
             cells = self._parquet.cells(row.file, key, facts.first + start, facts.first + stop)
             return checks.decode_images(cells, start)
 
-    def _frame_times(self, facts: _Facts, key: str) -> Float[np.ndarray, " t"]:
+    def _frame_times(self, facts: _Facts | _Checked, key: str) -> Float[np.ndarray, " t"]:
         """Where the frames of an episode lie in its mp4, in seconds."""
         return facts.row.videos[key].start_s + self._rows(facts, TIMESTAMP).astype(np.float64).ravel()
 
-    def _opened_episodes(self, rows: Sequence[EpisodeRow]) -> list[_Facts]:
+    def _find_out(self, rows: Sequence[EpisodeRow], bad: BadEpisodes) -> Arrays:
+        """All that is remembered of the episodes that can be used."""
         good, usable = [], []
         video_times: dict[Path, np.ndarray] = {}  # of files that episodes share
         for row in rows:
-            with self._bad_episodes.guard(_name(row)):
-                facts = self._check_rows(row)
-                if self._bad_episodes.skip:
-                    self._check_pictures(facts, video_times)
-                good.append(facts)
+            with bad.guard(_name(row)):
+                checked = self._check_rows(row)
+                if bad.skip:
+                    self._check_pictures(checked, video_times)
+                good.append(checked)
         self._check_total_frames()
-        self._threshold = success_reward(self._rewards, _reward_values(good))
-        for facts in good:
-            with self._bad_episodes.guard(_name(facts.row)):
-                self._label(facts)  # fails if nobody knows whether it succeeded, or what its rewards mean
-                usable.append(facts)
-        self._bad_episodes.report(str(self.meta.root), len(rows))
-        self._warn_of_several_tasks(usable)
-        return usable
+        threshold = success_reward(self._rewards, _reward_values(good))
+        for checked in good:
+            with bad.guard(_name(checked.row)):
+                values = None if TERMINAL in self._columns else checked.reward_values  # as in our own HDF5 layout
+                success = success_of(self._rewards, checked.success, values, threshold)
+                facts = _Facts(checked.row, checked.first, self.meta.tasks[checked.tasks[0]], success)
+                self._label(facts, threshold)  # fails if nobody knows how it ended, or what its rewards mean
+                usable.append((checked, success))
+        bad.report(str(self.meta.root), len(rows))
+        self._warn_of_several_tasks([checked for checked, _ in usable])
+        return {
+            "facts": pack({"skipped": bad.skipped, "threshold": threshold}),
+            "numbers": np.array([checked.row.number for checked, _ in usable]),
+            "firsts": np.array([checked.first for checked, _ in usable]),
+            "tasks": np.array([checked.tasks[0] for checked, _ in usable]),
+            "successes": np.array([KNOWN_SUCCESS.index(success) for _, success in usable], np.int8),
+        }
 
-    def _warn_of_several_tasks(self, found: Sequence[_Facts]) -> None:
-        several = [facts.row.number for facts in found if len(facts.tasks) > 1]
+    def _warn_of_several_tasks(self, found: Sequence[_Checked]) -> None:
+        several = [checked.row.number for checked in found if len(checked.tasks) > 1]
         if several:
             warnings.warn(
                 f"{self.meta.root}: the task changes inside {len(several)} episodes, {several[:5]} among them. An "
@@ -247,7 +285,7 @@ class LeRobotSource:
                 stacklevel=4,
             )
 
-    def _check_rows(self, row: EpisodeRow) -> _Facts:
+    def _check_rows(self, row: EpisodeRow) -> _Checked:
         if row.length < 1:
             raise _bad(row, row.file, "the episode is empty: its length in the episode table is 0, expected at least 1")
         with _blaming(row, row.file):
@@ -260,14 +298,14 @@ class LeRobotSource:
             self._check_pictures_exist(row)
             success = bool(rows[SUCCESS].any()) if SUCCESS in rows else None
             rewards = np.unique(rows[REWARD]).astype(np.float32) if REWARD in rows else None
-            return _Facts(row, first, self._task_texts(rows[TASK_INDEX]), success, rewards)
+            return _Checked(row, first, self._known_tasks(rows[TASK_INDEX]), success, rewards)
 
-    def _task_texts(self, task_index: np.ndarray) -> tuple[str, ...]:
+    def _known_tasks(self, task_index: np.ndarray) -> tuple[int, ...]:
         indices = list(dict.fromkeys(task_index.ravel().tolist()))
         unknown = [index for index in indices if index not in self.meta.tasks]
         if unknown:
             raise DataError(f"task_index: {unknown[0]} is not in {self.meta.tasks_path}")
-        return tuple(self.meta.tasks[index] for index in indices)
+        return tuple(indices)
 
     def _check_pictures_exist(self, row: EpisodeRow) -> None:
         for key in self._camera_keys.values():
@@ -276,7 +314,7 @@ class LeRobotSource:
             if key not in row.videos and key not in self._parquet.names(row.file):
                 raise _bad(row, row.file, "the column of this camera is missing, though info.json lists it", key)
 
-    def _check_pictures(self, facts: _Facts, video_times: dict[Path, np.ndarray]) -> None:
+    def _check_pictures(self, facts: _Checked, video_times: dict[Path, np.ndarray]) -> None:
         """Looks whether all frames are there and whole."""
         row = facts.row
         for key in self._camera_keys.values():
@@ -350,11 +388,12 @@ def source_stats(
 
 
 class LeRobotACRLPDDataLoader(ChunkLoader):
-    """A ``ChunkLoader`` of all episodes of a LeRobot dataset, held in memory: its name in the founding design.
+    """A ``ChunkLoader`` of all episodes of a LeRobot dataset: its name in the founding design.
 
     Args:
         lerobot_dataset: a folder, an object of the ``lerobot`` library, or a ``LeRobotSource``.
         transform: from the dataset's units to the model's; None hands out raw numbers.
+        memory_bytes, num_workers: see ``windows.open_store``.
         source_options: see ``LeRobotSource``; not together with a source.
     """
 
@@ -367,6 +406,8 @@ class LeRobotACRLPDDataLoader(ChunkLoader):
         transform: Transform | None = None,
         sequence_ratio: float = 0.5,
         seed: int = 0,
+        memory_bytes: int | None = None,
+        num_workers: int = 0,
         **source_options: Any,
     ):
         given = isinstance(lerobot_dataset, LeRobotSource)
@@ -374,7 +415,7 @@ class LeRobotACRLPDDataLoader(ChunkLoader):
             raise ValueError(f"give {', '.join(source_options)} to the LeRobotSource itself")
         self.source = lerobot_dataset if given else LeRobotSource(lerobot_dataset, **source_options)
         super().__init__(
-            EpisodeStore.from_source(self.source),
+            windows.open_store(self.source, memory_bytes=memory_bytes, num_workers=num_workers),
             Compose(()) if transform is None else transform,
             batch_size=batch_size,
             horizon=horizon_length,
@@ -392,14 +433,19 @@ def create_lerobot_acrlpd_dataloader(
 
 def _opened(root: Any, episodes: Sequence[int] | None) -> tuple[Path, Sequence[int] | None]:
     """Folder and selection from a path or from a LeRobotDataset, which is known by its attributes."""
-    if not isinstance(root, (str, os.PathLike)):
-        folder = getattr(root, "root", None) or getattr(getattr(root, "meta", None), "root", None)
-        if folder is None:
-            raise TypeError(f"expected a folder or a LeRobotDataset, got {type(root).__name__} without root or meta")
-        return _opened(Path(folder), getattr(root, "episodes", None) if episodes is None else episodes)
+    if isinstance(root, (str, os.PathLike)):
+        return dataset_folder(root), episodes
+    folder = getattr(root, "root", None) or getattr(getattr(root, "meta", None), "root", None)
+    if folder is None:
+        raise TypeError(f"expected a folder or a LeRobotDataset, got {type(root).__name__} without root or meta")
+    return dataset_folder(folder), getattr(root, "episodes", None) if episodes is None else episodes
+
+
+def dataset_folder(root: str | os.PathLike[str]) -> Path:
+    """The folder, if it is there; else an error that says how a dataset comes from the hub."""
     folder = Path(root)
     if folder.is_dir():
-        return folder, episodes
+        return folder
     name = str(root).removeprefix("hf://").removeprefix("datasets/")
     if str(root).startswith("hf://") or re.fullmatch(r"[\w.-]+/[\w.-]+", str(root)):
         raise FileNotFoundError(
@@ -441,7 +487,7 @@ def _blaming(row: EpisodeRow, file: Path, key: str | None = None) -> Iterator[No
         raise _bad(row, file, str(error), key) from error
 
 
-def _reward_values(found: Iterable[_Facts]) -> list[np.ndarray]:
+def _reward_values(found: Iterable[_Checked]) -> list[np.ndarray]:
     return [facts.reward_values for facts in found if facts.reward_values is not None]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,8 @@ class ChunkLoader:
         sequence_ratio: share of a batch that starts where a full window fits; the rest starts anywhere.
         replay: own episodes, for online batches. Their ids in a batch count on after those of ``prior``.
         online_ratio: share of an online batch that comes from ``replay``, once it has a row (RLPD: half).
+        host_index, num_hosts: this process makes its slice of each batch, the ``host_index``-th of ``num_hosts`` equal
+            ones; together they are the batch that one process would make. ``batch_size`` is that of the whole.
     """
 
     def __init__(
@@ -39,6 +42,8 @@ class ChunkLoader:
         seed: int,
         replay: EpisodeStore | None = None,
         online_ratio: float = 0.5,
+        host_index: int = 0,
+        num_hosts: int = 1,
     ):
         for name, ratio in (("sequence_ratio", sequence_ratio), ("online_ratio", online_ratio)):
             if not 0 <= ratio <= 1:
@@ -46,6 +51,11 @@ class ChunkLoader:
         for name, value, least in (("batch_size", batch_size, 1), ("horizon", horizon, 1), ("seed", seed, 0)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not 0 <= host_index < num_hosts or batch_size % num_hosts:
+            raise ValueError(
+                f"host_index ({host_index}) must lie in 0..num_hosts-1, and num_hosts ({num_hosts}) must divide "
+                f"batch_size ({batch_size})"
+            )
         if prior.num_rows == 0:
             raise ValueError("the prior data is empty: a ChunkLoader needs at least one episode to draw from")
         self._prior = prior
@@ -56,21 +66,43 @@ class ChunkLoader:
         self._seed = seed
         self._replay = replay
         self._online_ratio = online_ratio
+        self._slice_size = batch_size // num_hosts
+        self._slice_start = host_index * self._slice_size
+        self._counters = _Counters()
 
     def batch(self, step: int, *, online: bool = False) -> ChunkBatch:
         """The batch of one training step, as numpy: replayed chunks first, then prior ones."""
+        started = time.perf_counter()
         rng = chunks.step_rng(self._seed, step)
-        num_online = round(self._online_ratio * self._batch_size) if online else 0
-        if self._replay is None or self._replay.num_rows == 0 or num_online == 0:
-            return self._draw(self._prior, rng, self._batch_size)
-        replayed = self._draw(self._replay, rng, num_online)
-        own_ids = replayed.episode_id + np.int32(self._prior.next_episode_id)
-        replayed = dataclasses.replace(replayed, episode_id=own_ids)
-        if num_online == self._batch_size:
-            return replayed
+        replay_size = round(self._online_ratio * self._batch_size) if online else 0
+        if self._replay is None or self._replay.num_rows == 0:
+            replay_size = 0
+        parts = []
+        if self._replay is not None and replay_size and (drawn := self._draw(self._replay, rng, replay_size, 0)):
+            own_ids = drawn.episode_id + np.int32(self._prior.next_episode_id)
+            parts.append(dataclasses.replace(drawn, episode_id=own_ids))
+        prior_size = self._batch_size - replay_size
+        if prior_size and (drawn := self._draw(self._prior, rng, prior_size, replay_size)):
+            parts.append(drawn)
         # each part passed the transforms on its own, so the two may differ in camera names and picture sizes before
-        prior = self._draw(self._prior, rng, self._batch_size - num_online)
-        return jax.tree.map(lambda *parts: np.concatenate(parts), replayed, prior)
+        batch = parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        self._counters.count(batch, time.perf_counter() - started)
+        return batch
+
+    def stats(self) -> dict[str, float]:
+        """About all batches so far.
+
+        ``batches``; ``batches_per_s``, the rate at which they can be made; ``wait_s``, how long a caller of
+        ``offline_batches`` waited for one on average; ``valid_ratio``, the share of steps that are real; and, where
+        rows are read from their source, ``cache_hit_rate``.
+        """
+        reader = self._prior.reader
+        return self._counters.summary() | ({} if reader is None else {"cache_hit_rate": reader.hit_rate})
+
+    def close(self) -> None:
+        """Stops the processes that read rows from their source."""
+        if self._prior.reader is not None:
+            self._prior.reader.close()
 
     def offline_batches(self, start_step: int, stop_step: int) -> Iterator[ChunkBatch]:
         """Batches ``start_step`` to ``stop_step`` (exclusive), made ahead by one background thread.
@@ -85,7 +117,9 @@ class ChunkLoader:
         worker.start()
         try:
             for _ in range(start_step, stop_step):
+                started = time.perf_counter()
                 item = ready.get()
+                self._counters.waited(time.perf_counter() - started)
                 if isinstance(item, BaseException):
                     raise item
                 yield item
@@ -103,9 +137,12 @@ class ChunkLoader:
             if not _put(ready, item, stopped) or isinstance(item, BaseException):
                 return
 
-    def _draw(self, store: EpisodeStore, rng: np.random.Generator, size: int) -> ChunkBatch:
+    def _draw(self, store: EpisodeStore, rng: np.random.Generator, size: int, place: int) -> ChunkBatch | None:
+        """This host's share of ``size`` chunks, which begin at ``place`` in the batch; None if it has none of them."""
         rows = chunks.start_rows(store, rng, size, self._horizon, self._sequence_ratio)
-        return self._to_batch(chunks.gather(store, rows, self._horizon))
+        first = max(self._slice_start - place, 0)
+        own = rows[first : max(self._slice_start + self._slice_size - place, 0)]
+        return self._to_batch(chunks.gather(store, own, self._horizon)) if len(own) else None
 
     def _to_batch(self, raw: dict[str, Any]) -> ChunkBatch:
         now = self._transform({key: raw[key] for key in ("state", "actions", "image", "prompt")})
@@ -122,6 +159,36 @@ class ChunkLoader:
             episode_id=raw["episode_id"].astype(np.int32),
             step_id=raw["step_id"].astype(np.int32),
         )
+
+
+class _Counters:
+    """Of one loader; batches are made in one thread and waited for in another."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._batches = self._waits = 0
+        self._making_s = self._waiting_s = self._valid = 0.0
+
+    def count(self, batch: ChunkBatch, seconds: float) -> None:
+        with self._lock:
+            self._batches += 1
+            self._making_s += seconds
+            self._valid += float(np.mean(batch.valid))
+
+    def waited(self, seconds: float) -> None:
+        with self._lock:
+            self._waits += 1
+            self._waiting_s += seconds
+
+    def summary(self) -> dict[str, float]:
+        with self._lock:
+            made, waits = max(self._batches, 1), max(self._waits, 1)
+            return {
+                "batches": self._batches,
+                "batches_per_s": self._batches / max(self._making_s, 1e-9),
+                "wait_s": self._waiting_s / waits,
+                "valid_ratio": self._valid / made,
+            }
 
 
 ACRLPDDataLoader = ChunkLoader  # its name in the founding design

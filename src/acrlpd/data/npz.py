@@ -122,6 +122,9 @@ class NpzReader:
         bad.report(str(self.path), len(last_rows))
         self.skipped = bad.skipped
 
+    format = "ogbench"
+    fps = None
+
     @property
     def num_episodes(self) -> int:
         return self._store.num_episodes
@@ -129,6 +132,10 @@ class NpzReader:
     @property
     def lengths(self) -> np.ndarray:
         return self._store.lengths
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return ()
 
     def info(self, index: int) -> EpisodeInfo:
         return self._store.info(index)

@@ -26,7 +26,12 @@ class ParquetReader:
     """Reads whole columns, or some cells of one; keeps the last read up to ``max_bytes``. Safe to use from threads."""
 
     def __init__(self, max_bytes: int = MAX_BYTES):
+        self._max_bytes = max_bytes
         self._kept = _Kept(max_bytes)
+
+    def __reduce__(self) -> tuple[type[ParquetReader], tuple[int]]:
+        """A copy in another process reads anew."""
+        return ParquetReader, (self._max_bytes,)
 
     def names(self, path: Path) -> list[str]:
         return list(self._metadata(path).schema.to_arrow_schema().names)

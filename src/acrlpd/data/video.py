@@ -28,7 +28,7 @@ class VideoReader:
     """One open video file. Safe to use from several threads, which take turns."""
 
     def __init__(self, path: Path):
-        self._av = _import_av()
+        self._av = import_av()
         self._lock = threading.Lock()
         self._container = _open(self._av, path)
         self._stream = self._container.streams.video[0]
@@ -113,6 +113,10 @@ class VideoReaders:
         self._open: OrderedDict[Path, VideoReader] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[VideoReaders], tuple[()]]:
+        """A copy in another process opens its own files."""
+        return VideoReaders, ()
+
     def frames(
         self, path: Path, times_s: Float[np.ndarray, " t"], tolerance_s: float, span_s: tuple[float, float]
     ) -> UInt8[np.ndarray, "t h w 3"]:
@@ -132,7 +136,7 @@ def frame_times(path: Path) -> Float[np.ndarray, " n"]:
 
     Of a truncated file, these are the frames before the cut.
     """
-    av = _import_av()
+    av = import_av()
     container = _open(av, path)
     ticks = []
     try:
@@ -195,7 +199,7 @@ def _open(av: Any, path: Path) -> Any:
     return container
 
 
-def _import_av() -> Any:
+def import_av() -> Any:
     try:
         import av
     except ImportError as error:

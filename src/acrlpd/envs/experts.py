@@ -53,7 +53,8 @@ class MetaWorldExpert:
     def __init__(self, task: str):
         from metaworld.policies import ENV_POLICY_MAP
 
-        self._policy: Any = ENV_POLICY_MAP[task]()  # the map is typed by the abstract base
+        policies: Any = ENV_POLICY_MAP  # its type says the abstract base
+        self._policy = policies[task]()
 
     def __call__(self, observation: Obs) -> Float[np.ndarray, " a"]:
         with warnings.catch_warnings():

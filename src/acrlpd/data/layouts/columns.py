@@ -26,6 +26,11 @@ class Column(Protocol):
     """One key of one episode: rows in time order."""
 
     @property
+    def path(self) -> Path:
+        """The file it lies in."""
+        ...
+
+    @property
     def label(self) -> str:
         """Its name in the format, for messages."""
         ...
@@ -207,6 +212,10 @@ class Converted:
     row_shape: tuple[int, ...]
 
     @property
+    def path(self) -> Path:
+        return self.column.path
+
+    @property
     def label(self) -> str:
         return self.column.label
 
@@ -226,6 +235,10 @@ class Joined:
     """Numbers of several columns side by side, as float32; a column of scalars becomes one of width 1."""
 
     parts: tuple[Column, ...]
+
+    @property
+    def path(self) -> Path:
+        return self.parts[0].path
 
     @property
     def label(self) -> str:
@@ -253,6 +266,10 @@ class Pictures:
 
     rows: Rows
     flip: tuple[int, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        return self.rows.path
 
     @property
     def label(self) -> str:
@@ -286,6 +303,10 @@ class Jpegs:
     def of(cls, rows: Rows, *, bgr: bool = False) -> Jpegs:
         width, height = _open_jpeg(rows, 0, rows.read(0, 1)[0]).size
         return cls(rows, (height, width, 3), bgr)
+
+    @property
+    def path(self) -> Path:
+        return self.rows.path
 
     @property
     def label(self) -> str:
@@ -337,6 +358,10 @@ class Picked:
 
     column: Column
     picks: np.ndarray
+
+    @property
+    def path(self) -> Path:
+        return self.column.path
 
     @property
     def label(self) -> str:

@@ -1,13 +1,14 @@
 """Episodes in HDF5, one file an episode (``episode_000000.hdf5``):
 
     /observations/state           (T, s)        float32
-    /observations/images/<camera> (T, h, w, 3)  uint8, RGB, stored frame by frame; absent without cameras
+    /observations/images/<camera> (T, h, w, 3)  uint8, RGB, frame after frame; absent without cameras
     /actions                      (T, a)        float32, as executed
     /rewards                      (T,)          float32
     /terminals                    (T,)          bool, true where the task ended (a time limit does not end it)
     attributes of /: format="acrlpd", version=1, task (text), success (bool; absent: nobody knows), metadata (JSON)
 
-State and actions are in raw units; row t holds what was seen, the action taken there and what it paid.
+``fps`` in the metadata is the rate of the recording. State and actions are in raw units; row t holds what was seen, the
+action taken there and what it paid.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Own:
         self._options = options
         self._paths = paths
         self.sources = [str(path) for path in paths]
-        self.fps = options.fps
+        self.fps = options.fps or _stated_fps(paths)
 
     def scan(self, index: int) -> Record:
         where = self.sources[index]
@@ -128,6 +129,17 @@ class Own:
         return columns.checked(where, record)
 
 
+def _stated_fps(paths: Sequence[Path]) -> float | None:
+    """From the metadata of the first file that can be read; ``acrlpd data convert`` puts it there."""
+    for path in paths:
+        try:
+            fps = read_metadata(path).get("fps")
+        except ValueError:  # damaged: told when its episode is read
+            continue
+        return None if fps is None else float(fps)
+    return None
+
+
 def sync(path: Path) -> None:
     """Force a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -146,10 +158,9 @@ def _fill(file: h5py.File, episode: Episode, metadata: Mapping[str, Any], compre
     file.create_dataset("rewards", data=episode.rewards, dtype=np.float32)
     file.create_dataset("terminals", data=episode.terminals, dtype=np.bool_)
     for camera, frames in episode.images.items():
-        # One frame a chunk: a sample reads two frames of an episode, not all of them.
-        file.create_dataset(
-            f"observations/images/{camera}", data=frames, chunks=(1, *frames.shape[1:]), compression=compression
-        )
+        # One frame a chunk, or one after the other: a sample reads two frames of an episode, not all of them.
+        chunks = None if compression is None else (1, *frames.shape[1:])
+        file.create_dataset(f"observations/images/{camera}", data=frames, chunks=chunks, compression=compression)
 
 
 def check_layout(where: str, file: h5py.File) -> None:

@@ -53,24 +53,27 @@ def get_demo_config() -> TrainConfig:
         env=DRAWER,
         policy=NANO,
         agent=AgentConfig(
-            critic=CriticConfig(num_critics=10, hidden_dims=(128, 128), q_aggregation="mean"),
-            temperature=TemperatureConfig(initial_temp=0.1, target_entropy_multiplier=0.5),
+            critic=CriticConfig(num_critics=10, hidden_dims=(128, 128), q_aggregation="min"),
+            # The target lies below the spread of imitation, so exploration grows greedier from update to update.
+            temperature=TemperatureConfig(initial_temp=0.5, target_entropy_multiplier=2.0),
             best_of_n_samples=16,
             target_samples=4,
             flow_steps=5,
+            target_flow_steps=3,
             discount=0.99,
             target_update_tau=0.01,
             action_clip=1.0,
         ),
-        data=DataConfig(collect=CollectConfig(episodes=100), batch_size=128),
+        data=DataConfig(collect=CollectConfig(episodes=100, noise_range=(0.2, 0.9)), batch_size=64),
         optimizers=OptimizersConfig(
-            policy=_constant(1e-3, warmup_steps=100), critic=_constant(1e-3), temperature=_constant(1e-3)
+            policy=_constant(1e-3, warmup_steps=100), critic=_constant(1e-3), temperature=_constant(3e-4)
         ),
-        eval=EvalConfig(episodes=50, frequency=2000, progress_episodes=20, num_envs=10),
-        offline_steps=2000,
-        online_steps=5000,
+        eval=EvalConfig(episodes=50, frequency=1000, progress_episodes=20, num_envs=10),
+        offline_steps=1000,
+        online_steps=4000,
+        utd_ratio=0.5,
         log_frequency=100,
-        save_frequency=2000,
+        save_frequency=1000,
         early_stopping_patience=4,
     )
 
@@ -113,6 +116,7 @@ def get_debug_config() -> TrainConfig:
         eval=EvalConfig(episodes=4, frequency=20, progress_episodes=2, num_envs=2),
         offline_steps=20,
         online_steps=60,
+        utd_ratio=1.0,
         log_frequency=5,
         save_frequency=10,
     )

@@ -192,3 +192,38 @@ def test_an_error_in_the_thread_is_raised_here_at_its_batch():
 
 def test_name_of_the_founding_design():
     assert ACRLPDDataLoader is ChunkLoader
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("num_hosts", [2, 4])
+def test_hosts_make_slices_of_one_batch(num_hosts, online):
+    replay = make_store([4, 4], seed=1)
+    whole = make_loader(replay=replay, online_ratio=0.4)  # 3 of 8 replayed: the border falls into a slice
+    hosts = [
+        make_loader(replay=replay, online_ratio=0.4, host_index=index, num_hosts=num_hosts)
+        for index in range(num_hosts)
+    ]
+    for step in range(3):
+        parts = [host.batch(step, online=online) for host in hosts]
+        assert {len(part.actions) for part in parts} == {8 // num_hosts}
+        assert_same(jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts), whole.batch(step, online=online))
+
+
+@pytest.mark.parametrize(("host_index", "num_hosts"), [(2, 2), (-1, 2), (0, 3), (0, 0)])
+def test_slices_must_be_equal_and_there(host_index, num_hosts):
+    with pytest.raises(ValueError, match=r"must divide batch_size \(8\)"):
+        make_loader(host_index=host_index, num_hosts=num_hosts)
+
+
+def test_stats_count_what_was_made():
+    loader = make_loader(prior=make_store([2]), sequence_ratio=0.0)
+    assert loader.stats()["batches"] == 0
+    batches = list(loader.offline_batches(0, 5))
+    stats = loader.stats()
+    assert stats["batches"] == 5
+    assert stats["valid_ratio"] == pytest.approx(np.mean([batch.valid for batch in batches]))
+    assert stats["valid_ratio"] < 1  # two steps do not fill a horizon of three
+    assert stats["batches_per_s"] > 0
+    assert stats["wait_s"] > 0
+    assert "cache_hit_rate" not in stats
+    loader.close()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -354,8 +355,8 @@ TINY = pi0.Pi0Config(
     action_horizon=4,
     max_token_len=5,
     dtype="float32",
-    paligemma_variant=gemma.Config(width=8, depth=2, mlp_dim=12, num_heads=4, num_kv_heads=2, head_dim=10),
-    action_expert_variant=gemma.Config(width=6, depth=2, mlp_dim=10, num_heads=4, num_kv_heads=2, head_dim=10),
+    paligemma_variant=gemma.Config(width=8, depth=2, mlp_dim=12, num_heads=4, num_kv_heads=2, head_dim=14),
+    action_expert_variant=gemma.Config(width=6, depth=2, mlp_dim=10, num_heads=4, num_kv_heads=2, head_dim=14),
     vision_variant=siglip.Config(image_size=4, patch_size=2, width=6, depth=2, mlp_dim=5, num_heads=2),
     vocab_size=11,
     cameras=("front", "wrist"),
@@ -462,7 +463,7 @@ def all_shapes(jaxpr):
     """Shapes of all values that a program and the programs inside it compute."""
     for equation in jaxpr.eqns:
         yield from (variable.aval.shape for variable in (*equation.invars, *equation.outvars))
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             yield from all_shapes(inner)
 
 

@@ -1,5 +1,3 @@
-import time
-
 import jax.numpy as jnp
 import pytest
 
@@ -16,16 +14,35 @@ def test_average_is_over_the_steps_since_the_last_fetch():
     assert average.fetch() == {"loss": 5.0}
 
 
+class Clock:
+    """A clock that a test moves by hand."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def test_inner_time_counts_once():
-    watch = Stopwatch()
+    clock = Clock()
+    watch = Stopwatch(clock)
     with watch.span("outer"):
-        time.sleep(0.02)
+        clock.now += 2
         with watch.span("inner"):
-            time.sleep(0.03)
-    assert watch.seconds["inner"] >= 0.03
-    assert 0.02 <= watch.seconds["outer"] < 0.03
-    watch.move("outer", "inner", 0.01)
-    assert watch.seconds["outer"] < 0.02
+            clock.now += 3
+    assert watch.seconds == {"inner": 3.0, "outer": 2.0}
+    watch.move("outer", "inner", 0.5)
+    assert watch.seconds == {"inner": 3.5, "outer": 1.5}
+
+
+@pytest.mark.parametrize(("busy", "name"), [(True, "update"), (False, "data")])
+def test_time_behind_a_busy_device_is_the_devices(busy, name):
+    clock = Clock()
+    watch = Stopwatch(clock)
+    with watch.span("data", behind="update", busy=lambda: busy):
+        clock.now += 2
+    assert watch.seconds == {name: 2.0}
 
 
 def test_breakdown_counts_what_no_span_measured():

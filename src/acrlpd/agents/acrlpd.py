@@ -231,6 +231,9 @@ class ACRLPDAgent:
         return act(self, observations, rng, mode=mode, num_samples=num_samples, num_steps=num_steps)[0]
 
 
+ACRLPDPi0Agent = ACRLPDAgent  # the name in the founding design; the agent takes every flow policy
+
+
 def _by_path(chosen: Callable[[str], bool]) -> Callable[[tuple[Any, ...], Any], bool]:
     """A filter of parameters from a condition on their path, joined by '/'."""
     return lambda path, _: chosen("/".join(map(str, path)))

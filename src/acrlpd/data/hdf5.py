@@ -54,6 +54,7 @@ __all__ = [
     "write_episode",
 ]
 
+MAX_DECODED = 4096  # episodes whose columns are kept as objects; all others are text
 DECODE_BLOCK = 64  # pictures that are decoded at once when all are checked
 
 
@@ -133,6 +134,7 @@ class H5DatasetReader:
         self._ends = np.cumsum(self.lengths)
         self._frame_cache = frame_cache
         self._videos = VideoReaders()
+        self._decoded: dict[int, dict[str, Column]] = {}
         first = self._columns(0)
         self.state_dim = first["state"].row_shape[0]
         self.action_dim = first["actions"].row_shape[0]
@@ -197,9 +199,14 @@ class H5DatasetReader:
         return FrameOrigin(f"episode_{self.indices[index]:06d}", column.path, stretch)
 
     def _columns(self, index: int) -> dict[str, Column]:
-        end = self._opened["column_ends"]
-        start = end[index - 1] if index else 0
-        return stored.decode(self._opened["columns"][start : end[index]].tobytes(), self._videos)
+        if index not in self._decoded:
+            if len(self._decoded) >= MAX_DECODED:
+                self._decoded = {}
+            end = self._opened["column_ends"]
+            start = end[index - 1] if index else 0
+            text = self._opened["columns"][start : end[index]].tobytes()
+            self._decoded[index] = stored.decode(text, self._videos)
+        return self._decoded[index]
 
 
 @dataclasses.dataclass(frozen=True)

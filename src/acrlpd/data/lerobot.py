@@ -9,6 +9,7 @@ episode ends where its rows end.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import warnings
@@ -200,8 +201,9 @@ class LeRobotSource:
                     self._decoded(facts, key, start, min(start + FULL_CHECK_BLOCK, facts.row.length))
 
     def _numbers(self, facts: _Facts, keys: Sequence[str], start: int, stop: int) -> Float[np.ndarray, "t d"]:
-        parts = [self._rows(facts, key)[start:stop].reshape(stop - start, -1) for key in keys]
-        return np.concatenate(parts, axis=1).astype(np.float32)
+        parts = [self._rows(facts, key)[start:stop] for key in keys]
+        flat = [part.reshape(len(part), math.prod(part.shape[1:])) for part in parts]
+        return np.concatenate(flat, axis=1).astype(np.float32)
 
     def _rows(self, facts: _Facts | _Checked, key: str) -> np.ndarray:
         """All rows of an episode in one column, as they are stored."""

@@ -117,17 +117,20 @@ def attend(
     read one copy of it.
     """
     b, t, n, h = queries.shape
-    grouped = queries.reshape(b, t, keys.shape[2], -1, h)
+    k = keys.shape[2]
+    rows = jnp.moveaxis(queries.reshape(b, t, k, n // k, h), 1, 2).reshape(b, k, -1, h)  # one matrix per key head
     parts = [(keys, values)] if cache is None else [cache, (keys, values)]
-    scores = [jnp.einsum("btkgh,bskh->bkgts", grouped, part, preferred_element_type=jnp.float32) for part, _ in parts]
-    masked = jnp.where(mask[:, None, None], jnp.concatenate(scores, axis=-1), MASKED_SCORE)
-    weights = jax.nn.softmax(masked, axis=-1).astype(values.dtype)
+    scores = [jnp.einsum("bkqh,bskh->bkqs", rows, part, preferred_element_type=jnp.float32) for part, _ in parts]
+    grouped = jnp.concatenate(scores, axis=-1).reshape(b, k, t, n // k, -1)
+    masked = jnp.where(mask[:, None, :, None], grouped, MASKED_SCORE)
+    weights = jax.nn.softmax(masked, axis=-1).astype(values.dtype).reshape(b, k, rows.shape[2], -1)
     split = jnp.split(weights, [mask.shape[-1] - keys.shape[1]], axis=-1) if cache is not None else [weights]
     attended = [
-        jnp.einsum("bkgts,bskh->btkgh", part_weights, part, preferred_element_type=jnp.float32)
+        jnp.einsum("bkqs,bskh->bkqh", part_weights, part, preferred_element_type=jnp.float32)
         for part_weights, (_, part) in zip(split, parts, strict=True)
     ]
-    return sum(attended[1:], start=attended[0]).astype(values.dtype).reshape(b, t, n, h)
+    joined = sum(attended[1:], start=attended[0]).astype(values.dtype).reshape(b, k, t, n // k, h)
+    return jnp.moveaxis(joined, 2, 1).reshape(b, t, n, h)
 
 
 class RMSNorm(nnx.Module):

@@ -134,6 +134,7 @@ class ACRLPDTrainer:
         self._checkpoints = checkpoints
         self._started = time.perf_counter(), time.process_time()
         self._compiled = False
+        self._newest: Any = None  # an array of the last update, perhaps still being computed
 
     def train(self) -> dict[str, Any]:
         """Runs what is left of both phases and returns the summary, which also lies in ``summary.json``."""
@@ -171,7 +172,7 @@ class ACRLPDTrainer:
 
     def _update(self, phase: Phase) -> None:
         online = phase == "online"
-        with self._watch.span("data"):
+        with self._watch.span("data", behind="update", busy=self._is_updating):
             batch = put_batch(self.loader.batch(self._step, online=online), self._mesh)
         with self._watch.span("update" if self._compiled else "compile"):
             rng = jax.random.fold_in(self._update_rng, self._step)
@@ -181,6 +182,11 @@ class ACRLPDTrainer:
                 jax.block_until_ready(metrics)
                 self._compiled = True
         self._average.add(metrics)
+        self._newest = metrics["total_loss"]
+
+    def _is_updating(self) -> bool:
+        """Whether the device is still at the last update."""
+        return self._newest is not None and not self._newest.is_ready()
 
     def _interact(self) -> None:
         """Executes chunks until an update is owed."""

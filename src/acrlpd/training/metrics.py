@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,41 +58,43 @@ def _plain(value: Any) -> Any:
 
 
 class MetricAverage:
-    """Means of device scalars between two log points; nothing is fetched before ``fetch``."""
+    """Means of device scalars between two log points; nothing is computed or fetched before ``fetch``."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Any] = {}
-        self._counts: dict[str, int] = {}
+        self._records: list[Mapping[str, Any]] = []
 
     def add(self, metrics: Mapping[str, Any]) -> None:
-        for name, value in metrics.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
+        self._records.append(metrics)
 
     def fetch(self) -> dict[str, float]:
         """Waits for the device once, and starts anew."""
-        sums = jax.device_get(self._sums)
-        means = {name: float(sums[name]) / self._counts[name] for name in sums}
-        self._sums, self._counts = {}, {}
-        return means
+        values: dict[str, list[float]] = {}
+        for record in jax.device_get(self._records):
+            for name, value in record.items():
+                values.setdefault(name, []).append(value)
+        self._records = []
+        return {name: float(np.mean(of_name)) for name, of_name in values.items()}
 
 
 class Stopwatch:
     """Seconds of wall time by name; time in an inner span counts there alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[str, float] = {}
+        self._clock = clock
         self._inner = [0.0]
 
     @contextlib.contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+    def span(self, name: str, *, behind: str | None = None, busy: Callable[[], bool] = bool) -> Iterator[None]:
+        """Counts the block's time as ``name``; or as ``behind``, if at its end the device is still ``busy`` with that:
+        what the host did meanwhile made nobody wait."""
+        start = self._clock()
         self._inner.append(0.0)
         try:
             yield
         finally:
-            elapsed = time.perf_counter() - start
-            self.add(name, elapsed - self._inner.pop())
+            elapsed = self._clock() - start
+            self.add(behind if behind and busy() else name, elapsed - self._inner.pop())
             self._inner[-1] += elapsed
 
     def add(self, name: str, seconds: float) -> None:

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -150,7 +151,7 @@ def dataset(where: str, group: h5py.Group, label: str) -> h5py.Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A dataset. Where its numbers lie in the file as in memory, a window is mapped without HDF5."""
+    """A dataset. Where its numbers lie in the file as in memory, a window is read without HDF5."""
 
     path: Path
     name: str  # in the file
@@ -187,20 +188,22 @@ class Rows:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         if self.offset is not None and stop > start:
-            return self._map(start, stop)
+            return self._read_plain(start, stop, self.offset)
         with Reading(self.path) as file:
             return dataset(str(self.path), file, self.name)[start:stop]
 
-    def _map(self, start: int, stop: int) -> np.ndarray:
-        """A copy: a mapping that outlives the call would crash the process if the file were cut short meanwhile."""
-        offset = self.offset + start * self.dtype.itemsize * int(np.prod(self.row_shape))  # type: ignore[operator]
-        try:
-            return np.array(np.memmap(self.path, self.dtype, "r", offset, (stop - start, *self.row_shape)))
-        except (OSError, ValueError) as error:
+    def _read_plain(self, start: int, stop: int, offset: int) -> np.ndarray:
+        """The bytes of the rows, without HDF5. Not a mapping: one that outlives its file would crash the process."""
+        size = math.prod(self.row_shape)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(offset + start * self.dtype.itemsize * size)
+            values = np.fromfile(file, self.dtype, (stop - start) * size)
+        if len(values) < (stop - start) * size:
             raise ValueError(
-                f"{self.path}: {self.label}: rows {start}..{stop} cannot be read any more ({error}). "
-                "Was the file replaced while it was in use?"
-            ) from error
+                f"{self.path}: {self.label}: rows {start}..{stop} cannot be read any more: the file is shorter than it "
+                "was. Was it replaced while it was in use?"
+            )
+        return values.reshape(stop - start, *self.row_shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +260,8 @@ class Joined:
 
     def read(self, start: int, stop: int) -> Float[np.ndarray, "t s"]:
         blocks = [part.read(start, stop) for part in self.parts]
-        return np.concatenate([block.reshape(stop - start, -1) for block in blocks], axis=1, dtype=np.float32)
+        flat = [block.reshape(len(block), math.prod(block.shape[1:])) for block in blocks]
+        return np.concatenate(flat, axis=1, dtype=np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

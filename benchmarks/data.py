@@ -1,0 +1,241 @@
+"""How fast batches are made, from memory, from files, and from videos with and without the frame cache.
+
+    python benchmarks/data.py [--cases state-1M video] [--seconds 5] [--folder data-bench] [--json]
+
+Every case runs in a process of its own, whose peak resident memory is given. Its data is made up, in ``--folder``, and
+made once; without a folder it is thrown away (10 M transitions take 1.7 GB).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import machine
+import numpy as np
+
+from acrlpd.data import convert, hdf5
+from acrlpd.data.episodes import EpisodeStore
+from acrlpd.data.frame_cache import FrameCache
+from acrlpd.data.hdf5 import H5DatasetReader
+from acrlpd.data.lerobot import LeRobotSource
+from acrlpd.data.loader import ChunkLoader
+from acrlpd.data.metadata_cache import MetadataCache
+from acrlpd.data.normalize import NormStats
+from acrlpd.data.transforms import Compose, Normalize, resize_with_pad
+from acrlpd.data.windows import open_store
+from acrlpd.types import Episode
+
+BATCH_SIZE, HORIZON = 256, 5
+IMAGE_BATCH_SIZE = 32
+WARM_UP = 5  # batches
+STATE_DIM, ACTION_DIM, EPISODE_STEPS = 32, 8, 1000
+CAMERAS, SIZE = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"), 224
+VIDEO_SIZE, VIDEO_STEPS, FPS = (240, 320), 250, 25.0
+
+CASES: dict[str, Callable[[Path, float], dict[str, Any]]] = {
+    "state-1M": lambda folder, seconds: states(folder, seconds, num_episodes=1000),
+    "state-10M": lambda folder, seconds: states(folder, seconds, num_episodes=10_000),
+    "state-10M-windows": lambda folder, seconds: states(folder, seconds, num_episodes=10_000, memory_bytes=256 << 20),
+    "images-memory": lambda folder, seconds: images(folder, seconds, memory_bytes=8 << 30),
+    "images-windows": lambda folder, seconds: images(folder, seconds, memory_bytes=256 << 20),
+    "images-windows-2-workers": lambda folder, seconds: images(folder, seconds, memory_bytes=256 << 20, num_workers=2),
+    "video": lambda folder, seconds: video(folder, seconds),
+    "video-batches": lambda folder, seconds: video_batches(folder, seconds, num_workers=0),
+    "video-batches-2-workers": lambda folder, seconds: video_batches(folder, seconds, num_workers=2),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--folder")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.alone:
+        found = CASES[arguments.cases[0]](Path(arguments.folder), arguments.seconds)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KB on Linux
+        print(json.dumps(found | {"peak_resident_mb": round(peak / 1e6)}))
+        return
+    about = machine.describe()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(arguments.folder or temporary)
+        results = {case: alone(case, folder, arguments.seconds) for case in arguments.cases}
+    machine.show({**about, "cases": results}, as_json=arguments.json, table=table(results))
+
+
+def alone(case: str, folder: Path, seconds: float) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--alone", "--cases", case, "--folder", str(folder), "--seconds", str(seconds)]
+    for attempt in ("prepare", "measure"):  # the first run makes the data, which would count as memory
+        print(f"{case}: {attempt}", file=sys.stderr)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    lines = ["| case | measured |", "| --- | --- |"]
+    for case, found in results.items():
+        lines.append(f"| {case} | {', '.join(f'{name} {value}' for name, value in found.items())} |")
+    return "\n".join(lines)
+
+
+def states(folder: Path, seconds: float, *, num_episodes: int, memory_bytes: int | None = None) -> dict[str, Any]:
+    """Batches without pictures."""
+    root = folder / f"state-{num_episodes}"
+    make(root, num_episodes, lambda number: episode(number, EPISODE_STEPS))
+    cache = MetadataCache(folder / "metadata")
+    source, open_s = timed(lambda: H5DatasetReader(root, metadata_cache=cache))
+    store, load_s = timed(lambda: open_store(source, memory_bytes=memory_bytes))
+    return {"open_again_s": open_s, "load_s": load_s} | batches(store, BATCH_SIZE, seconds)
+
+
+def images(folder: Path, seconds: float, *, memory_bytes: int, num_workers: int = 0) -> dict[str, Any]:
+    """Batches with three cameras at the model's resolution, of which 1.8 GB are in 40 files."""
+    root = folder / "images"
+    make(root, 40, lambda number: episode(number, 100, {camera: noise(number, 100) for camera in CAMERAS}))
+    source = H5DatasetReader(root)
+    store, load_s = timed(lambda: open_store(source, memory_bytes=memory_bytes, num_workers=num_workers))
+    return {"load_s": load_s, "batch_size": IMAGE_BATCH_SIZE} | batches(store, IMAGE_BATCH_SIZE, seconds)
+
+
+def video(folder: Path, seconds: float) -> dict[str, Any]:
+    """Random frames of a LeRobot data set (AV1, 240x320) at 224x224, a frame at a time."""
+    root = make_video(folder)
+    source = LeRobotSource(root)
+    cache = FrameCache(folder / "frames", SIZE, SIZE)
+    _, build_s = timed(lambda: cache.build(source))
+    cached = LeRobotSource(root, frame_cache=cache)
+    plain = {
+        "plain": lambda episode, step: resize_with_pad(decoded_alone(source, episode, step), SIZE, SIZE),
+        "reader": lambda episode, step: resize_with_pad(
+            source.window(episode, "images/top", step, step + 1)[0], SIZE, SIZE
+        ),
+        "frame_cache": lambda episode, step: cached.window(episode, "images/top", step, step + 1)[0],
+    }
+    first = {name: read(3, 77).astype(int) for name, read in plain.items()}
+    assert all(np.abs(first["plain"] - frame).max() <= 1 for frame in first.values())
+    rates = {f"{name}_frames_per_s": frames_per_s(read, source, seconds) for name, read in plain.items()}
+    return {"build_s": build_s} | rates
+
+
+def video_batches(folder: Path, seconds: float, *, num_workers: int) -> dict[str, Any]:
+    """Batches from the videos of the case above, hardly any frame of which is kept in memory."""
+    source = LeRobotSource(make_video(folder))
+    store = open_store(source, memory_bytes=16 << 20, num_workers=num_workers)
+    return {"batch_size": IMAGE_BATCH_SIZE} | batches(store, IMAGE_BATCH_SIZE, seconds)
+
+
+def make_video(folder: Path) -> Path:
+    root = folder / "video"
+    if not root.exists():
+        raw = folder / "video-raw"
+        make(raw, 8, lambda number: episode(number, VIDEO_STEPS, {"top": moving(number)}))
+        convert.to_lerobot(H5DatasetReader(raw), root, fps=FPS)
+    return root
+
+
+def decoded_alone(source: LeRobotSource, number: int, step: int) -> np.ndarray:
+    """What a data set does that opens the video for every sample."""
+    span = source.meta.episodes[number].videos["observation.images.top"]
+    wanted = span.start_s + step / source.fps
+    with av.open(str(span.path)) as container:
+        stream = container.streams.video[0]
+        container.seek(int(wanted / stream.time_base), stream=stream)
+        for frame in container.decode(stream):
+            if abs(frame.time - wanted) < 1e-4:
+                return frame.to_ndarray(format="rgb24")
+    raise ValueError(f"{span.path}: no frame at {wanted} s")
+
+
+def frames_per_s(read: Callable[[int, int], np.ndarray], source: LeRobotSource, seconds: float) -> float:
+    rng = np.random.default_rng(0)
+    started, count = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - started) < seconds:
+        index = int(rng.integers(source.num_episodes))
+        read(index, int(rng.integers(source.lengths[index])))
+        count += 1
+    return round(count / elapsed, 1)
+
+
+def batches(store: EpisodeStore, batch_size: int, seconds: float) -> dict[str, Any]:
+    stats = {
+        "state": NormStats(np.zeros(STATE_DIM), np.ones(STATE_DIM)),
+        "actions": NormStats(np.zeros(ACTION_DIM), np.ones(ACTION_DIM)),
+    }
+    normalize = Compose((Normalize(stats), DropPrompt()))
+    loader = ChunkLoader(store, normalize, batch_size=batch_size, horizon=HORIZON, sequence_ratio=0.5, seed=0)
+    made = loader.offline_batches(0, sys.maxsize)
+    for _ in range(WARM_UP):  # starts processes, too
+        next(made)
+    started, count = time.perf_counter(), 0
+    for _ in made:
+        count += 1
+        if (elapsed := time.perf_counter() - started) >= seconds:
+            break
+    found = {name: round(value, 4) for name, value in loader.stats().items() if name != "batches_per_s"}
+    loader.close()
+    return {"batches_per_s": round(count / elapsed, 1)} | found
+
+
+class DropPrompt:
+    """In the place of the tokenizer, whose cost is another matter."""
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in data.items() if key != "prompt"}
+
+    def inverse(self, data: dict[str, Any]) -> dict[str, Any]:
+        return data
+
+
+def make(root: Path, num_episodes: int, build: Callable[[int], Episode]) -> None:
+    for number in missing(root, num_episodes):
+        hdf5.write_episode(hdf5.episode_path(root, number), build(number))
+
+
+def missing(root: Path, num_episodes: int) -> Iterator[int]:
+    return (number for number in range(num_episodes) if not hdf5.episode_path(root, number).exists())
+
+
+def episode(number: int, length: int, pictures: dict[str, np.ndarray] | None = None) -> Episode:
+    rng = np.random.default_rng(number)
+    return Episode(
+        state=rng.normal(size=(length, STATE_DIM)).astype(np.float32),
+        actions=rng.normal(size=(length, ACTION_DIM)).astype(np.float32),
+        rewards=np.zeros(length, np.float32),
+        terminals=np.arange(length) == length - 1,
+        task="benchmark",
+        images=pictures or {},
+        success=True,
+    )
+
+
+def noise(seed: int, length: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (length, SIZE, SIZE, 3), np.uint8)
+
+
+def moving(seed: int) -> np.ndarray:
+    """A textured picture that drifts; noise would not be a video."""
+    height, width = VIDEO_SIZE
+    texture = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    picture = texture.repeat(8, axis=0).repeat(8, axis=1)
+    return np.stack([np.roll(picture, step, axis=1) for step in range(VIDEO_STEPS)])
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    started = time.perf_counter()
+    return call(), round(time.perf_counter() - started, 3)
+
+
+if __name__ == "__main__":
+    main()

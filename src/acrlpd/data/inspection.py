@@ -1,0 +1,209 @@
+"""What a data set holds and what is wrong with it, for people: ``acrlpd data inspect`` and ``validate``."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from acrlpd.data import sources
+from acrlpd.data.episodes import IMAGE_PREFIX
+from acrlpd.data.sources import Dataset
+
+CLIPPED_SHARE = 0.05  # of the steps at one end of a dimension's range, from which on clipping is suspected,
+CLIPPED_ARRIVALS = 2  # if it gets there so often in an episode: an arm at rest lies at an end, too, but stays there
+SWITCH_SHARE = 0.95  # of the steps at either end, from which on a dimension is a switch, such as a gripper's
+DECODE_BLOCK = 64  # pictures in memory at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """An error makes an episode (or the whole set) unusable; a warning is for a person to judge."""
+
+    level: Literal["error", "warning"]
+    episode: str  # its file or name; empty: the set as a whole
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Of each dimension, over all steps."""
+
+    low: list[float]
+    high: list[float]
+    mean: list[float]
+    std: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """Of the episodes that can be used."""
+
+    format: str
+    fps: float | None
+    episodes: int
+    steps: int
+    lengths: tuple[int, float, int]  # least, mean, most
+    tasks: dict[str, int]  # episodes of each
+    cameras: dict[str, tuple[int, int]]  # height, width
+    state: Range
+    actions: Range
+    successes: int
+    failures: int  # of the others, nobody knows
+    rewards: tuple[float, float]  # least, most
+
+    @property
+    def success_rate(self) -> float | None:
+        known = self.successes + self.failures
+        return self.successes / known if known else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    contents: Contents | None  # None: nothing can be used
+    problems: list[Problem]
+
+    @property
+    def usable(self) -> bool:
+        """As it is, without leaving anything out."""
+        return self.contents is not None and all(problem.level != "error" for problem in self.problems)
+
+
+def inspect(data: Any, *, thorough: bool = False, decode: bool = False, **options: Any) -> Inspection:
+    """Reads all numbers once.
+
+    Args:
+        thorough: look for constant dimensions, clipped actions and episodes that occur twice, too.
+        decode: read every picture as well.
+        options: the reader's, see ``sources.open_episodes``.
+    """
+    problems: list[Problem] = []
+    dataset = _opened(data, options, problems)
+    if dataset is None:
+        return Inspection(None, problems)
+    numbers = {key: _Dimensions() for key in ("state", "actions")}
+    copies: dict[bytes, str] = {}
+    for index in range(dataset.num_episodes):
+        info = dataset.info(index)
+        digest = hashlib.sha256()
+        for key, dimensions in numbers.items():
+            values = dataset.window(index, key, 0, info.length)
+            dimensions.add(values)
+            digest.update(values.tobytes())
+        first = copies.setdefault(digest.digest(), info.source)
+        if thorough and first != info.source:
+            problems.append(Problem("warning", info.source, f"state and actions are those of {first}: recorded twice?"))
+    if thorough:
+        problems += [problem for key, dimensions in numbers.items() for problem in _suspicious(key, dimensions)]
+    if decode:
+        problems += _undecodable(dataset)
+    return Inspection(_contents(dataset, numbers), problems)
+
+
+class _Dimensions:
+    """Ranges and moments of vectors, and how often each dimension lies at, and arrives at, the ends of its range."""
+
+    def __init__(self) -> None:
+        self.count = self.episodes = 0
+
+    def add(self, values: Float[np.ndarray, "t d"]) -> None:
+        """The vectors of an episode."""
+        low, high = values.min(axis=0), values.max(axis=0)
+        if self.episodes == 0:
+            self.low, self.high = low, high
+            self.at_low = self.at_high = np.zeros((2, len(low)), int)  # steps, arrivals
+            self._sum = self._squares = np.zeros(len(low))
+        low, high = np.minimum(self.low, low), np.maximum(self.high, high)
+        # where the end of the range has moved, nothing seen before lay at it
+        self.at_low = np.where(low == self.low, self.at_low, 0) + _steps_and_arrivals(values == low[None])
+        self.at_high = np.where(high == self.high, self.at_high, 0) + _steps_and_arrivals(values == high[None])
+        self.low, self.high = low, high
+        self._sum = self._sum + values.sum(axis=0, dtype=np.float64)
+        self._squares = self._squares + np.square(values, dtype=np.float64).sum(axis=0)
+        self.count += len(values)
+        self.episodes += 1
+
+    @property
+    def range(self) -> Range:
+        mean = self._sum / self.count
+        std = np.sqrt(np.maximum(self._squares / self.count - mean**2, 0))
+        return Range(self.low.tolist(), self.high.tolist(), mean.tolist(), std.tolist())
+
+
+def _steps_and_arrivals(at_end: Bool[np.ndarray, "t d"]) -> Int[np.ndarray, "2 d"]:
+    return np.stack([at_end.sum(axis=0), (at_end[1:] & ~at_end[:-1]).sum(axis=0)])
+
+
+def _opened(data: Any, options: dict[str, Any], problems: list[Problem]) -> Dataset | None:
+    """The data set without its bad episodes, which become problems."""
+    if sources.identify(data) == "hdf5":
+        options = {"check_images": False, **options}  # they are decoded in blocks, if at all
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            dataset = sources.open_episodes(data, on_bad_episode="skip", **options)
+        except (ValueError, OSError) as error:
+            problems.append(Problem("error", "", str(error)))
+            dataset = None
+    skipped = [] if dataset is None else dataset.skipped
+    problems += [Problem("error", name, reason) for name, reason in skipped]
+    told = {reason for _, reason in skipped}
+    for warning in caught:
+        text = str(warning.message)
+        if text.removeprefix("episode left out: ") not in told and "episodes were left out" not in text:
+            problems.append(Problem("warning", "", text))
+    return dataset
+
+
+def _contents(dataset: Dataset, numbers: dict[str, _Dimensions]) -> Contents:
+    infos = [dataset.info(index) for index in range(dataset.num_episodes)]
+    lengths = [info.length for info in infos]
+    success = collections.Counter(info.success for info in infos)
+    shapes = {camera: dataset.window(0, IMAGE_PREFIX + camera, 0, 1).shape for camera in dataset.cameras}
+    rewards = [dataset.window(index, "rewards", 0, length) for index, length in enumerate(lengths)]
+    return Contents(
+        format=dataset.format,
+        fps=dataset.fps,
+        episodes=len(infos),
+        steps=sum(lengths),
+        lengths=(min(lengths), sum(lengths) / len(lengths), max(lengths)),
+        tasks=dict(collections.Counter(info.task for info in infos).most_common()),
+        cameras={camera: (shape[1], shape[2]) for camera, shape in shapes.items()},
+        state=numbers["state"].range,
+        actions=numbers["actions"].range,
+        successes=success[True],
+        failures=success[False],
+        rewards=(float(min(each.min() for each in rewards)), float(max(each.max() for each in rewards))),
+    )
+
+
+def _suspicious(key: str, found: _Dimensions) -> Iterator[Problem]:
+    constant = found.low == found.high
+    for dim in np.flatnonzero(constant).tolist():
+        yield Problem("warning", "", f"{key}: dimension {dim} is constant: it is {found.low[dim]:g} in every step")
+    if key != "actions":
+        return
+    switch = found.at_low[0] + found.at_high[0] >= SWITCH_SHARE * found.count
+    for end, value, (steps, arrivals) in (("lowest", found.low, found.at_low), ("highest", found.high, found.at_high)):
+        often = (steps >= CLIPPED_SHARE * found.count) & (arrivals >= CLIPPED_ARRIVALS * found.episodes)
+        for dim in np.flatnonzero(often & ~constant & ~switch).tolist():
+            share = f"{steps[dim] / found.count:.0%} of the steps"
+            text = f"actions: dimension {dim} lies at its {end} value, {value[dim]:g}, in {share}: was it clipped?"
+            yield Problem("warning", "", text)
+
+
+def _undecodable(dataset: Dataset) -> Iterator[Problem]:
+    """Episodes with a picture that cannot be read; the first of each camera."""
+    for index, length in enumerate(dataset.lengths.tolist()):
+        for camera in dataset.cameras:
+            try:
+                for start in range(0, length, DECODE_BLOCK):
+                    dataset.window(index, IMAGE_PREFIX + camera, start, min(start + DECODE_BLOCK, length))
+            except (ValueError, OSError) as error:
+                yield Problem("error", dataset.info(index).source, str(error))

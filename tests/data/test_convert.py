@@ -1,0 +1,136 @@
+"""There and back: numbers exactly, pictures exactly or within what a codec loses."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from acrlpd.data import convert, hdf5
+from acrlpd.data.hdf5 import H5DatasetReader
+from acrlpd.data.lerobot import LeRobotSource
+from acrlpd.types import Episode
+
+pytest.importorskip("pyarrow")
+pytest.importorskip("av")
+
+
+def make_episode(number, length, *, success) -> Episode:
+    rng = np.random.default_rng(number)
+    row, column, step = np.ogrid[:64, :96, :length]
+    grey = ((row + 2 * column + 3 * step + 40 * number) % 256).transpose(2, 0, 1).astype(np.uint8)  # [t h w]
+    terminals = np.zeros(length, bool)
+    terminals[length // 2] = number == 1  # in mid-episode, as in relabelled play data
+    return Episode(
+        state=rng.normal(size=(length, 3)).astype(np.float32),
+        actions=rng.normal(size=(length, 1)).astype(np.float32),
+        rewards=rng.normal(size=length).astype(np.float32),
+        terminals=terminals,
+        task="öffne" if number else "close",
+        images={"top": np.repeat(grey[..., None], 3, axis=-1), "wrist": np.repeat(255 - grey[..., None], 3, axis=-1)},
+        success=success,
+    )
+
+
+def written(folder, successes=(True, False, True), fps=20.0):
+    for number, success in enumerate(successes):
+        metadata = {} if fps is None else {"fps": fps}
+        hdf5.write_episode(
+            hdf5.episode_path(folder, number), make_episode(number, 3 + 4 * number, success=success), metadata
+        )
+    return H5DatasetReader(folder)
+
+
+def assert_same(found, expected, *, tolerance=0.0):
+    assert found.lengths.tolist() == expected.lengths.tolist()
+    assert found.fps == expected.fps
+    assert set(found.cameras) == set(expected.cameras)
+    for index in range(expected.num_episodes):
+        ours, theirs = found.episode(index), expected.episode(index)
+        for key in ("state", "actions", "rewards", "terminals"):
+            np.testing.assert_array_equal(getattr(ours, key), getattr(theirs, key), err_msg=key)
+        assert (ours.task, ours.success) == (theirs.task, theirs.success)
+        for camera, frames in theirs.images.items():
+            error = np.abs(ours.images[camera].astype(float) - frames).mean()
+            assert error <= tolerance, f"{camera}: {error}"
+
+
+@pytest.mark.parametrize(("pictures", "tolerance"), [("png", 0.0), ("h264", 3.0), ("av1", 4.0)])
+def test_to_lerobot_and_back(tmp_path, pictures, tolerance):
+    source = written(tmp_path / "own")
+    lerobot = LeRobotSource(convert.to_lerobot(source, tmp_path / "lerobot", pictures=pictures))
+    assert lerobot.format == "lerobot v3.0"
+    assert_same(lerobot, source, tolerance=tolerance)
+    lerobot.check_frames()
+    back = H5DatasetReader(convert.to_hdf5(lerobot, tmp_path / "back"))
+    assert_same(back, lerobot)
+    assert hdf5.read_metadata(hdf5.episode_path(tmp_path / "back", 1))["fps"] == 20
+
+
+def test_unknown_success_and_rate(tmp_path):
+    source = written(tmp_path / "own", successes=(None, None), fps=None)
+    with pytest.raises(ValueError, match="give fps"):
+        convert.to_lerobot(source, tmp_path / "lerobot")
+    assert not (tmp_path / "lerobot").exists()
+    lerobot = LeRobotSource(convert.to_lerobot(source, tmp_path / "lerobot", fps=12.5, pictures="png"))
+    assert lerobot.fps == 12.5
+    assert [lerobot.info(index).success for index in range(2)] == [None, None]
+    mixed = written(tmp_path / "mixed", successes=(True, None))
+    with pytest.raises(ValueError, match=r"episode_000001\.hdf5: success: unknown in 1 of 2 episodes"):
+        convert.to_lerobot(mixed, tmp_path / "other")
+
+
+def test_files_begin_anew_at_their_size_limits(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "VIDEO_FILE_MB", 0)
+    monkeypatch.setattr(convert, "DATA_FILE_MB", 0)
+    source = written(tmp_path / "own")
+    folder = convert.to_lerobot(source, tmp_path / "lerobot", pictures="h264")
+    assert len(list(folder.rglob("*.mp4"))) == 2 * 3
+    assert len(list((folder / "data").rglob("*.parquet"))) == 3
+    assert_same(LeRobotSource(folder), source, tolerance=3.0)
+
+
+def test_statistics_are_lerobots(tmp_path):
+    source = written(tmp_path / "own")
+    folder = convert.to_lerobot(source, tmp_path / "lerobot", pictures="png")
+    stats = json.loads((folder / "meta/stats.json").read_text())
+    state = np.concatenate([source.window(index, "state", 0, int(n)) for index, n in enumerate(source.lengths)])
+    np.testing.assert_allclose(stats["observation.state"]["mean"], state.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(stats["observation.state"]["min"], state.min(axis=0))
+    assert stats["observation.state"]["count"] == [len(state)]
+    assert np.shape(stats["observation.images.top"]["mean"]) == (3, 1, 1)
+    assert 0 <= stats["observation.images.top"]["min"][0][0][0] < stats["observation.images.top"]["max"][0][0][0] <= 1
+
+
+def test_nothing_is_left_of_a_failure(tmp_path):
+    source = written(tmp_path / "own")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(ValueError, match="taken already exists"):
+        convert.to_hdf5(source, tmp_path / "taken")
+    hdf5.episode_path(tmp_path / "own", 2).write_bytes(b"")
+    for convert_to in (convert.to_hdf5, convert.to_lerobot):
+        with pytest.raises(ValueError, match=r"episode_000002\.hdf5"):
+            convert_to(source, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own", "taken"]
+
+
+def test_a_size_the_codec_refuses_is_named(tmp_path):
+    episode = make_episode(0, 3, success=True)
+    odd = dataclasses.replace(episode, images={"top": episode.images["top"][:, :63, :95]})
+    hdf5.write_episode(hdf5.episode_path(tmp_path / "own", 0), odd, {"fps": 10})
+    with pytest.raises(ValueError, match=r"observation\.images\.top: libx264 cannot encode frames of 63x95.*png"):
+        convert.to_lerobot(H5DatasetReader(tmp_path / "own"), tmp_path / "new", pictures="h264")
+
+
+@pytest.mark.reference
+@pytest.mark.slow
+def test_reference_videos_there_and_back(shared, tmp_path):
+    sets = [path.parent.parent for path in sorted((shared / "data").rglob("meta/info.json"))]
+    sets = [path for path in sets if "video" in path.name][:2]
+    if not sets:
+        pytest.skip("this root has no LeRobot videos")
+    for number, path in enumerate(sets):
+        source = LeRobotSource(path)
+        own = H5DatasetReader(convert.to_hdf5(source, tmp_path / f"own{number}"))
+        assert_same(own, source)
+        assert_same(LeRobotSource(convert.to_lerobot(own, tmp_path / f"new{number}")), source, tolerance=4.0)

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from acrlpd.agents.acrlpd import AgentConfig
 from acrlpd.agents.losses import LossWeights
+from acrlpd.data.rewards import RewardConfig
 from acrlpd.envs.env import EnvConfig
 
 T = TypeVar("T")
@@ -66,7 +67,13 @@ class CollectConfig:
 class DataConfig:
     """Prior data, batches and replay."""
 
-    path: str | None = None  # a folder of episodes; None: collected into the run's own folder
+    path: str | None = None  # episodes in any format we read; None: collected into the run's own folder
+    cameras: tuple[str, ...] = ()  # of the data, those to use; empty: all
+    state_keys: tuple[str, ...] = ()  # the format's names of what makes the state; empty: the usual ones
+    rewards: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    on_bad_episode: Literal["error", "skip"] = "error"  # an episode that cannot be used; skip warns and goes on
+    memory_bytes: int | None = None  # what may be held in memory, the rest is read when asked for; None: half of it
+    num_workers: int = 0  # processes that read and decode what is not in memory
     collect: CollectConfig = dataclasses.field(default_factory=CollectConfig)
     batch_size: int = 256
     sequence_ratio: float = 0.5  # share of a batch that starts where a whole chunk fits

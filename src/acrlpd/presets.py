@@ -53,7 +53,7 @@ def get_demo_config() -> TrainConfig:
         env=DRAWER,
         policy=NANO,
         agent=AgentConfig(
-            critic=CriticConfig(num_critics=10, hidden_dims=(128, 128), q_aggregation="min"),
+            critic=CriticConfig(num_critics=10, hidden_dims=(128, 128), q_aggregation="mean"),
             # The target lies below the spread of imitation, so exploration grows greedier from update to update.
             temperature=TemperatureConfig(initial_temp=0.5, target_entropy_multiplier=2.0),
             best_of_n_samples=16,
@@ -61,15 +61,15 @@ def get_demo_config() -> TrainConfig:
             flow_steps=5,
             target_flow_steps=3,
             discount=0.99,
-            target_update_tau=0.01,
+            target_update_tau=0.05,  # an episode is 30 chunks long: values must travel that far in few updates
             action_clip=1.0,
         ),
-        data=DataConfig(collect=CollectConfig(episodes=100, noise_range=(0.2, 0.9)), batch_size=64),
+        data=DataConfig(collect=CollectConfig(episodes=100, noise_range=(0.4, 1.0)), batch_size=64),
         optimizers=OptimizersConfig(
             policy=_constant(1e-3, warmup_steps=100), critic=_constant(1e-3), temperature=_constant(3e-4)
         ),
-        eval=EvalConfig(episodes=50, frequency=1000, progress_episodes=20, num_envs=10),
-        offline_steps=1000,
+        eval=EvalConfig(episodes=50, frequency=750, progress_episodes=20, num_envs=10),
+        offline_steps=1500,
         online_steps=4000,
         utd_ratio=0.5,
         log_frequency=100,

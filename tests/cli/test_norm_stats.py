@@ -70,7 +70,7 @@ def test_dimensions_that_hardly_move_are_named(folder, caplog, capsys):
     assert main(["norm-stats", str(folder), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     [warning] = [message for message in printed["warnings"] if "hardly move" in message]
-    assert warning.startswith("state: dimensions [2] hardly move")
+    assert warning.startswith("state: 1 of 3 dimensions (2) hardly move")
     assert warning in caplog.messages
     assert printed["norm_stats"]["state"]["std"][2] == normalize.MIN_STD
     assert printed["file"] is None

@@ -119,7 +119,7 @@ def test_floor_widens_still_dimensions_and_names_them():
         q01=np.array([-2.0, 5.0, 0.0]),
         q99=np.array([2.0, 5.0, 0.0]),  # the last one moves, but in fewer than one step in a hundred
     )
-    with pytest.warns(UserWarning, match=r"actions: dimensions \[1, 2\] hardly move"):
+    with pytest.warns(UserWarning, match=r"actions: 2 of 3 dimensions \(1-2\) hardly move"):
         floored = norm.with_floor(stats, "actions", min_std=0.1)
     np.testing.assert_array_equal(floored.std, [1.0, 0.1, 0.2])
     np.testing.assert_allclose(floored.q01, [-2.0, 4.9, -0.1])

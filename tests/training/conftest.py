@@ -1,6 +1,7 @@
 """A run small enough to train in seconds: a flow MLP on synthetic episodes, no simulator."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from acrlpd.agents.acrlpd import AgentConfig
 from acrlpd.config import DataConfig, PolicyConfig, TrainConfig
 from acrlpd.data import hdf5
 from acrlpd.models.critic import CriticConfig
+from acrlpd.training import setup
+from acrlpd.training.loop import ACRLPDTrainer
 from acrlpd.types import Episode
 
 
@@ -28,6 +31,26 @@ def make_episode(rng: np.random.Generator, length: int, *, success: bool) -> Epi
 
 @pytest.fixture
 def tiny_config(tmp_path: Path) -> TrainConfig:
+    return make_config(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> ACRLPDTrainer:
+    """A run that has been trained to its end, once for all tests: they look at it, or at ``copied_run``."""
+    trainer = setup.make_trainer(make_config(tmp_path_factory.mktemp("finished")))
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture
+def copied_run(finished: ACRLPDTrainer, tmp_path: Path) -> TrainConfig:
+    """The configuration of a copy of the finished run, to resume or to damage."""
+    config = dataclasses.replace(finished.config, run_dir=str(tmp_path))
+    shutil.copytree(setup.run_files(finished.config).directory, setup.run_files(config).directory)
+    return config
+
+
+def make_config(tmp_path: Path) -> TrainConfig:
     rng = np.random.default_rng(0)
     for number in range(4):
         path = hdf5.episode_path(tmp_path / "data", number)

@@ -84,7 +84,7 @@ class MinariSource:
 
 def _opened(dataset: str) -> Any:
     try:
-        import minari  # type: ignore[import-not-found]
+        import minari
     except ImportError as error:
         raise ImportError(f"{dataset}: reading Minari datasets needs minari: pip install 'acrlpd[minari]'") from error
     if dataset.startswith(PREFIX):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from acrlpd.data import chunks
 from acrlpd.data.episodes import EpisodeSource, EpisodeStore
@@ -230,11 +230,18 @@ def with_floor(stats: NormStats, key: str, *, min_std: float = MIN_STD) -> NormS
         still = still | narrow
     if still.any():
         warnings.warn(
-            f"{key}: dimensions {np.flatnonzero(still).tolist()} hardly move (std or quantile range below "
-            f"min_std={min_std:g}); their statistics were widened to it. Check that they are meant to be constant.",
+            f"{key}: {still.sum()} of {still.size} dimensions ({_ranges(np.flatnonzero(still))}) hardly move (std or "
+            f"quantile range below min_std={min_std:g}); their statistics were widened to it. Check that they are "
+            "meant to be constant.",
             stacklevel=2,
         )
     return NormStats(mean=stats.mean, std=np.maximum(stats.std, min_std), q01=q01, q99=q99)
+
+
+def _ranges(indices: Int[np.ndarray, " n"]) -> str:
+    """``0-2, 5`` for 0, 1, 2, 5."""
+    runs = np.split(indices, np.flatnonzero(np.diff(indices) > 1) + 1)
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def from_store(

@@ -7,6 +7,7 @@ names are openpi's: those of the second expert end in ``_1``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -114,22 +115,34 @@ def attend(
     """Attention over cached and new keys under one float32 softmax; n/k query heads share a key head.
 
     The two parts are never joined in memory: under a ``vmap`` over candidates that does not map the cache, all of them
-    read one copy of it.
+    read one copy of it. The softmax divides the attended values, which are few, instead of the weights.
     """
     b, t, n, h = queries.shape
     k = keys.shape[2]
     rows = jnp.moveaxis(queries.reshape(b, t, k, n // k, h), 1, 2).reshape(b, k, -1, h)  # one matrix per key head
-    parts = [(keys, values)] if cache is None else [cache, (keys, values)]
-    scores = [jnp.einsum("bkqh,bskh->bkqs", rows, part, preferred_element_type=jnp.float32) for part, _ in parts]
-    grouped = jnp.concatenate(scores, axis=-1).reshape(b, k, t, n // k, -1)
-    masked = jnp.where(mask[:, None, :, None], grouped, MASKED_SCORE)
-    weights = jax.nn.softmax(masked, axis=-1).astype(values.dtype).reshape(b, k, rows.shape[2], -1)
-    split = jnp.split(weights, [mask.shape[-1] - keys.shape[1]], axis=-1) if cache is not None else [weights]
+    parts = [(keys, values, mask)]
+    if cache is not None:
+        num_cached = cache[0].shape[1]
+        parts = [(*cache, mask[..., :num_cached]), (keys, values, mask[..., num_cached:])]
+
+    def masked_scores(keys, mask):
+        scores = jnp.einsum("bkqh,bskh->bkqs", rows, keys, preferred_element_type=jnp.float32)
+        return jnp.where(mask[:, None, :, None], scores.reshape(b, k, t, n // k, -1), MASKED_SCORE)
+
+    scores = [masked_scores(part_keys, part_mask) for part_keys, _, part_mask in parts]
+    highest = functools.reduce(jnp.maximum, [part.max(axis=-1, keepdims=True) for part in scores])
+    weights = [jnp.exp(part - jax.lax.stop_gradient(highest)) for part in scores]  # divided by their sum at the end
     attended = [
-        jnp.einsum("bkqs,bskh->bkqh", part_weights, part, preferred_element_type=jnp.float32)
-        for part_weights, (_, part) in zip(split, parts, strict=True)
+        jnp.einsum(
+            "bkqs,bskh->bkqh",
+            part.astype(values.dtype).reshape(b, k, rows.shape[2], -1),
+            part_values,
+            preferred_element_type=jnp.float32,
+        )
+        for part, (_, part_values, _) in zip(weights, parts, strict=True)
     ]
-    joined = sum(attended[1:], start=attended[0]).astype(values.dtype).reshape(b, k, t, n // k, h)
+    total = sum(part.sum(axis=-1, keepdims=True) for part in weights)
+    joined = (sum(attended).reshape(b, k, t, n // k, h) / total).astype(values.dtype)
     return jnp.moveaxis(joined, 2, 1).reshape(b, t, n, h)
 
 

@@ -149,6 +149,7 @@ class ACRLPDTrainer:
         finally:
             self._checkpoints.wait()
             self._writer.close()
+            self.loader.close()
 
     def _run(self, phase: Phase, stop: StopRequest) -> None:
         total, done = self._extent(phase)
@@ -249,7 +250,8 @@ class ACRLPDTrainer:
             metrics = self._average.fetch()  # waits for the device
         with self._watch.span("log"):
             record = {"step": self._step, "phase": phase, "env_steps": self.progress.env_steps, "wall_s": self._wall()}
-            self._writer.write(record | {f"train/{name}": value for name, value in metrics.items()})
+            record |= {f"train/{name}": value for name, value in metrics.items()}
+            self._writer.write(record | {f"loader/{name}": value for name, value in self.loader.stats().items()})
         return {"loss": f"{metrics['total_loss']:.3g}", "q": f"{metrics['q_mean']:.3g}"}
 
     def _evaluate_on_the_way(self, phase: Phase) -> None:

@@ -6,21 +6,23 @@ import dataclasses
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.config import CollectConfig, PolicyConfig, TrainConfig, from_dict, to_dict
-from acrlpd.data import hdf5, normalize
+from acrlpd.data import hdf5, normalize, windows
 from acrlpd.data.episodes import EpisodeStore
-from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.replay import ReplayJournal
+from acrlpd.data.sources import Dataset, open_episodes
 from acrlpd.data.tokenizer import PromptTokenizer
 from acrlpd.data.transforms import Compose, Normalize, PadToModel, ResizeImages, TokenizePrompt, Transform
 from acrlpd.envs import rollout
@@ -57,7 +59,8 @@ def make_trainer(config: TrainConfig, *, resume: bool = False, overwrite: bool =
     files = run_files(config)
     claim_directory(config, files, resume=resume, overwrite=overwrite)
     environments = make_environments(config, config.eval.num_envs) if config.env else []
-    prior = prior_data(config)
+    source = open_prior(config)
+    prior = windows.open_store(source, memory_bytes=config.data.memory_bytes, num_workers=config.data.num_workers)
     dims = Dims(prior.state.shape[1], prior.actions.shape[1])
     agent = make_agent(config, dims, tuple(prior.images))
     progress = Progress()
@@ -70,7 +73,7 @@ def make_trainer(config: TrainConfig, *, resume: bool = False, overwrite: bool =
         stats = checkpoints.read_norm_stats(restored.step)
         logger.info("resumed at update %d", restored.step)
     else:
-        stats = make_norm_stats(config, prior, environments[0].spec if environments else None)
+        stats = make_norm_stats(config, prior, source, environments[0].spec if environments else None)
     transform = make_transform(config, stats, dims)
     interaction = make_interaction(config, files, progress) if config.env and config.online_steps else None
     loader = ChunkLoader(
@@ -189,12 +192,14 @@ def locate_checkpoint(path: Path) -> tuple[Path, int | None]:
     return (path / "checkpoints", None) if (path / "checkpoints").is_dir() else (path, None)
 
 
-def prior_data(config: TrainConfig) -> EpisodeStore:
-    """The prior episodes in memory; collected first where the configuration names an environment and no folder."""
-    directory = data_directory(config)
-    if config.data.path is None and config.env is not None:
-        collect_prior(config.env, config.data.collect, directory, seed=config.seed)
-    return EpisodeStore.from_source(H5DatasetReader(directory))
+def open_prior(config: TrainConfig) -> Dataset:
+    """The prior episodes; collected first where the configuration names an environment and no data."""
+    data = config.data
+    if data.path is None and config.env is not None:
+        collect_prior(config.env, data.collect, data_directory(config), seed=config.seed)
+        return open_episodes(data_directory(config), remember=False)
+    options = {name: value for name in ("cameras", "state_keys") if (value := getattr(data, name))}
+    return open_episodes(data.path, rewards=data.rewards, on_bad_episode=data.on_bad_episode, **options)
 
 
 def collect_prior(env: EnvConfig, collect: CollectConfig, directory: Path, *, seed: int) -> None:
@@ -220,9 +225,19 @@ def collect_prior(env: EnvConfig, collect: CollectConfig, directory: Path, *, se
     )
 
 
-def make_norm_stats(config: TrainConfig, store: EpisodeStore, spec: EnvSpec | None) -> dict[str, NormStats]:
+def make_norm_stats(
+    config: TrainConfig, store: EpisodeStore, source: Dataset, spec: EnvSpec | None
+) -> dict[str, NormStats]:
     """Statistics of the prior data; a bounded action space speaks for itself."""
-    stats = normalize.from_store(store, min_std=config.data.min_std)
+    in_memory = isinstance(store.state, np.ndarray) and isinstance(store.actions, np.ndarray)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if in_memory:
+            stats = normalize.from_store(store, min_std=config.data.min_std)
+        else:
+            stats = normalize.from_source(source, min_std=config.data.min_std)
+    for warning in caught:
+        logger.warning("%s", warning.message)
     if config.data.action_normalization == "bounds":
         if spec is None:
             raise ValueError(

@@ -1,0 +1,219 @@
+"""Best of N on one prefix pass, beside N tiled observations, and the gradient of the imitation loss.
+
+    python benchmarks/sampling.py [--candidates 1 8 32] [--steps 10] [--repeats 5] [--json]
+
+A mid-size pi0 (image tower 384x6, first expert 512x6, action expert 256), three 224 px cameras, horizon 50, float32.
+FLOPs are counted from the sizes (two per multiply-add of every matrix product); the rate is set beside that of a plain
+1024 x 1024 matrix product in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import machine
+import numpy as np
+from flax import nnx
+
+from acrlpd.models import flow
+from acrlpd.models.pi0 import Pi0, Pi0Config
+from acrlpd.types import Observation
+
+CONFIG = Pi0Config(
+    dtype="float32",
+    paligemma_variant="mid",
+    action_expert_variant="mid_expert",
+    vision_variant="mid",
+    vocab_size=1024,
+    remat=False,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--candidates", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--batches", type=int, nargs="*", default=[4, 8], help="of the gradient")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    about = machine.describe()
+    policy = CONFIG.create(nnx.Rngs(0))
+    timer = Timer(arguments.repeats)
+    rows = []
+    for n in arguments.candidates:
+        rows.append(timer.row(f"best of {n}", best_of(policy, n, arguments.steps), sampling_flops(n, arguments.steps)))
+        tiled = n * sampling_flops(1, arguments.steps)
+        rows.append(timer.row(f"{n} tiled", tiled_samples(policy, n, arguments.steps), tiled))
+    for batch in arguments.batches:
+        rows.append(timer.row(f"gradient, batch {batch}", loss_gradient(policy, batch), 3 * batch * loss_flops()))
+    result = {**about, "load_after": machine.describe()["load_average"], "rows": rows} | ratios(rows, arguments)
+    machine.show(result, as_json=arguments.json, table=table(result))
+
+
+class Timer:
+    """Times calls beside plain matrix products, in turn, so that both meet the same machine."""
+
+    def __init__(self, repeats: int):
+        self._repeats = repeats
+        a = jnp.asarray(np.random.default_rng(0).normal(size=(1024, 1024)), jnp.float32)
+        self._product = jax.jit(lambda: a @ a)
+        self._product()
+
+    def row(self, name: str, call: Callable[[], Any], flops: float) -> dict[str, Any]:
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        first = time.perf_counter() - start
+        wall, cpu, rate = [], [], []
+        for _ in range(self._repeats):
+            rate.append(self._matmul_rate())
+            start = time.perf_counter(), time.process_time()
+            jax.block_until_ready(call())
+            wall.append(time.perf_counter() - start[0])
+            cpu.append(time.process_time() - start[1])
+        walls, cpus, rates = machine.spread(wall), machine.spread(cpu), machine.spread(rate)
+        return {
+            "name": name,
+            "wall_s": walls,
+            "cpu_s": cpus,
+            "compile_s": first - walls["median"],
+            "gflop": flops / 1e9,
+            "gflop_per_s": flops / walls["median"] / 1e9,
+            "matmul_gflop_per_s": rates["median"] / 1e9,
+            "share_of_matmul": flops / walls["median"] / rates["median"],
+        }
+
+    def _matmul_rate(self, count: int = 20) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            product = self._product()
+        jax.block_until_ready(product)
+        return count * 2 * 1024**3 / (time.perf_counter() - start)
+
+
+def observation(batch: int) -> Observation:
+    rng = np.random.default_rng(0)
+    side = CONFIG.image_size
+    images = {name: rng.random((batch, side, side, 3), np.float32) * 2 - 1 for name in CONFIG.cameras}
+    tokens = (batch, CONFIG.max_token_len)
+    made = Observation(
+        state=rng.normal(size=(batch, CONFIG.state_dim)).astype(np.float32),
+        images=images,
+        image_masks={name: np.ones(batch, bool) for name in images},
+        tokenized_prompt=rng.integers(0, CONFIG.vocab_size, tokens).astype(np.int32),
+        tokenized_prompt_mask=np.ones(tokens, bool),
+    )
+    return jax.device_put(made)
+
+
+def noise_of(*lead: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (*lead, CONFIG.action_horizon, CONFIG.action_dim))
+
+
+def best_of(policy: Pi0, n: int, steps: int) -> Callable[[], Any]:
+    @jax.jit
+    def call(state, seen, noise):
+        policy = nnx.merge(graph, state)
+        return flow.sample(policy, policy.encode(seen), noise, num_steps=steps)
+
+    graph, state = nnx.split(policy)
+    seen, noise = observation(1), noise_of(n, 1)
+    return lambda: call(state, seen, noise)
+
+
+def tiled_samples(policy: Pi0, n: int, steps: int) -> Callable[[], Any]:
+    @jax.jit
+    def call(state, seen, noise):
+        return nnx.merge(graph, state).sample_actions(jax.random.key(0), seen, num_steps=steps, noise=noise)
+
+    graph, state = nnx.split(policy)
+    seen, noise = observation(n), noise_of(n)
+    return lambda: call(state, seen, noise)
+
+
+def loss_gradient(policy: Pi0, batch: int) -> Callable[[], Any]:
+    @jax.jit
+    @jax.grad
+    def call(state, seen, actions):
+        policy = nnx.merge(graph, state)
+        return policy.compute_loss(jax.random.key(0), seen, actions).mean()
+
+    graph, state = nnx.split(policy)
+    seen, actions = observation(batch), noise_of(batch)
+    return lambda: call(state, seen, actions)
+
+
+# ---- floating-point operations of the matrix products, from the sizes
+
+
+def prefix_flops() -> float:
+    """Image tower and first expert, one observation; of the last layer, keys and values alone."""
+    vision, expert = CONFIG.vision, CONFIG.paligemma
+    patches, width = vision.num_tokens, vision.width
+    tower = patches * vision.patch_size**2 * 3 * width + patches * width * expert.width
+    tower += vision.depth * (patches * (4 * width**2 + 2 * width * vision.mlp_dim) + 2 * patches**2 * width)
+    tokens = len(CONFIG.cameras) * patches + CONFIG.max_token_len
+    language = expert.depth * tokens * expert.width * 2 * expert.num_kv_heads * expert.head_dim
+    heads = expert.num_heads * expert.head_dim
+    language += (expert.depth - 1) * (
+        tokens * (2 * expert.width * heads + 3 * expert.width * expert.mlp_dim) + 2 * tokens**2 * heads
+    )
+    return 2.0 * (len(CONFIG.cameras) * tower + language)
+
+
+def suffix_flops() -> float:
+    """One evaluation of the velocity, one candidate."""
+    expert, horizon = CONFIG.action_expert, CONFIG.action_horizon
+    tokens = horizon + 1  # the state's
+    seen = len(CONFIG.cameras) * CONFIG.vision.num_tokens + CONFIG.max_token_len + tokens
+    heads, keys = expert.num_heads * expert.head_dim, expert.num_kv_heads * expert.head_dim
+    layer = tokens * expert.width * (2 * heads + 2 * keys + 3 * expert.mlp_dim) + 2 * tokens * seen * heads
+    ends = horizon * (2 * CONFIG.action_dim * expert.width + 3 * expert.width**2) + CONFIG.state_dim * expert.width
+    return 2.0 * (expert.depth * layer + ends)
+
+
+def sampling_flops(n: int, steps: int) -> float:
+    return prefix_flops() + n * steps * suffix_flops()
+
+
+def loss_flops() -> float:
+    return prefix_flops() + suffix_flops()
+
+
+def ratios(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the claims are about: growth of time against growth of FLOPs, and one prefix pass against n."""
+    by_name = {row["name"]: row for row in rows}
+    first = by_name[f"best of {arguments.candidates[0]}"]
+    found = {}
+    for n in arguments.candidates:
+        best, tiled = by_name[f"best of {n}"], by_name[f"{n} tiled"]
+        wall = best["wall_s"]["median"]
+        growth = wall / first["wall_s"]["median"] / (best["gflop"] / first["gflop"])
+        found[str(n)] = {"time_growth_over_flop_growth": growth, "faster_than_tiled": tiled["wall_s"]["median"] / wall}
+    return {"ratios": found}
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [f"{result['command']} on {result['processor']}, load {result['load_average']}", ""]
+    lines.append(f"{'':20}{'wall ms':>10}{'cpu ms':>10}{'compile s':>10}{'GFLOP':>9}{'GFLOP/s':>9}{'of matmul':>10}")
+    for row in result["rows"]:
+        wall, cpu = row["wall_s"]["median"], row["cpu_s"]["median"]
+        lines.append(
+            f"{row['name']:20}{wall * 1e3:10.1f}{cpu * 1e3:10.1f}{row['compile_s']:10.1f}{row['gflop']:9.1f}"
+            f"{row['gflop_per_s']:9.1f}{row['share_of_matmul']:10.2f}"
+        )
+    for n, each in result["ratios"].items():
+        lines.append(
+            f"N={n}: {each['faster_than_tiled']:.2f} x as fast as tiled; time grows "
+            f"{each['time_growth_over_flop_growth']:.2f} x as much as FLOPs"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -142,7 +142,7 @@ def attend(
         for part, (_, part_values, _) in zip(weights, parts, strict=True)
     ]
     total = sum(part.sum(axis=-1, keepdims=True) for part in weights)
-    joined = (sum(attended).reshape(b, k, t, n // k, h) / total).astype(values.dtype)
+    joined = (sum(attended[1:], start=attended[0]).reshape(b, k, t, n // k, h) / total).astype(values.dtype)
     return jnp.moveaxis(joined, 2, 1).reshape(b, t, n, h)
 
 

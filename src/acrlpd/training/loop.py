@@ -134,6 +134,7 @@ class ACRLPDTrainer:
         self._checkpoints = checkpoints
         self._started = time.perf_counter(), time.process_time()
         self._compiled = False
+        self._has_acted = False
         self._newest: Any = None  # an array of the last update, perhaps still being computed
 
     def train(self) -> dict[str, Any]:
@@ -196,11 +197,13 @@ class ACRLPDTrainer:
         while self._updates_owed() < 1:
             with self._watch.span("update"):
                 jax.block_until_ready(self.agent.step)  # the policy that acts is the newest: wait for it
-            with self._watch.span("act"):
+            span = "act" if self._has_acted else "compile"
+            with self._watch.span(span):
                 before = dataclasses.replace(collector.seconds)
                 rng = jax.random.fold_in(self._act_rng, self.progress.env_steps)
                 collected = collector.collect(chunk_policy(self.agent, self._transform, rng, mode="explore"))
-                self._watch.move("act", "simulator", collector.seconds.simulator - before.simulator)
+                self._watch.move(span, "simulator", collector.seconds.simulator - before.simulator)
+                self._has_acted = True
             self.progress.env_steps += collected.num_steps
             with self._watch.span("replay"):
                 for finished in collected.rollouts:

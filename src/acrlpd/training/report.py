@@ -397,7 +397,7 @@ def _jpeg(frame: np.ndarray) -> str:
 
 SPANS = {
     "update": "gradient updates, with waiting for the device",
-    "compile": "the first update, compiled",
+    "compile": "the first update and the first choice of a chunk, compiled",
     "data": "making batches",
     "act": "the policy's choice of chunks online",
     "simulator": "online episodes",

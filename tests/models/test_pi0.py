@@ -144,7 +144,7 @@ def test_noise_and_time_of_a_key_are_openpis(golden, model):
     outputs = golden.group(f"{model}_outputs", "f32/")
     _, noise_rng, time_rng = jax.random.split(jax.random.key(7), 3)
     noise = outputs["loss_key7_noise"]
-    np.testing.assert_array_equal(jax.random.normal(noise_rng, noise.shape), noise)
+    np.testing.assert_allclose(jax.random.normal(noise_rng, noise.shape), noise, atol=1e-6)  # same bits, own erf_inv
     np.testing.assert_allclose(flow.sample_time(time_rng, noise.shape[:1]), outputs["loss_key7_time"], atol=1e-6)
 
 

@@ -117,6 +117,7 @@ def get_debug_config() -> TrainConfig:
         offline_steps=20,
         online_steps=60,
         utd_ratio=1.0,
+        early_stopping_patience=100,
         log_frequency=5,
         save_frequency=10,
     )

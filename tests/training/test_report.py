@@ -361,7 +361,8 @@ def test_commands_name_this_folder(tmp_path, walk):
     directory = tmp_path / "moved here" / "second"
     text = page(finished_run(directory)).text
     assert f"acrlpd eval --checkpoint '{directory}'" in text
-    assert f"acrlpd train demo --run_dir '{directory.parent}' --name second --resume --online_steps 10000" in text
+    doubled = 2 * presets.get_preset("demo").online_steps
+    assert f"acrlpd train demo --run_dir '{directory.parent}' --name second --resume --online_steps {doubled}" in text
 
 
 def test_a_step_made_twice_counts_once(tmp_path):

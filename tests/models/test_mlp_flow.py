@@ -64,7 +64,7 @@ def test_is_suffix_param_says_what_velocity_reads(policy, inputs):
     paths = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(params)}
 
     def read(function):
-        grads = jax.grad(lambda params: jnp.sum(function(nnx.merge(graph, params)) ** 2))(params)
+        grads = jax.jit(jax.grad(lambda params: jnp.sum(function(nnx.merge(graph, params)) ** 2)))(params)
         return {"/".join(map(str, path)) for path, grad in nnx.to_flat_state(grads) if np.any(grad[...])}
 
     state, x_t, time = inputs

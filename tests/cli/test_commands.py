@@ -46,8 +46,11 @@ def test_help_of_a_preset_shows_fields_with_their_meaning(capsys):
     assert "updates per environment step" in " ".join(capsys.readouterr().out.split())
 
 
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # made faster, and slower
+
+
 def acrlpd(*arguments: str) -> subprocess.Popen:
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device, as a user has
+    environment = {**os.environ, "XLA_FLAGS": FLAGS}  # one device, as a user has
     command = [sys.executable, "-m", "acrlpd.cli.main", *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -50,17 +50,8 @@ def run(preset: str, seed: int, run_dir: Path) -> dict:
     directory = folder(preset, seed, run_dir)
     summary = directory / "summary.json"
     if not summary.exists():
-        command = [
-            "train",
-            preset,
-            "--seed",
-            str(seed),
-            "--name",
-            directory.name,
-            "--run_dir",
-            str(run_dir),
-            "--overwrite",
-        ]
+        where = ["--name", directory.name, "--run_dir", str(run_dir), "--overwrite"]
+        command = ["train", preset, "--seed", str(seed), *where]
         subprocess.run([sys.executable, "-m", "acrlpd.cli.main", *command], check=True, stdout=sys.stderr)
     return json.loads(summary.read_text(encoding="utf-8"))
 

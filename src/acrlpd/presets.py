@@ -20,7 +20,7 @@ from acrlpd.config import (
 )
 from acrlpd.envs.env import EnvConfig
 from acrlpd.models.critic import CriticConfig
-from acrlpd.models.pi0 import VOCAB_SIZE
+from acrlpd.models.paligemma import VOCAB_SIZE
 
 DRAWER = EnvConfig("metaworld/drawer-open-v3", max_episode_steps=150)
 
@@ -93,6 +93,7 @@ def get_demo_cube_config() -> TrainConfig:
         config,
         name="demo-cube",
         env=EnvConfig("ogbench/cube-single-play-singletask-task1-v0"),
+        policy=dataclasses.replace(NANO, max_token_len=20),  # its instruction is 17 tokens long
         online_steps=12_000,
     )
 

@@ -10,6 +10,7 @@ from flax import nnx
 from acrlpd.cli import weights as command
 from acrlpd.cli.main import main
 from acrlpd.models import weights
+from acrlpd.models.pi0 import Pi0Config
 from acrlpd.models.recognize import recognize
 
 SMALL = {
@@ -197,6 +198,14 @@ def test_url_without_its_extra(capsys, monkeypatch, tmp_path):
 def variants():
     """Abstract arrays of every released model."""
     return {name: command._expected(name) for name in command.VARIANTS}
+
+
+def test_a_size_is_named_among_its_own_kind():
+    """The image towers have a "mid", too, of other sizes."""
+    config = Pi0Config(paligemma_variant="mid", action_expert_variant="mid_expert", vision_variant="mid", vocab_size=8)
+    found = recognize(weights.flatten(nnx.eval_shape(lambda: config.create(nnx.Rngs(0)))))
+    parts = ("paligemma", "action_expert", "vision")
+    assert [found[f"{part}_variant"] for part in parts] == ["mid", "mid_expert", "mid"]
 
 
 @pytest.mark.golden

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from acrlpd.data import chunks
+from acrlpd.data import chunks, normalize
 from acrlpd.data.episodes import EpisodeStore
-from acrlpd.data.lerobot import LeRobotSource, source_stats
+from acrlpd.data.lerobot import LeRobotSource
 
 pytestmark = pytest.mark.reference
 
@@ -129,6 +129,6 @@ def test_versions_of_a_set_hold_the_same_rows(sets):
 @pytest.mark.filterwarnings("ignore:.*hardly move")
 def test_statistics(sets):
     for source, reference in sets:
-        stats = source_stats(source)
+        stats = normalize.from_source(source)
         mean = reference[f"sum__{reference['action_key']}"] / reference["total_frames"]
         np.testing.assert_allclose(stats["actions"].mean, mean, rtol=1e-9, atol=1e-12)

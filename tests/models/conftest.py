@@ -101,6 +101,25 @@ def param_tables(shared: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def assert_released(param_tables: dict[str, Any]) -> Callable[[str, Any], None]:
+    """Compares a config's model with a released one's table."""
+
+    def compare(name: str, config: Any) -> None:
+        """Paths, shapes, dtypes, number and what LoRA freezes, without allocating any of it."""
+        table = param_tables[name]
+        ours = weights.flatten(nnx.eval_shape(lambda: config.create(nnx.Rngs(0))))
+        assert {path: (list(value.shape), value.dtype.name) for path, value in ours.items()} == {
+            path: (row["shape"], row["dtype"]) for path, row in table["params"].items()
+        }
+        assert sum(value.size for value in ours.values()) == table["n_params"]
+        assert {path for path in ours if config.freezes(path)} == {
+            path for path, row in table["params"].items() if row["frozen"]
+        }
+
+    return compare
+
+
+@pytest.fixture(scope="session")
 def jit() -> Callable[..., Any]:
     """``jax.jit`` for functions that run once: compiled three times faster, for slower code."""
     return functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -71,7 +71,3 @@ def make_config(tmp_path: Path) -> TrainConfig:
         log_frequency=2,
         save_frequency=4,
     )
-
-
-def longer(config: TrainConfig, **changes) -> TrainConfig:
-    return dataclasses.replace(config, **changes)

@@ -90,6 +90,33 @@ class BadEpisodes:
             warnings.warn(f"{where}: {len(self.skipped)} of {total} episodes were left out", stacklevel=3)
 
 
+class HeldEpisodes:
+    """The ``EpisodeSource`` side of a reader that puts all of its episodes into ``_store`` when it opens."""
+
+    _store: EpisodeStore
+
+    @property
+    def num_episodes(self) -> int:
+        return self._store.num_episodes
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " n"]:
+        return self._store.lengths
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return tuple(self._store.images)
+
+    def info(self, index: int) -> EpisodeInfo:
+        return self._store.info(index)
+
+    def episode(self, index: int) -> Episode:
+        return self._store.episode(index)
+
+    def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
+        return self._store.window(index, key, start, stop)
+
+
 class EpisodeStore:
     """Episodes in memory, appended at the end; an ``EpisodeSource`` itself.
 

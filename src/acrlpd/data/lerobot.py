@@ -21,14 +21,13 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
 
-from acrlpd.data import chunks, lerobot_meta, video, windows
 from acrlpd.data import lerobot_checks as checks
-from acrlpd.data.episodes import IMAGE_PREFIX, KNOWN_SUCCESS, BadEpisodes, EpisodeInfo, EpisodeSource, EpisodeStore
+from acrlpd.data import lerobot_meta, video, windows
+from acrlpd.data.episodes import IMAGE_PREFIX, KNOWN_SUCCESS, BadEpisodes, EpisodeInfo
 from acrlpd.data.frame_cache import FrameCache, FrameOrigin
 from acrlpd.data.lerobot_meta import REQUIRED, TASK_INDEX, TIMESTAMP, EpisodeRow
 from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.metadata_cache import Arrays, MetadataCache, pack, unpack
-from acrlpd.data.normalize import MIN_STD, NormStats, RunningStats, with_floor
 from acrlpd.data.parquet import DataError, ParquetReader
 from acrlpd.data.rewards import RewardConfig, label, success_of, success_reward
 from acrlpd.data.transforms import Compose, Transform
@@ -363,32 +362,6 @@ def download(repo_id: str, folder: str | os.PathLike[str], *, revision: str | No
     return Path(snapshot_download(name, repo_type="dataset", revision=revision, local_dir=Path(folder)))
 
 
-def source_stats(
-    source: EpisodeSource,
-    transform: Transform | None = None,
-    *,
-    horizon: int = 1,
-    num_episodes: int | None = None,
-    min_std: float = MIN_STD,
-) -> dict[str, NormStats]:
-    """Statistics of ``state`` and ``actions`` for normalization, as ``normalize.from_store``, but an episode at a time.
-
-    No picture is read: a ``transform`` (what comes before normalization) is shown black ones. ``num_episodes`` takes so
-    many, evenly spread. Quantiles come from histograms.
-    """
-    spread = np.linspace(0, source.num_episodes - 1, min(num_episodes or source.num_episodes, source.num_episodes))
-    running = {"state": RunningStats(), "actions": RunningStats()}
-    for index in np.unique(spread.round().astype(int)).tolist():
-        store = EpisodeStore.from_episodes([_without_pictures(source, index)])
-        data: dict[str, Any] = {"state": store.state, "actions": store.actions}
-        if transform is not None:
-            batch = chunks.gather(store, np.arange(store.num_rows), horizon)
-            data = transform({key: batch[key] for key in ("state", "actions", "image", "prompt")})
-        for key, stats in running.items():
-            stats.update(np.asarray(data[key], np.float64))
-    return {key: with_floor(stats.result(), key, min_std=min_std) for key, stats in running.items()}
-
-
 class LeRobotACRLPDDataLoader(ChunkLoader):
     """A ``ChunkLoader`` of all episodes of a LeRobot dataset: its name in the founding design.
 
@@ -491,18 +464,3 @@ def _blaming(row: EpisodeRow, file: Path, key: str | None = None) -> Iterator[No
 
 def _reward_values(found: Iterable[_Checked]) -> list[np.ndarray]:
     return [facts.reward_values for facts in found if facts.reward_values is not None]
-
-
-def _without_pictures(source: EpisodeSource, index: int) -> Episode:
-    """State and actions of an episode; its cameras show one black pixel, for transforms that expect them."""
-    info = source.info(index)
-    return Episode(
-        state=source.window(index, "state", 0, info.length),
-        actions=source.window(index, "actions", 0, info.length),
-        rewards=np.zeros(info.length, np.float32),
-        terminals=np.zeros(info.length, bool),
-        task=info.task,
-        images={name: np.zeros((info.length, 1, 1, 3), np.uint8) for name in getattr(source, "cameras", ())},
-        success=info.success,
-        source=info.source,
-    )

@@ -89,12 +89,17 @@ class ChunkLoader:
         self._counters.count(batch, time.perf_counter() - started)
         return batch
 
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Of the prior data, as they are before any transform."""
+        return self._prior.cameras
+
     def stats(self) -> dict[str, float]:
         """About all batches so far.
 
-        ``batches``; ``batches_per_s``, the rate at which they can be made; ``wait_s``, how long a caller of
-        ``offline_batches`` waited for one on average; ``valid_ratio``, the share of steps that are real; and, where
-        rows are read from their source, ``cache_hit_rate``.
+        ``batches``; ``batches_per_s``, the rate at which they can be made; ``valid_ratio``, the share of steps that are
+        real; ``wait_s``, how long a caller of ``offline_batches``, if there is one, waited for a batch on average; and,
+        where rows are read from their source, ``cache_hit_rate``.
         """
         reader = self._prior.reader
         return self._counters.summary() | ({} if reader is None else {"cache_hit_rate": reader.hit_rate})
@@ -182,13 +187,12 @@ class _Counters:
 
     def summary(self) -> dict[str, float]:
         with self._lock:
-            made, waits = max(self._batches, 1), max(self._waits, 1)
-            return {
+            found = {
                 "batches": self._batches,
                 "batches_per_s": self._batches / max(self._making_s, 1e-9),
-                "wait_s": self._waiting_s / waits,
-                "valid_ratio": self._valid / made,
+                "valid_ratio": self._valid / max(self._batches, 1),
             }
+            return found | ({"wait_s": self._waiting_s / self._waits} if self._waits else {})
 
 
 ACRLPDDataLoader = ChunkLoader  # its name in the founding design

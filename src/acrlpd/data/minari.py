@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Shaped
 
 from acrlpd.data import rewards as reward_labels
-from acrlpd.data.episodes import BadEpisodes, EpisodeInfo, EpisodeStore
+from acrlpd.data.episodes import BadEpisodes, EpisodeStore, HeldEpisodes
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.types import Episode
 
 PREFIX = "minari:"
 
 
-class MinariSource:
+class MinariSource(HeldEpisodes):
     """All episodes of a dataset.
 
     Args:
@@ -59,27 +58,6 @@ class MinariSource:
 
     format = "minari"
     fps = None
-
-    @property
-    def num_episodes(self) -> int:
-        return self._store.num_episodes
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self._store.lengths
-
-    @property
-    def cameras(self) -> tuple[str, ...]:
-        return tuple(self._store.images)
-
-    def info(self, index: int) -> EpisodeInfo:
-        return self._store.info(index)
-
-    def episode(self, index: int) -> Episode:
-        return self._store.episode(index)
-
-    def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
-        return self._store.window(index, key, start, stop)
 
 
 def _opened(dataset: str) -> Any:

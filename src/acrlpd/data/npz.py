@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 
-from acrlpd.data.episodes import BadEpisodes, EpisodeInfo, EpisodeStore
+from acrlpd.data.episodes import BadEpisodes, EpisodeStore, HeldEpisodes
 from acrlpd.types import Episode
 
 CLIP = 1e-5  # how far OGBench's loader keeps actions from -1 and 1
@@ -70,7 +70,7 @@ class ButtonGoal:
         return buttons == np.array(self.states)[None]
 
 
-class NpzReader:
+class NpzReader(HeldEpisodes):
     """The trajectories of one file, in memory: an ``EpisodeSource``.
 
     Args:
@@ -124,27 +124,6 @@ class NpzReader:
 
     format = "ogbench"
     fps = None
-
-    @property
-    def num_episodes(self) -> int:
-        return self._store.num_episodes
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self._store.lengths
-
-    @property
-    def cameras(self) -> tuple[str, ...]:
-        return ()
-
-    def info(self, index: int) -> EpisodeInfo:
-        return self._store.info(index)
-
-    def episode(self, index: int) -> Episode:
-        return self._store.episode(index)
-
-    def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
-        return self._store.window(index, key, start, stop)
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

@@ -15,60 +15,42 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from acrlpd.models import flow, gemma, images, lora, siglip
+from acrlpd.models import flow, gemma, lora, paligemma
 from acrlpd.models.flow import Prefix
+from acrlpd.models.paligemma import PaliGemma
 from acrlpd.types import Observation, typed
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-VOCAB_SIZE = 257_152
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0  # of the flow time's embedding
 
 
 @dataclasses.dataclass(frozen=True)
-class Pi0Config:
-    """Which of the two models, and its sizes. A variant is a name or a config of ``gemma`` or ``siglip``."""
+class Pi0Config(paligemma.Config):
+    """Which of the two models, and its sizes."""
 
     pi05: bool = False
     action_dim: int = 32
     state_dim: int = None  # type: ignore[assignment]  # as action_dim unless given; openpi pads both to one width
     action_horizon: int = 50
     max_token_len: int = None  # type: ignore[assignment]  # prompt tokens; 200 for pi0.5, 48 for pi0 unless given
-    dtype: str = "bfloat16"  # of the computation
-    param_dtype: str = "float32"
-    paligemma_variant: str | gemma.Config = "gemma_2b"
     action_expert_variant: str | gemma.Config = "gemma_300m"
-    vision_variant: str | siglip.Config = "so400m_14"
-    image_size: int = None  # type: ignore[assignment]  # side in pixels; as the image tower's variant unless given
-    vocab_size: int = VOCAB_SIZE
-    cameras: tuple[str, ...] = CAMERAS  # in the order of their tokens; empty: no image tower
+    cameras: tuple[str, ...] = CAMERAS
     discrete_state_input: bool = None  # type: ignore[assignment]  # state written into the prompt; as pi05 unless given
-    remat: bool = True  # compute activations again in the backward pass instead of keeping them
-    unroll: bool = False  # layers one after the other instead of in a loop: for tiny models
 
     def __post_init__(self):
+        super().__post_init__()
         defaults = {
             "state_dim": self.action_dim,
             "max_token_len": 200 if self.pi05 else 48,
-            "image_size": siglip.get_config(self.vision_variant).image_size,
             "discrete_state_input": self.pi05,
         }
         for name, default in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        if len(set(self.cameras)) < len(self.cameras):
-            raise ValueError(f"cameras names one twice: {self.cameras}")
-
-    @property
-    def paligemma(self) -> gemma.Config:
-        return gemma.get_config(self.paligemma_variant)
 
     @property
     def action_expert(self) -> gemma.Config:
         return gemma.get_config(self.action_expert_variant)
-
-    @property
-    def vision(self) -> siglip.Config:
-        return dataclasses.replace(siglip.get_config(self.vision_variant), image_size=self.image_size)
 
     def create(self, rngs: nnx.Rngs) -> Pi0:
         return Pi0(self, rngs)
@@ -127,32 +109,6 @@ def pool(tokens: Float[Array, "b p d"], mask: Bool[Array, "b p"]) -> Float[Array
     return total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
 
 
-class PaliGemma(nnx.Module):
-    """Image tower and language stack, under openpi's names. Without cameras there is no tower."""
-
-    def __init__(self, config: Pi0Config, rngs: nnx.Rngs):
-        self.llm = gemma.Gemma(
-            [config.paligemma, config.action_expert],
-            vocab_size=config.vocab_size,
-            adaptive=[False, config.pi05],
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
-            remat=config.remat,
-            unroll=config.unroll,
-            rngs=rngs,
-        )
-        if config.cameras:
-            self.img = siglip.SigLIP(
-                config.vision,
-                out_width=config.paligemma.width,
-                dtype=config.dtype,
-                param_dtype=config.param_dtype,
-                remat=config.remat,
-                unroll=config.unroll,
-                rngs=rngs,
-            )
-
-
 class Pi0(nnx.Module):
     """A flow policy (``flow.FlowPolicy``) whose parameter paths and shapes are openpi's."""
 
@@ -167,7 +123,8 @@ class Pi0(nnx.Module):
             # No dtype: input and weight are promoted, so float32 weights keep these layers in float32.
             return nnx.Linear(inputs, outputs, param_dtype=config.param_dtype, rngs=rngs)
 
-        self.PaliGemma = PaliGemma(config, rngs)
+        experts = [config.paligemma, config.action_expert]
+        self.PaliGemma = PaliGemma(config, experts, adaptive=[False, config.pi05], rngs=rngs)
         self.action_in_proj = linear(config.action_dim, width)
         if config.pi05:
             self.time_mlp_in = linear(width, width)
@@ -184,37 +141,11 @@ class Pi0(nnx.Module):
 
     # -- observation ---------------------------------------------------------------------------------------------
 
-    def preprocess(self, observation: Observation, *, augment_rng: PRNGKeyArray | None = None) -> Observation:
-        """The model's cameras as square floats in [-1, 1], all with a mask; augmented if a key is given.
-
-        Doing it twice changes nothing. Other cameras are dropped; a mask that is absent counts as all true.
-        """
-        missing = [name for name in self.config.cameras if name not in observation.images]
-        if missing:
-            raise ValueError(
-                f"the observation lacks the cameras {missing}; it has {sorted(observation.images)}. "
-                "Give a black image with a false mask for a camera that a robot does not have"
-            )
-        side = self.config.image_size
-        cameras = {
-            name: images.resize_with_pad(images.to_float(observation.images[name]), side, side)
-            for name in self.config.cameras
-        }
-        all_true = jnp.ones(observation.state.shape[0], bool)
-        masks = {name: observation.image_masks.get(name, all_true) for name in self.config.cameras}
-        if augment_rng is not None:
-            cameras = images.augment(augment_rng, cameras)
-        return dataclasses.replace(observation, images=cameras, image_masks=masks)
-
     def embed_prefix(
         self, observation: Observation
     ) -> tuple[Float[Array, "b p d"], Bool[Array, "b p"], Bool[Array, " p"]]:
         """Tokens of all cameras, then of the prompt; which of them are valid; which begin a block (none)."""
-        observation = self.preprocess(observation)
-        tokens, masks = [], []
-        for name in self.config.cameras:
-            tokens.append(self.PaliGemma.img(observation.images[name]))
-            masks.append(jnp.broadcast_to(observation.image_masks[name][:, None], tokens[-1].shape[:2]))
+        tokens, masks = self.PaliGemma.embed_cameras(self.PaliGemma.preprocess(observation))
         prompt, prompt_mask = observation.tokenized_prompt, observation.tokenized_prompt_mask
         if (prompt is None) != (prompt_mask is None):
             raise ValueError("an observation has both tokenized_prompt and tokenized_prompt_mask, or neither")
@@ -293,7 +224,7 @@ class Pi0(nnx.Module):
             noise = jax.random.normal(noise_rng, actions.shape)
         if time is None:
             time = flow.sample_time(time_rng, actions.shape[:1])
-        observation = self.preprocess(observation, augment_rng=augment_rng if train else None)
+        observation = self.PaliGemma.preprocess(observation, augment_rng=augment_rng if train else None)
         return flow.flow_loss(self, self.encode(observation), actions, noise, time)
 
     def sample_actions(

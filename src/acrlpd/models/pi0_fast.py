@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from acrlpd.models import gemma, images, lora, pi0, siglip
+from acrlpd.models import gemma, lora, paligemma, pi0
+from acrlpd.models.paligemma import PaliGemma
 from acrlpd.types import Observation, typed
 
 CAMERAS = ("base_0_rgb", "base_1_rgb", "wrist_0_rgb")
@@ -22,35 +23,13 @@ EOS = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Pi0FastConfig:
-    """Sizes of the model. A variant is a name or a config of ``gemma`` or ``siglip``."""
+class Pi0FastConfig(paligemma.Config):
+    """Sizes of the model."""
 
     action_dim: int = 32  # of the chunk that the tokens stand for, as is the horizon: the network has neither
     action_horizon: int = 32
     max_token_len: int = 250  # tokens of prompt, state and, in training, actions
-    dtype: str = "bfloat16"  # of the computation
-    param_dtype: str = "float32"
-    paligemma_variant: str | gemma.Config = "gemma_2b"
-    vision_variant: str | siglip.Config = "so400m_14"
-    image_size: int = None  # type: ignore[assignment]  # side in pixels; as the image tower's variant unless given
-    vocab_size: int = pi0.VOCAB_SIZE
-    cameras: tuple[str, ...] = CAMERAS  # in the order of their tokens; empty: no image tower
-    remat: bool = True  # compute activations again in the backward pass instead of keeping them
-    unroll: bool = False  # layers one after the other instead of in a loop: for tiny models
-
-    def __post_init__(self):
-        if self.image_size is None:
-            object.__setattr__(self, "image_size", siglip.get_config(self.vision_variant).image_size)
-        if len(set(self.cameras)) < len(self.cameras):
-            raise ValueError(f"cameras names one twice: {self.cameras}")
-
-    @property
-    def paligemma(self) -> gemma.Config:
-        return gemma.get_config(self.paligemma_variant)
-
-    @property
-    def vision(self) -> siglip.Config:
-        return dataclasses.replace(siglip.get_config(self.vision_variant), image_size=self.image_size)
+    cameras: tuple[str, ...] = CAMERAS  # openpi reads all that there are, in the order of their names
 
     def create(self, rngs: nnx.Rngs) -> Pi0Fast:
         return Pi0Fast(self, rngs)
@@ -87,33 +66,6 @@ def token_loss(
     return jnp.sum(nats * loss_mask, axis=1) / jnp.maximum(loss_mask.sum(axis=1), 1)
 
 
-class PaliGemma(nnx.Module):
-    """Image tower and language model, under openpi's names. Without cameras there is no tower."""
-
-    def __init__(self, config: Pi0FastConfig, rngs: nnx.Rngs):
-        self.llm = gemma.Gemma(
-            [config.paligemma],
-            vocab_size=config.vocab_size,
-            adaptive=[False],
-            float32_queries=True,
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
-            remat=config.remat,
-            unroll=config.unroll,
-            rngs=rngs,
-        )
-        if config.cameras:
-            self.img = siglip.SigLIP(
-                config.vision,
-                out_width=config.paligemma.width,
-                dtype=config.dtype,
-                param_dtype=config.param_dtype,
-                remat=config.remat,
-                unroll=config.unroll,
-                rngs=rngs,
-            )
-
-
 class Pi0Fast(nnx.Module):
     """An autoregressive policy whose parameter paths and shapes are openpi's.
 
@@ -125,32 +77,9 @@ class Pi0Fast(nnx.Module):
         self.config = config
         self.action_dim = config.action_dim
         self.action_horizon = config.action_horizon
-        self.PaliGemma = PaliGemma(config, rngs)
+        self.PaliGemma = PaliGemma(config, [config.paligemma], adaptive=[False], float32_queries=True, rngs=rngs)
 
     # -- observation ---------------------------------------------------------------------------------------------
-
-    def preprocess(self, observation: Observation, *, augment_rng: PRNGKeyArray | None = None) -> Observation:
-        """The model's cameras as square floats in [-1, 1], all with a mask; augmented if a key is given.
-
-        Doing it twice changes nothing. Other cameras are dropped (openpi reads all that there are, in the order of
-        their names); a mask that is absent counts as all true.
-        """
-        missing = [name for name in self.config.cameras if name not in observation.images]
-        if missing:
-            raise ValueError(
-                f"the observation lacks the cameras {missing}; it has {sorted(observation.images)}. "
-                "Name the robot's cameras in the config, or give a black image for one that it does not have"
-            )
-        side = self.config.image_size
-        cameras = {
-            name: images.resize_with_pad(images.to_float(observation.images[name]), side, side)
-            for name in self.config.cameras
-        }
-        all_true = jnp.ones(observation.state.shape[0], bool)
-        masks = {name: observation.image_masks.get(name, all_true) for name in self.config.cameras}
-        if augment_rng is not None:
-            cameras = images.augment(augment_rng, cameras)
-        return dataclasses.replace(observation, images=cameras, image_masks=masks)
 
     def embed_inputs(
         self, observation: Observation
@@ -159,16 +88,12 @@ class Pi0Fast(nnx.Module):
 
         Images and prompt are one block; each action token (``token_ar_mask``; none if absent) is one of its own.
         """
-        observation = self.preprocess(observation)
         text, text_mask = observation.tokenized_prompt, observation.tokenized_prompt_mask
         if text is None or text_mask is None:
             raise ValueError("pi0-FAST needs tokenized_prompt and tokenized_prompt_mask (data/fast_tokenizer.py)")
         text_starts = jnp.zeros(text.shape, bool) if observation.token_ar_mask is None else observation.token_ar_mask
-        tokens, masks, starts = [], [], []
-        for name in self.config.cameras:
-            tokens.append(self.PaliGemma.img(observation.images[name]))
-            masks.append(jnp.broadcast_to(observation.image_masks[name][:, None], tokens[-1].shape[:2]))
-            starts.append(jnp.zeros(tokens[-1].shape[:2], bool))
+        tokens, masks = self.PaliGemma.embed_cameras(self.PaliGemma.preprocess(observation))
+        starts = [jnp.zeros(mask.shape, bool) for mask in masks]
         return (
             jnp.concatenate([*tokens, self.PaliGemma.llm.embed(text)], axis=1),
             jnp.concatenate([*masks, text_mask], axis=1),
@@ -195,7 +120,7 @@ class Pi0Fast(nnx.Module):
                 "the loss needs tokenized_prompt, token_ar_mask and token_loss_mask: tokenize the prompts with their "
                 "actions (data/fast_tokenizer.py)"
             )
-        observation = self.preprocess(observation, augment_rng=rng if train else None)
+        observation = self.PaliGemma.preprocess(observation, augment_rng=rng if train else None)
         tokens, valid, block_starts = self.embed_inputs(observation)
         mask = attention_mask(valid, block_starts)
         b, p = valid.shape

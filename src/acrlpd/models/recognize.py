@@ -23,11 +23,11 @@ def recognize(arrays: Mapping[str, Any]) -> dict[str, str]:
         found["action_dim"] = str(arrays["action_out_proj/bias"].shape[0])
     found["vocab_size"] = str(arrays["PaliGemma/llm/embedder/input_embedding"].shape[0])
     parts = {
-        "paligemma_variant": _expert_sizes(arrays, 0),
-        "action_expert_variant": _expert_sizes(arrays, 1),
-        "vision_variant": _tower_sizes(arrays),
+        "paligemma_variant": (_expert_sizes(arrays, 0), gemma.VARIANTS),
+        "action_expert_variant": (_expert_sizes(arrays, 1), gemma.VARIANTS),
+        "vision_variant": (_tower_sizes(arrays), siglip.VARIANTS),
     }
-    return found | {part: _name_of(sizes) for part, sizes in parts.items() if sizes}
+    return found | {part: _name_of(sizes, variants) for part, (sizes, variants) in parts.items() if sizes}
 
 
 def _expert_sizes(arrays: Mapping[str, Any], expert: int) -> dict[str, int]:
@@ -70,9 +70,9 @@ def _tower_sizes(arrays: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _name_of(sizes: Mapping[str, int]) -> str:
-    """The named variant with exactly these sizes; without one, the sizes."""
-    for name, config in (gemma.VARIANTS | siglip.VARIANTS).items():
+def _name_of(sizes: Mapping[str, int], variants: Mapping[str, Any]) -> str:
+    """The first of the named variants with exactly these sizes; without one, the sizes."""
+    for name, config in variants.items():
         fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
         ranks = {key: value.rank for key, value in fields.items() if isinstance(value, lora.Config)}
         numbers = {key: value for key, value in fields.items() if isinstance(value, int) and key != "image_size"}

@@ -308,7 +308,11 @@ class ACRLPDTrainer:
                 self.agent,
                 asset_id=self.config.asset_id,
                 norm_stats=self._norm_stats,
-                run={"config": to_dict(self.config), "progress": dataclasses.asdict(self.progress)},
+                run={
+                    "config": to_dict(self.config),
+                    "progress": dataclasses.asdict(self.progress),
+                    "cameras": list(self.loader.cameras),
+                },
             )
 
     # ---- accounts

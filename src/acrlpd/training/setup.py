@@ -9,7 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -27,9 +27,11 @@ from acrlpd.data.tokenizer import PromptTokenizer
 from acrlpd.data.transforms import Compose, Normalize, PadToModel, ResizeImages, TokenizePrompt, Transform
 from acrlpd.envs import rollout
 from acrlpd.envs.env import EnvConfig, EnvSpec, SimulatedEnvironment, make
+from acrlpd.models import weights as policy_weights
 from acrlpd.models.flow import FlowPolicy
 from acrlpd.models.mlp_flow import MLPFlowConfig
 from acrlpd.models.pi0 import Pi0, Pi0Config
+from acrlpd.models.recognize import recognize
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.loop import ACRLPDTrainer, Interaction, Progress, RunFiles
 from acrlpd.training.optimizer import make_optimizers
@@ -50,10 +52,6 @@ def run_files(config: TrainConfig) -> RunFiles:
     return RunFiles(Path(config.run_dir) / config.name)
 
 
-def data_directory(config: TrainConfig) -> Path:
-    return Path(config.data.path) if config.data.path else run_files(config).directory / "prior"
-
-
 def make_trainer(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> ACRLPDTrainer:
     """A trainer at the start of its run, or where the newest checkpoint left it."""
     files = run_files(config)
@@ -62,12 +60,13 @@ def make_trainer(config: TrainConfig, *, resume: bool = False, overwrite: bool =
     source = open_prior(config)
     prior = windows.open_store(source, memory_bytes=config.data.memory_bytes, num_workers=config.data.num_workers)
     dims = Dims(prior.state.shape[1], prior.actions.shape[1])
-    agent = make_agent(config, dims, tuple(prior.images))
-    progress = Progress()
     checkpoints = ACRLPDCheckpointManager(
         files.checkpoints, max_to_keep=config.max_to_keep, keep=(config.offline_steps,)
     )
-    if checkpoints.steps():
+    is_resumed = bool(checkpoints.steps())
+    agent = make_agent(config, dims, prior.cameras, weights=None if is_resumed else config.policy.weights)
+    progress = Progress()
+    if is_resumed:
         restored = checkpoints.restore(agent)
         agent, progress = restored.agent, Progress(**restored.run["progress"])
         stats = checkpoints.read_norm_stats(restored.step)
@@ -85,6 +84,8 @@ def make_trainer(config: TrainConfig, *, resume: bool = False, overwrite: bool =
         seed=config.seed,
         replay=interaction.replay if interaction else None,
         online_ratio=config.data.online_ratio,
+        host_index=jax.process_index(),
+        num_hosts=jax.process_count(),
     )
     return ACRLPDTrainer(
         agent,
@@ -175,11 +176,11 @@ def load_checkpoint(path: str | Path) -> Loaded:
     """The agent of a checkpoint: ``path`` is a run, its ``checkpoints`` folder (both: the newest), or one step's."""
     directory, step = locate_checkpoint(Path(path))
     manager = ACRLPDCheckpointManager(directory)
-    config = from_dict(TrainConfig, manager.read_run(step)["config"])
+    run = manager.read_run(step)
+    config = from_dict(TrainConfig, run["config"])
     stats = manager.read_norm_stats(step)
     dims = Dims(len(stats["state"].mean), len(stats["actions"].mean))
-    cameras = config.env.cameras if config.env else ()
-    restored = manager.restore(make_agent(config, dims, cameras), step)
+    restored = manager.restore(make_agent(config, dims, tuple(run["cameras"])), step)
     return Loaded(restored.agent, make_transform(config, stats, dims), config, restored.step)
 
 
@@ -195,11 +196,16 @@ def locate_checkpoint(path: Path) -> tuple[Path, int | None]:
 def open_prior(config: TrainConfig) -> Dataset:
     """The prior episodes; collected first where the configuration names an environment and no data."""
     data = config.data
+    collected = run_files(config).directory / "prior"
     if data.path is None and config.env is not None:
-        collect_prior(config.env, data.collect, data_directory(config), seed=config.seed)
-        return open_episodes(data_directory(config), remember=False)
-    options = {name: value for name in ("cameras", "state_keys") if (value := getattr(data, name))}
-    return open_episodes(data.path, rewards=data.rewards, on_bad_episode=data.on_bad_episode, **options)
+        collect_prior(config.env, data.collect, collected, seed=config.seed)
+    return open_episodes(
+        data.path or collected,
+        rewards=data.rewards,
+        on_bad_episode=data.on_bad_episode,
+        remember=data.path is not None,
+        **{name: value for name in ("cameras", "state_keys") if (value := getattr(data, name))},
+    )
 
 
 def collect_prior(env: EnvConfig, collect: CollectConfig, directory: Path, *, seed: int) -> None:
@@ -294,10 +300,12 @@ def pi0_config(config: PolicyConfig, dims: Dims, cameras: tuple[str, ...]) -> Pi
     )
 
 
-def make_agent(config: TrainConfig, dims: Dims, cameras: tuple[str, ...]) -> ACRLPDAgent:
-    """A fresh agent, placed on the mesh."""
+def make_agent(config: TrainConfig, dims: Dims, cameras: tuple[str, ...], *, weights: str | None = None) -> ACRLPDAgent:
+    """A fresh agent, placed on the mesh; its policy starts from ``weights``, if they are given."""
     policy_rng, agent_rng = jax.random.split(jax.random.key(config.seed))
     policy = make_policy(config.policy, dims, cameras, nnx.Rngs(params=policy_rng))
+    if weights is not None:
+        load_weights(policy, weights)
     agent = ACRLPDAgent.create(
         config.agent,
         policy,
@@ -309,6 +317,15 @@ def make_agent(config: TrainConfig, dims: Dims, cameras: tuple[str, ...]) -> ACR
     )
     mesh = make_mesh(config.fsdp_devices)
     return jax.device_put(agent, parameter_sharding(mesh, agent))
+
+
+def load_weights(policy: FlowPolicy, path: str) -> None:
+    """Puts a checkpoint's parameters into ``policy``. Beside a bare PaliGemma the others stay fresh, as in openpi."""
+    arrays = policy_weights.read_params(path)
+    bare = recognize(arrays).get("model") == "paligemma"
+    may_miss = policy_weights.NOT_IN_PALIGEMMA if bare else policy_weights.LORA
+    policy_weights.load_into(cast(nnx.Module, policy), arrays, may_miss=may_miss)
+    logger.info("policy: %d arrays from %s", len(arrays), path)
 
 
 def make_environments(config: TrainConfig, count: int) -> list[SimulatedEnvironment]:

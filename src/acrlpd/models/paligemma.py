@@ -1,0 +1,113 @@
+"""What π₀, π₀.5 and π₀-FAST have in common: PaliGemma's image tower and language stack, and the cameras they read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from acrlpd.models import gemma, images, siglip
+from acrlpd.types import Observation
+
+VOCAB_SIZE = 257_152
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes that all of them have. A variant is a name or a config of ``gemma`` or ``siglip``."""
+
+    dtype: str = "bfloat16"  # of the computation
+    param_dtype: str = "float32"
+    paligemma_variant: str | gemma.Config = "gemma_2b"
+    vision_variant: str | siglip.Config = "so400m_14"
+    image_size: int = None  # type: ignore[assignment]  # side in pixels; as the image tower's variant unless given
+    vocab_size: int = VOCAB_SIZE
+    cameras: tuple[str, ...] = ()  # in the order of their tokens; empty: no image tower
+    remat: bool = True  # compute activations again in the backward pass instead of keeping them
+    unroll: bool = False  # layers one after the other instead of in a loop: for tiny models
+
+    def __post_init__(self):
+        if self.image_size is None:
+            object.__setattr__(self, "image_size", siglip.get_config(self.vision_variant).image_size)
+        if len(set(self.cameras)) < len(self.cameras):
+            raise ValueError(f"cameras names one twice: {self.cameras}")
+
+    @property
+    def paligemma(self) -> gemma.Config:
+        return gemma.get_config(self.paligemma_variant)
+
+    @property
+    def vision(self) -> siglip.Config:
+        return dataclasses.replace(siglip.get_config(self.vision_variant), image_size=self.image_size)
+
+
+class PaliGemma(nnx.Module):
+    """Image tower and language stack, under openpi's names. Without cameras there is no tower.
+
+    ``experts`` share attention, the first one reads the tokens of ``embed_cameras``; see ``gemma.Gemma`` for the rest.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        experts: Sequence[gemma.Config],
+        *,
+        adaptive: Sequence[bool],
+        float32_queries: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.llm = gemma.Gemma(
+            experts,
+            vocab_size=config.vocab_size,
+            adaptive=adaptive,
+            float32_queries=float32_queries,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            remat=config.remat,
+            unroll=config.unroll,
+            rngs=rngs,
+        )
+        if config.cameras:
+            self.img = siglip.SigLIP(
+                config.vision,
+                out_width=config.paligemma.width,
+                dtype=config.dtype,
+                param_dtype=config.param_dtype,
+                remat=config.remat,
+                unroll=config.unroll,
+                rngs=rngs,
+            )
+
+    def preprocess(self, observation: Observation, *, augment_rng: PRNGKeyArray | None = None) -> Observation:
+        """The model's cameras as square floats in [-1, 1], all with a mask; augmented if a key is given.
+
+        Doing it twice changes nothing. Other cameras are dropped; a mask that is absent counts as all true.
+        """
+        names, side = self.config.cameras, self.config.image_size
+        missing = [name for name in names if name not in observation.images]
+        if missing:
+            raise ValueError(
+                f"the observation lacks the cameras {missing}; it has {sorted(observation.images)}. Name the robot's "
+                "cameras in the config, or give a black image with a false mask for one that it does not have"
+            )
+        pictures = {
+            name: images.resize_with_pad(images.to_float(observation.images[name]), side, side) for name in names
+        }
+        all_true = jnp.ones(observation.state.shape[0], bool)
+        masks = {name: observation.image_masks.get(name, all_true) for name in names}
+        if augment_rng is not None:
+            pictures = images.augment(augment_rng, pictures)
+        return dataclasses.replace(observation, images=pictures, image_masks=masks)
+
+    def embed_cameras(self, observation: Observation) -> tuple[list[Float[Array, "b t d"]], list[Bool[Array, "b t"]]]:
+        """Tokens of each camera of a preprocessed observation, and which of them are valid."""
+        tokens = [self.img(observation.images[name]) for name in self.config.cameras]
+        masks = [
+            jnp.broadcast_to(observation.image_masks[name][:, None], each.shape[:2])
+            for name, each in zip(self.config.cameras, tokens, strict=True)
+        ]
+        return tokens, masks

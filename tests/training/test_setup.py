@@ -1,0 +1,100 @@
+"""What a configuration asks for is what a run is built from."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from acrlpd.config import CollectConfig
+from acrlpd.data import hdf5
+from acrlpd.data.rewards import RewardConfig
+from acrlpd.envs.env import EnvConfig
+from acrlpd.serving.policy import AgentSampler, Policy
+from acrlpd.training import setup
+from acrlpd.types import Episode
+
+
+def policy_arrays(agent):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(agent.params["policy"])]
+
+
+def with_policy(config, **changes):
+    return dataclasses.replace(config, policy=dataclasses.replace(config.policy, **changes))
+
+
+def test_training_starts_from_the_weights_asked_for(finished, tiny_config, tmp_path):
+    weights = tmp_path / "weights"
+    shutil.copytree(setup.run_files(finished.config).checkpoints / "8" / "params", weights)
+    config = with_policy(dataclasses.replace(tiny_config, seed=5), weights=str(weights))
+    trainer = setup.make_trainer(config)
+    for ours, theirs in zip(policy_arrays(trainer.agent), policy_arrays(finished.agent), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_weights_of_another_size_are_refused(finished, tiny_config):
+    weights = str(setup.run_files(finished.config).directory)
+    with pytest.raises(ValueError, match="the weights do not fit the model"):
+        setup.make_trainer(with_policy(tiny_config, weights=weights, hidden_dims=(8,)))
+
+
+def test_a_checkpoint_needs_neither_the_weights_it_started_from_nor_an_environment(tiny_config, tmp_path):
+    """A policy whose cameras come from the data alone."""
+    rng = np.random.default_rng(0)
+    episode = Episode(
+        state=rng.normal(size=(6, 4)).astype(np.float32),
+        actions=rng.uniform(-1, 1, size=(6, 2)).astype(np.float32),
+        rewards=np.full(6, -1, np.float32),
+        terminals=np.zeros(6, bool),
+        task="push the button",
+        images={"top": rng.integers(0, 256, (6, 16, 16, 3), np.uint8)},
+        success=False,
+    )
+    hdf5.write_episode(hdf5.episode_path(tmp_path / "pictures", 0), episode)
+    config = with_policy(
+        dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, path=str(tmp_path / "pictures"))),
+        kind="pi0",
+        paligemma_variant="nano",
+        action_expert_variant="nano_expert",
+        vision_variant="nano",
+        max_token_len=8,
+        image_size=16,
+        dtype="float32",
+    )
+    trainer = setup.make_trainer(config)
+    trainer._save()
+    trainer._checkpoints.wait()
+    loaded = setup.load_checkpoint(setup.run_files(config).directory)
+    for ours, theirs in zip(policy_arrays(loaded.agent), policy_arrays(trainer.agent), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_data_options_hold_for_collected_episodes_too(tiny_config):
+    config = dataclasses.replace(
+        tiny_config,
+        env=EnvConfig("metaworld/drawer-open-v3"),
+        data=dataclasses.replace(
+            tiny_config.data,
+            path=None,
+            collect=CollectConfig(episodes=4),  # all there: nothing is collected
+            rewards=RewardConfig(source="sparse", convention="0/1"),
+        ),
+    )
+    shutil.copytree(tiny_config.data.path, setup.run_files(config).directory / "prior")
+    source = setup.open_prior(config)
+    rewards = [source.window(index, "rewards", 0, int(length)) for index, length in enumerate(source.lengths)]
+    assert [(each[:-1].any(), each[-1]) for each in rewards] == [(False, 1), (False, 0), (False, 1), (False, 0)]
+
+
+def test_a_trained_agent_can_be_served(finished):
+    policy = Policy(AgentSampler(finished.agent), finished._transform, rng=jax.random.key(3))
+    observation = {"state": np.array([0.1, -0.2, 0.3, 0.0], np.float32), "prompt": "push the button"}
+    answer = policy.infer({**observation})
+    batch = finished.loader.batch(0).observations
+    assert answer["actions"].shape == (finished.config.policy.action_horizon, 2)
+    assert np.isfinite(answer["actions"]).all()
+    again = Policy(AgentSampler(finished.agent), finished._transform, rng=jax.random.key(3)).infer({**observation})
+    np.testing.assert_array_equal(answer["actions"], again["actions"])
+    with pytest.raises(ValueError, match="takes no noise"):
+        AgentSampler(finished.agent)(batch, jax.random.key(0), np.zeros((8, 3, 2), np.float32))

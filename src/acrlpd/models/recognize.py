@@ -22,7 +22,7 @@ def recognize(arrays: Mapping[str, Any]) -> dict[str, str]:
         found = {"model": "pi05" if "time_mlp_in/kernel" in arrays else "pi0"}
         found["action_dim"] = str(arrays["action_out_proj/bias"].shape[0])
     found["vocab_size"] = str(arrays["PaliGemma/llm/embedder/input_embedding"].shape[0])
-    parts = {
+    parts: dict[str, tuple[dict[str, int], Mapping[str, Any]]] = {
         "paligemma_variant": (_expert_sizes(arrays, 0), gemma.VARIANTS),
         "action_expert_variant": (_expert_sizes(arrays, 1), gemma.VARIANTS),
         "vision_variant": (_tower_sizes(arrays), siglip.VARIANTS),

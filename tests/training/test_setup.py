@@ -98,3 +98,18 @@ def test_a_trained_agent_can_be_served(finished):
     np.testing.assert_array_equal(answer["actions"], again["actions"])
     with pytest.raises(ValueError, match="takes no noise"):
         AgentSampler(finished.agent)(batch, jax.random.key(0), np.zeros((8, 3, 2), np.float32))
+
+
+def test_equal_configurations_share_compiled_programs_and_others_do_not(finished, tiny_config):
+    """Another agent of the same networks needs no compilation; another learning rate or discount is another program."""
+    networks = setup.make_agent(tiny_config, setup.Dims(4, 2), ()).nets
+    assert networks == finished.agent.nets
+    assert networks is not finished.agent.nets
+    assert hash(networks) == hash(finished.agent.nets)
+    schedule = dataclasses.replace(tiny_config.optimizers.critic.schedule, peak_lr=1.0)
+    critic = dataclasses.replace(tiny_config.optimizers.critic, schedule=schedule)
+    for other in (
+        dataclasses.replace(tiny_config, optimizers=dataclasses.replace(tiny_config.optimizers, critic=critic)),
+        dataclasses.replace(tiny_config, agent=dataclasses.replace(tiny_config.agent, discount=0.5)),
+    ):
+        assert setup.make_agent(other, setup.Dims(4, 2), ()).nets != networks

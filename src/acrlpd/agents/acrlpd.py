@@ -29,6 +29,7 @@ ActingMode = Literal["greedy", "explore", "bc"]
 BCWeighting = Literal["none", "importance", "difficulty"]
 BestOfNStrategy = Literal["parallel", "chunked", "sequential"]
 Params = dict[str, Any]  # by group: "policy", "critic", "temperature", and "student" under distill
+_HELD = optax.set_to_zero()  # one object, so that networks with it can be equal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +110,13 @@ class AgentConfig:
         return extractions.BestOfN(num_steps, self.action_clip)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Networks:
-    """What of an agent never changes: structure, choices, optimisers. Compared by identity, so a call stays cheap."""
+    """What of an agent never changes: structure, choices, optimisers.
+
+    Agents whose networks are equal share compiled programs. Optimisers are functions, so they are equal only where they
+    are the same objects, as ``training.optimizer`` makes them for equal configurations.
+    """
 
     config: AgentConfig
     policy_def: nnx.GraphDef
@@ -119,6 +124,15 @@ class Networks:
     optimizers: Mapping[str, optax.GradientTransformation]
     action_shape: tuple[int, int]  # horizon and width of the policy's chunks
     action_dim: int  # of the robot; dimensions beyond it are the policy's padding
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Once for all calls: walking the definition of a large policy takes as long as a small update."""
+        optimizers = frozenset(self.optimizers.items())
+        return hash((self.config, self.policy_def, self.critic_def, self.action_shape, self.action_dim, optimizers))
 
     def modules(self, params: Params, frozen: nnx.State) -> Modules:
         student = None
@@ -184,7 +198,7 @@ class ACRLPDAgent:
         }
         optimizers = dict(optimizers)
         if not config.temperature.adaptive:
-            optimizers["temperature"] = optax.set_to_zero()  # no gradient, and no weight decay either
+            optimizers["temperature"] = _HELD  # no gradient, and no weight decay either
         if config.extraction == "distill":
             suffix = nnx.filter_state(policy_params, _by_path(policy.is_suffix_param))  # frozen parts are shared
             params["student"] = jax.tree.map(jnp.copy, suffix)  # at first, the flow's own single Euler step

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import optax
 
 from acrlpd.config import CosineDecaySchedule, OptimizerConfig, OptimizersConfig
@@ -18,6 +20,7 @@ def make_schedule(config: CosineDecaySchedule) -> optax.Schedule:
     )
 
 
+@functools.cache  # equal configurations, the same functions: agents made of them share their compiled programs
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW with decoupled decay on everything."""
     adamw = optax.adamw(

@@ -25,6 +25,7 @@ _HOMES = {
     "acrlpd.presets": ("get_aloha_config", "get_droid_config", "get_libero_config", "get_preset"),
     "acrlpd.training.checkpoint": ("ACRLPDCheckpointManager",),
     "acrlpd.training.loop": ("ACRLPDTrainer",),
+    "acrlpd.training.protocol": ("ACRLPDEvaluationProtocol",),
     "acrlpd.training.setup": ("load_checkpoint", "make_trainer"),
     "acrlpd.types": ("ChunkBatch", "Episode", "Observation"),
 }

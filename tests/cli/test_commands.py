@@ -90,7 +90,15 @@ def test_train_kill_resume_interrupt_resume_eval(tmp_path):
     assert (run / "report.html").stat().st_size > 10_000
     assert str(run / "report.html") in output
 
-    evaluated = acrlpd("eval", "--checkpoint", str(run), "--episodes", "2", "--json")
+    first = run / "checkpoints" / "20"
+    small = ("--protocol.observation_noise", "0.1", "--protocol.action_noise", "0.1", "--protocol.best_of_n", "2")
+    evaluated = acrlpd(
+        *("eval", "--checkpoint", str(run), "--compare", str(first), "--episodes", "2", "--json", "--full", *small)
+    )
     output, errors = evaluated.communicate(timeout=300)
     assert evaluated.returncode == 0, errors
-    assert json.loads(output)["episodes"] == 2
+    found = json.loads(output)
+    assert found["episodes"] == 2
+    task = found["tasks"]["metaworld/drawer-open-v3"]
+    assert (task["comparison"]["episodes"], task["best_of_n"]["2"]["episodes"]) == (2, 2)
+    assert json.loads((run / "evaluations" / "full.json").read_text()) == found

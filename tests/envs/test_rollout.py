@@ -14,8 +14,8 @@ class Recorder:
         self.calls = []
         self._horizon, self._step = horizon, step
 
-    def __call__(self, observations, indices):
-        self.calls.append(([observation["state"].tolist() for observation in observations], indices.tolist()))
+    def __call__(self, observations, numbers):
+        self.calls.append(([observation["state"].tolist() for observation in observations], numbers.tolist()))
         return np.full((len(observations), self._horizon, 2), [self._step, 0])
 
 
@@ -39,7 +39,7 @@ def test_every_seed_runs_once_and_in_order(make_counting):
 def test_the_policy_always_sees_one_row_an_environment(make_counting):
     act = Recorder()
     rollout([make_counting() for _ in range(4)], act, [7, 8], execute_horizon=2)
-    assert [indices for _, indices in act.calls] == [[0, 1, -1, -1]] * 2
+    assert [numbers for _, numbers in act.calls] == [[0, 1, -1, -1]] * 2
     assert act.calls[0][0] == [[7, 0], [8, 0], [7, 0], [7, 0]]  # padding repeats the first active row
     assert act.calls[1][0] == [[7, 2], [8, 2], [7, 2], [7, 2]]
 
@@ -78,7 +78,7 @@ def test_no_seeds_no_policy_calls(make_counting):
 
 @pytest.mark.parametrize(("broken", "stored"), [(-1.0, -1.0), (np.nan, 0.0)])
 def test_a_physics_error_is_a_failed_episode(make_counting, broken, stored):
-    def act(observations, indices):
+    def act(observations, numbers):
         return np.array([[[0.5, 0], [broken if row["state"][0] == 1 else 0.5, 0]] for row in observations])
 
     results = rollout([make_counting()], act, [0, 1, 2], execute_horizon=2)
@@ -113,8 +113,8 @@ def test_replay_films_the_same_steps(make_counting):
     environment = make_counting()
     result = rollout([environment], Recorder(), [0], execute_horizon=2)[0]
     frames = replay(environment, result, size=8)
-    assert frames.shape == (3, 8, 8, 3)
-    assert frames[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert frames.shape == (4, 8, 8, 3)
+    assert frames[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
 
 
 def test_seconds_are_counted(make_counting):

@@ -16,9 +16,12 @@ from acrlpd.config import to_dict
 from acrlpd.envs.env import EnvConfig, PhysicsError, SimulatedEnvironment
 from acrlpd.envs.rollout import Rollout
 from acrlpd.training import report
-from acrlpd.training.evaluate import Evaluation, wilson
+from acrlpd.training.agreement import Choice, agreement
+from acrlpd.training.comparison import compare
+from acrlpd.training.evaluate import Evaluation, summarize, wilson
 from acrlpd.training.loop import RunFiles, breakdown, save_rollouts
 from acrlpd.training.metrics import JsonlWriter, write_json
+from acrlpd.training.protocol import Findings, Trial
 from acrlpd.training.report import headline, improved_seed, load_outcomes, read_run, write_report
 from acrlpd.types import Episode
 
@@ -396,3 +399,27 @@ def test_long_runs_stay_small(tmp_path):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no config\.json: expected the folder of a run"):
         write_report(tmp_path)
+
+
+def full_evaluation(solved, **compared):
+    rollouts = [recorded(*each) for each in enumerate(solved)]
+    choices = {each.number: [Choice(-1.0 - each.length, -2.0 - each.length, 0.5)] * each.length for each in rollouts}
+    trial = Trial(summarize(rollouts), rollouts)
+    agreed = agreement(rollouts, choices, discount=0.99, execute_horizon=1)
+    findings = Findings(trial, {0.05: trial}, {0.1: trial}, {4: trial}, agreed)
+    return {"step": 6000, "tasks": {"walk/forward": findings.to_dict() | compared}}
+
+
+def test_a_full_evaluation_is_shown(tmp_path, walk):
+    run = finished_run(tmp_path / "run")
+    assert "Full evaluation" not in page(run).text
+    before, after = ([recorded(*each) for each in enumerate(solved)] for solved in (ONLINE_SOLVED, BC_SOLVED))
+    found = full_evaluation(ONLINE_SOLVED, comparison=compare(before, after).to_dict())
+    write_json(run.files.full_evaluation, found | {"compare": "runs/<other>"})
+    text = page(run).text
+    for line in ("noise 0.05 on observations", "noise 0.1 on actions", "best of 4", "+0 points (+0 to +0)"):
+        assert line in text
+    assert "of an unsolved one 100% of the time" in text  # Q falls with the length, and the solved ones are short
+    assert "this policy solved 3 and runs/<other> 1, a difference of -50 points" in text
+    assert "2 seeds were solved by this policy alone, 0 by the other alone (exact McNemar test: p = 0.5)" in text
+    assert "Calibration of Q" in text

@@ -1,50 +1,121 @@
-"""``acrlpd eval --checkpoint PATH``."""
+"""``acrlpd eval --checkpoint PATH [--compare PATH]``."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Any
 
-import jax
 import tyro
 
+from acrlpd.agents.acrlpd import ActingMode
 from acrlpd.training import setup
-from acrlpd.training.evaluate import evaluate
+from acrlpd.training.comparison import compare
+from acrlpd.training.evaluate import Evaluation, summarize
+from acrlpd.training.loop import RunFiles
+from acrlpd.training.metrics import write_json
+from acrlpd.training.protocol import ACRLPDEvaluationProtocol, Findings, ProtocolConfig
+from acrlpd.training.setup import Loaded
+from acrlpd.training.videos import save_videos
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalArguments:
-    """Success rate of a checkpoint in its simulator."""
+    """Success rate of a checkpoint in its simulator, alone or against a second one on the same seeds."""
 
     checkpoint: str  # a run (runs/demo), its checkpoints folder, or the folder of one step
-    episodes: int | None = None  # None: as the run's own final evaluations
+    compare: str | None = None  # a second checkpoint: paired difference, bootstrap interval, McNemar's test
+    tasks: tuple[str, ...] = ()  # environments of the same robot; none: the run's own
+    episodes: int | None = None  # of each task; None: as the run's own final evaluations
     first_seed: int | None = None  # None: the run's own, so results compare seed by seed
-    mode: Literal["greedy", "explore", "bc"] = "greedy"  # bc: one sample of the flow, without the critic
+    mode: ActingMode = "greedy"  # bc: one sample of the flow, without the critic
     num_envs: int | None = None
     seed: int = 0  # of the policy's noise
-    json: bool = False  # print one JSON object instead of a sentence
+    full: bool = False  # also noise, best of N, and whether Q foretells the outcome; shown by acrlpd report
+    protocol: ProtocolConfig = dataclasses.field(default_factory=ProtocolConfig)  # what --full tries
+    videos: int = 0  # mp4 files of so many successes and as many failures of each task
+    output: str | None = None  # a file for the JSON; None: evaluations/full.json of the run under --full
+    json: bool = False  # print the JSON instead of sentences
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = tyro.cli(EvalArguments, args=argv, prog="acrlpd eval")
     loaded = setup.load_checkpoint(arguments.checkpoint)
-    config = loaded.config
+    other = setup.load_checkpoint(arguments.compare) if arguments.compare else None
+    tasks = arguments.tasks or (loaded.config.env.name if loaded.config.env else "",)
+    findings = {task: _evaluate(loaded, task, arguments) for task in tasks}
+    rollouts = [each for of_task in findings.values() for each in of_task.task.rollouts]
+    result: dict[str, Any] = {
+        "checkpoint": arguments.checkpoint,
+        "step": loaded.step,
+        "mode": arguments.mode,
+        **summarize(rollouts).to_dict(),
+        "tasks": {task: each.to_dict() for task, each in findings.items()},
+    }
+    if other is not None:
+        result["compare"] = arguments.compare
+        for task, each in findings.items():
+            theirs = _evaluate(other, task, dataclasses.replace(arguments, full=False, videos=0))
+            difference = compare(each.task.rollouts, theirs.task.rollouts)
+            result["tasks"][task]["comparison"] = {**difference.to_dict(), "second": theirs.task.evaluation.to_dict()}
+            if not arguments.json:
+                print(f"{task}: {arguments.checkpoint} against {arguments.compare}: {difference}")
+    if arguments.output or arguments.full:
+        write_json(arguments.output or _run_files(arguments.checkpoint).full_evaluation, result)
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        _describe(result, findings, summarize(rollouts))
+    return 0
+
+
+def _evaluate(loaded: Loaded, task: str, arguments: EvalArguments) -> Findings:
+    """The task alone, or under ``--full`` every trial."""
+    config = setup.with_task(loaded.config, task)
     first = config.eval.first_seed if arguments.first_seed is None else arguments.first_seed
     episodes = arguments.episodes or config.eval.episodes
     environments = setup.make_environments(config, min(episodes, arguments.num_envs or config.eval.num_envs))
-    result, _ = evaluate(
-        loaded.agent,
-        loaded.transform,
+    protocol = ACRLPDEvaluationProtocol(
+        arguments.protocol if arguments.full else ProtocolConfig((), (), ()),
         environments,
+        loaded.transform,
         range(first, first + episodes),
-        mode=arguments.mode,
-        rng=jax.random.key(arguments.seed),
         execute_horizon=config.execute_horizon or config.policy.action_horizon,
+        mode=arguments.mode,
+        seed=arguments.seed,
     )
-    if arguments.json:
-        print(json.dumps({"checkpoint": arguments.checkpoint, "step": loaded.step, **result.summary()}))
-    else:
-        print(f"step {loaded.step}, {arguments.mode}: success {result}")
-    return 0
+    findings = protocol.run(loaded.agent)
+    if arguments.videos:
+        directory = _run_files(arguments.checkpoint).videos / f"step-{loaded.step}" / task.replace("/", "-")
+        for path in save_videos(environments[0], findings.task.rollouts, directory, count=arguments.videos):
+            if not arguments.json:
+                print(path)
+    for environment in environments:
+        environment.close()
+    return findings
+
+
+def _run_files(checkpoint: str) -> RunFiles:
+    """Of the run that a checkpoint belongs to."""
+    checkpoints, _ = setup.locate_checkpoint(Path(checkpoint))
+    return RunFiles(checkpoints.parent)
+
+
+def _describe(result: dict[str, Any], findings: dict[str, Findings], overall: Evaluation) -> None:
+    print(f"step {result['step']}, {result['mode']}: success {overall}")
+    for task, each in findings.items():
+        if len(findings) > 1:
+            print(f"{task}: success {each.task.evaluation}")
+        for kind, trials in (
+            ("observation noise", each.observation_noise),
+            ("action noise", each.action_noise),
+            ("best of", each.best_of_n),
+        ):
+            for level, trial in trials.items():
+                print(f"  {kind} {level}: success {trial.evaluation}, return {trial.evaluation.return_mean:.1f}")
+        if each.agreement is not None:
+            facts = each.agreement.to_dict()
+            del facts["bins"]
+            print("  critic: " + ", ".join(f"{name} {value}" for name, value in facts.items()))

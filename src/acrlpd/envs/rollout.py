@@ -1,8 +1,8 @@
 """Episodes out of environments: whole chunks executed open loop by a policy, or step by step by a scripted expert.
 
-A policy is a function ``act(observations, indices) -> actions [n, h, a]`` in the environment's own units. It gets one
-row for each of the n environments, always, so that a compiled policy sees one shape: row i is environment
-``indices[i]``, and a row whose index is -1 is padding, whose actions are ignored.
+A policy is a function ``act(observations, numbers) -> actions [n, h, a]`` in the environment's own units. It gets one
+row for each of the n environments, always, so that a compiled policy sees one shape: row i belongs to the episode
+``numbers[i]``, and a row whose number is -1 is padding, whose actions are ignored.
 """
 
 from __future__ import annotations
@@ -157,11 +157,11 @@ def collect(
         progress.set_postfix(success=f"{num_successes / count:.2f}")
 
 
-def replay(environment: Environment, result: Rollout, size: int) -> UInt8[np.ndarray, "t h w 3"]:
-    """Film a rollout by executing its actions again: frame t is the scene in which action t was taken."""
+def replay(environment: Environment, result: Rollout, size: int) -> UInt8[np.ndarray, "frames h w 3"]:
+    """Film a rollout by executing its actions again: frame t is the scene after t actions, up to all of them."""
     environment.reset(result.seed, render=False)
     frames = [environment.render(size)]
-    for action in result.episode.actions[:-1]:
+    for action in result.episode.actions:
         environment.step(action)
         frames.append(environment.render(size))
     return np.stack(frames)
@@ -259,9 +259,9 @@ def _choose(
     active = [index for index, run in enumerate(runs) if run.active]
     filler = runs[active[0]].observation
     observations = [run.observation if run.active else filler for run in runs]
-    indices = np.array([index if run.active else -1 for index, run in enumerate(runs)])
+    numbers = np.array([run.number if run.active else -1 for run in runs])
     start = time.perf_counter()
-    chunks = np.asarray(act(observations, indices))
+    chunks = np.asarray(act(observations, numbers))
     seconds.act += time.perf_counter() - start
     expected = (len(runs), runs[0].environment.spec.action_dim)
     if chunks.ndim != 3 or (chunks.shape[0], chunks.shape[2]) != expected or chunks.shape[1] < execute_horizon:

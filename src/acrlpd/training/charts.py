@@ -152,6 +152,16 @@ def learning(evaluations: Mapping[str, Sequence[Evaluated]], boundary: int | Non
     return _chart("Success while training", caption, lambda figure: _draw_learning(figure, evaluations, boundary))
 
 
+def calibration(bins: Sequence[Mapping[str, float]]) -> Chart:
+    """Achieved return over Q, in bins of equally many chunks."""
+    return _chart(
+        "Calibration of Q",
+        "Each point is a tenth of the executed chunks, by rising Q: their mean Q, and the discounted return that "
+        "followed. On the dashed line the critic is right; below it, it overestimates.",
+        lambda figure: _draw_calibration(figure, bins),
+    )
+
+
 def curves(what: Curves, records: Sequence[Mapping[str, Any]], boundary: int | None) -> Chart | None:
     """``train/`` metrics over updates; None where the records hold nothing of them."""
     panels = [(panel, series) for panel in what.panels if (series := _panel_series(panel, records))]
@@ -232,6 +242,16 @@ def _draw_learning(figure: Any, evaluations: Mapping[str, Sequence[Evaluated]], 
     axes.set_ylabel("success rate (%)")
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0)
     _finish_updates(axes, boundary)
+
+
+def _draw_calibration(figure: Any, bins: Sequence[Mapping[str, float]]) -> None:
+    axes = figure.subplots()
+    q, returns = [each["q"] for each in bins], [each["returns"] for each in bins]
+    ends = [min(q + returns), max(q + returns)]
+    axes.plot(ends, ends, color=FAINT, linestyle=(0, (4, 3)), linewidth=1)
+    axes.plot(q, returns, color=BLUE, marker="o")
+    axes.set_xlabel("Q of the chosen chunks")
+    axes.set_ylabel("discounted return")
 
 
 Series = tuple[list[int], list[float]]  # updates, values

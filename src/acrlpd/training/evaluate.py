@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Float, Int, PRNGKeyArray
 
+from acrlpd.agents import acrlpd
 from acrlpd.agents.acrlpd import ACRLPDAgent, ActingMode
-from acrlpd.data.transforms import Transform, to_observation
+from acrlpd.data.transforms import Compose, Data, Normalize, Transform, to_observation
 from acrlpd.envs.env import Environment, Obs
 from acrlpd.envs.rollout import Act, Rollout, Seconds, rollout
+
+OnChoice = Callable[[Int[np.ndarray, " n"], Mapping[str, Float[np.ndarray, " n"]]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,10 @@ class Evaluation:
             "low": self.low,
             "high": self.high,
         }
+
+    def to_dict(self) -> dict[str, float]:
+        """All of it, for JSON."""
+        return self.summary() | {name: getattr(self, name) for name in ("return_mean", "return_std", "length_mean")}
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -80,10 +87,15 @@ def evaluate(
     mode: ActingMode,
     rng: PRNGKeyArray,
     execute_horizon: int,
+    num_samples: int | None = None,
+    action_noise: float = 0.0,
+    on_choice: OnChoice | None = None,
     seconds: Seconds | None = None,
 ) -> tuple[Evaluation, list[Rollout]]:
     """Runs every seed once, the environments side by side with one batched policy call a chunk."""
-    act = chunk_policy(agent, transform, rng, mode=mode)
+    act = chunk_policy(
+        agent, transform, rng, mode=mode, num_samples=num_samples, action_noise=action_noise, on_choice=on_choice
+    )
     rollouts = rollout(environments, act, seeds, execute_horizon=execute_horizon, seconds=seconds)
     return summarize(rollouts), rollouts
 
@@ -101,18 +113,73 @@ def summarize(rollouts: Sequence[Rollout]) -> Evaluation:
     )
 
 
-def chunk_policy(agent: ACRLPDAgent, transform: Transform, rng: PRNGKeyArray, *, mode: ActingMode) -> Act:
-    """The agent as a function from raw observations to chunks in the environment's units; call k uses key k."""
+def chunk_policy(
+    agent: ACRLPDAgent,
+    transform: Transform,
+    rng: PRNGKeyArray,
+    *,
+    mode: ActingMode,
+    num_samples: int | None = None,
+    action_noise: float = 0.0,
+    on_choice: OnChoice | None = None,
+) -> Act:
+    """The agent as a function from raw observations to chunks in the environment's units; call k uses key k.
+
+    ``action_noise`` is the deviation of Gaussian noise on every executed action, in normalized units. ``on_choice`` is
+    told the numbers of the episodes and the values by which their chunks were chosen; imitation (bc) has none.
+    """
     calls = 0
 
-    def act(observations: list[Obs], indices: Any) -> Float[np.ndarray, "n h a"]:
+    def act(observations: list[Obs], numbers: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n h a"]:
         nonlocal calls
         calls += 1
         data = transform(stack(observations))
-        chunks = agent.sample_actions(to_observation(data), jax.random.fold_in(rng, calls), mode=mode)
-        return transform.inverse({"state": data["state"], "actions": np.asarray(chunks)})["actions"]
+        key = jax.random.fold_in(rng, calls)
+        chosen, values = acrlpd.act(agent, to_observation(data), key, mode=mode, num_samples=num_samples)
+        chunks = np.asarray(chosen)
+        if action_noise:
+            noise_rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+            chunks = chunks + action_noise * noise_rng.standard_normal(chunks.shape, np.float32)
+        if on_choice is not None:
+            on_choice(numbers, {name: np.asarray(value) for name, value in values.items()})
+        return transform.inverse({"state": data["state"], "actions": chunks})["actions"]
 
     return act
+
+
+@dataclasses.dataclass(frozen=True)
+class ObservationNoise:
+    """A transform: Gaussian noise of ``deviation`` on the normalized state, and on pictures as the model scales them.
+
+    Each call draws anew, in the order of calls from ``rng``.
+    """
+
+    deviation: float
+    rng: np.random.Generator
+
+    def __call__(self, data: Data) -> Data:
+        state = np.asarray(data["state"])
+        images = {camera: self._on_picture(np.asarray(image)) for camera, image in data.get("image", {}).items()}
+        return data | {"state": state + self._draw(state.shape), "image": images}
+
+    def inverse(self, data: Data) -> Data:
+        return data
+
+    def _on_picture(self, image: np.ndarray) -> np.ndarray:
+        noisy = image + 127.5 * self._draw(image.shape)  # uint8 stands for -1 .. 1
+        return np.clip(np.round(noisy), 0, 255).astype(np.uint8)
+
+    def _draw(self, shape: tuple[int, ...]) -> np.ndarray:
+        return self.deviation * self.rng.standard_normal(shape, np.float32)
+
+
+def with_observation_noise(transform: Transform, deviation: float, seed: int) -> Compose:
+    """The same transform with noise right behind its normalization: before pi0.5 writes the state into its prompt."""
+    if not isinstance(transform, Compose) or not any(isinstance(step, Normalize) for step in transform.transforms):
+        raise ValueError("observation noise is in normalized units: the transform must be a Compose with a Normalize")
+    place = len(transform.before(Normalize).transforms) + 1
+    steps = list(transform.transforms)
+    return Compose([*steps[:place], ObservationNoise(deviation, np.random.default_rng(seed)), *steps[place:]])
 
 
 def stack(observations: Sequence[Obs]) -> dict[str, Any]:

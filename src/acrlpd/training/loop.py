@@ -92,6 +92,15 @@ class RunFiles:
     def replay(self) -> Path:
         return self.directory / "replay"
 
+    @property
+    def full_evaluation(self) -> Path:
+        """What ``acrlpd eval --full`` found."""
+        return self.directory / "evaluations" / "full.json"
+
+    @property
+    def videos(self) -> Path:
+        return self.directory / "videos"
+
     def evaluation(self, policy: str) -> Path:
         """Seeds, outcomes and executed actions of an evaluation at the end of a phase."""
         return self.directory / "evaluations" / f"{policy}.npz"

@@ -134,7 +134,10 @@ def _from_record(record: Mapping[str, Any]) -> Evaluated:
 
 
 def _page(run: Run) -> str:
-    sections = [_overview(run), _results(run), _curves(run), _films(run), _time(run), _configuration(run), _go_on(run)]
+    sections = [
+        *(_overview(run), _results(run), _full_evaluation(run), _curves(run), _films(run), _time(run)),
+        *(_configuration(run), _go_on(run)),
+    ]
     return PAGE.substitute(
         title=_text(f"{run.task}, seed {run.config.get('seed')}"), style=STYLE, body="\n".join(sections)
     )
@@ -211,6 +214,71 @@ def _paired(run: Run) -> str:
     return _element("p", text)
 
 
+def _full_evaluation(run: Run) -> str:
+    """What ``acrlpd eval --full`` found, task by task; nothing where it has not been run."""
+    if not run.files.full_evaluation.is_file():
+        return ""
+    found = json.loads(run.files.full_evaluation.read_text(encoding="utf-8"))
+    intro = f"By acrlpd eval --full, of update {found['step']:,}. Every line met the same seeds as the first."
+    parts: list[str] = [_element("p", intro)]
+    for task, findings in found["tasks"].items():
+        parts += [_element("h3", task), _table(TRIAL_HEADER, _trial_rows(findings))]
+        if "comparison" in findings:
+            parts.append(_element("p", _comparison(found, findings["comparison"])))
+        if findings["agreement"] is not None:
+            parts += [_element("p", _agreement(findings["agreement"]))]
+            parts.append(_grid([charts.calibration(findings["agreement"]["bins"])]))
+    return _section("Full evaluation", *parts)
+
+
+TRIAL_HEADER = ("trial", "solved", "success", "95 % interval", "return", "steps", "against the first line")
+
+
+def _trial_rows(findings: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
+    kinds = {"observation_noise": "noise {} on observations", "action_noise": "noise {} on actions"}
+    trials = [("the task as it is", findings["task"])]
+    for kind, name in {**kinds, "best_of_n": "best of {}"}.items():
+        trials += [(name.format(level), trial) for level, trial in findings[kind].items()]
+    for name, trial in trials:
+        paired = trial.get("against_task")
+        yield (
+            name,
+            f"{trial['successes']} of {trial['episodes']}",
+            _percent(trial["success"]),
+            f"{_percent(trial['low'])} to {_percent(trial['high'])}",
+            f"{trial['return_mean']:.1f}",
+            f"{trial['length_mean']:.0f}",
+            _difference(paired) if paired else "",
+        )
+
+
+def _difference(paired: Mapping[str, Any]) -> str:
+    points = [f"{100 * paired[name]:+.0f}" for name in ("difference", "low", "high")]
+    return "{} points ({} to {})".format(*points)
+
+
+def _comparison(found: Mapping[str, Any], paired: Mapping[str, Any]) -> str:
+    return (
+        f"On the same {paired['episodes']} seeds this policy solved {paired['first_successes']} and {found['compare']} "
+        f"{paired['second_successes']}, a difference of {_difference(paired)}, by paired bootstrap, 95 %. "
+        f"{paired['only_first']} seeds were solved by this policy alone, {paired['only_second']} by the other alone "
+        f"(exact McNemar test: p = {paired['p_value']:.2g})."
+    )
+
+
+def _agreement(facts: Mapping[str, Any]) -> str:
+    """In words; what the episodes do not determine is left out."""
+    said = [f"Q lies {facts['overestimation']:+.2f} from the return, counted to the time limit"]
+    if facts["overestimation_solved"] is not None:
+        said.append(f"{facts['overestimation_solved']:+.2f} in solved episodes, where the return is exact")
+    if facts["auc"] is not None:
+        said.append(f"the first Q of a solved episode exceeds that of an unsolved one {facts['auc']:.0%} of the time")
+    if facts["q_return_correlation"] is not None:
+        said.append(f"the rank correlation of Q and return is {facts['q_return_correlation']:.2f}")
+    said.append(f"the chosen chunk lies {facts['choice_gain']:.2f} above its candidates' mean")
+    return f"Over {facts['chunks']:,} executed chunks: {'; '.join(said)}."
+
+
 def _curves(run: Run) -> str:
     if not run.training:
         return _section("Training", _element("p", "No update was logged yet.", "remark"))
@@ -280,6 +348,7 @@ def _go_on(run: Run) -> str:
     commands = [("write this page again", f"acrlpd report {shown}")]
     if run.config.get("env") and run.results:
         commands.insert(0, ("evaluate the newest checkpoint", f"acrlpd eval --checkpoint {shown}"))
+        commands.insert(1, ("with noise, best of N and the critic's word", f"acrlpd eval --checkpoint {shown} --full"))
     if run.summary is None:
         commands.insert(0, ("go on where it stopped", " ".join(train)))
     elif run.config.get("env") and run.config.get("online_steps"):

@@ -328,6 +328,15 @@ def load_weights(policy: FlowPolicy, path: str) -> None:
     logger.info("policy: %d arrays from %s", len(arrays), path)
 
 
+def with_task(config: TrainConfig, task: str) -> TrainConfig:
+    """The same run in another environment of its robot; the instruction is that environment's own."""
+    if config.env is None:
+        raise ValueError("this run has no environment: set env.name")
+    if task == config.env.name:
+        return config
+    return dataclasses.replace(config, env=dataclasses.replace(config.env, name=task, instruction=None))
+
+
 def make_environments(config: TrainConfig, count: int) -> list[SimulatedEnvironment]:
     if config.env is None:
         raise ValueError("this run has no environment: set env.name")

@@ -1,0 +1,136 @@
+"""Does the critic know what the policy will achieve? Q of the chosen chunks against what came of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from acrlpd.envs.rollout import Rollout
+
+NUM_BINS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The value of one chosen chunk among its candidates."""
+
+    q: float  # of the chosen chunk
+    q_mean: float  # over the candidates
+    q_std: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Bin:
+    """Chunks of similar Q, and the discounted return that followed them on average."""
+
+    q: float
+    returns: float
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Q of every executed chunk against the discounted return from its start to the end of the episode.
+
+    The return is cut at the time limit, where the critic is not: with rewards of -1 and 0 an unsolved episode's true
+    return is lower than the one used here, so ``overestimation`` is a lower bound. A number that the episodes do not
+    determine (all solved, or none) is None.
+    """
+
+    chunks: int
+    auc: float | None  # chance that the first Q of a solved episode lies above that of an unsolved one
+    q_success_correlation: float | None  # Spearman: first Q of an episode and whether it was solved
+    q_return_correlation: float | None  # Spearman: Q and return of all chunks
+    overestimation: float  # mean of Q - return
+    overestimation_solved: float | None  # the same in solved episodes alone, where the return is exact
+    calibration_error: float  # mean over chunks of the distance between a bin's mean Q and its mean return
+    bins: tuple[Bin, ...]
+    choice_gain: float  # mean Q of the chosen chunk above the mean of its candidates
+    candidate_std: float  # mean standard deviation of Q among candidates
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def agreement(
+    rollouts: Sequence[Rollout],
+    choices: Mapping[int, Sequence[Choice]],
+    *,
+    discount: float,
+    execute_horizon: int,
+) -> Agreement:
+    """``choices`` has the chunks of each episode in order, by the episode's number."""
+    returns = [discounted_returns(each.episode.rewards, discount)[::execute_horizon] for each in rollouts]
+    chosen = [choices[each.number] for each in rollouts]
+    q = np.array([choice.q for episode in chosen for choice in episode])
+    achieved = np.concatenate(returns)
+    if len(q) != len(achieved):
+        raise ValueError(f"{len(q)} chosen chunks for {len(achieved)} executed ones: the choices are of another run")
+    success = np.array([each.success for each in rollouts])
+    of_solved = np.repeat(success, [len(each) for each in returns])
+    first_q = np.array([episode[0].q for episode in chosen])
+    bins = calibration(q, achieved)
+    return Agreement(
+        chunks=len(q),
+        auc=auc(first_q[success], first_q[~success]),
+        q_success_correlation=spearman(first_q, success.astype(np.float64)),
+        q_return_correlation=spearman(q, achieved),
+        overestimation=float(np.mean(q - achieved)),
+        overestimation_solved=float(np.mean((q - achieved)[of_solved])) if of_solved.any() else None,
+        calibration_error=sum(each.count * abs(each.q - each.returns) for each in bins) / len(q),
+        bins=bins,
+        choice_gain=float(np.mean([choice.q - choice.q_mean for episode in chosen for choice in episode])),
+        candidate_std=float(np.mean([choice.q_std for episode in chosen for choice in episode])),
+    )
+
+
+def discounted_returns(rewards: Float[np.ndarray, " t"], discount: float) -> Float[np.ndarray, " t"]:
+    """From each step to the end.
+
+    >>> discounted_returns(np.array([-1.0, -1.0, 0.0]), 0.5)
+    array([-1.5, -1. ,  0. ])
+    """
+    returns = np.zeros(len(rewards))
+    following = 0.0
+    for step in reversed(range(len(rewards))):
+        following = float(rewards[step]) + discount * following
+        returns[step] = following
+    return returns
+
+
+def calibration(q: Float[np.ndarray, " n"], returns: Float[np.ndarray, " n"]) -> tuple[Bin, ...]:
+    """Bins of equally many chunks, by rising Q."""
+    order = np.argsort(q, kind="stable")
+    parts = [part for part in np.array_split(order, NUM_BINS) if len(part)]
+    return tuple(Bin(float(q[part].mean()), float(returns[part].mean()), len(part)) for part in parts)
+
+
+def auc(positive: Float[np.ndarray, " p"], negative: Float[np.ndarray, " n"]) -> float | None:
+    """Area under the ROC curve: the Mann-Whitney statistic, a tie counting half. None where one side is empty."""
+    if not len(positive) or not len(negative):
+        return None
+    of_positive = ranks(np.concatenate([positive, negative]))[: len(positive)]
+    pairs = of_positive.sum() - len(positive) * (len(positive) + 1) / 2
+    return float(pairs / (len(positive) * len(negative)))
+
+
+def spearman(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float | None:
+    """Correlation of the ranks (Spearman 1904), ties sharing their mean rank. None where either is constant."""
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+
+
+def ranks(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """From 1; equal values share the mean of their places.
+
+    >>> ranks(np.array([10.0, 30.0, 10.0]))
+    array([1.5, 3. , 1.5])
+    """
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]

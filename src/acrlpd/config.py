@@ -73,7 +73,7 @@ class DataConfig:
     rewards: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     on_bad_episode: Literal["error", "skip"] = "error"  # an episode that cannot be used; skip warns and goes on
     memory_bytes: int | None = None  # what may be held in memory, the rest is read when asked for; None: half of it
-    num_workers: int = 0  # processes that read and decode what is not in memory
+    num_workers: int = 0  # processes that read many episodes when they are opened, and decode what is not in memory
     collect: CollectConfig = dataclasses.field(default_factory=CollectConfig)
     batch_size: int = 256
     sequence_ratio: float = 0.5  # share of a batch that starts where a whole chunk fits

@@ -23,20 +23,16 @@ def test_rows_and_bounds():
     np.testing.assert_array_equal(store.state[:, 0], [0, 1, 5, 7, 8, 9])
     np.testing.assert_array_equal(store.lengths, [2, 1, 3])
     np.testing.assert_array_equal(store.ends, [2, 3, 6])
-    np.testing.assert_array_equal(store.episode_start, [0, 0, 2, 3, 3, 3])
-    np.testing.assert_array_equal(store.episode_end, [2, 2, 3, 6, 6, 6])
-    np.testing.assert_array_equal(store.episode_id, [0, 0, 1, 2, 2, 2])
-    start, end = store.bounds(np.array([5, 1, 2]))
-    np.testing.assert_array_equal(start, [3, 0, 2])
-    np.testing.assert_array_equal(end, [6, 2, 3])
+    np.testing.assert_array_equal(store.starts, [0, 2, 3])
+    np.testing.assert_array_equal(store.episode_index(np.array([5, 1, 2])), [2, 0, 1])
+    np.testing.assert_array_equal(store.full_windows(2), [1, 1, 3])
 
 
 def test_tasks_are_stored_once():
     store = EpisodeStore.from_episodes([make_episode(2, task="a"), make_episode(1, task="a longer text")])
     store.append(make_episode(1, task="a"))
     assert store.tasks == ["a", "a longer text"]
-    np.testing.assert_array_equal(store.task_index, [0, 0, 1, 0])
-    assert store.prompts(np.array([3, 2, 0])).tolist() == ["a", "a longer text", "a"]
+    assert store.prompts(np.array([2, 1, 0])).tolist() == ["a", "a longer text", "a"]
 
 
 def test_dtypes_are_the_stores():
@@ -75,7 +71,7 @@ def test_window_stays_in_the_episode():
     with pytest.raises(KeyError, match="no key 'images/top'"):
         store.window(0, "images/top", 0, 1)
     with pytest.raises(IndexError, match=r"0..3, got 0..4"):
-        store.bounds(np.array([0, 4]))
+        store.episode_index(np.array([0, 4]))
 
 
 def test_oldest_whole_episodes_make_room():
@@ -86,8 +82,8 @@ def test_oldest_whole_episodes_make_room():
     assert store.nbytes == 6 * bytes_per_row
     assert store.append(make_episode(3, first=30)) == 3  # needs three rows: two episodes go
     np.testing.assert_array_equal(store.state[:, 0], [20, 21, 30, 31, 32])
-    np.testing.assert_array_equal(store.episode_id, [2, 2, 3, 3, 3])
-    np.testing.assert_array_equal(store.episode_start, [0, 0, 2, 2, 2])
+    np.testing.assert_array_equal(store.starts, [0, 2])
+    np.testing.assert_array_equal(store.full_windows(3), [0, 1])
     np.testing.assert_array_equal(store.ends, [2, 5])
     assert (store.first_episode_id, store.next_episode_id) == (2, 4)
     np.testing.assert_array_equal(store.episode(0).state[:, 0], [20, 21])

@@ -297,3 +297,22 @@ def test_our_own_rewards_are_given_as_stored_unless_sparse_ones_are_asked_for(tm
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"episode_5\.hdf5: no such file"):
         hdf5.read_episode(tmp_path / "episode_5.hdf5")
+
+
+@pytest.mark.slow
+def test_processes_find_out_the_same(tmp_path, monkeypatch):
+    for number in range(4):
+        hdf5.write_episode(hdf5.episode_path(tmp_path, number), make_episode(3 + number))
+    bad = hdf5.episode_path(tmp_path, 2)
+    bad.write_bytes(bad.read_bytes()[:300])
+    monkeypatch.setattr(hdf5, "PARALLEL_FROM", 1)
+    monkeypatch.setattr(hdf5, "SCANNED_AT_ONCE", 1)
+    with pytest.warns(UserWarning, match="episode left out"):
+        here, there = (
+            H5DatasetReader(tmp_path, on_bad_episode="skip", num_workers=num_workers) for num_workers in (0, 2)
+        )
+    assert here.skipped == there.skipped
+    assert [here.info(index) for index in range(3)] == [there.info(index) for index in range(3)]
+    np.testing.assert_array_equal(there.episode(2).state, here.episode(2).state)
+    with pytest.raises(ValueError, match=r"episode_000002\.hdf5: expected a complete HDF5 file"):
+        H5DatasetReader(tmp_path, num_workers=1)

@@ -11,8 +11,9 @@ from acrlpd.data import hdf5, windows
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.loader import ChunkLoader
+from acrlpd.data.mapped import MappedRows
 from acrlpd.data.transforms import Compose
-from acrlpd.data.windows import WindowReader, open_store
+from acrlpd.data.windows import SourceRows, WindowReader, open_store
 from acrlpd.types import Episode
 
 LENGTHS = [7, 2, 9, 1, 5]
@@ -45,6 +46,18 @@ def memory(source):
     return EpisodeStore.from_source(source)
 
 
+class Unmapped:
+    """A source that can do nothing but read windows."""
+
+    def __init__(self, source):
+        self._source = source
+
+    def __getattr__(self, name):
+        if name == "mapped" or name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._source, name)
+
+
 NUMBERS_BYTES = sum(LENGTHS) * (3 + 2 + 1) * 4 + sum(LENGTHS)
 
 
@@ -64,7 +77,7 @@ def loader(store, **changes):
     ],
 )
 def test_batches_do_not_depend_on_what_is_in_memory(source, memory, memory_bytes, windowed):
-    store = open_store(source, memory_bytes=memory_bytes)
+    store = open_store(Unmapped(source), memory_bytes=memory_bytes)
     columns = {key: column.rows for key, column in store._columns.items()}
     assert [key for key, rows in columns.items() if not isinstance(rows, np.ndarray)] == windowed
     expected, found = loader(memory), loader(store)
@@ -73,8 +86,17 @@ def test_batches_do_not_depend_on_what_is_in_memory(source, memory, memory_bytes
     assert ("cache_hit_rate" in found.stats()) == bool(windowed)
 
 
-def test_a_store_of_windows_is_a_source_itself(source, memory):
+def test_what_can_be_mapped_is_not_loaded(source, memory):
     store = open_store(source, memory_bytes=0)
+    columns = {key: column.rows for key, column in store._columns.items()}
+    assert [key for key, rows in columns.items() if isinstance(rows, MappedRows)] == ["state", "actions"]
+    assert [key for key, rows in columns.items() if isinstance(rows, SourceRows)] == ["images/top", "images/wrist"]
+    for step in range(5):
+        jax.tree.map(np.testing.assert_array_equal, loader(store).batch(step), loader(memory).batch(step))
+
+
+def test_a_store_of_windows_is_a_source_itself(source, memory):
+    store = open_store(Unmapped(source), memory_bytes=0)
     assert (store.num_rows, store.lengths.tolist(), store.tasks) == (sum(LENGTHS), LENGTHS, memory.tasks)
     for index in range(len(LENGTHS)):
         found, expected = store.episode(index), memory.episode(index)
@@ -180,7 +202,7 @@ def test_processes_change_nothing(source, memory):
 def test_an_error_in_a_process_names_the_file(tmp_path):
     for number in range(2):
         hdf5.write_episode(hdf5.episode_path(tmp_path, number), make_episode(4, number))
-    store = open_store(H5DatasetReader(tmp_path), memory_bytes=400, num_workers=1)
+    store = open_store(Unmapped(H5DatasetReader(tmp_path)), memory_bytes=400, num_workers=1)
     os.truncate(hdf5.episode_path(tmp_path, 1), 100)
     try:
         with pytest.raises(ValueError, match=r"episode_000001\.hdf5: observations/images/top: rows 0\.\.1"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ class ReadArguments:
     cameras: tuple[str, ...] | None = None
     state_keys: tuple[str, ...] | None = None
     filter_key: str | None = None  # robomimic's name for a subset of the demos
+    num_workers: int = os.cpu_count() or 1  # processes that read many HDF5 episodes; 0: this one alone
 
     def options(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if value is not None}

@@ -34,7 +34,8 @@ def gather(store: EpisodeStore, rows: Int[np.ndarray, " b"], horizon: int, *, im
     """
     if horizon < 1:
         raise ValueError(f"horizon must be at least 1, got {horizon}")
-    start, end = store.bounds(rows)
+    episodes = store.episode_index(rows)
+    start, end = store.starts[episodes], store.ends[episodes]
     steps = rows[:, None] + np.arange(horizon)[None, :]  # [b h]
     real = steps < end[:, None]
     steps = np.minimum(steps, end[:, None] - 1)
@@ -54,9 +55,9 @@ def gather(store: EpisodeStore, rows: Int[np.ndarray, " b"], horizon: int, *, im
         "valid": (real & ~terminal_before).astype(np.float32),
         "bootstrap_mask": (~terminated).astype(np.float32),
         "sequence_mask": (real.all(axis=1) | terminated).astype(np.float32),
-        "episode_id": store.episode_index(rows) + store.first_episode_id,
+        "episode_id": episodes + store.first_episode_id,
         "step_id": rows - start,
-        "prompt": store.prompts(rows),
+        "prompt": store.prompts(episodes),
     }
 
 
@@ -76,14 +77,12 @@ def start_rows(
     """
     if store.num_rows == 0:
         raise ValueError("cannot draw chunks from an empty EpisodeStore: append an episode first")
-    lengths = store.lengths
-    fitting = np.maximum(lengths - horizon + 1, 0)  # starts of full windows, by episode
-    num_full = round(sequence_ratio * batch_size) if fitting.any() else 0
+    last = store.full_windows(horizon)
+    num_full = round(sequence_ratio * batch_size) if last[-1] else 0
     anywhere = rng.integers(store.num_rows, size=batch_size - num_full)
     if num_full == 0:
         return anywhere
-    last = np.cumsum(fitting)
     drawn = rng.integers(last[-1], size=num_full)
     index = np.searchsorted(last, drawn, side="right")  # episode that holds the drawn start
-    offset = drawn - (last - fitting)[index]
-    return np.concatenate([(store.ends - lengths)[index] + offset, anywhere])
+    before = np.where(index > 0, last[index - 1], 0)
+    return np.concatenate([store.starts[index] + drawn - before, anywhere])

@@ -139,6 +139,7 @@ class EpisodeStore:
         self._task_texts = np.zeros(0, dtype=np.str_)
         self._rows_dropped = 0
         self._episodes_dropped = 0
+        self._known_numbering: _Numbering | None = None  # None: an episode came or went since it was asked for
 
     @classmethod
     def from_episodes(cls, episodes: Iterable[Episode], *, max_bytes: int | None = None) -> EpisodeStore:
@@ -223,35 +224,29 @@ class EpisodeStore:
 
     @property
     def tasks(self) -> list[str]:
-        """Every task text seen so far; ``task_index`` points into it."""
+        """Every task text seen so far."""
         return list(self._tasks)
 
     @property
     def ends(self) -> Int[np.ndarray, " n"]:
         """Row after the last one of each episode."""
-        return self._ends.rows - self._rows_dropped
+        return self._numbering.ends
+
+    @property
+    def starts(self) -> Int[np.ndarray, " n"]:
+        """First row of each episode."""
+        return self._numbering.starts
 
     @property
     def lengths(self) -> Int[np.ndarray, " n"]:
-        return np.diff(self.ends, prepend=0)
+        return self.ends - self.starts
 
-    @property
-    def episode_start(self) -> Int[np.ndarray, " r"]:
-        """For each row, the first row of its episode. Built anew at each call, as the next three; see ``bounds``."""
-        return np.repeat(self.ends - self.lengths, self.lengths)
-
-    @property
-    def episode_end(self) -> Int[np.ndarray, " r"]:
-        """For each row, the row after the last one of its episode."""
-        return np.repeat(self.ends, self.lengths)
-
-    @property
-    def episode_id(self) -> Int[np.ndarray, " r"]:
-        return np.repeat(np.arange(self.first_episode_id, self.next_episode_id), self.lengths)
-
-    @property
-    def task_index(self) -> Int[np.ndarray, " r"]:
-        return np.repeat(self._task_indices.rows, self.lengths)
+    def full_windows(self, horizon: int) -> Int[np.ndarray, " n"]:
+        """How many windows of ``horizon`` rows lie inside an episode, counted up to each episode's end."""
+        known = self._numbering.full_windows
+        if horizon not in known:
+            known[horizon] = np.cumsum(np.maximum(self.lengths - horizon + 1, 0))
+        return known[horizon]
 
     def episode_index(self, rows: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
         """Position, among the episodes kept, of the episode each row belongs to; the id is this + first_episode_id."""
@@ -259,17 +254,11 @@ class EpisodeStore:
             raise IndexError(f"rows must lie in 0..{self.num_rows - 1}, got {rows.min()}..{rows.max()}")
         return np.searchsorted(self.ends, rows, side="right")
 
-    def bounds(self, rows: Int[np.ndarray, " b"]) -> tuple[Int[np.ndarray, " b"], Int[np.ndarray, " b"]]:
-        """First row, and row after the last, of the episode that each row belongs to."""
-        index = self.episode_index(rows)
-        ends = self.ends
-        return np.concatenate([[0], ends])[index], ends[index]
-
-    def prompts(self, rows: Int[np.ndarray, " b"]) -> Shaped[np.ndarray, " b"]:
-        """Task text of each row."""
+    def prompts(self, episodes: Int[np.ndarray, " b"]) -> Shaped[np.ndarray, " b"]:
+        """Task text of episodes, by their positions."""
         if len(self._task_texts) < len(self._tasks):
             self._task_texts = np.array(list(self._tasks), dtype=np.str_)
-        return self._task_texts[self._task_indices.rows[self.episode_index(rows)]]
+        return self._task_texts[self._task_indices.rows[episodes]]
 
     def append(self, episode: Episode) -> int:
         """Adds an episode and returns its id. Ids count from 0 and are never used again.
@@ -289,6 +278,7 @@ class EpisodeStore:
         self._ends.append(np.array([self._rows_dropped + self.num_rows]))
         self._task_indices.append(np.array([self._intern(episode.task)]))
         self._infos.append(EpisodeInfo(len(episode), episode.task, episode.success, episode.source))
+        self._known_numbering = None
         return self.next_episode_id - 1
 
     def info(self, index: int) -> EpisodeInfo:
@@ -308,6 +298,12 @@ class EpisodeStore:
             raise IndexError(f"{self.info(index).source}: window {start}..{stop} leaves the episode (0..{length})")
         first = int(self.ends[index]) - length
         return self._rows(key)[first + start : first + stop]
+
+    @property
+    def _numbering(self) -> _Numbering:
+        if self._known_numbering is None:
+            self._known_numbering = _Numbering(self._ends.rows - self._rows_dropped)
+        return self._known_numbering
 
     def _rows(self, key: str) -> np.ndarray:
         if key not in self._columns:
@@ -354,11 +350,21 @@ class EpisodeStore:
         self._task_indices.drop(1)
         self._rows_dropped += length
         self._episodes_dropped += 1
+        self._known_numbering = None
 
     def _intern(self, task: str) -> int:
         if task not in self._tasks:
             self._tasks[task] = len(self._tasks)
         return self._tasks[task]
+
+
+class _Numbering:
+    """Which rows are whose. Made once for many batches: of ten thousand episodes it takes longer than a batch."""
+
+    def __init__(self, ends: Int[np.ndarray, " n"]):
+        self.ends = ends
+        self.starts = np.concatenate([[0], ends[:-1]]).astype(ends.dtype)
+        self.full_windows: dict[int, Int[np.ndarray, " n"]] = {}  # by horizon
 
 
 class Rows(Protocol):

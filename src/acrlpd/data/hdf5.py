@@ -7,19 +7,22 @@ and LIBERO, DROID's raw folders. Each file of ``layouts`` describes one, with it
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import h5py
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
+from acrlpd.data import processes
 from acrlpd.data import rewards as reward_labels
-from acrlpd.data.episodes import IMAGE_PREFIX, KNOWN_SUCCESS, BadEpisodes, EpisodeInfo
+from acrlpd.data.episodes import IMAGE_PREFIX, KNOWN_SUCCESS, BadEpisodes, EpisodeInfo, Rows
 from acrlpd.data.frame_cache import FrameCache, FrameOrigin
 from acrlpd.data.layouts import droid, stored
 from acrlpd.data.layouts.aloha import Aloha
@@ -37,6 +40,7 @@ from acrlpd.data.layouts.own import (
     write_episode,
 )
 from acrlpd.data.layouts.robomimic import Robomimic
+from acrlpd.data.mapped import map_rows
 from acrlpd.data.metadata_cache import Arrays, MetadataCache, pack, unpack
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.data.video import VideoReaders
@@ -54,6 +58,8 @@ __all__ = [
     "write_episode",
 ]
 
+PARALLEL_FROM = 500  # episodes; fewer are read before a process has started
+SCANNED_AT_ONCE = 32  # by a process
 MAX_DECODED = 4096  # episodes whose columns are kept as objects; all others are text
 DECODE_BLOCK = 64  # pictures that are decoded at once when all are checked
 
@@ -78,6 +84,8 @@ class H5DatasetReader:
         align_observations: LIBERO only, see ``layouts/robomimic.py``.
         jpeg_bgr: ALOHA only, for recordings in which red and blue are swapped. Nothing in the files tells.
         drop_idle: DROID only, leaves out the steps at which the operator was not driving.
+        num_workers: processes that read the episodes when there are many; 0 reads them here. Opening alone, see
+            ``windows.open_store`` for batches.
         metadata_cache: where to remember what opening found out. None reads every episode each time.
         frame_cache: where to look for frames first. Frames then always have the cache's resolution.
 
@@ -101,6 +109,7 @@ class H5DatasetReader:
         align_observations: bool = False,
         jpeg_bgr: bool = False,
         drop_idle: bool = False,
+        num_workers: int = 0,
         metadata_cache: MetadataCache | None = None,
         frame_cache: FrameCache | None = None,
     ):
@@ -119,7 +128,8 @@ class H5DatasetReader:
         check_images = on_bad_episode == "skip" if check_images is None else check_images
 
         def find_out() -> Arrays:
-            return _find_out(self.path, options, BadEpisodes(on_bad_episode), rewards, check_images=check_images)
+            bad = BadEpisodes(on_bad_episode)
+            return _find_out(self.path, options, bad, rewards, check_images=check_images, num_workers=num_workers)
 
         asked = (options, on_bad_episode, rewards, check_images)
         opened = metadata_cache.get(self.path, asked, find_out) if metadata_cache and self.path.exists() else find_out()
@@ -189,6 +199,21 @@ class H5DatasetReader:
         cached = self._frame_cache.read(camera, self._origin(index, columns[key]), length, start, stop)
         return self._frame_cache.resize(columns[key].read(start, stop)) if cached is None else cached
 
+    def mapped(self) -> dict[str, Rows]:
+        """All rows of what needs no reading: keys that lie in the files as in memory, and what opening found out.
+
+        Pictures are left out where a frame cache has them.
+        """
+
+        def episodes() -> Iterator[dict[str, Column]]:
+            for index in range(self.num_episodes):
+                columns = self._stored_columns(index)
+                cached = self._frame_cache is not None
+                yield {key: each for key, each in columns.items() if not (cached and key.startswith(IMAGE_PREFIX))}
+
+        known = {key: self._opened[key] for key in ("rewards", "terminals")}
+        return {**map_rows(episodes(), self.lengths), **known}
+
     def frame_origin(self, index: int, camera: str) -> FrameOrigin:
         """Which file the frames of a camera come from; for the frame cache."""
         return self._origin(index, self._columns(index)[IMAGE_PREFIX + camera])
@@ -202,11 +227,13 @@ class H5DatasetReader:
         if index not in self._decoded:
             if len(self._decoded) >= MAX_DECODED:
                 self._decoded = {}
-            end = self._opened["column_ends"]
-            start = end[index - 1] if index else 0
-            text = self._opened["columns"][start : end[index]].tobytes()
-            self._decoded[index] = stored.decode(text, self._videos)
+            self._decoded[index] = self._stored_columns(index)
         return self._decoded[index]
+
+    def _stored_columns(self, index: int) -> dict[str, Column]:
+        end = self._opened["column_ends"]
+        start = end[index - 1] if index else 0
+        return stored.decode(self._opened["columns"][start : end[index]].tobytes(), self._videos)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,11 +247,17 @@ class _Labelled:
 
 
 def _find_out(
-    path: Path, options: Options, bad: BadEpisodes, rewards: RewardConfig | None, *, check_images: bool
+    path: Path,
+    options: Options,
+    bad: BadEpisodes,
+    rewards: RewardConfig | None,
+    *,
+    check_images: bool,
+    num_workers: int,
 ) -> Arrays:
     """All that a reader knows before it reads windows, in the form in which it is remembered."""
     layout = _open_layout(path, options)
-    records = _alike(layout, _scan(layout, bad, check_images=check_images), bad)
+    records = _alike(layout, _scan(layout, bad, check_images=check_images, num_workers=num_workers), bad)
     episodes = _labelled(layout, records, bad, rewards)
     bad.report(str(path), len(layout.sources))
     infos = [episode.info for episode in episodes.values()]
@@ -250,16 +283,69 @@ def _find_out(
     }
 
 
-def _scan(layout: Layout, bad: BadEpisodes, *, check_images: bool) -> dict[int, Record]:
+def _scan(layout: Layout, bad: BadEpisodes, *, check_images: bool, num_workers: int) -> dict[int, Record]:
     """The usable episodes by index."""
     records = {}
-    for index, source in enumerate(layout.sources):
-        with bad.guard(source):
-            record = layout.scan(index)
+    scanned = _scanned(layout, check_images=check_images, num_workers=num_workers)
+    with contextlib.closing(scanned):
+        for index, found in enumerate(scanned):
+            with bad.guard(layout.sources[index]):
+                records[index] = found.get()
+    return records
+
+
+class _Scanned(NamedTuple):
+    """What reading an episode gave, to be told in the process and in the order in which it was asked for."""
+
+    record: Record | None
+    error: Exception | None
+    warnings: list[str]
+
+    def get(self) -> Record:
+        for text in self.warnings:
+            warnings.warn(text, stacklevel=2)
+        if self.error is not None:
+            raise self.error
+        assert self.record is not None, "no error"
+        return self.record
+
+
+def _scanned(layout: Layout, *, check_images: bool, num_workers: int) -> Generator[_Scanned, None, None]:
+    count = len(layout.sources)
+    if num_workers == 0 or count < PARALLEL_FROM:
+        yield from (_scan_one(layout, index, check_images) for index in range(count))
+        return
+    pool = processes.start(num_workers, _adopt, layout, check_images)
+    try:
+        with processes.explained(num_workers):
+            yield from pool.map(_scan_adopted, range(count), chunksize=SCANNED_AT_ONCE)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _scan_one(layout: Layout, index: int, check_images: bool) -> _Scanned:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            record, error = layout.scan(index), None
             if check_images:
                 _decode_all(record)
-            records[index] = record
-    return records
+        except (ValueError, OSError) as failure:
+            record, error = None, failure
+    return _Scanned(record, error, [str(warning.message) for warning in caught])
+
+
+_adopted: Any = None  # in a process: the layout to scan, and whether to look at pictures
+
+
+def _adopt(layout: Layout, check_images: bool) -> None:
+    global _adopted
+    _adopted = layout, check_images
+
+
+def _scan_adopted(index: int) -> _Scanned:
+    layout, check_images = _adopted
+    return _scan_one(layout, index, check_images)
 
 
 def _decode_all(record: Record) -> None:

@@ -54,6 +54,7 @@ def open_episodes(
     *,
     on_bad_episode: Literal["error", "skip"] = "error",
     rewards: RewardConfig | None = None,
+    num_workers: int = 0,
     remember: bool = True,
     **options: Any,
 ) -> Dataset:
@@ -62,6 +63,7 @@ def open_episodes(
     Args:
         on_bad_episode: ``"skip"`` leaves out episodes that cannot be used, with a warning that says which and why.
         rewards: which rewards to give. None: those stored, and 0 where none are (good for imitation only).
+        num_workers: processes that read the episodes of HDF5 data when it is opened for the first time.
         remember: keep what opening found out in the user's cache directory, for the next time.
         options: the reader's own, such as ``cameras`` or ``state_keys``: see ``H5DatasetReader``, ``LeRobotSource``,
             ``NpzReader`` and ``MinariSource``.
@@ -74,7 +76,7 @@ def open_episodes(
     known = inspect.signature(reader).parameters
     unknown = [name for name in options if name not in known]
     if unknown:
-        own = ", ".join(name for name in list(known)[1:] if name not in ("metadata_cache", "rewards", "on_bad_episode"))
+        own = ", ".join(name for name in list(known)[1:] if name not in GENERAL)
         raise ValueError(f"{data}: {', '.join(unknown)} means nothing to {kind} data. It has the options {own}.")
     if "rewards" in known:
         options["rewards"] = rewards
@@ -83,6 +85,8 @@ def open_episodes(
             f"{data}: OGBench's play data has no rewards and no success of its own. Give a goal instead, such as "
             "CubeGoal(...) of acrlpd.data.npz."
         )
+    if "num_workers" in known:
+        options["num_workers"] = num_workers
     if "metadata_cache" in known and remember:
         options["metadata_cache"] = MetadataCache()
     if kind == "minari" and isinstance(data, os.PathLike):
@@ -90,6 +94,7 @@ def open_episodes(
     return reader(data, on_bad_episode=on_bad_episode, **options)
 
 
+GENERAL = ("metadata_cache", "num_workers", "on_bad_episode", "rewards")  # not options of one format
 READERS: dict[Format, Callable[..., Dataset]] = {
     "lerobot": LeRobotSource,
     "hdf5": H5DatasetReader,

@@ -1,4 +1,4 @@
-"""Training data that need not fit into memory: rows are read from their source when a batch asks for them.
+"""Training data that need not fit into memory: what can be mapped is, other rows are read when a batch asks for them.
 
 Pictures that were read stay in memory up to a limit, by episode, the least recently used going first. Reading, which
 for videos means decoding, may be spread over processes. Neither changes what a batch holds.
@@ -9,52 +9,76 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import math
-import multiprocessing
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from acrlpd.data import processes
 from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeSource, EpisodeStore, Rows
 
+COPIED_BYTES = 64 << 20  # so few are safe from whoever writes to the files meanwhile, and cost nothing
 NUMBERS = ("state", "actions", "rewards", "terminals")
 JOBS_PER_WORKER = 4  # of one read: few enough to send, enough for workers to finish together
 
 
 def open_store(source: EpisodeSource, *, memory_bytes: int | None = None, num_workers: int = 0) -> EpisodeStore:
-    """The episodes of ``source`` for training: in memory where all of them fit into ``memory_bytes``.
+    """The episodes of ``source`` for training, with as much of them in memory as ``memory_bytes`` allows.
 
-    Else the numbers are, and pictures are read when they are asked for; so are numbers that do not fit (rewards are
-    kept first, states last). Half of the machine's memory is the limit if none is given. ``num_workers`` processes
-    read; 0 reads in the caller's.
+    Few bytes are copied into memory. Of more, what the source can map is left in its files (see ``mapped``). The rest
+    is loaded where all of it fits, else its numbers are (rewards first, states last), and what remains is read when it
+    is asked for. Half of the machine's memory is the limit if none is given. ``num_workers`` processes read; 0 reads in
+    the caller's.
     """
     limit = _physical_memory() // 2 if memory_bytes is None else memory_bytes
     features = {key: source.window(0, key, 0, 1) for key in keys(source)}
     num_rows = int(np.sum(source.lengths))
     needed = {key: num_rows * row.nbytes for key, row in features.items()}
-    if sum(needed.values()) <= limit:
+    if sum(needed.values()) <= min(limit, COPIED_BYTES):
         return EpisodeStore.from_source(source)
+    mapped = source.mapped() if isinstance(source, MappableSource) else {}
+    needed = {key: nbytes for key, nbytes in needed.items() if key not in mapped}
+    if not mapped and sum(needed.values()) <= limit:
+        return EpisodeStore.from_source(source)
+    kept, limit = _kept(needed, limit)
+    reader = WindowReader(source, cache_bytes=limit, num_workers=num_workers) if kept < needed.keys() else None
+
+    def rows(key: str) -> Rows:
+        if key in mapped:
+            return mapped[key]
+        if key in kept or reader is None:
+            return _loaded(source, key, features[key])
+        return SourceRows(reader, key, (num_rows, *features[key].shape[1:]))
+
+    infos = [source.info(index) for index in range(source.num_episodes)]
+    return EpisodeStore.of_columns({key: rows(key) for key in features}, infos, reader)
+
+
+def _kept(needed: Mapping[str, int], limit: int) -> tuple[set[str], int]:
+    """The keys to load, all or numbers alone, and the bytes that are left."""
+    if sum(needed.values()) <= limit:
+        return set(needed), limit - sum(needed.values())
     kept: set[str] = set()
-    for key in sorted(NUMBERS, key=lambda key: needed[key]):
+    for key in sorted(needed.keys() & set(NUMBERS), key=lambda key: needed[key]):
         if needed[key] <= limit:
             kept.add(key)
             limit -= needed[key]
-    reader = WindowReader(source, cache_bytes=limit, num_workers=num_workers)
-    columns: dict[str, Rows] = {
-        key: _loaded(source, key, row) if key in kept else SourceRows(reader, key, (num_rows, *row.shape[1:]))
-        for key, row in features.items()
-    }
-    infos = [source.info(index) for index in range(source.num_episodes)]
-    return EpisodeStore.of_columns(columns, infos, reader)
+    return kept, limit
 
 
 def keys(source: EpisodeSource) -> list[str]:
     return [*NUMBERS, *(IMAGE_PREFIX + camera for camera in source.cameras)]
+
+
+@runtime_checkable
+class MappableSource(Protocol):
+    def mapped(self) -> Mapping[str, Rows]:
+        """All rows of those keys that need not be read."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +94,7 @@ class SourceRows:
         return self.shape[0]
 
     def __getitem__(self, rows: Int[np.ndarray, "*shape"] | slice) -> np.ndarray:
-        wanted = np.arange(len(self))[rows] if isinstance(rows, slice) else rows
+        wanted = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
         return self.reader.read(self.key, wanted.ravel()).reshape(*wanted.shape, *self.shape[1:])
 
 
@@ -143,18 +167,10 @@ class WindowReader:
             yield from (_fetch(self._source, *job) for job in jobs)
             return
         if self._pool is None:
-            methods = multiprocessing.get_all_start_methods()
-            # not fork: the caller has JAX's threads, whose locks a forked process would inherit
-            context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-            self._pool = concurrent.futures.ProcessPoolExecutor(self._num_workers, context, _adopt, (self._source,))
+            self._pool = processes.start(self._num_workers, _adopt, self._source)
         size = math.ceil(len(jobs) / (JOBS_PER_WORKER * self._num_workers))
-        try:
+        with processes.explained(self._num_workers):
             yield from self._pool.map(_fetch_adopted, jobs, chunksize=size)
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                f"one of {self._num_workers} reading processes died, most likely for want of memory. "
-                "Use fewer of them, or none."
-            ) from error
 
 
 _Job = tuple[int, str, np.ndarray]  # episode, key, steps in rising order

@@ -203,6 +203,7 @@ def open_prior(config: TrainConfig) -> Dataset:
         data.path or collected,
         rewards=data.rewards,
         on_bad_episode=data.on_bad_episode,
+        num_workers=data.num_workers,
         remember=data.path is not None,
         **{name: value for name in ("cameras", "state_keys") if (value := getattr(data, name))},
     )

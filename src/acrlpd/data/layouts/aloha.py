@@ -58,6 +58,7 @@ class Aloha:
 
 def _pictures(where: str, file: h5py.File, label: str) -> Pictures | Rows:
     """The rank decides: an attribute that says so exists in newer files alone."""
-    if columns.dataset(where, file, label).ndim == 2:
-        return Rows.of(where, file, label, kinds="u", ranks=(2,))
+    data = columns.dataset(where, file, label)
+    if data.ndim == 2:
+        return Rows.of(where, data, label, kinds="u", ranks=(2,))
     return columns.raw_pictures(where, file, label)

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -161,19 +162,20 @@ class Rows:
     offset: int | None  # first byte in the file; None where the numbers are chunked, compressed or elsewhere
 
     @classmethod
-    def of(cls, where: str, group: h5py.Group, label: str, *, kinds: str, ranks: Sequence[int]) -> Rows:
-        """The dataset ``label`` of ``group``; refuses other dtype kinds and numbers of axes."""
-        data = dataset(where, group, label)
-        if data.dtype.kind not in kinds:
+    def of(cls, where: str, data: h5py.Dataset, label: str, *, kinds: str, ranks: Sequence[int]) -> Rows:
+        """What a data set holds; refuses other dtype kinds and numbers of axes."""
+        shape, dtype = data.shape, data.dtype
+        if dtype.kind not in kinds:
             names = " or ".join(
                 {"f": "floats", "i": "integers", "u": "unsigned integers", "b": "booleans"}[kind] for kind in kinds
             )
-            raise ValueError(f"{where}: {label}: expected {names}, found {data.dtype}")
-        if data.ndim not in ranks:
+            raise ValueError(f"{where}: {label}: expected {names}, found {dtype}")
+        if len(shape) not in ranks:
             expected = " or ".join(map(str, ranks))
-            raise ValueError(f"{where}: {label}: expected {expected} axes, time first, found shape {data.shape}")
+            raise ValueError(f"{where}: {label}: expected {expected} axes, time first, found shape {shape}")
         offset = data.id.get_offset() if data.chunks is None and not data.external and not data.is_virtual else None
-        return cls(Path(group.file.filename), data.name, label, data.shape, data.dtype, offset)
+        path = Path(os.fsdecode(h5py.h5f.get_name(data.id)))  # data.file would make an object of all of the file
+        return cls(path, data.name, label, shape, dtype, offset)
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -182,6 +184,11 @@ class Rows:
     @property
     def kind(self) -> str:
         return self.dtype.kind
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the file, mapped into memory, is an array of these numbers."""
+        return self.offset is not None and self.offset % self.dtype.itemsize == 0
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -392,21 +399,23 @@ class Picked:
 
 def numbers(where: str, group: h5py.Group, label: str, *, kinds: str = "fiu", ranks: Sequence[int] = (1, 2)) -> Rows:
     """A dataset of one or several numbers a step, all of them finite."""
-    rows = Rows.of(where, group, label, kinds=kinds, ranks=ranks)
-    check_finite(where, label, group[label][...])
+    data = dataset(where, group, label)
+    rows = Rows.of(where, data, label, kinds=kinds, ranks=ranks)
+    check_finite(where, label, data[...])
     return rows
 
 
 def vector(where: str, group: h5py.Group, label: str, *, kinds: str = "fiub") -> Shaped[np.ndarray, " t"]:
     """One finite number a step, in memory."""
-    Rows.of(where, group, label, kinds=kinds, ranks=(1,))
-    values = group[label][...]
+    data = dataset(where, group, label)
+    Rows.of(where, data, label, kinds=kinds, ranks=(1,))
+    values = data[...]
     check_finite(where, label, values)
     return values
 
 
 def raw_pictures(where: str, group: h5py.Group, label: str, *, flip: tuple[int, ...] = ()) -> Pictures:
-    rows = Rows.of(where, group, label, kinds="u", ranks=(4,))
+    rows = Rows.of(where, dataset(where, group, label), label, kinds="u", ranks=(4,))
     if rows.dtype != np.uint8 or rows.row_shape[-1] != 3:
         raise ValueError(f"{where}: {label}: expected uint8 (T, h, w, 3), found {rows.dtype} {rows.shape}")
     return Pictures(rows, flip)

@@ -1,0 +1,169 @@
+"""Rows of all episodes straight from their files, which are mapped into memory: nothing is loaded beforehand.
+
+HDF5 stores a data set that is neither chunked nor compressed as one block of bytes, so a row is found by arithmetic,
+and a batch is one fancy index over all files at once. What the kernel keeps of the files is its page cache, which it
+takes back when memory is short.
+
+A file may be deleted or replaced by another of its name while it is mapped. One that is cut short in place ends the
+process at the next read behind the cut (SIGBUS): that is how mappings work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import math
+import mmap
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, Shaped, UInt8
+
+from acrlpd.data.episodes import IMAGE_PREFIX
+from acrlpd.data.layouts.columns import Column, Joined, Pictures
+from acrlpd.data.layouts.columns import Rows as StoredRows
+
+MAX_FILES = 32_000  # Linux allows a process 65,530 mappings, and others need some
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedRows:
+    """One key of all episodes, indexed as an array is: by row numbers, or a slice."""
+
+    parts: tuple[_Part, ...]  # put side by side
+    ends: Int[np.ndarray, " n"]  # row after the last one of each episode
+    row_shape: tuple[int, ...]
+    dtype: np.dtype
+    nbytes: int = 0  # none that the kernel could not take back
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), *self.row_shape)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, rows: Int[np.ndarray, "*shape"] | slice) -> np.ndarray:
+        wanted = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):  # a stray read could end the process
+            raise IndexError(f"rows must lie in 0..{len(self) - 1}, got {wanted.min()}..{wanted.max()}")
+        episodes = np.searchsorted(self.ends, wanted, side="right")
+        blocks = [part.read(episodes, wanted) for part in self.parts]
+        values = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=-1, dtype=self.dtype)
+        return values.astype(self.dtype, copy=False).reshape(*wanted.shape, *self.row_shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A data set of every episode. Row r of episode n begins at number ``origins[n] + r * width`` of ``numbers``."""
+
+    numbers: Shaped[np.ndarray, "m width"]  # overlapping: what begins at each number of the files
+    origins: Int[np.ndarray, " n"]  # r counts over all episodes, so this may be negative
+
+    def read(self, episodes: Int[np.ndarray, "*shape"], rows: Int[np.ndarray, "*shape"]) -> np.ndarray:
+        return self.numbers[self.origins[episodes] + rows * self.numbers.shape[1]]
+
+
+def map_rows(episodes: Iterable[Mapping[str, Column]], lengths: Int[np.ndarray, " n"]) -> dict[str, MappedRows]:
+    """The keys whose bytes in the files are their rows, in every episode and in one dtype; others are left out."""
+    found: dict[str, list[tuple[StoredRows, ...] | None]] = {}
+    for columns in episodes:
+        for key, column in columns.items():
+            found.setdefault(key, []).append(_plain_parts(column))
+    plain = {key: parts for key, each in found.items() if (parts := _alike(each)) is not None}
+    paths = list(dict.fromkeys(part.path for parts in plain.values() for each in parts for part in each))
+    if not paths or len(paths) > MAX_FILES:
+        return {}
+    files = _MappedFiles(paths)
+    return {
+        key: files.pictures(parts, lengths) if key.startswith(IMAGE_PREFIX) else files.numbers(parts, lengths)
+        for key, parts in plain.items()
+    }
+
+
+def _plain_parts(column: Column) -> tuple[StoredRows, ...] | None:
+    """The data sets that a column consists of, if they are all there is to it."""
+    if isinstance(column, Pictures) and not column.flip:
+        column = column.rows
+    parts = column.parts if isinstance(column, Joined) else (column,)
+    plain = tuple(part for part in parts if isinstance(part, StoredRows) and part.is_aligned)
+    return plain if len(plain) == len(parts) else None
+
+
+def _alike(episodes: Sequence[tuple[StoredRows, ...] | None]) -> list[tuple[StoredRows, ...]] | None:
+    """The parts of every episode, if all episodes have them in one form."""
+    known = [parts for parts in episodes if parts is not None]
+    forms = {tuple((part.dtype, part.row_shape) for part in parts) for parts in known}
+    return known if len(known) == len(episodes) and len(forms) == 1 else None
+
+
+_Stored = Sequence[tuple[StoredRows, ...]]  # of one key: the parts in every episode
+
+
+class _MappedFiles:
+    """Files one behind the other in one stretch of addresses, each from a page's beginning on."""
+
+    def __init__(self, paths: Sequence[Path]):
+        sizes = [path.stat().st_size for path in paths]
+        pages = [math.ceil(size / mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes]
+        starts = np.cumsum([0, *pages])
+        # Reserved as a whole, then overlaid file by file. A mapping of Python's own would keep each file open.
+        reserved = mmap.mmap(-1, int(starts[-1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+        self._bytes: UInt8[np.ndarray, " m"] = np.frombuffer(reserved, np.uint8)
+        self._starts = dict(zip(paths, starts.tolist(), strict=False))
+        self._sizes = dict(zip(paths, sizes, strict=True))
+        for path, start, size in zip(paths, starts.tolist(), sizes, strict=False):
+            _overlay(self._bytes.ctypes.data + start, size, path)
+
+    def pictures(self, episodes: _Stored, lengths: Int[np.ndarray, " n"]) -> MappedRows:
+        first = episodes[0][0]
+        return self._rows(episodes, lengths, first.row_shape, first.dtype)
+
+    def numbers(self, episodes: _Stored, lengths: Int[np.ndarray, " n"]) -> MappedRows:
+        """As ``columns.Joined`` has them: side by side, in float32."""
+        width = sum(math.prod(part.row_shape) for part in episodes[0])
+        return self._rows(episodes, lengths, (width,), np.dtype(np.float32))
+
+    def _rows(
+        self, episodes: _Stored, lengths: Int[np.ndarray, " n"], row_shape: tuple[int, ...], dtype: np.dtype
+    ) -> MappedRows:
+        ends = np.cumsum(lengths)
+        parts = tuple(self._part(stored, ends - lengths) for stored in zip(*episodes, strict=True))
+        return MappedRows(parts, ends, row_shape, dtype)
+
+    def _part(self, episodes: Sequence[StoredRows], first_rows: Int[np.ndarray, " n"]) -> _Part:
+        dtype, width = episodes[0].dtype, math.prod(episodes[0].row_shape)
+        offsets = np.array([self._start(stored) for stored in episodes])
+        numbers = self._bytes.view(dtype)
+        windows = np.lib.stride_tricks.as_strided(
+            numbers, (len(numbers) - width + 1, width), (dtype.itemsize, dtype.itemsize), writeable=False
+        )
+        return _Part(windows, offsets // dtype.itemsize - first_rows * width)
+
+    def _start(self, stored: StoredRows) -> int:
+        assert stored.offset is not None, "is_aligned was asked"
+        end = stored.offset + len(stored) * math.prod(stored.row_shape) * stored.dtype.itemsize
+        if end > self._sizes[stored.path]:
+            raise ValueError(f"{stored.path}: {stored.label}: the file is shorter than it was. Was it replaced?")
+        return self._starts[stored.path] + stored.offset
+
+
+def _overlay(address: int, size: int, path: Path) -> None:
+    """Maps a file over reserved addresses; the mapping needs no open file."""
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mmap.restype = ctypes.c_void_p
+    numbers = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+    library.mmap.argtypes = numbers
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        done = library.mmap(address, size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0)
+    finally:
+        os.close(descriptor)
+    if done != address:
+        error = ctypes.get_errno()
+        raise OSError(error, f"the file cannot be mapped into memory: {os.strerror(error)}", str(path))
+
+
+_MAP_FIXED = 0x10  # on Linux and macOS

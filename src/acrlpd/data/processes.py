@@ -1,0 +1,32 @@
+"""Processes that read and decode, started so that they get along with JAX's threads."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
+
+
+def start(num_workers: int, prepare: Callable[..., None], *arguments: Any) -> concurrent.futures.ProcessPoolExecutor:
+    """A pool in which each process first calls ``prepare``. A script that uses it needs the usual ``__main__`` guard.
+
+    Not forked: the caller has JAX's threads, whose locks a forked process would inherit.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    return concurrent.futures.ProcessPoolExecutor(num_workers, context, prepare, arguments)
+
+
+@contextmanager
+def explained(num_workers: int) -> Iterator[None]:
+    """Around what a pool computes: a process that vanished says nothing itself."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            f"one of {num_workers} reading processes died: for want of memory, or because the script that started them "
+            "has no `if __name__ == '__main__':` around its code. Use fewer of them, or none."
+        ) from error

@@ -169,7 +169,10 @@ class TrainConfig:
     online_transition_steps: int = 1000  # ... over this many updates of the online phase
     log_frequency: int = 100  # updates
     save_frequency: int = 50_000  # updates
-    max_to_keep: int = 2  # checkpoints, beside those at the end of a phase
+    max_to_keep: int = 2  # newest checkpoints, beside the best and that at the end of the offline phase
+    keep_period: int | None = None  # updates: checkpoints at its multiples are never deleted
+    max_skipped_updates: int = 10  # in a row, for NaN or spikes; then the run rolls back to a checkpoint before them
+    max_rollbacks: int = 3  # then the run ends; each draws other batches and noise
     early_stopping_patience: int = 50  # online evaluations without a better result
     early_stopping_success: float | None = None  # an online evaluation this good ends the run
     asset_id: str = "acrlpd"  # folder of the normalization statistics in a checkpoint, as openpi's
@@ -188,6 +191,13 @@ class TrainConfig:
         for name in ("log_frequency", "save_frequency", "online_envs", "early_stopping_patience", "max_to_keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_skipped_updates < 1 or not 0 <= self.max_rollbacks <= 3:
+            raise ValueError(
+                "max_skipped_updates must be at least 1 and max_rollbacks lie in 0..3, "
+                f"got {self.max_skipped_updates} and {self.max_rollbacks}"
+            )
+        if self.keep_period is not None and self.keep_period < 1:
+            raise ValueError(f"keep_period must be at least 1, got {self.keep_period}")
         if self.utd_ratio <= 0:
             raise ValueError(f"utd_ratio must be positive, got {self.utd_ratio}")
         if self.env is None and self.online_steps > 0:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from acrlpd.cli.main import main
-from acrlpd.training.guards import EXIT_INTERRUPTED
+from acrlpd.training.faults import EXIT_INTERRUPTED
 
 
 def test_usage_lists_the_commands(capsys):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from acrlpd.training import setup
-from acrlpd.training.guards import Interrupted, stop_on_signal
+from acrlpd.training.faults import Interrupted
+from acrlpd.training.guards import stop_on_signal
 from acrlpd.training.metrics import read_jsonl
 
 

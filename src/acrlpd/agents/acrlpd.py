@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from acrlpd.agents import extraction as extractions
 from acrlpd.agents import losses, sampling
 from acrlpd.agents.extraction import ExtractionName, Modules
+from acrlpd.agents.health import Health, HealthConfig, judge, keep_if
 from acrlpd.agents.losses import LossWeights
 from acrlpd.models import flow
 from acrlpd.models.critic import CriticConfig, CriticNetworks
@@ -70,6 +71,7 @@ class AgentConfig:
     bc_weighting: BCWeighting = "none"
     bc_weighting_temperature: float = 1.0
     bc_weighting_bound: float = 4.0  # largest over smallest weight
+    health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
 
     def __post_init__(self):
         for name, choices in (
@@ -157,7 +159,8 @@ class ACRLPDAgent:
     frozen: nnx.State  # the policy's frozen part; no optimiser state exists for it
     target_critic: nnx.State
     opt_state: dict[str, optax.OptState]
-    step: Int[Array, ""]
+    health: Health
+    step: Int[Array, ""]  # counts skipped updates too, as batches do
     nets: Networks = struct.field(pytree_node=False)
 
     @classmethod
@@ -210,6 +213,7 @@ class ACRLPDAgent:
             frozen=frozen,
             target_critic=jax.tree.map(jnp.copy, critic_params),
             opt_state={group: optimizers[group].init(params[group]) for group in params},
+            health=Health.create(("loss", *optimizers)),
             step=jnp.zeros((), jnp.int32),
             nets=nets,
         )
@@ -266,8 +270,15 @@ def _update(
         metrics[f"grad_norm/{group}"] = optax.tree.norm(grads[group])
     tau = nets.config.target_update_tau
     target_critic = optax.incremental_update(params["critic"], agent.target_critic, tau)
+    norms = {group: metrics[f"grad_norm/{group}"] for group in nets.optimizers}
+    ok, health = judge(agent.health, {"loss": jnp.abs(metrics["total_loss"]), **norms}, nets.config.health)
+    metrics |= {"skipped": 1.0 - ok, "skipped_in_a_row": health.skipped_in_a_row}
+    before = (agent.params, agent.opt_state, agent.target_critic)
+    params, opt_state, target_critic = keep_if(ok, (params, opt_state, target_critic), before)
     step = agent.step + 1
-    agent = dataclasses.replace(agent, params=params, opt_state=opt_state, target_critic=target_critic, step=step)
+    agent = dataclasses.replace(
+        agent, params=params, opt_state=opt_state, target_critic=target_critic, health=health, step=step
+    )
     return agent, metrics
 
 

@@ -8,6 +8,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from acrlpd.training.faults import EXIT_FAULT, RunFault
+
 COMMANDS = {
     "train": "train a preset offline, then online; resume an interrupted run",
     "eval": "success rate of a checkpoint, with its interval",
@@ -22,7 +24,7 @@ USAGE = "usage: acrlpd COMMAND ...\n\n" + "\n".join(f"  {name:<12}{text}" for na
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 the user's mistake, 75 interrupted and saved."""
+    """Returns the exit code: 0 done, 2 the user's mistake, 70 the run cannot go on, 75 interrupted and saved."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("acrlpd").setLevel(logging.INFO)
@@ -38,11 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, ImportError, OSError) as error:
         logging.debug("the error in full", exc_info=True)
         return _fail(str(error))
+    except RunFault as error:
+        logging.debug("the error in full", exc_info=True)
+        return _fail(str(error), EXIT_FAULT)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 2) -> int:
     print(f"acrlpd: {message}", file=sys.stderr)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

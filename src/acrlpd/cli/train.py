@@ -13,7 +13,7 @@ import tyro
 from acrlpd import presets
 from acrlpd.config import TrainConfig, from_dict
 from acrlpd.training import setup
-from acrlpd.training.guards import EXIT_INTERRUPTED, Interrupted
+from acrlpd.training.faults import EXIT_INTERRUPTED, Interrupted
 from acrlpd.training.report import write_report
 
 

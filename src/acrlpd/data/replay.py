@@ -55,6 +55,10 @@ class ReplayJournal:
         self._next_number = number + 1
         return number
 
+    def metadata(self) -> list[dict[str, Any]]:
+        """What ``append`` was told about each episode."""
+        return [hdf5.read_metadata(self.directory / entry.file) for entry in self._entries]
+
     def load(self) -> Iterator[Episode]:
         """The intact episodes, oldest first, one at a time: they need not fit into memory together."""
         for entry in list(self._entries):

@@ -13,7 +13,7 @@ import itertools
 import multiprocessing
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -96,7 +96,7 @@ def rollout(
 class OnlineCollector:
     """One chunk in each environment whenever asked, so that a trainer can update in between.
 
-    Episode k of the run is seeded by ``episode_seed(seed, k)``. A chunk is executed open loop; what an ended episode
+    Episode k of the run is seeded by ``episode_seed(seed, k)``; those ``finished`` before are left out. A chunk is executed open loop; what an ended episode
     leaves of it is dropped.
     """
 
@@ -107,11 +107,14 @@ class OnlineCollector:
         seed: int,
         execute_horizon: int,
         first_episode: int = 0,
+        finished: Collection[int] = (),
         record_images: bool = True,
     ):
         self.seconds = Seconds()
         self._execute_horizon = execute_horizon
-        self._jobs = ((number, episode_seed(seed, number)) for number in itertools.count(first_episode))
+        done = frozenset(finished)
+        missing = (number for number in itertools.count(first_episode) if number not in done)
+        self._jobs = ((number, episode_seed(seed, number)) for number in missing)
         self._runs = [_Run(environment, record_images, self.seconds) for environment in environments]
         for run in self._runs:
             run.start_next(self._jobs)

@@ -10,20 +10,27 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
+from jaxtyping import Array, UInt32
 
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.data import normalize
 from acrlpd.data.normalize import NormStats
+from acrlpd.training.faults import RunFault
 
-DIRECTORY = "checkpoints"
+logger = logging.getLogger(__name__)
+
+SHOWN = 20  # arrays in a message
+DAMAGED = "damaged"  # below the checkpoints: what could not be read when a run was resumed
 
 
 class AssetsHandler(ocp.CheckpointHandler):
@@ -67,20 +74,47 @@ class Restored:
     step: int
 
 
-class ACRLPDCheckpointManager:
-    """Asynchronous saves, the newest few kept, and those whose step is named in ``keep`` for ever."""
+class DamagedCheckpoint(ValueError):  # noqa: N818 (an error all the same)
+    """A checkpoint's files are missing, cut short, or hold other numbers than were saved."""
 
-    def __init__(self, directory: str | os.PathLike[str], *, max_to_keep: int = 2, keep: Collection[int] = ()):
+
+@dataclasses.dataclass(frozen=True)
+class _Named(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps the steps of a set that may grow and shrink meanwhile."""
+
+    steps: set[int]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [checkpoint.step in self.steps for checkpoint in checkpoints]
+
+
+class ACRLPDCheckpointManager:
+    """Asynchronous saves. The newest few are kept, one every ``keep_period`` steps, and those in the set ``keep``.
+
+    ``writer``: of the process that trains; what a killed one left half written is removed, which a reader must not do.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        max_to_keep: int = 2,
+        keep_period: int | None = None,
+        keep: Collection[int] = (),
+        writer: bool = False,
+    ):
         self.directory = Path(directory).absolute()
-        policies = ocp.checkpoint_managers.AnyPreservationPolicy(
-            [
-                ocp.checkpoint_managers.LatestN(max_to_keep),
-                ocp.checkpoint_managers.CustomSteps(list(keep)),
-            ]
-        )
+        self.keep = set(keep)
+        policies = [ocp.checkpoint_managers.LatestN(max_to_keep), _Named(self.keep)]
+        if keep_period is not None:
+            policies.append(ocp.checkpoint_managers.EveryNSteps(keep_period))
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(preservation_policy=policies, create=True),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+                create=True,
+                cleanup_tmp_directories=writer,
+            ),
         )
 
     def steps(self) -> list[int]:
@@ -89,60 +123,132 @@ class ACRLPDCheckpointManager:
     def save(
         self, agent: ACRLPDAgent, *, asset_id: str, norm_stats: Mapping[str, NormStats], run: Mapping[str, Any]
     ) -> int:
-        """Starts a save under the agent's step and returns that step. An existing one is left as it is."""
+        """Starts a save under the agent's step and returns that step. An existing one is left as it is.
+
+        Raises:
+            RunFault: this save or the one before could not be written; complete checkpoints are as they were.
+        """
         step = int(agent.step)
         if step in self._manager.all_steps():
             return step
         policy, rest = _split(agent)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave({"params": policy}),
-                acrlpd=ocp.args.PyTreeSave(rest),
-                assets=AssetsSave(asset_id, norm_stats),
-                run=ocp.args.JsonSave({**run, "versions": versions()}),
-            ),
-        )
-        return step
-
-    def restore(self, template: ACRLPDAgent, step: int | None = None) -> Restored:
-        """The checkpoint of ``step`` (the newest by default) in the template's shapes and shardings."""
-        step = self._resolve(step)
-        policy, rest = (jax.tree.map(ocp.utils.to_shape_dtype_struct, tree) for tree in _split(template))
-        params = {"params": policy}
+        sums = {"params": checksum(policy), "acrlpd": checksum(rest)}
         try:
-            found = self._manager.restore(
+            self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.PyTreeRestore(
-                        params, restore_args=ocp.checkpoint_utils.construct_restore_args(params)
-                    ),
-                    acrlpd=ocp.args.PyTreeRestore(rest, restore_args=ocp.checkpoint_utils.construct_restore_args(rest)),
-                    run=ocp.args.JsonRestore(),
+                    params=ocp.args.PyTreeSave({"params": policy}),
+                    acrlpd=ocp.args.PyTreeSave(rest),
+                    assets=AssetsSave(asset_id, norm_stats),
+                    run=ocp.args.JsonSave({**run, "versions": versions(), "checksums": sums}),
                 ),
             )
-        except ValueError as error:
-            raise ValueError(
-                f"{self.directory / str(step)} does not fit this configuration: {error}\n"
-                "Resume with the configuration the run was started with."
-            ) from error
-        return Restored(_join(template, found.params["params"], found.acrlpd), found.run, step)
+        except (OSError, ValueError) as error:
+            raise self._not_written(error) from error
+        return step
+
+    def restore_newest(self, template: ACRLPDAgent, *, before: int | None = None) -> Restored:
+        """The newest checkpoint that is whole, not later than ``before``. Damaged ones are moved away, loudly."""
+        for step in reversed(self.steps()):
+            if before is not None and step > before:
+                continue
+            try:
+                return self.restore(template, step)
+            except DamagedCheckpoint as error:
+                logger.error("%s. Falling back to the checkpoint before it.", error)
+                self._set_aside(step)
+        raise ValueError(f"{self.directory} holds no checkpoint that can be read. Train first, or name another folder.")
+
+    def restore(self, template: ACRLPDAgent, step: int | None = None) -> Restored:
+        """The checkpoint of ``step`` (the newest by default) in the template's shapes and shardings.
+
+        Raises:
+            DamagedCheckpoint: it cannot be read, or its numbers are not those that were saved.
+            ValueError: it is whole, but of an agent of another structure.
+        """
+        step = self._resolve(step)
+        policy, rest = (jax.tree.map(ocp.utils.to_shape_dtype_struct, tree) for tree in _split(template))
+        run = self.read_run(step)
+        self._check_structure(step, {"params": {"params": policy}, "acrlpd": rest})
+        found = self._read(
+            step,
+            ocp.args.Composite(params=_restore_args({"params": policy}), acrlpd=_restore_args(rest)),
+        )
+        policy, rest = found.params["params"], found.acrlpd
+        sums = {"params": checksum(policy), "acrlpd": checksum(rest)}
+        if sums != run["checksums"]:
+            raise DamagedCheckpoint(
+                f"checkpoint {self.directory / str(step)} is damaged: its checksums are {sums}, "
+                f"those of what was saved {run['checksums']}"
+            )
+        return Restored(_join(template, policy, rest), run, step)
+
+    def discard_after(self, step: int) -> None:
+        """Deletes later checkpoints: the run goes another way from here."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
 
     def read_run(self, step: int | None = None) -> dict[str, Any]:
         """The JSON of a checkpoint: its configuration and counters."""
-        step = self._resolve(step)
-        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+        return self._read(self._resolve(step), ocp.args.Composite(run=ocp.args.JsonRestore())).run
 
     def read_norm_stats(self, step: int | None = None) -> dict[str, NormStats]:
-        step = self._resolve(step)
-        return self._manager.restore(step, args=ocp.args.Composite(assets=AssetsRestore())).assets
+        return self._read(self._resolve(step), ocp.args.Composite(assets=AssetsRestore())).assets
 
     def wait(self) -> None:
         """Until all started saves lie on disk."""
-        self._manager.wait_until_finished()
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._not_written(error) from error
 
     def close(self) -> None:
         self._manager.close()
+
+    def _read(self, step: int, args: ocp.args.Composite) -> Any:
+        try:
+            return self._manager.restore(step, args=args)
+        except (OSError, ValueError, KeyError, TypeError) as error:  # as many kinds as there are files to damage
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DamagedCheckpoint(f"checkpoint {self.directory / str(step)} is damaged: {reason}") from error
+
+    def _check_structure(self, step: int, expected: dict[str, Any]) -> None:
+        """Raises ValueError where a whole checkpoint is one of another agent."""
+        for item, tree in expected.items():
+            try:
+                stored = _shapes(ocp.PyTreeCheckpointHandler().metadata(self.directory / str(step) / item).tree)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DamagedCheckpoint(
+                    f"checkpoint {self.directory / str(step)} is damaged: {item} has no readable metadata"
+                ) from error
+            wanted = _shapes(tree)
+            different = [
+                f"{item}{path}: stored {stored.get(path, 'nothing')}, expected {wanted.get(path, 'nothing')}"
+                for path in sorted(stored.keys() | wanted.keys())
+                if stored.get(path) != wanted.get(path)
+            ]
+            if different:
+                raise ValueError(
+                    f"{self.directory / str(step)} does not fit this configuration; {len(different)} arrays differ:\n  "
+                    + "\n  ".join(different[:SHOWN])
+                    + "\nResume with the configuration the run was started with."
+                )
+
+    def _set_aside(self, step: int) -> None:
+        folder = self.directory / DAMAGED
+        folder.mkdir(exist_ok=True)
+        names = (folder / (f"{step}" if count == 0 else f"{step}-{count}") for count in range(10**6))
+        os.replace(self.directory / str(step), next(path for path in names if not path.exists()))
+        self._manager.reload()
+
+    def _not_written(self, error: Exception) -> RunFault:
+        steps = [step for step in self.steps() if (self.directory / str(step)).is_dir()]
+        left = f"the last complete one is {self.directory / str(steps[-1])}" if steps else "there is none yet"
+        return RunFault(
+            f"a checkpoint could not be written to {self.directory}: {str(error).splitlines()[0]}. Checkpoints before "
+            f"it are intact; {left}. Make room (each needs its whole size beside the old ones), then use --resume."
+        )
 
     def _resolve(self, step: int | None) -> int:
         steps = self.steps()
@@ -158,6 +264,33 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("acrlpd", "jax", "jaxlib", "flax", "optax", "numpy")}
 
 
+def checksum(tree: Any) -> int:
+    """Sum of all bits as unsigned integers: the same however the arrays are spread over devices."""
+    return sum(int(each) for each in jax.device_get([_bit_sum(leaf) for leaf in jax.tree.leaves(tree)])) % 2**32
+
+
+@jax.jit
+def _bit_sum(x: Array) -> UInt32[Array, ""]:
+    kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+    bits = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, kinds[x.dtype.itemsize])
+    return jnp.sum(bits, dtype=jnp.uint32)
+
+
+def _restore_args(tree: Any) -> Any:
+    return ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of every array by its path, whatever kinds of containers hold it."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"".join(f"/{_key(key)}" for key in path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _key(key: Any) -> Any:
+    """A key of a path; dataclasses and tuples are stored as dictionaries."""
+    return next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name))
+
+
 def _split(agent: ACRLPDAgent) -> tuple[nnx.State, dict[str, Any]]:
     """The whole policy (trainable and frozen), and everything else."""
     policy = nnx.merge_state(agent.params["policy"], agent.frozen)
@@ -165,6 +298,7 @@ def _split(agent: ACRLPDAgent) -> tuple[nnx.State, dict[str, Any]]:
         "params": {group: value for group, value in agent.params.items() if group != "policy"},
         "target_critic": agent.target_critic,
         "opt_state": agent.opt_state,
+        "health": agent.health,
         "step": agent.step,
     }
     return policy, rest
@@ -179,6 +313,7 @@ def _join(template: ACRLPDAgent, policy: nnx.State, rest: Mapping[str, Any]) -> 
         frozen=_pick(flat, lambda path: path not in trainable),
         target_critic=rest["target_critic"],
         opt_state=rest["opt_state"],
+        health=rest["health"],
         step=rest["step"],
     )
 

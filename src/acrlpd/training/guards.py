@@ -1,18 +1,97 @@
-"""A stop that loses nothing: SIGINT and SIGTERM finish the step under way."""
+"""What can happen to a run from outside or inside, and how it ends without losing work.
+
+A signal, a second process on the same folder, a disk that takes nothing more, data that is gone, numbers that explode.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
+import fcntl
+import os
 import signal
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
-EXIT_INTERRUPTED = 75  # "temporary failure, try again" in sysexits.h: nothing is lost, resume
+import jax
+
+from acrlpd.training.faults import RunFault
+from acrlpd.training.metrics import JsonlWriter
+from acrlpd.types import ChunkBatch
+
+LOCK_FILE = "lock"
 
 
-class Interrupted(Exception):  # noqa: N818 (not an error)
-    """A signal asked the run to stop, and it has saved."""
+class RunLock:
+    """One process a run folder. The system frees the lock with the process, however that ends."""
+
+    def __init__(self, directory: Path):
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = open(directory / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 (held open for the run)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            self._file.close()
+            raise ValueError(
+                f"run directory {directory} is in use by {owner}. Stop that run first, or choose another --name."
+            ) from None
+        self._file.truncate(0)
+        now = dt.datetime.now().isoformat(sep=" ", timespec="seconds")
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+@contextlib.contextmanager
+def explain_storage(directory: Path) -> Iterator[None]:
+    """A write that the system refuses (disk full, quota, read-only, gone) ends the run with words on what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFault(
+            f"{directory} cannot be written: {error}. Everything up to the last checkpoint is intact: make room or "
+            "restore the folder, then use --resume."
+        ) from error
+
+
+class SkippedUpdates:
+    """Which updates the agent refused, and what was in them. Looked up at log points, so nobody waits for it."""
+
+    def __init__(self, file: Path, *, limit: int):
+        self._file = file
+        self._limit = limit
+        self._recent: list[tuple[int, dict[str, Any], dict[str, Any]]] = []
+
+    def watch(self, step: int, batch: ChunkBatch, metrics: Mapping[str, Any]) -> None:
+        """``batch`` as the host made it; of it and of ``metrics`` only small arrays are kept."""
+        ids = {"episode_id": batch.episode_id, "step_id": batch.step_id}
+        self._recent.append((step, ids, {name: metrics[name] for name in ("skipped", "skipped_in_a_row")}))
+
+    def settle(self) -> int | None:
+        """Writes down what was skipped since the last call; the first update of a row that is too long, or None."""
+        recent, self._recent = self._recent, []
+        start = None
+        for step, ids, health in jax.device_get(recent):
+            if not health["skipped"]:
+                continue
+            in_a_row = int(health["skipped_in_a_row"])
+            self._write({"step": step, "in_a_row": in_a_row} | {name: each.tolist() for name, each in ids.items()})
+            if in_a_row >= self._limit:
+                start = step - in_a_row + 1
+        return start
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        writer = JsonlWriter(self._file)
+        writer.write(record)
+        writer.close()
 
 
 class StopRequest:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,17 +26,21 @@ from acrlpd.data.replay import ReplayJournal
 from acrlpd.data.transforms import Transform
 from acrlpd.envs.env import Environment
 from acrlpd.envs.rollout import OnlineCollector, Rollout
+from acrlpd.training import guards
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.evaluate import Evaluation, chunk_policy, evaluate
-from acrlpd.training.guards import Interrupted, StopRequest, stop_on_signal
+from acrlpd.training.faults import DataFault, Diverged, Interrupted
+from acrlpd.training.guards import RunLock, SkippedUpdates, StopRequest
 from acrlpd.training.metrics import JsonlWriter, MetricAverage, Stopwatch, write_json
 from acrlpd.training.sharding import make_mesh, put_batch
+from acrlpd.types import ChunkBatch
 
 logger = logging.getLogger(__name__)
 
 Phase = Literal["offline", "online"]
 BAR_SECONDS = 1.0 if sys.stderr.isatty() else 30.0  # a log file needs no animation
 PHASES: tuple[Phase, ...] = ("offline", "online")
+ROLLBACK_STRIDE = 2**30  # after a rollback, batches and noise are those of other, far away steps
 
 
 @dataclasses.dataclass
@@ -47,6 +52,9 @@ class Progress:
     results: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # "bc", "offline", "online"
     best_success: float = -1.0
     evaluations_since_best: int = 0
+    best_step: int | None = None  # whose checkpoint is kept, and what it reached
+    best_step_success: float = -1.0
+    rollbacks: int = 0
     wall_s: float = 0.0
     cpu_s: float = 0.0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -77,8 +85,18 @@ class RunFiles:
         return self.directory / "metrics.jsonl"
 
     @property
+    def skipped(self) -> Path:
+        """The updates that were refused, with the episodes in their batches."""
+        return self.directory / "skipped_updates.jsonl"
+
+    @property
     def summary(self) -> Path:
         return self.directory / "summary.json"
+
+    @property
+    def best(self) -> Path:
+        """The step of the best evaluation on the way, whose checkpoint is kept."""
+        return self.directory / "best.json"
 
     @property
     def config(self) -> Path:
@@ -125,6 +143,8 @@ class ACRLPDTrainer:
         progress: Progress | None = None,
         interaction: Interaction | None = None,
         eval_environments: Sequence[Environment] = (),
+        fresh_agent: Callable[[], ACRLPDAgent],
+        lock: RunLock | None = None,
     ):
         self.agent = agent
         self.loader = loader
@@ -141,6 +161,9 @@ class ACRLPDTrainer:
         self._average = MetricAverage()
         self._watch = Stopwatch()
         self._checkpoints = checkpoints
+        self._fresh_agent = fresh_agent
+        self._lock = lock
+        self._skipped = SkippedUpdates(files.skipped, limit=config.max_skipped_updates)
         self._started = time.perf_counter(), time.process_time()
         self._compiled = False
         self._has_acted = False
@@ -148,18 +171,19 @@ class ACRLPDTrainer:
 
     def train(self) -> dict[str, Any]:
         """Runs what is left of both phases and returns the summary, which also lies in ``summary.json``."""
-        write_json(self._files.config, to_dict(self.config))
-        self._writer = JsonlWriter(self._files.metrics)
-        try:
-            with stop_on_signal() as stop:
+        with guards.explain_storage(self._files.directory), contextlib.ExitStack() as closing:
+            if self._lock is not None:
+                closing.callback(self._lock.release)
+            closing.callback(self.loader.close)
+            closing.callback(self._checkpoints.wait)
+            write_json(self._files.config, to_dict(self.config))
+            self._writer = JsonlWriter(self._files.metrics)
+            closing.callback(self._writer.close)
+            with guards.stop_on_signal() as stop:
                 for phase in PHASES:
                     if self._extent(phase)[0] > 0 and not (phase in self.progress.finished and self._finished(phase)):
                         self._run(phase, stop)
             return self._summarize()
-        finally:
-            self._checkpoints.wait()
-            self._writer.close()
-            self.loader.close()
 
     def _run(self, phase: Phase, stop: StopRequest) -> None:
         total, done = self._extent(phase)
@@ -170,6 +194,7 @@ class ACRLPDTrainer:
                 self._update(phase)
                 if self._step % self.config.log_frequency == 0:
                     bar.set_postfix(self._log(phase))
+                    self._roll_back_if_diverged()
                 self._evaluate_on_the_way(phase)
                 if self._step % self.config.save_frequency == 0:
                     self._save()
@@ -182,18 +207,34 @@ class ACRLPDTrainer:
     # ---- one step
 
     def _update(self, phase: Phase) -> None:
-        online = phase == "online"
         with self._watch.span("data", behind="update", busy=self._is_updating):
-            batch = put_batch(self.loader.batch(self._step, online=online), self._mesh)
+            own_batch = self._make_batch(online=phase == "online")
+            batch = put_batch(own_batch, self._mesh)
         with self._watch.span("update" if self._compiled else "compile"):
-            rng = jax.random.fold_in(self._update_rng, self._step)
+            rng = jax.random.fold_in(self._update_rng, self._draw)
             self.agent, metrics = self.agent.update(batch, rng, self.loss_weights())
+            self._skipped.watch(self._step, own_batch, metrics)
             self._step += 1
             if not self._compiled:
                 jax.block_until_ready(metrics)
                 self._compiled = True
         self._average.add(metrics)
         self._newest = metrics["total_loss"]
+
+    def _make_batch(self, *, online: bool) -> ChunkBatch:
+        try:
+            return self.loader.batch(self._draw, online=online)
+        except (OSError, ValueError) as error:
+            self._save()
+            raise DataFault(
+                f"no batch can be made for update {self._step}: {error}. The run is saved at this step in "
+                f"{self._files.directory}: bring the data back, then use --resume."
+            ) from error
+
+    @property
+    def _draw(self) -> int:
+        """The number from which the coming update draws its batch and noise: its step, unless the run rolled back."""
+        return self._step + self.progress.rollbacks * ROLLBACK_STRIDE
 
     def _is_updating(self) -> bool:
         """Whether the device is still at the last update."""
@@ -266,6 +307,32 @@ class ACRLPDTrainer:
             self._writer.write(record | {f"loader/{name}": value for name, value in self.loader.stats().items()})
         return {"loss": f"{metrics['total_loss']:.3g}", "q": f"{metrics['q_mean']:.3g}"}
 
+    def _roll_back_if_diverged(self) -> None:
+        """To the newest checkpoint before a long row of skipped updates, or to the beginning."""
+        diverged_at = self._skipped.settle()
+        if diverged_at is None:
+            return
+        what = (
+            f"{self.config.max_skipped_updates} updates in a row from step {diverged_at} on were skipped for NaN or "
+            f"spikes; their episodes are listed in {self._files.skipped}"
+        )
+        if self.progress.rollbacks >= self.config.max_rollbacks:
+            raise Diverged(
+                f"{what}. {self.progress.rollbacks} rollbacks did not help: look at those episodes (acrlpd data "
+                "validate), lower the learning rates, or raise agent.health.spike_factor."
+            )
+        self._checkpoints.wait()
+        self.agent = self._last_good(diverged_at)
+        self._step = int(self.agent.step)
+        self._checkpoints.discard_after(self._step)
+        self.progress.rollbacks += 1
+        logger.warning("%s. Rolled back to step %d, where other batches and noise are drawn.", what, self._step)
+
+    def _last_good(self, before: int) -> ACRLPDAgent:
+        if any(step <= before for step in self._checkpoints.steps()):
+            return self._checkpoints.restore_newest(self.agent, before=before).agent
+        return self._fresh_agent()
+
     def _evaluate_on_the_way(self, phase: Phase) -> None:
         frequency = self.config.eval.frequency // (2 if phase == "online" else 1)
         if not self._eval_environments or self._step % max(1, frequency):
@@ -275,6 +342,15 @@ class ACRLPDTrainer:
             improved = result.success > self.progress.best_success
             self.progress.best_success = max(result.success, self.progress.best_success)
             self.progress.evaluations_since_best = 0 if improved else self.progress.evaluations_since_best + 1
+        if result.success > self.progress.best_step_success:
+            self._keep_as_best(result.success)
+
+    def _keep_as_best(self, success: float) -> None:
+        self._checkpoints.keep.discard(self.progress.best_step)
+        self.progress.best_step, self.progress.best_step_success = self._step, success
+        self._checkpoints.keep |= {self._step, self.config.offline_steps}
+        self._save()
+        write_json(self._files.best, {"step": self._step, "success": success})
 
     def _evaluate(self, name: str, mode: ActingMode, episodes: int) -> tuple[Evaluation, list[Rollout]]:
         with self._watch.span("update"):
@@ -349,6 +425,8 @@ class ACRLPDTrainer:
             "cpu_s": self.progress.cpu_s,
             "updates": self._step,
             "env_steps": self.progress.env_steps,
+            "best": {"step": self.progress.best_step, "success": self.progress.best_step_success},
+            "rollbacks": self.progress.rollbacks,
             "breakdown": breakdown(self.progress.seconds, self.progress.wall_s),
         }
         write_json(self._files.summary, summary)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -67,13 +68,14 @@ class MetricAverage:
         self._records.append(metrics)
 
     def fetch(self) -> dict[str, float]:
-        """Waits for the device once, and starts anew."""
+        """Waits for the device once, and starts anew. What is not finite belongs to a skipped update: left out."""
         values: dict[str, list[float]] = {}
         for record in jax.device_get(self._records):
             for name, value in record.items():
                 values.setdefault(name, []).append(value)
         self._records = []
-        return {name: float(np.mean(of_name)) for name, of_name in values.items()}
+        finite = {name: np.asarray(each)[np.isfinite(each)] for name, each in values.items()}
+        return {name: float(np.mean(each)) if len(each) else math.nan for name, each in finite.items()}
 
 
 class Stopwatch:

@@ -33,6 +33,7 @@ from acrlpd.models.mlp_flow import MLPFlowConfig
 from acrlpd.models.pi0 import Pi0, Pi0Config
 from acrlpd.models.recognize import recognize
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
+from acrlpd.training.guards import LOCK_FILE, RunLock
 from acrlpd.training.loop import ACRLPDTrainer, Interaction, Progress, RunFiles
 from acrlpd.training.optimizer import make_optimizers
 from acrlpd.training.sharding import make_mesh, parameter_sharding
@@ -55,20 +56,30 @@ def run_files(config: TrainConfig) -> RunFiles:
 def make_trainer(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> ACRLPDTrainer:
     """A trainer at the start of its run, or where the newest checkpoint left it."""
     files = run_files(config)
+    lock = RunLock(files.directory) if jax.process_index() == 0 else None
     claim_directory(config, files, resume=resume, overwrite=overwrite)
     environments = make_environments(config, config.eval.num_envs) if config.env else []
     source = open_prior(config)
     prior = windows.open_store(source, memory_bytes=config.data.memory_bytes, num_workers=config.data.num_workers)
     dims = Dims(prior.state.shape[1], prior.actions.shape[1])
     checkpoints = ACRLPDCheckpointManager(
-        files.checkpoints, max_to_keep=config.max_to_keep, keep=(config.offline_steps,)
+        files.checkpoints,
+        max_to_keep=config.max_to_keep,
+        keep_period=config.keep_period,
+        keep=(config.offline_steps,),
+        writer=True,
     )
     is_resumed = bool(checkpoints.steps())
-    agent = make_agent(config, dims, prior.cameras, weights=None if is_resumed else config.policy.weights)
+
+    def fresh_agent() -> ACRLPDAgent:
+        return make_agent(config, dims, prior.cameras, weights=config.policy.weights)
+
+    agent = make_agent(config, dims, prior.cameras) if is_resumed else fresh_agent()
     progress = Progress()
     if is_resumed:
-        restored = checkpoints.restore(agent)
+        restored = checkpoints.restore_newest(agent)
         agent, progress = restored.agent, Progress(**restored.run["progress"])
+        checkpoints.keep |= {step for step in (progress.best_step,) if step is not None}
         stats = checkpoints.read_norm_stats(restored.step)
         logger.info("resumed at update %d", restored.step)
     else:
@@ -98,6 +109,8 @@ def make_trainer(config: TrainConfig, *, resume: bool = False, overwrite: bool =
         progress=progress,
         interaction=interaction,
         eval_environments=environments,
+        fresh_agent=fresh_agent,
+        lock=lock,
     )
 
 
@@ -105,8 +118,8 @@ def claim_directory(config: TrainConfig, files: RunFiles, *, resume: bool, overw
     """Refuses to mix two runs in one folder, and to resume one with other hyper-parameters."""
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
-    if overwrite and files.directory.exists():
-        shutil.rmtree(files.directory)
+    if overwrite:
+        _empty(files.directory)
     if not files.config.exists():
         return
     if not resume:
@@ -123,9 +136,25 @@ def claim_directory(config: TrainConfig, files: RunFiles, *, resume: bool, overw
         )
 
 
+def _empty(directory: Path) -> None:
+    """All but the lock, which is held."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK_FILE:
+            path.unlink()
+
+
 CHANGEABLE = (
-    *("run_dir", "name", "online_steps", "log_frequency", "save_frequency", "max_to_keep"),
-    *("early_stopping_patience", "early_stopping_success", "eval.frequency", "eval.progress_episodes"),
+    *("run_dir", "name", "online_steps", "log_frequency", "save_frequency", "max_to_keep", "keep_period"),
+    *(
+        "max_skipped_updates",
+        "max_rollbacks",
+        "early_stopping_patience",
+        "early_stopping_success",
+        "eval.frequency",
+        "eval.progress_episodes",
+    ),
 )
 """Fields that say how long a run goes and what it reports, not what it computes."""
 
@@ -154,7 +183,8 @@ def make_interaction(config: TrainConfig, files: RunFiles, progress: Progress) -
         make_environments(config, config.online_envs),
         seed=config.seed,
         execute_horizon=config.execute_horizon or config.policy.action_horizon,
-        first_episode=ONLINE_FIRST_EPISODE + len(journal),
+        first_episode=ONLINE_FIRST_EPISODE,
+        finished={entry["episode"] for entry in journal.metadata()},
     )
     return Interaction(collector, journal, replay)
 
@@ -173,7 +203,10 @@ class Loaded:
 
 
 def load_checkpoint(path: str | Path) -> Loaded:
-    """The agent of a checkpoint: ``path`` is a run, its ``checkpoints`` folder (both: the newest), or one step's."""
+    """The agent of a checkpoint.
+
+    ``path`` is a run, its ``checkpoints`` folder (both: the newest), one step's, or RUN/best.
+    """
     directory, step = locate_checkpoint(Path(path))
     manager = ACRLPDCheckpointManager(directory)
     run = manager.read_run(step)
@@ -185,7 +218,10 @@ def load_checkpoint(path: str | Path) -> Loaded:
 
 
 def locate_checkpoint(path: Path) -> tuple[Path, int | None]:
-    """The folder of a manager, and the step if ``path`` names one."""
+    """The folder of a manager, and the step if ``path`` names one; ``<run>/best`` is that of the best evaluation."""
+    best = RunFiles(path.parent).best
+    if path.name == "best" and best.is_file():
+        return RunFiles(path.parent).checkpoints, int(json.loads(best.read_text(encoding="utf-8"))["step"])
     if not path.is_dir():
         raise ValueError(f"checkpoint {path} is not a folder. Name a run (runs/demo), or a step below its checkpoints.")
     if path.name.isdigit():

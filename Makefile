@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-vision demo-cube test test-fast lint format lock clean help
+.PHONY: demo demo-vision demo-cube test test-fast test-faults lint format lock clean help
 
 help:
 	@grep -E '^## ' $(MAKEFILE_LIST) | sed 's/^## //'
@@ -29,6 +29,10 @@ test: $(INSTALLED)
 ## make test-fast    the tests that take seconds
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
+
+## make test-faults  kill a run fifty times at random moments, and see that nothing is lost
+test-faults: $(INSTALLED)
+	ACRLPD_FAULTS=50 $(BIN)/python -m pytest tests/training/test_faults.py
 
 ## make lint         style, types and the import ladder
 lint: $(INSTALLED)

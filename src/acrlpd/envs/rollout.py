@@ -96,8 +96,8 @@ def rollout(
 class OnlineCollector:
     """One chunk in each environment whenever asked, so that a trainer can update in between.
 
-    Episode k of the run is seeded by ``episode_seed(seed, k)``; those ``finished`` before are left out. A chunk is executed open loop; what an ended episode
-    leaves of it is dropped.
+    Episode k of the run is seeded by ``episode_seed(seed, k)``; those ``finished`` before are left out. A chunk is
+    executed open loop; what an ended episode leaves of it is dropped.
     """
 
     def __init__(

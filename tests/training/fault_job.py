@@ -1,0 +1,127 @@
+"""A whole run of seconds, in a process of its own that a test may kill: ``fault_job.py RUN_DIR [FAULT]``.
+
+FAULT is something the process does to itself: ``journal-file`` and ``journal-line`` die while the first online episode
+is written down, ``disk-full`` lets no file grow beyond 2 kB from update 12 on.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from acrlpd.agents.acrlpd import AgentConfig
+from acrlpd.config import CollectConfig, DataConfig, EvalConfig, PolicyConfig, TrainConfig
+from acrlpd.data import replay
+from acrlpd.envs import rollout
+from acrlpd.envs.env import EnvConfig, SimulatedEnvironment
+from acrlpd.models.critic import CriticConfig
+from acrlpd.training import setup
+from acrlpd.training.faults import EXIT_FAULT, EXIT_INTERRUPTED, Interrupted, RunFault
+from acrlpd.training.loop import Interaction
+
+OFFLINE_STEPS = 30
+
+
+class Point:
+    """A point on a plane that should come near the origin."""
+
+    state_dim, instruction, time_limit, fps, cameras, default_camera = 2, "go home", 10, 10.0, (), "none"
+    action_low, action_high = np.full(2, -1, np.float32), np.full(2, 1, np.float32)
+
+    def reset(self, seed):
+        self._at = np.random.default_rng(seed).uniform(-1, 1, 2)
+        return self._at
+
+    def step(self, action):
+        self._at = self._at + 0.2 * action
+        return self._at, bool(np.abs(self._at).max() < 0.2)
+
+    def render(self, camera, size):
+        raise NotImplementedError
+
+    def close(self):
+        pass
+
+
+def make_config(run_dir: Path) -> TrainConfig:
+    return TrainConfig(
+        name="job",
+        run_dir=str(run_dir),
+        env=EnvConfig("toy/point"),
+        policy=PolicyConfig(kind="mlp_flow", action_horizon=2, hidden_dims=(8,)),
+        agent=AgentConfig(critic=CriticConfig(num_critics=2, hidden_dims=(8,)), best_of_n_samples=2, flow_steps=1),
+        data=DataConfig(collect=CollectConfig(episodes=6, policy="random"), batch_size=8),
+        eval=EvalConfig(episodes=2, frequency=10**6, num_envs=2),
+        offline_steps=OFFLINE_STEPS,
+        online_steps=80,
+        online_envs=2,
+        log_frequency=5,
+        save_frequency=5,
+    )
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(fault: str) -> None:
+    checksum = replay._sha256
+
+    def in_the_journal(path: Path) -> str:
+        if fault == "journal-line":
+            with (path.parent / replay.INDEX).open("a") as index:
+                index.write('{"number": 0, "fi')
+        die()
+        return checksum(path)
+
+    if fault.startswith("journal"):
+        replay._sha256 = in_the_journal
+
+
+def fill_disk_at(trainer, step: int) -> None:
+    batch = trainer.loader.batch
+
+    def full(draw, **options):
+        if draw == step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+        return batch(draw, **options)
+
+    trainer.loader.batch = full
+
+
+def note_used_episodes(file: Path) -> None:
+    """Beside the run's own files: which episodes the trainer has taken over."""
+    keep = Interaction.keep
+
+    def noted(self, finished):
+        keep(self, finished)
+        with file.open("a") as out:
+            out.write(json.dumps(finished.number) + "\n")
+
+    Interaction.keep = noted
+
+
+def main(run_dir: str, fault: str = "") -> int:
+    setup.make = rollout.make = lambda config: SimulatedEnvironment(Point(), config)
+    note_used_episodes(Path(run_dir) / "used.jsonl")
+    trainer = setup.make_trainer(make_config(Path(run_dir)), resume=True)
+    arm(fault)
+    if fault == "disk-full":
+        fill_disk_at(trainer, 12)
+    print("training", flush=True)
+    try:
+        trainer.train()
+    except RunFault as error:
+        print(error, file=sys.stderr)
+        return EXIT_FAULT
+    except Interrupted:
+        return EXIT_INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,219 @@
+"""What may happen to a run, and what is left of it. ``ACRLPD_FAULTS``: how often the job is killed (make test-faults).
+
+The job is ``fault_job.py``: 30 offline updates, then 80 steps of its own in a toy world, a checkpoint every 5 updates.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from acrlpd.models import weights
+from acrlpd.training import setup
+from acrlpd.training.checkpoint import DamagedCheckpoint
+from acrlpd.training.faults import EXIT_FAULT, EXIT_INTERRUPTED, DataFault, Diverged
+from acrlpd.training.guards import RunLock
+from acrlpd.training.metrics import read_jsonl
+
+JOB = Path(__file__).with_name("fault_job.py")
+OFFLINE_STEPS = "30"
+KILLS = int(os.environ.get("ACRLPD_FAULTS", "6"))
+KINDS = ("random", "save", "journal-file", "random", "save", "journal-line")
+
+
+def start(run_dir, fault=""):
+    run_dir.mkdir(exist_ok=True)
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    command = [sys.executable, str(JOB), str(run_dir), fault]
+    return subprocess.Popen(
+        command, env={**os.environ, "XLA_FLAGS": flags}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=300)
+    return process.returncode, output + errors
+
+
+def wait_for_training(process):
+    line = process.stdout.readline()
+    assert line == "training\n", process.communicate()[1]
+
+
+def kill_while_saving(process, run_dir):
+    """At the next sight of a checkpoint that is not complete; a job that ends first was not killed."""
+    while process.poll() is None:
+        if any("tmp" in path.name for path in (run_dir / "job" / "checkpoints").iterdir()):
+            process.kill()
+        time.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run that nothing happened to, and the seconds its training took."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    process = start(run_dir)
+    wait_for_training(process)
+    started = time.monotonic()
+    code, errors = finish(process)
+    assert code == 0, errors
+    return run_dir, time.monotonic() - started
+
+
+def check(run_dir, reference):
+    jax.tree.map(np.testing.assert_array_equal, arrays(run_dir), arrays(reference))
+    journal = read_jsonl(run_dir / "job" / "replay" / "journal.jsonl")
+    assert len({entry["number"] for entry in journal}) == len(journal)
+    numbers = [entry["episode"] for entry in setup.ReplayJournal(run_dir / "job" / "replay").metadata()]
+    assert len(set(numbers)) == len(numbers), "an episode is there twice"
+    used = [int(line) for line in (run_dir / "used.jsonl").read_text().split()]
+    assert set(used) <= set(numbers), "an episode was used and is gone"
+    assert sum(entry["length"] for entry in journal) >= 80 - 2 * 10
+    assert max(numbers) - min(numbers) < len(numbers) + 2, "episodes are missing in between"
+
+
+def arrays(run_dir):
+    checkpoints = run_dir / "job" / "checkpoints"
+    policy = weights.read_params(str(checkpoints / OFFLINE_STEPS / "params"))
+    run = json.loads(next((checkpoints / OFFLINE_STEPS / "run").glob("metadata*")).read_text())
+    return policy, run["checksums"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60 * max(KILLS, 6))
+def test_a_job_killed_at_any_moment_ends_as_if_nothing_had_happened(uninterrupted, tmp_path):
+    reference, seconds = uninterrupted
+    moments = random.Random(0)
+    kinds = itertools.cycle(KINDS)
+    killed, finished = 0, 0
+    while killed < KILLS or finished == 0:
+        run_dir = tmp_path / f"run-{finished}"
+        kind = next(kinds) if killed < KILLS else ""
+        process = start(run_dir, kind if kind.startswith("journal") else "")
+        wait_for_training(process)
+        if kind == "random":
+            time.sleep(moments.uniform(0, seconds))
+            process.kill()
+        elif kind == "save":
+            kill_while_saving(process, run_dir)
+        code, errors = finish(process)
+        assert code in (0, -signal.SIGKILL), errors
+        killed += code != 0
+        if code == 0:
+            check(run_dir, reference)
+            finished += 1
+
+
+@pytest.mark.slow
+def test_sigterm_and_a_full_disk_leave_a_run_that_goes_on(uninterrupted, tmp_path):
+    reference, _ = uninterrupted
+    full = start(tmp_path, "disk-full")
+    code, errors = finish(full)
+    assert code == EXIT_FAULT, errors
+    assert "make room" in errors.lower()
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    steps = [int(path.name) for path in (tmp_path / "job" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert max(steps) == 10
+    asked = start(tmp_path)
+    wait_for_training(asked)
+    asked.send_signal(signal.SIGTERM)
+    code, errors = finish(asked)
+    assert code == EXIT_INTERRUPTED, errors
+    code, errors = finish(start(tmp_path))
+    assert code == 0, errors
+    check(tmp_path, reference)
+
+
+def test_a_damaged_newest_checkpoint_is_moved_away_loudly(finished, copied_run, caplog):
+    checkpoints = setup.run_files(copied_run).checkpoints
+    shutil.copytree(checkpoints / "8", checkpoints / "6")
+    shutil.rmtree(checkpoints / "6" / "acrlpd")
+    for file in (checkpoints / "8").rglob("*"):  # one byte of the parameters is another
+        if file.is_file() and file.parent.name == "d" and "params" in file.parts:
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+    resumed = setup.make_trainer(copied_run, resume=True)
+    assert int(resumed.agent.step) == 4
+    assert caplog.text.count("Falling back to the checkpoint before it") == 2
+    assert (checkpoints / "damaged" / "8").is_dir()
+    resumed.train()
+    for a, b in zip(*map(jax.tree.leaves, (resumed.agent.params, finished.agent.params)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_damaged_checkpoint_is_not_loaded(copied_run):
+    step = setup.run_files(copied_run).checkpoints / "8"
+    shutil.rmtree(step / "params")
+    with pytest.raises(DamagedCheckpoint, match=r"checkpoints/8 is damaged"):
+        setup.load_checkpoint(step)
+
+
+def test_one_process_a_folder(tmp_path):
+    lock = RunLock(tmp_path)
+    with pytest.raises(ValueError, match=rf"in use by process {os.getpid()} on .*another --name"):
+        RunLock(tmp_path)
+    lock.release()
+    RunLock(tmp_path).release()
+
+
+def test_vanished_data_saves_the_run_and_says_what_is_missing(tiny_config):
+    config = dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, memory_bytes=1))
+    trainer = setup.make_trainer(config)
+    batch = trainer.loader.batch
+
+    def vanish(draw, **options):
+        if draw == 3:
+            shutil.rmtree(config.data.path)
+        return batch(draw, **options)
+
+    trainer.loader.batch = vanish
+    with pytest.raises(DataFault, match=r"no batch can be made for update 3: .*episode_0.*--resume"):
+        trainer.train()
+    assert trainer._checkpoints.steps() == [3]
+
+
+def poison(trainer, is_poisoned):
+    """NaN among the rewards of some batches."""
+    batch = trainer.loader.batch
+
+    def made(draw, **options):
+        found = batch(draw, **options)
+        return dataclasses.replace(found, rewards=found.rewards * np.nan) if is_poisoned(draw) else found
+
+    trainer.loader.batch = made
+    return batch
+
+
+def test_many_skipped_updates_roll_the_run_back(tiny_config, caplog):
+    config = dataclasses.replace(tiny_config, offline_steps=12, max_skipped_updates=2)
+    trainer = setup.make_trainer(config)
+    batch = poison(trainer, lambda draw: 5 <= draw < 100)
+    trainer.train()
+    assert (int(trainer.agent.step), trainer.progress.rollbacks) == (12, 1)
+    assert "Rolled back to step 4" in caplog.text
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trainer.agent.params))
+    lines = read_jsonl(setup.run_files(config).skipped)
+    assert [(line["step"], line["in_a_row"]) for line in lines] == [(5, 1), (6, 2), (7, 3)]
+    assert lines[0]["episode_id"] == batch(5).episode_id.tolist()
+    losses = [line["train/total_loss"] for line in read_jsonl(setup.run_files(config).metrics)]
+    assert sum(np.isnan(losses)) == 1  # of updates 7 and 8, neither was applied
+
+
+def test_a_run_that_no_rollback_helps_ends(tiny_config):
+    trainer = setup.make_trainer(dataclasses.replace(tiny_config, max_skipped_updates=2, max_rollbacks=1))
+    poison(trainer, lambda draw: True)
+    with pytest.raises(Diverged, match=r"2 updates in a row from step 0 .*1 rollbacks did not help"):
+        trainer.train()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from acrlpd.training.faults import EXIT_FAULT, RunFault
 
@@ -35,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         return _fail(f"unknown command {command!r}{f': did you mean {near[0]!r}?' if near else ''}\n{USAGE}")
+    _keep_compiled_programs()
     try:
         return importlib.import_module(f"acrlpd.cli.{command.replace('-', '_')}").main(rest)
     except (ValueError, ImportError, OSError) as error:
@@ -43,6 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunFault as error:
         logging.debug("the error in full", exc_info=True)
         return _fail(str(error), EXIT_FAULT)
+
+
+def _keep_compiled_programs() -> None:
+    """On disk, so that resuming and evaluating do not compile again. ``JAX_COMPILATION_CACHE_DIR=`` switches it off."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acrlpd" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 def _fail(message: str, code: int = 2) -> int:

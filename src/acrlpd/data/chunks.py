@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from acrlpd.data.episodes import EpisodeStore
+from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeStore
 from acrlpd.types import typed
 
 
@@ -41,16 +41,20 @@ def gather(store: EpisodeStore, rows: Int[np.ndarray, " b"], horizon: int, *, im
     steps = np.minimum(steps, end[:, None] - 1)
     next_rows = np.minimum(rows + horizon, end - 1)
 
-    terminals = store.terminals[steps] & real
+    def take(key: str, wanted: Int[np.ndarray, "*shape"]) -> np.ndarray:
+        return store.take(key, wanted, episodes if wanted.ndim == 1 else episodes[:, None])
+
+    cameras = store.cameras if images else ()
+    terminals = take("terminals", steps) & real
     terminal_before = np.cumsum(terminals, axis=1) > terminals  # strictly before: the terminal step itself is valid
     terminated = terminals.any(axis=1)
     return {
-        "state": store.state[rows],
-        "next_state": store.state[next_rows],
-        "image": {name: frames[rows] for name, frames in store.images.items()} if images else {},
-        "next_image": {name: frames[next_rows] for name, frames in store.images.items()} if images else {},
-        "actions": store.actions[steps],
-        "rewards": store.rewards[steps] * real,
+        "state": take("state", rows),
+        "next_state": take("state", next_rows),
+        "image": {name: take(IMAGE_PREFIX + name, rows) for name in cameras},
+        "next_image": {name: take(IMAGE_PREFIX + name, next_rows) for name in cameras},
+        "actions": take("actions", steps),
+        "rewards": take("rewards", steps) * real,
         "terminals": terminals.astype(np.float32),
         "valid": (real & ~terminal_before).astype(np.float32),
         "bootstrap_mask": (~terminated).astype(np.float32),

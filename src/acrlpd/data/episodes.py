@@ -305,11 +305,18 @@ class EpisodeStore:
             self._known_numbering = _Numbering(self._ends.rows - self._rows_dropped)
         return self._known_numbering
 
+    def take(self, key: str, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
+        """Rows of a key by number, whose episodes (by position) the caller knows."""
+        return self._column(key).take(rows, episodes)
+
     def _rows(self, key: str) -> np.ndarray:
+        return self._column(key).rows
+
+    def _column(self, key: str) -> _Column | _FixedColumn:
         if key not in self._columns:
             reason = "the store is empty" if not self._columns else f"it has {', '.join(self._columns)}"
             raise KeyError(f"this EpisodeStore has no key {key!r}: {reason}")
-        return self._columns[key].rows
+        return self._columns[key]
 
     def _checked_index(self, index: int) -> int:
         if not 0 <= index < self.num_episodes:
@@ -368,7 +375,7 @@ class _Numbering:
 
 
 class Rows(Protocol):
-    """Rows of all episodes, one after the other, read by number as an array's are; an array is one."""
+    """Rows of all episodes, one after the other, read by number as an array's are."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -382,6 +389,10 @@ class Rows(Protocol):
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         """``rows``: an array of numbers, of any shape, or a slice inside one episode."""
+        ...
+
+    def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
+        """Rows by number, with the position of the episode of each."""
         ...
 
 
@@ -400,7 +411,10 @@ class RowReader(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class _FixedColumn:
-    rows: Any
+    rows: Any  # Rows, or an array
+
+    def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
+        return self.rows[rows] if isinstance(self.rows, np.ndarray) else self.rows.take(rows, episodes)
 
     def append(self, rows: np.ndarray) -> None:
         raise ValueError("this EpisodeStore reads its rows from a source and cannot grow; append to a store of its own")
@@ -424,6 +438,9 @@ class _Column:
     def rows(self) -> np.ndarray:
         """A view; valid until the next append."""
         return self._buffer[self._begin : self._end]
+
+    def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
+        return self.rows[rows]
 
     def append(self, rows: np.ndarray) -> None:
         if self._end + len(rows) > len(self._buffer):

@@ -97,6 +97,9 @@ class SourceRows:
         wanted = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
         return self.reader.read(self.key, wanted.ravel()).reshape(*wanted.shape, *self.shape[1:])
 
+    def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
+        return self[rows]
+
 
 class WindowReader:
     """Rows of a source by number, over all its episodes. Safe to use from threads, which take turns.

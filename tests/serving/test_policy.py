@@ -15,7 +15,7 @@ from acrlpd.data.transforms import Compose, Data, DeltaActions, Normalize, PadTo
 from acrlpd.models import gemma, siglip, weights
 from acrlpd.models.mlp_flow import MLPFlow, MLPFlowConfig
 from acrlpd.models.pi0 import Pi0, Pi0Config
-from acrlpd.serving.policy import FlowSampler, Policy
+from acrlpd.serving.policy import Draws, FlowSampler, Plan, Policy
 
 # -- openpi's numbers --------------------------------------------------------------------------------------------------
 
@@ -118,7 +118,8 @@ def test_answer_is_in_the_robots_units(flow_policy):
     np.testing.assert_allclose(answer["state"], OBS["state"], atol=1e-6)
     normalized = (OBS["state"] - [1.0, -1.0]) / [2.000001, 0.500001]
     observation = to_observation({"state": normalized[None]})
-    chunk = np.asarray(FlowSampler(flow_policy)(observation, jax.random.key(0), noise[None])[0])
+    draws = Draws(np.zeros((1, 2), np.uint32), noise[None])
+    chunk = np.asarray(FlowSampler(flow_policy)(observation, draws, Plan(1, 10))[0][0])
     np.testing.assert_allclose(answer["actions"], chunk * [1.0, 2.0, 3.0] + [5.0, 6.0, 7.0], rtol=1e-5)
 
 
@@ -146,8 +147,8 @@ def test_model_is_traced_once_for_a_shape(flow_policy, monkeypatch):
 
     monkeypatch.setattr(MLPFlow, "encode", counting)
     policy = make_policy(flow_policy)
-    for noise in (None, np.zeros((4, 3)), None):
-        policy.infer(OBS, noise=noise)
+    for _ in range(3):
+        policy.infer(OBS)
     assert traced == [(1, 2)]
 
 
@@ -159,11 +160,14 @@ def test_observation_is_left_as_it_was(flow_policy):
 
 
 def test_any_sampler_can_be_served():
-    """What chooses among candidates is a function of observation, key and noise."""
+    """What chooses among candidates is a function of observations, draws and a plan."""
 
-    def constant(observation, rng, noise):
-        return np.full((len(observation.state), 4, 3), 2.0)
+    class Constant:
+        plan = Plan(1, 1)
 
-    answer = make_policy(constant, metadata={"reset_pose": [0.0]})
+        def __call__(self, observation, draws, plan):
+            return np.full((len(observation.state), 4, 3), 2.0), {}
+
+    answer = make_policy(Constant(), metadata={"reset_pose": [0.0]})
     np.testing.assert_array_equal(answer.infer(OBS)["actions"][0], [7.000002, 10.000002, 13.000002])
     assert answer.metadata == {"reset_pose": [0.0]}

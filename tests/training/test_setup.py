@@ -91,13 +91,12 @@ def test_a_trained_agent_can_be_served(finished):
     policy = Policy(AgentSampler(finished.agent), finished._transform, rng=jax.random.key(3))
     observation = {"state": np.array([0.1, -0.2, 0.3, 0.0], np.float32), "prompt": "push the button"}
     answer = policy.infer({**observation})
-    batch = finished.loader.batch(0).observations
     assert answer["actions"].shape == (finished.config.policy.action_horizon, 2)
     assert np.isfinite(answer["actions"]).all()
     again = Policy(AgentSampler(finished.agent), finished._transform, rng=jax.random.key(3)).infer({**observation})
     np.testing.assert_array_equal(answer["actions"], again["actions"])
     with pytest.raises(ValueError, match="takes no noise"):
-        AgentSampler(finished.agent)(batch, jax.random.key(0), np.zeros((8, 3, 2), np.float32))
+        policy.infer({**observation}, noise=np.zeros((3, 2), np.float32))
 
 
 def test_equal_configurations_share_compiled_programs_and_others_do_not(finished, tiny_config):

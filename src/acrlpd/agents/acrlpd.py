@@ -369,15 +369,22 @@ def propose(
 ) -> tuple[Float[Array, "n b h a"], Float[Array, "n b"]]:
     """N candidate chunks on one prefix and their aggregated value, as the extraction makes them."""
     steps = num_steps or (config.target_flow_steps if target else None) or config.flow_steps
-    extraction = config.make_extraction(steps)
     policy = modules.policy
     shape = (num_samples, prefix.state.shape[0], policy.action_horizon, policy.action_dim)
+    return propose_from(modules, config, prefix, jax.random.normal(rng, shape), num_steps=steps)
+
+
+def propose_from(
+    modules: Modules, config: AgentConfig, prefix: Prefix, noise: Float[Array, "n b h a"], *, num_steps: int
+) -> tuple[Float[Array, "n b h a"], Float[Array, "n b"]]:
+    """The candidates that start from ``noise``, and their aggregated value."""
+    extraction = config.make_extraction(num_steps)
 
     def draw(noise):
         chunks = extraction.propose(modules, prefix, noise)
         return chunks, modules.critic.aggregate(modules.critic(prefix.features, prefix.state, chunks))
 
-    return sampling.in_blocks(draw, jax.random.normal(rng, shape), block_size=config.block_size)
+    return sampling.in_blocks(draw, noise, block_size=config.block_size)
 
 
 def _bc_sample_weights(

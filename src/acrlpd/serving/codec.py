@@ -19,6 +19,8 @@ import numpy as np
 
 ARRAY, SCALAR = b"__ndarray__", b"__npgeneric__"
 DTYPE = re.compile(r"[<>|=]?[a-zA-Z]\d+(\[\w+\])?")  # numpy itself would read far more, and Python literals among it
+MAX_ITEMS = 10_000  # entries of a list or dictionary, and of all in a message: each costs far more than its byte
+MAX_TEXT_BYTES = 2**16
 REFUSED = "VOc"  # kinds of dtype: structures and bfloat16, objects, complex numbers
 
 
@@ -36,10 +38,26 @@ def unpack(data: bytes) -> Any:
     """The message; its arrays are read-only views of ``data``.
 
     Raises:
-        ValueError: the bytes are no message, or an array in it is not what it says.
+        ValueError: the bytes are no message, an array in it is not what it says, or it holds very many things.
     """
+    items = 0
+
+    def count(entries: Any) -> Any:
+        nonlocal items
+        items += 1 + len(entries)
+        if items > MAX_ITEMS:
+            raise ValueError(f"a message holds at most {MAX_ITEMS} values outside of arrays; send numbers as an array")
+        return entries
+
     try:
-        return msgpack.unpackb(data, object_hook=_decode)
+        return msgpack.unpackb(
+            data,
+            object_hook=lambda entry: _decode(count(entry)),
+            list_hook=count,
+            max_array_len=MAX_ITEMS,
+            max_map_len=MAX_ITEMS,
+            max_str_len=MAX_TEXT_BYTES,
+        )
     except (msgpack.UnpackException, RecursionError, UnicodeDecodeError) as error:
         raise ValueError(f"expected one MessagePack message, got {len(data)} bytes that are none: {error}") from error
 

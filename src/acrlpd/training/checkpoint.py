@@ -162,6 +162,9 @@ class ACRLPDCheckpointManager:
     def restore(self, template: ACRLPDAgent, step: int | None = None) -> Restored:
         """The checkpoint of ``step`` (the newest by default) in the template's shapes and shardings.
 
+        A template without optimiser state is an agent that only acts: the checkpoint's, its larger part, is not read,
+        and the checksum of the policy alone is compared.
+
         Raises:
             DamagedCheckpoint: it cannot be read, or its numbers are not those that were saved.
             ValueError: it is whole, but of an agent of another structure.
@@ -169,14 +172,17 @@ class ACRLPDCheckpointManager:
         step = self._resolve(step)
         policy, rest = (jax.tree.map(ocp.utils.to_shape_dtype_struct, tree) for tree in _split(template))
         run = self.read_run(step)
-        self._check_structure(step, {"params": {"params": policy}, "acrlpd": rest})
+        acts_only = not template.opt_state
+        self._check_structure(step, {"params": {"params": policy}, "acrlpd": rest}, unread=OPT_STATE if acts_only else "")
         found = self._read(
             step,
-            ocp.args.Composite(params=_restore_args({"params": policy}), acrlpd=_restore_args(rest)),
+            ocp.args.Composite(
+                params=_restore_args({"params": policy}), acrlpd=_restore_args(rest, partial_restore=acts_only)
+            ),
         )
         policy, rest = found.params["params"], found.acrlpd
-        sums = {"params": checksum(policy), "acrlpd": checksum(rest)}
-        if sums != run["checksums"]:
+        sums = {"params": checksum(policy)} | ({} if acts_only else {"acrlpd": checksum(rest)})
+        if any(run["checksums"][item] != found_sum for item, found_sum in sums.items()):
             raise DamagedCheckpoint(
                 f"checkpoint {self.directory / str(step)} is damaged: its checksums are {sums}, "
                 f"those of what was saved {run['checksums']}"
@@ -213,8 +219,8 @@ class ACRLPDCheckpointManager:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DamagedCheckpoint(f"checkpoint {self.directory / str(step)} is damaged: {reason}") from error
 
-    def _check_structure(self, step: int, expected: dict[str, Any]) -> None:
-        """Raises ValueError where a whole checkpoint is one of another agent."""
+    def _check_structure(self, step: int, expected: dict[str, Any], *, unread: str) -> None:
+        """Raises ValueError where a whole checkpoint is one of another agent, but for what is not read of it."""
         for item, tree in expected.items():
             try:
                 stored = _shapes(ocp.PyTreeCheckpointHandler().metadata(self.directory / str(step) / item).tree)
@@ -226,7 +232,7 @@ class ACRLPDCheckpointManager:
             different = [
                 f"{item}{path}: stored {stored.get(path, 'nothing')}, expected {wanted.get(path, 'nothing')}"
                 for path in sorted(stored.keys() | wanted.keys())
-                if stored.get(path) != wanted.get(path)
+                if stored.get(path) != wanted.get(path) and not (unread and path.startswith(unread))
             ]
             if different:
                 raise ValueError(
@@ -276,8 +282,9 @@ def _bit_sum(x: Array) -> UInt32[Array, ""]:
     return jnp.sum(bits, dtype=jnp.uint32)
 
 
-def _restore_args(tree: Any) -> Any:
-    return ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+def _restore_args(tree: Any, *, partial_restore: bool = False) -> Any:
+    restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+    return ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=partial_restore)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -297,11 +304,10 @@ def _split(agent: ACRLPDAgent) -> tuple[nnx.State, dict[str, Any]]:
     rest = {
         "params": {group: value for group, value in agent.params.items() if group != "policy"},
         "target_critic": agent.target_critic,
-        "opt_state": agent.opt_state,
         "health": agent.health,
         "step": agent.step,
     }
-    return policy, rest
+    return policy, rest | ({"opt_state": agent.opt_state} if agent.opt_state else {})
 
 
 def _join(template: ACRLPDAgent, policy: nnx.State, rest: Mapping[str, Any]) -> ACRLPDAgent:
@@ -312,7 +318,7 @@ def _join(template: ACRLPDAgent, policy: nnx.State, rest: Mapping[str, Any]) -> 
         params={"policy": _pick(flat, lambda path: path in trainable), **rest["params"]},
         frozen=_pick(flat, lambda path: path not in trainable),
         target_critic=rest["target_critic"],
-        opt_state=rest["opt_state"],
+        opt_state=rest["opt_state"] if template.opt_state else {},
         health=rest["health"],
         step=rest["step"],
     )

@@ -1,0 +1,59 @@
+"""``acrlpd serve --checkpoint PATH``."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from acrlpd import deploy
+from acrlpd.deploy import ActingOptions, OpenPIOptions
+from acrlpd.serving.server import PolicyServer, ServerConfig
+
+API_KEY_VARIABLE = "ACRLPD_API_KEY"
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeArguments:
+    """Answers openpi's clients over a websocket until SIGTERM, then finishes what it has begun."""
+
+    checkpoint: str  # a run (runs/demo), its checkpoints folder, one step; or a checkpoint of openpi's, also a URL
+    server: Annotated[ServerConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ServerConfig)
+    acting: Annotated[ActingOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ActingOptions)
+    openpi: OpenPIOptions = dataclasses.field(default_factory=OpenPIOptions)
+    api_key_file: str | None = None  # one key a line; None: the key in the variable ACRLPD_API_KEY, if it is set
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = tyro.cli(ServeArguments, args=argv, prog="acrlpd serve", config=(tyro.conf.OmitArgPrefixes,))
+    config, api_keys = arguments.server, _api_keys(arguments.api_key_file)
+    refresh = None
+    if deploy.is_ours(arguments.checkpoint):
+        follower = deploy.Follower(arguments.checkpoint, arguments.acting)
+        policy, refresh = follower.policy, follower.refresh
+    else:
+        policy = deploy.openpi_policy(arguments.checkpoint, arguments.openpi, arguments.acting)
+
+    async def serve() -> None:
+        server = PolicyServer(policy, config, api_keys=api_keys, refresh=refresh)
+        scheme = "wss" if config.tls_cert else "ws"
+        await server.run(on_ready=lambda port: print(f"serving {scheme}://{config.host}:{port}", flush=True))
+
+    asyncio.run(serve())
+    return 0
+
+
+def _api_keys(path: str | None) -> tuple[str, ...]:
+    """Keys never stand on the command line, which every user of a machine can read."""
+    if path is not None:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        keys = tuple(line.strip() for line in lines if line.strip())
+        if not keys:
+            raise ValueError(f"{path} holds no API key: expected one a line")
+        return keys
+    return tuple(key for key in [os.environ.get(API_KEY_VARIABLE, "")] if key)

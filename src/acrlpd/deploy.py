@@ -1,0 +1,272 @@
+"""From a checkpoint on disk to a policy that answers: what ``acrlpd serve`` and ``acrlpd export`` put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+
+from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.config import PolicyConfig, TrainConfig, from_dict
+from acrlpd.data.normalize import NormStats
+from acrlpd.data.robots import aloha, droid, libero
+from acrlpd.data.tokenizer import PromptTokenizer
+from acrlpd.data.transforms import (
+    Compose,
+    Data,
+    DefaultPrompt,
+    DeltaActions,
+    Normalize,
+    PadToModel,
+    ResizeImages,
+    TokenizePrompt,
+    Transform,
+    make_bool_mask,
+)
+from acrlpd.models import weights
+from acrlpd.models.pi0 import Pi0Config
+from acrlpd.models.recognize import recognize
+from acrlpd.serving.policy import AgentSampler, FlowSampler, Policy
+from acrlpd.training import setup
+from acrlpd.training.checkpoint import ACRLPDCheckpointManager, read_norm_stats
+from acrlpd.training.sharding import make_mesh, parameter_sharding
+from acrlpd.types import Observation
+
+logger = logging.getLogger(__name__)
+
+Robot = Literal["aloha", "droid", "libero"]
+ROBOTS: dict[str, Transform] = {"aloha": aloha.Aloha(), "droid": droid.Droid(), "libero": libero.Libero()}
+
+
+@dataclasses.dataclass(frozen=True)
+class ActingOptions:
+    """How a trained agent chooses."""
+
+    mode: Literal["greedy", "bc"] = "greedy"  # bc: one sample of the flow, without the critic
+    num_samples: int | None = None  # candidates; None: as trained
+    num_steps: int | None = None  # Euler steps of the flow; None: as trained, 10 for openpi's models
+    default_prompt: str | None = None  # for observations without a prompt
+    seed: int = 0  # of the draws for requests that name no seed of their own
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenPIOptions:
+    """What openpi keeps in its configurations and not in its checkpoints."""
+
+    robot: Robot | None = None  # whose observations and actions
+    action_horizon: int = 50  # as trained; the parameters do not tell
+    tokenizer: str | None = None  # PaliGemma's SentencePiece model
+    delta_mask: tuple[int, ...] = ()  # joints trained relative to the state: 6 -1 is six of them and one absolute
+    max_token_len: int | None = None  # None: 48 for pi0, 200 for pi0.5
+    discrete_state_input: bool | None = None  # the state written into the prompt; None: for pi0.5
+    quantiles: bool | None = None  # how state and actions are normalized; None: quantiles for pi0.5
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of parameters and computation; openpi serves bfloat16
+
+
+class ActionsOnly:
+    """First in a list: the answer is the actions alone, as openpi's robots give it.
+
+    openpi's chunk broker cuts every array of an answer into steps, and a state has none.
+    """
+
+    def __call__(self, data: Data) -> Data:
+        return data
+
+    def inverse(self, data: Data) -> Data:
+        return {"actions": data["actions"]}
+
+
+def is_ours(path: str | Path) -> bool:
+    """Whether ``path`` leads to a run of this project's trainer, its checkpoints, or one of them."""
+    path = Path(path)
+    if not path.is_dir():
+        return False
+    directory, step = setup.locate_checkpoint(path)
+    steps = [directory / str(step)] if step is not None else list(directory.iterdir())
+    return any((each / "acrlpd").is_dir() for each in steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained agent without optimiser state, and what belongs to it."""
+
+    agent: ACRLPDAgent
+    config: TrainConfig
+    stats: Mapping[str, NormStats]
+    cameras: tuple[str, ...]
+    step: int
+    manager: ACRLPDCheckpointManager
+
+    @property
+    def dims(self) -> setup.Dims:
+        return setup.Dims(len(self.stats["state"].mean), len(self.stats["actions"].mean))
+
+
+def load_trained(path: str | Path, *, step: int | None = None) -> Trained:
+    """The agent of a checkpoint, ready to act; ``path`` as in ``training.setup.load_checkpoint``.
+
+    Optimiser state, twice the size of what it optimises, is never read.
+    """
+    directory, named = setup.locate_checkpoint(Path(path))
+    manager = ACRLPDCheckpointManager(directory)
+    run = manager.read_run(step if step is not None else named)
+    config = dataclasses.replace(from_dict(TrainConfig, run["config"]), fsdp_devices=1)
+    stats = manager.read_norm_stats(step if step is not None else named)
+    trained = Trained(
+        _abstract_agent(config, stats, tuple(run["cameras"])), config, stats, tuple(run["cameras"]), -1, manager
+    )
+    return reload(trained, step if step is not None else named)
+
+
+def reload(trained: Trained, step: int | None = None) -> Trained:
+    """The same agent at another step, the newest by default. What is compiled for the one fits the other."""
+    restored = trained.manager.restore(trained.agent, step)
+    return dataclasses.replace(trained, agent=restored.agent, step=restored.step)
+
+
+def _abstract_agent(config: TrainConfig, stats: Mapping[str, NormStats], cameras: tuple[str, ...]) -> ACRLPDAgent:
+    dims = setup.Dims(len(stats["state"].mean), len(stats["actions"].mean))
+    agent = jax.eval_shape(lambda: setup.make_agent(config, dims, cameras))
+    agent = dataclasses.replace(agent, opt_state={})
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        agent,
+        parameter_sharding(make_mesh(config.fsdp_devices), agent),
+    )
+
+
+def trained_policy(trained: Trained, options: ActingOptions) -> Policy:
+    """The policy that a server answers with."""
+    config = trained.config
+    sampler = AgentSampler(
+        trained.agent, mode=options.mode, num_samples=options.num_samples, num_steps=options.num_steps
+    )
+    transform = Compose(
+        [
+            ActionsOnly(),
+            *_default_prompt(options.default_prompt, needed=config.policy.kind != "mlp_flow"),
+            setup.make_transform(config, trained.stats, trained.dims),
+        ]
+    )
+    return Policy(
+        sampler,
+        transform,
+        spec=_spec(config.policy, trained.dims, trained.cameras),
+        rng=jax.random.key(options.seed),
+        metadata={"acrlpd": {"step": trained.step, "action_horizon": config.policy.action_horizon}},
+    )
+
+
+def _default_prompt(prompt: str | None, *, needed: bool) -> list[Transform]:
+    """A policy that reads no prompt does not ask for one."""
+    if prompt is None and needed:
+        return []
+    return [DefaultPrompt(prompt or "")]
+
+
+def _spec(policy: PolicyConfig, dims: setup.Dims, cameras: tuple[str, ...]) -> Observation:
+    if policy.kind == "mlp_flow":
+        return _observation_spec(dims.state, (), 0, policy.max_token_len)
+    return _observation_spec(policy.action_dim or dims.state, cameras, policy.image_size, policy.max_token_len)
+
+
+def _observation_spec(state_dim: int, cameras: tuple[str, ...], image_size: int, max_token_len: int) -> Observation:
+    return Observation(
+        state=jax.ShapeDtypeStruct((state_dim,), np.float32),
+        images={camera: jax.ShapeDtypeStruct((image_size, image_size, 3), np.uint8) for camera in cameras},
+        image_masks={camera: jax.ShapeDtypeStruct((), np.bool_) for camera in cameras},
+        tokenized_prompt=jax.ShapeDtypeStruct((max_token_len,), np.int32),
+        tokenized_prompt_mask=jax.ShapeDtypeStruct((max_token_len,), np.bool_),
+    )
+
+
+class Follower:
+    """A run that may still be training: its policy, and a newer one when there is one."""
+
+    def __init__(self, path: str | Path, options: ActingOptions):
+        self._options = options
+        self._trained = load_trained(path)
+        self._fixed = Path(path).name.isdigit()
+
+    @property
+    def policy(self) -> Policy:
+        return trained_policy(self._trained, self._options)
+
+    def refresh(self) -> Policy | None:
+        """The policy of a checkpoint newer than the last one given, if the path did not name one step for good."""
+        if self._fixed:
+            return None
+        manager = ACRLPDCheckpointManager(self._trained.manager.directory)
+        if max(manager.steps(), default=-1) <= self._trained.step:
+            return None
+        self._trained = reload(dataclasses.replace(self._trained, manager=manager))
+        return self.policy
+
+
+def openpi_policy(
+    path: str | Path, openpi: OpenPIOptions, options: ActingOptions, *, model: Pi0Config | None = None
+) -> Policy:
+    """A checkpoint of openpi's: ``params`` and ``assets``; there is no critic, so each answer is one sample.
+
+    ``model`` is read off the arrays if it is one of the named variants.
+    """
+    arrays = weights.read_params(path)
+    local = weights.fetch(path)
+    model = model or _recognized(path, arrays, openpi)
+    stats = read_norm_stats(_assets(local))
+    if openpi.robot is None:
+        raise ValueError(f"{path} is a checkpoint of openpi's: say whose it is with --robot {' | '.join(ROBOTS)}")
+    policy = nnx.eval_shape(lambda: model.create(nnx.Rngs(0)))
+    weights.load_into(policy, arrays)
+    steps: list[Transform] = [
+        *_default_prompt(options.default_prompt, needed=True),
+        ROBOTS[openpi.robot],
+        *([DeltaActions(make_bool_mask(*openpi.delta_mask))] if openpi.delta_mask else []),
+        Normalize(stats, model.pi05 if openpi.quantiles is None else openpi.quantiles),
+        ResizeImages(model.image_size, model.image_size),
+        TokenizePrompt(
+            PromptTokenizer(openpi.tokenizer, max_length=model.max_token_len),
+            discrete_state_input=model.discrete_state_input,
+        ),
+        PadToModel(model.action_dim),
+    ]
+    return Policy(
+        FlowSampler(policy, num_steps=options.num_steps or 10),
+        Compose(steps),
+        spec=_observation_spec(model.action_dim, model.cameras, model.image_size, model.max_token_len),
+        rng=jax.random.key(options.seed),
+    )
+
+
+def _recognized(path: str | Path, arrays: Mapping[str, Any], openpi: OpenPIOptions) -> Pi0Config:
+    found = recognize(arrays)
+    if found.get("model") not in ("pi0", "pi05"):
+        raise ValueError(f"{path} holds {found.get('model', 'no model that is known here')}; pi0 and pi0.5 are served")
+    return Pi0Config(
+        pi05=found["model"] == "pi05",
+        action_dim=int(found["action_dim"]),
+        action_horizon=openpi.action_horizon,
+        max_token_len=openpi.max_token_len,  # type: ignore[arg-type]  # None: the model's own default
+        discrete_state_input=openpi.discrete_state_input,  # type: ignore[arg-type]
+        paligemma_variant=found["paligemma_variant"],
+        action_expert_variant=found["action_expert_variant"],
+        vision_variant=found["vision_variant"],
+        vocab_size=int(found["vocab_size"]),
+        dtype=openpi.dtype,
+        param_dtype=openpi.dtype,
+        remat=False,
+    )
+
+
+def _assets(checkpoint: Path) -> Path:
+    """The folder of statistics beside the parameters."""
+    for folder in (checkpoint / "assets", checkpoint.parent / "assets"):
+        if folder.is_dir():
+            return folder
+    raise ValueError(f"{checkpoint} has no assets/ with normalization statistics beside its parameters")

@@ -132,4 +132,3 @@ def served(trained: deploy.Trained) -> Iterator[Running]:
     """One server with the defaults for the tests that only look at it."""
     with running(deploy.trained_policy(trained, deploy.ActingOptions())) as server:
         yield server
-

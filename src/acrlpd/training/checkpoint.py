@@ -173,7 +173,9 @@ class ACRLPDCheckpointManager:
         policy, rest = (jax.tree.map(ocp.utils.to_shape_dtype_struct, tree) for tree in _split(template))
         run = self.read_run(step)
         acts_only = not template.opt_state
-        self._check_structure(step, {"params": {"params": policy}, "acrlpd": rest}, unread=OPT_STATE if acts_only else "")
+        self._check_structure(
+            step, {"params": {"params": policy}, "acrlpd": rest}, unread="/opt_state/" if acts_only else ""
+        )
         found = self._read(
             step,
             ocp.args.Composite(

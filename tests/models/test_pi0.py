@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.extend.core
@@ -12,29 +13,70 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from acrlpd.config import CosineDecaySchedule, OptimizerConfig
 from acrlpd.models import flow, gemma, images, pi0, siglip, weights
+from acrlpd.training.optimizer import make_optimizer
 from acrlpd.types import Observation
 
 MODELS = ("pi0", "pi05", "pi0_lora")
 PRECISIONS = {"f32": ("float32", "float32"), "bf16": ("bfloat16", "float32"), "bf16params": ("bfloat16", "bfloat16")}
-SAMPLES = ("sample_1", "sample_5", "sample_10")
-KEYED = ("loss_key7", "loss_key7_train", "sample_10_key3", "sample_5_odd_images")
+SAMPLES = {"sample_1": 1, "sample_5": 5, "sample_10": 10}
 
 
 # -- openpi's numbers --------------------------------------------------------------------------------------------------
 
 
-def forward(policy, observation, odd_observation, inputs):
-    """Every golden output of one model; what the caller drops is not computed."""
-    x_t, time, noise, actions = (inputs[name] for name in ("x_t", "time", "noise", "actions"))
-    unused = jax.random.key(0)
+class Compiled:
+    """A golden model and three programs around it, each compiled once for all tests that call it."""
+
+    def __init__(self, policy, jit):
+        self.policy = policy
+        self.graphdef, self.state = nnx.split(policy)
+        self._stages = jit(self._traced_stages, static_argnames="with_joint_pass")
+        self._sample = jit(self._traced_sample)
+        self.loss_and_gradient = jit(jax.value_and_grad(self._mean_loss, has_aux=True))
+
+    def stages(self, observation, actions, noise, time, *, with_joint_pass=True):
+        """All on the way to the loss, by the names of the golden files."""
+        return jax.device_get(
+            self._stages(self.state, observation, actions, noise, time, with_joint_pass=with_joint_pass)
+        )
+
+    def sample(self, observation, noise, num_steps, *, state=None):
+        state = self.state if state is None else state
+        return jax.device_get(self._sample(state, observation, noise, jnp.int32(num_steps)))
+
+    def _traced_stages(self, state, observation, actions, noise, time, with_joint_pass):
+        policy = nnx.merge(self.graphdef, state)
+        t = time[:, None, None]
+        x_t = t * noise + (1 - t) * actions
+        prefix = policy.encode(observation)
+        outputs = {
+            "cache_k": prefix.cache[0],
+            "cache_v": prefix.cache[1],
+            "v_t_cached": policy.velocity(prefix, x_t[None], time[None])[0],
+            "loss": flow.flow_loss(policy, prefix, actions, noise, time),
+        }
+        return outputs | joint_pass(policy, observation, x_t, time) if with_joint_pass else outputs
+
+    def _traced_sample(self, state, observation, noise, num_steps):
+        policy = nnx.merge(self.graphdef, state)
+        return policy.sample_actions(jax.random.key(0), observation, noise=noise, num_steps=num_steps)
+
+    def _mean_loss(self, trainable, frozen, observation, actions, noise, time):
+        policy = nnx.merge(self.graphdef, trainable, frozen)
+        loss = policy.compute_loss(jax.random.key(0), observation, actions, noise=noise, time=time)
+        return loss.mean(), loss
+
+
+def joint_pass(policy, observation, x_t, time):
+    """Prefix and suffix as one sequence, as openpi trains."""
     tokens, mask, starts = policy.embed_prefix(observation)
     suffix_tokens, suffix_mask, suffix_starts, condition = policy.embed_suffix(observation.state, x_t, time)
     joint_mask = jnp.concatenate([mask, suffix_mask], axis=1)
     seen = pi0.attention_mask(joint_mask, jnp.concatenate([starts, suffix_starts]))
     positions = pi0.token_positions(joint_mask)
     (prefix_out, suffix_out), _ = policy.PaliGemma.llm([tokens, suffix_tokens], positions, seen, [None, condition])
-    prefix = policy.encode(observation)
     outputs = {
         "prefix_tokens": tokens,
         "prefix_mask": mask,
@@ -47,46 +89,67 @@ def forward(policy, observation, odd_observation, inputs):
         "prefix_out": prefix_out,
         "suffix_out": suffix_out,
         "v_t": policy.action_out_proj(suffix_out[:, -x_t.shape[1] :]),
-        "cache_k": prefix.cache[0],
-        "cache_v": prefix.cache[1],
-        "v_t_cached": policy.velocity(prefix, x_t[None], time[None])[0],
-        "loss": policy.compute_loss(unused, observation, actions, noise=noise, time=time),
-        "loss_key7": policy.compute_loss(jax.random.key(7), observation, actions),
-        "loss_key7_train": policy.compute_loss(jax.random.key(7), observation, actions, train=True),
-        "sample_10_key3": policy.sample_actions(jax.random.key(3), observation),
     }
-    if condition is not None:
-        outputs["adarms_cond"] = condition
-    if odd_observation is not None:
-        outputs["sample_5_odd_images"] = policy.sample_actions(unused, odd_observation, num_steps=5, noise=noise)
-    for name in SAMPLES:
-        steps = int(name.removeprefix("sample_"))
-        outputs[name] = policy.sample_actions(unused, observation, num_steps=steps, noise=noise)
-    return outputs
+    return outputs if condition is None else outputs | {"adarms_cond": condition}
 
 
 @pytest.fixture(scope="module")
-def computed(golden, jit):
-    """Our outputs for a golden model and precision, and openpi's; each is computed once."""
-    cache = {}
+def compiled(golden, jit):
+    """A golden model in one precision; pi0.5 computes activations again in its backward pass."""
 
-    def compute(model, precision):
-        if (model, precision) not in cache:
-            dtype, param_dtype = PRECISIONS[precision]
-            policy = golden.model(model, dtype=dtype, param_dtype=param_dtype)
-            inputs, outputs = golden.arrays(f"{model}_inputs"), golden.arrays(f"{model}_outputs")
-            odd = {name.removeprefix("odd_images/"): value for name, value in outputs.items() if "odd_images/" in name}
-            observation = golden.observation(inputs)
-            odd_observation = observation.replace(images=jax.tree.map(jnp.asarray, odd)) if odd else None
-            theirs = golden.group(f"{model}_outputs", f"{precision}/")
-            graphdef, state = nnx.split(policy)
+    @functools.cache
+    def make(model, precision="f32"):
+        dtype, param_dtype = PRECISIONS[precision]
+        return Compiled(
+            golden.model(model, dtype=dtype, param_dtype=param_dtype, remat=model == "pi05"),
+            jit,
+        )
 
-            def run(state, *arguments):
-                ours = forward(nnx.merge(graphdef, state), *arguments)
-                return {name: value for name, value in ours.items() if name in theirs}
+    return make
 
-            cache[model, precision] = jax.device_get(jit(run)(state, observation, odd_observation, inputs)), theirs
-        return cache[model, precision]
+
+@pytest.fixture(scope="module")
+def drawn(golden, jit):
+    """What the policy hands to its loss for a key: the observation, noise and time."""
+    policy = nnx.eval_shape(lambda: golden.config("pi0").create(nnx.Rngs(0)))  # draws need no parameters
+
+    def read(rng, observation, actions, train):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pi0.Pi0, "encode", lambda self, observation: self.PaliGemma.preprocess(observation))
+            patch.setattr(
+                flow, "flow_loss", lambda policy, observation, actions, noise, time: (observation, noise, time)
+            )
+            return policy.compute_loss(rng, observation, actions, train=train)
+
+    read = jit(read, static_argnames="train")
+
+    def draw(rng, observation, actions, *, train=False):
+        seen, noise, time = read(rng, observation.replace(**NO_PROMPT), actions, train)  # prompts differ in length
+        return observation.replace(images=seen.images), noise, time
+
+    return draw
+
+
+NO_PROMPT = {"tokenized_prompt": None, "tokenized_prompt_mask": None}
+
+
+def loss_inputs(golden, model):
+    """Observation, actions, noise and time of the golden batch."""
+    arrays = golden.arrays(f"{model}_inputs")
+    return golden.observation(arrays), *(jnp.asarray(arrays[name]) for name in ("actions", "noise", "time"))
+
+
+@pytest.fixture(scope="module")
+def computed(golden, compiled):
+    """Our outputs for a golden model in float32, and openpi's."""
+
+    @functools.cache
+    def compute(model):
+        program = compiled(model)
+        inputs = loss_inputs(golden, model)
+        ours = program.stages(*inputs)
+        ours |= {name: program.sample(inputs[0], inputs[2], steps) for name, steps in SAMPLES.items()}
+        return ours, golden.group(f"{model}_outputs", "f32/")
 
     return compute
 
@@ -94,7 +157,7 @@ def computed(golden, jit):
 @pytest.mark.golden
 @pytest.mark.parametrize("model", MODELS)
 def test_masks_and_positions_are_openpis(computed, model):
-    ours, theirs = computed(model, "f32")
+    ours, theirs = computed(model)
     for name in ("prefix_mask", "prefix_ar_mask", "suffix_mask", "suffix_ar_mask", "attn_mask", "positions"):
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
@@ -102,7 +165,7 @@ def test_masks_and_positions_are_openpis(computed, model):
 @pytest.mark.golden
 @pytest.mark.parametrize("model", MODELS)
 def test_embeddings_and_cache_are_openpis(computed, model):
-    ours, theirs = computed(model, "f32")
+    ours, theirs = computed(model)
     names = {"prefix_tokens", "suffix_tokens", "adarms_cond"} & theirs.keys()
     assert ("adarms_cond" in names) == (model == "pi05")
     for name in names:
@@ -114,7 +177,7 @@ def test_embeddings_and_cache_are_openpis(computed, model):
 @pytest.mark.golden
 @pytest.mark.parametrize("model", MODELS)
 def test_joint_pass_is_openpis(computed, model):
-    ours, theirs = computed(model, "f32")
+    ours, theirs = computed(model)
     valid = theirs["prefix_mask"]
     np.testing.assert_allclose(ours["prefix_out"][valid], theirs["prefix_out"][valid], atol=5e-4)
     for name in ("suffix_out", "v_t"):
@@ -125,23 +188,50 @@ def test_joint_pass_is_openpis(computed, model):
 @pytest.mark.golden
 @pytest.mark.parametrize("model", MODELS)
 def test_velocity_loss_and_samples_are_openpis(computed, model):
-    ours, theirs = computed(model, "f32")
+    ours, theirs = computed(model)
     for name in ("v_t_cached", "loss", *SAMPLES):
         np.testing.assert_allclose(ours[name], theirs[name], atol=5e-4, err_msg=name)
 
 
 @pytest.mark.golden
+@pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("model", ["pi0", "pi05"])
-def test_draws_augmentation_and_odd_image_sizes_are_openpis(computed, model):
-    ours, theirs = computed(model, "f32")
-    for name in KEYED:
-        np.testing.assert_allclose(ours[name], theirs[name], atol=5e-4, err_msg=name)
+def test_loss_of_a_key_is_openpis(golden, compiled, drawn, model, train):
+    """Noise and time are drawn from it, and so is the augmentation in training."""
+    outputs = golden.group(f"{model}_outputs", "f32/")
+    observation, actions, *_ = loss_inputs(golden, model)
+    observation, noise, time = drawn(jax.random.key(7), observation, actions, train=train)
+    loss = compiled(model).stages(observation, actions, noise, time)["loss"]
+    np.testing.assert_allclose(loss, outputs["loss_key7_train" if train else "loss_key7"], atol=5e-4)
 
 
 @pytest.mark.golden
 @pytest.mark.parametrize("model", ["pi0", "pi05"])
-def test_noise_and_time_of_a_key_are_openpis(golden, model):
-    outputs = golden.group(f"{model}_outputs", "f32/")
+def test_sample_of_a_key_is_openpis(golden, compiled, monkeypatch, model):
+    program, (observation, *_) = compiled(model), loss_inputs(golden, model)
+    with monkeypatch.context() as patch:  # the noise that the policy draws, without compiling it all once more
+        patch.setattr(pi0.Pi0, "encode", lambda self, observation: None)
+        patch.setattr(flow, "sample", lambda policy, prefix, noise, num_steps: noise)
+        noise = program.policy.sample_actions(jax.random.key(3), observation)
+    expected = golden.group(f"{model}_outputs", "f32/")["sample_10_key3"]
+    np.testing.assert_allclose(program.sample(observation, noise, 10), expected, atol=5e-4)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("model", ["pi0", "pi05"])
+def test_odd_image_sizes_are_openpis(golden, compiled, jit, model):
+    program, (observation, _, noise, _) = compiled(model), loss_inputs(golden, model)
+    odd = observation.replace(images=jax.tree.map(jnp.asarray, golden.group(f"{model}_outputs", "odd_images/")))
+    resized = jit(program.policy.PaliGemma.preprocess)(odd)  # as the policy does by itself:
+    as_is = jax.eval_shape(lambda odd: program.policy.sample_actions(jax.random.key(0), odd), odd)
+    assert as_is.shape == noise.shape
+    expected = golden.group(f"{model}_outputs", "f32/")["sample_5_odd_images"]
+    np.testing.assert_allclose(program.sample(resized, noise, 5), expected, atol=5e-4)
+
+
+@pytest.mark.golden
+def test_noise_and_time_of_a_key_are_openpis(golden):
+    outputs = golden.group("pi0_outputs", "f32/")
     _, noise_rng, time_rng = jax.random.split(jax.random.key(7), 3)
     noise = outputs["loss_key7_noise"]
     # Bit for bit, so not with the tests' faster compilation, which rounds erf_inv otherwise.
@@ -150,21 +240,25 @@ def test_noise_and_time_of_a_key_are_openpis(golden, model):
     normal = jax.jit(lambda key: jax.random.normal(key, noise.shape), compiler_options=options)
     np.testing.assert_array_equal(normal(noise_rng), noise)
     np.testing.assert_allclose(flow.sample_time(time_rng, noise.shape[:1]), outputs["loss_key7_time"], atol=1e-6)
+    for name in ("loss_key7_noise", "loss_key7_time"):  # drawn alike
+        np.testing.assert_array_equal(golden.group("pi05_outputs", "f32/")[name], outputs[name])
 
 
 @pytest.mark.golden
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "bf16params"])
 @pytest.mark.parametrize("model", ["pi0", "pi05"])
-def test_bfloat16_drifts_no_more_than_twice_openpis(golden, computed, model, precision):
-    ours, _ = computed(model, precision)
+def test_bfloat16_drifts_no_more_than_twice_openpis(golden, compiled, model, precision):
+    program, inputs = compiled(model, precision), loss_inputs(golden, model)
+    stages = program.stages(*inputs, with_joint_pass=False)
+    ours = {"v_t": stages["v_t_cached"], "loss": stages["loss"]}
+    ours |= {name: program.sample(inputs[0], inputs[2], steps) for name, steps in SAMPLES.items()}
     exact = golden.group(f"{model}_outputs", "f32/")
-    drifts = {
-        name: drift for name, drift in golden.meta[model]["bf16_drift"].items() if name.startswith(f"{precision}/")
-    }
-    assert drifts
+    drifts = golden.meta[model]["bf16_drift"]
+    drifts = {name.split("/")[1]: drift for name, drift in drifts.items() if name.startswith(f"{precision}/")}
+    assert drifts.keys() == ours.keys()
     for name, allowed in drifts.items():
-        drift = np.abs(ours[name.split("/")[1]].astype("float32") - exact[name.split("/")[1]])
+        drift = np.abs(ours[name].astype("float32") - exact[name])
         assert drift.max() <= 2 * allowed["max_abs"], name
         assert drift.mean() <= 2 * allowed["mean_abs"], name
 
@@ -189,19 +283,6 @@ def test_attention_mask_is_openpis(golden):
 # -- gradients and training --------------------------------------------------------------------------------------------
 
 
-def split_trainable(policy):
-    """Graph, trainable and frozen parameters."""
-    return nnx.split(policy, lambda path, _: not policy.config.freezes("/".join(map(str, path))), ...)
-
-
-def mean_loss_and_gradient(graphdef, jit):
-    def mean_loss(trainable, frozen, rng, observation, actions, noise, time):
-        policy = nnx.merge(graphdef, trainable, frozen)
-        return policy.compute_loss(rng, observation, actions, noise=noise, time=time).mean()
-
-    return jit(jax.value_and_grad(mean_loss))
-
-
 def by_path(state):
     return {"/".join(map(str, path)): np.asarray(param.get_value()) for path, param in nnx.to_flat_state(state)}
 
@@ -209,19 +290,16 @@ def by_path(state):
 @pytest.mark.golden
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
-def test_gradients_are_openpis(golden, jit, model):
-    """Every array, in the norm of its difference; and the same with activations computed again."""
-    policy = golden.model(model, remat=model == "pi05")
-    inputs, outputs = golden.arrays(f"{model}_inputs"), golden.group(f"{model}_outputs", "f32/")
-    graphdef, everything = nnx.split(policy)
-    loss, gradient = mean_loss_and_gradient(graphdef, jit)(
-        everything, nnx.State({}), jax.random.key(0), golden.observation(inputs),
-        *(jnp.asarray(inputs[name]) for name in ("actions", "noise", "time")),
-    )  # fmt: skip
+def test_gradients_are_openpis(golden, compiled, model):
+    """Every array, in the norm of its difference."""
+    program, outputs = compiled(model), golden.group(f"{model}_outputs", "f32/")
+    inputs = loss_inputs(golden, model)
+    (mean, loss), gradient = program.loss_and_gradient(program.state, nnx.State({}), *inputs)
     ours, theirs = by_path(gradient), golden.arrays(f"{model}_grads")
     assert ours.keys() == theirs.keys()
     norm = np.sqrt(sum(np.sum(np.square(array, dtype=np.float64)) for array in ours.values()))
-    np.testing.assert_allclose(loss, outputs["grads_mean_loss"], atol=5e-4)
+    np.testing.assert_allclose(loss, outputs["loss"], atol=5e-4)
+    np.testing.assert_allclose(mean, outputs["grads_mean_loss"], atol=5e-4)
     np.testing.assert_allclose(norm, outputs["grads_global_norm"], rtol=1e-4)
     for path, expected in theirs.items():
         # A bias on all keys shifts every score alike: its gradient is zero but for rounding, here as in openpi.
@@ -232,54 +310,63 @@ def test_gradients_are_openpis(golden, jit, model):
 TRAINING = {"pi0_ema": "pi0", "pi05_noema": "pi05", "pi0_lora": "pi0_lora"}
 
 
-def kernel_norm(flat):
+def kernel_norm(state):
     """Norm of all arrays with several axes that are neither biases, scales nor embeddings.
 
     As openpi adds it up: the squares of a frozen array, and their sum, in its bfloat16.
     """
     other = ("bias", "scale", "pos_embedding", "input_embedding")
-    kernels = [array for path, array in flat.items() if array.ndim > 1 and path.split("/")[-1] not in other]
-    return np.sqrt(sum(float(jnp.sum(jnp.square(array))) for array in kernels))
+    arrays = [param.get_value() for path, param in nnx.to_flat_state(state) if path[-1] not in other]
+    return jnp.sqrt(sum(jnp.sum(jnp.square(array)).astype("float32") for array in arrays if array.ndim > 1))
 
 
 @pytest.mark.golden
 @pytest.mark.slow
 @pytest.mark.parametrize("run", TRAINING)
-def test_three_training_steps_are_openpis(golden, jit, run):
-    model = TRAINING[run]
-    arrays = golden.arrays(f"{run}_train")
-    config = golden.config(model)
-    start = {  # frozen parameters are kept in bfloat16
-        path: jnp.asarray(value, "bfloat16") if config.freezes(path) else value
-        for path, value in golden.arrays(f"{model}_params").items()
-    }
-    graphdef, trainable, frozen = split_trainable(golden.model(model))
-    frozen = jax.tree.map(lambda array: array.astype("bfloat16"), frozen)
-    schedule = optax.warmup_cosine_decay_schedule(3e-3 / 3, 3e-3, warmup_steps=2, decay_steps=10, end_value=3e-4)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.95, eps=1e-8, weight_decay=1e-10)
-    )
+def test_three_training_steps_are_openpis(golden, compiled, drawn, jit, run):
+    program, arrays = compiled(TRAINING[run]), golden.arrays(f"{run}_train")
+    observation, actions = golden.observation(arrays), jnp.asarray(arrays["actions"])
+    freezes = program.policy.config.freezes
+    trainable, frozen = nnx.split_state(program.state, lambda path, _: not freezes("/".join(map(str, path))), ...)
+    frozen = jax.tree.map(lambda array: array.astype("bfloat16"), frozen)  # as openpi keeps them
+    start = by_path(nnx.merge_state(trainable, frozen))
+    schedule = CosineDecaySchedule(warmup_steps=2, peak_lr=3e-3, decay_steps=10, decay_lr=3e-4)
+    optimizer = make_optimizer(OptimizerConfig(schedule=schedule))
     decay = golden.meta[f"{run}_checkpoint"]["ema_decay"]
-    average, opt_state = trainable, optimizer.init(trainable)
-    loss_and_gradient = mean_loss_and_gradient(graphdef, jit)
-    update = jit(optimizer.update)
-    for step in range(3):
-        rng = jax.random.fold_in(jax.random.key(42), step)
-        loss, gradient = loss_and_gradient(
-            trainable, frozen, rng, golden.observation(arrays), jnp.asarray(arrays["actions"]), None, None
-        )
-        updates, opt_state = update(gradient, opt_state, trainable)
+
+    @jit
+    def apply(gradient, opt_state, trainable, average):
+        updates, opt_state = optimizer.update(gradient, opt_state, trainable)
         trainable = optax.apply_updates(trainable, updates)
-        if decay is not None:
-            average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, trainable)
-        expected = {name: arrays[f"step{step}/{name}"] for name in ("loss", "grad_norm", "param_norm")}
+        average = optax.incremental_update(trainable, average, 1 - (decay or 0))
+        norms = {"grad_norm": optax.tree.norm(gradient), "param_norm": kernel_norm(nnx.merge_state(trainable, frozen))}
+        return opt_state, trainable, average, norms
+
+    average, opt_state = trainable, jit(optimizer.init)(trainable)
+    for step in range(3):
+        expected = {name.split("/")[1]: value for name, value in arrays.items() if name.startswith(f"step{step}/")}
+        _, noise, time = drawn(jax.random.fold_in(jax.random.key(42), step), observation, actions)
+        np.testing.assert_allclose(noise, expected["noise"], atol=1e-6)
+        np.testing.assert_allclose(time, expected["time"], atol=1e-6)
+        (loss, _), gradient = program.loss_and_gradient(trainable, frozen, observation, actions, noise, time)
+        opt_state, trainable, average, norms = apply(gradient, opt_state, trainable, average)
         np.testing.assert_allclose(loss, expected["loss"], atol=5e-4)
-        np.testing.assert_allclose(optax.global_norm(gradient), expected["grad_norm"], rtol=1e-3)
-        norm = kernel_norm(by_path(nnx.merge_state(trainable, frozen)))
-        np.testing.assert_allclose(norm, expected["param_norm"], rtol=1e-5)
+        np.testing.assert_allclose(norms["grad_norm"], expected["grad_norm"], rtol=1e-3)
+        np.testing.assert_allclose(norms["param_norm"], expected["param_norm"], rtol=1e-5)
     compare_trained(by_path(nnx.merge_state(trainable, frozen)), golden.arrays(f"{run}_train_params"), start)
     if decay is not None:
         compare_trained(by_path(average), golden.arrays(f"{run}_train_ema_params"), start)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("run", TRAINING)
+def test_restored_weights_sample_as_in_openpi(golden, compiled, run):
+    """From the checkpoint of the three steps: its average, if there is one."""
+    restored = golden.model(TRAINING[run], weights.read_params(golden.folder / f"{run}_checkpoint"))
+    observation, expected = golden.observation(golden.arrays(f"{run}_train")), golden.arrays(f"{run}_restored_sample")
+    program = compiled(TRAINING[run])
+    ours = program.sample(observation, jnp.asarray(expected["noise"]), 10, state=nnx.state(restored))
+    np.testing.assert_allclose(ours, expected["sample_10"], atol=5e-4)
 
 
 def compare_trained(ours, theirs, start):
@@ -552,11 +639,10 @@ def test_policy_is_a_flow_policy(policy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pi05", [False, True])
-def test_fresh_model_of_named_sizes_trains(jit, pi05):
-    """From scratch, gradient steps on the loss of a fixed draw lower it; all inputs are the nano size's."""
+def test_fresh_model_of_named_sizes_trains(jit):
+    """From scratch, gradient steps on the loss of a fixed draw lower it."""
     config = pi0.Pi0Config(
-        pi05=pi05,
+        pi05=True,
         action_dim=3,
         action_horizon=4,
         max_token_len=5,
@@ -565,18 +651,26 @@ def test_fresh_model_of_named_sizes_trains(jit, pi05):
         vision_variant="nano",
         vocab_size=11,
         cameras=("front",),
-        unroll=pi05,
+        unroll=True,
     )
-    observation = draw_observation(0, config)
-    actions = draw_actions(0, 1, config)[0][0]
-    graphdef, state = nnx.split(config.create(nnx.Rngs(0)))
-    loss_and_gradient = mean_loss_and_gradient(graphdef, jit)
-    arguments = (nnx.State({}), jax.random.key(1), observation, actions, None, None)
+    rng = jax.random.key(0, impl="rbg")  # the usual kind of key takes long to compile
+    policy = jit(lambda: config.create(nnx.Rngs(rng)))()
+    observation, (actions, noise) = draw_observation(0, config), draw_actions(0, 2, config)[0]
+    graphdef, state = nnx.split(policy)
+
+    def loss(state):
+        inputs = {"noise": noise, "time": jnp.full(BATCH, 0.5)}
+        return nnx.merge(graphdef, state).compute_loss(rng, observation, actions, **inputs).mean()
+
+    @jit
+    def step(state):
+        before, gradient = jax.value_and_grad(loss)(state)
+        length = 0.1 / optax.tree.norm(gradient)
+        return jax.tree.map(lambda value, slope: value - length * slope, state, gradient), before
+
     losses = []
     for _ in range(20):
-        loss, gradient = loss_and_gradient(state, *arguments)
-        losses.append(float(loss))
-        length = 0.1 / optax.tree.norm(gradient)
-        state = jax.tree.map(lambda value, slope: value - length * slope, state, gradient)  # noqa: B023
+        state, before = step(state)
+        losses.append(float(before))
     # Not from the first step on: a fresh tower's tokens are zero, and the norm behind them blows up any change.
     assert losses[-1] < losses[0]

@@ -10,7 +10,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acrlpd.models import gemma, pi0, pi0_fast, siglip, weights
+from acrlpd.models import gemma, paligemma, pi0, pi0_fast, siglip, weights
 from acrlpd.types import Observation
 
 # -- openpi's numbers --------------------------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ def test_augmentation_takes_the_key_itself(policy, monkeypatch):
         seen.append(key)
         return cameras
 
-    monkeypatch.setattr(pi0_fast.images, "augment", augment)
+    monkeypatch.setattr(paligemma.images, "augment", augment)
     for train in (False, True):
         jax.eval_shape(lambda o, train=train: policy.compute_loss(rng, o, train=train), draw_observation(0))
     assert seen == [rng]

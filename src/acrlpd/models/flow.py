@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from acrlpd.types import Observation, typed
 
@@ -74,20 +74,25 @@ def flow_loss(
 
 @typed
 def sample(
-    policy: FlowPolicy, prefix: Prefix, noise: Float[Array, "n b h a"], *, num_steps: int, remat: bool = False
+    policy: FlowPolicy,
+    prefix: Prefix,
+    noise: Float[Array, "n b h a"],
+    *,
+    num_steps: int | Int[Array, ""],
+    remat: bool = False,
 ) -> Float[Array, "n b h a"]:
     """Explicit Euler from noise (time 1) to actions (time 0) in ``num_steps`` equal steps.
 
+    A number of steps that is a value on the device needs one compilation for all numbers, but has no backward pass.
     ``remat`` recomputes each step in a backward pass instead of keeping its activations.
     """
     dt = -1.0 / num_steps
 
-    def step(carry, _):
+    def step(_, carry):
         x_t, time = carry
         v_t = policy.velocity(prefix, x_t, jnp.full(x_t.shape[:2], time, jnp.float32))
-        return (x_t + dt * v_t, time + dt), None
+        return x_t + dt * v_t, time + dt
 
     if remat:
         step = jax.checkpoint(step)
-    (actions, _), _ = jax.lax.scan(step, (noise, jnp.float32(1.0)), length=num_steps)
-    return actions
+    return jax.lax.fori_loop(0, num_steps, step, (noise, jnp.float32(1.0)))[0]

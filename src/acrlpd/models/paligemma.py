@@ -103,11 +103,15 @@ class PaliGemma(nnx.Module):
             pictures = images.augment(augment_rng, pictures)
         return dataclasses.replace(observation, images=pictures, image_masks=masks)
 
-    def embed_cameras(self, observation: Observation) -> tuple[list[Float[Array, "b t d"]], list[Bool[Array, "b t"]]]:
-        """Tokens of each camera of a preprocessed observation, and which of them are valid."""
-        tokens = [self.img(observation.images[name]) for name in self.config.cameras]
-        masks = [
-            jnp.broadcast_to(observation.image_masks[name][:, None], each.shape[:2])
-            for name, each in zip(self.config.cameras, tokens, strict=True)
-        ]
-        return tokens, masks
+    def embed_cameras(self, observation: Observation) -> tuple[Float[Array, "b p d"], Bool[Array, "b p"]]:
+        """Tokens of all cameras of a preprocessed observation, side by side, and which of them are valid.
+
+        The tower reads the cameras as one batch. Without any there are no tokens.
+        """
+        names, b = self.config.cameras, observation.state.shape[0]
+        if not names:
+            return jnp.zeros((b, 0, self.config.paligemma.width), self.config.dtype), jnp.zeros((b, 0), bool)
+        pictures = jnp.stack([observation.images[name] for name in names], axis=1)  # [b c side side 3]
+        tokens = self.img(pictures.reshape(-1, *pictures.shape[2:]))
+        masks = jnp.stack([observation.image_masks[name] for name in names], axis=1)  # [b c]
+        return tokens.reshape(b, -1, tokens.shape[-1]), jnp.repeat(masks, tokens.shape[1], axis=1)

@@ -145,17 +145,16 @@ class Pi0(nnx.Module):
         self, observation: Observation
     ) -> tuple[Float[Array, "b p d"], Bool[Array, "b p"], Bool[Array, " p"]]:
         """Tokens of all cameras, then of the prompt; which of them are valid; which begin a block (none)."""
-        tokens, masks = self.PaliGemma.embed_cameras(self.PaliGemma.preprocess(observation))
+        tokens, mask = self.PaliGemma.embed_cameras(self.PaliGemma.preprocess(observation))
         prompt, prompt_mask = observation.tokenized_prompt, observation.tokenized_prompt_mask
         if (prompt is None) != (prompt_mask is None):
             raise ValueError("an observation has both tokenized_prompt and tokenized_prompt_mask, or neither")
         if prompt is not None and prompt_mask is not None:
-            tokens.append(self.PaliGemma.llm.embed(prompt))
-            masks.append(prompt_mask)
-        if not tokens:
+            tokens = jnp.concatenate([tokens, self.PaliGemma.llm.embed(prompt)], axis=1)
+            mask = jnp.concatenate([mask, prompt_mask], axis=1)
+        if not mask.shape[1]:
             raise ValueError("the observation has no tokenized prompt and the model no cameras: nothing to encode")
-        mask = jnp.concatenate(masks, axis=1)
-        return jnp.concatenate(tokens, axis=1), mask, jnp.zeros(mask.shape[1], bool)
+        return tokens, mask, jnp.zeros(mask.shape[1], bool)
 
     def encode(self, observation: Observation) -> Prefix:
         """One pass of the vision-language expert; kept are keys and values of every layer and the pooled tokens."""
@@ -232,7 +231,7 @@ class Pi0(nnx.Module):
         rng: PRNGKeyArray,
         observation: Observation,
         *,
-        num_steps: int = 10,
+        num_steps: int | Int[Array, ""] = 10,
         noise: Float[Array, "b h a"] | None = None,
     ) -> Float[Array, "b h a"]:
         """One chunk per observation from ``noise``, or from what the key draws."""

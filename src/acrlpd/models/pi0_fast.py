@@ -92,12 +92,11 @@ class Pi0Fast(nnx.Module):
         if text is None or text_mask is None:
             raise ValueError("pi0-FAST needs tokenized_prompt and tokenized_prompt_mask (data/fast_tokenizer.py)")
         text_starts = jnp.zeros(text.shape, bool) if observation.token_ar_mask is None else observation.token_ar_mask
-        tokens, masks = self.PaliGemma.embed_cameras(self.PaliGemma.preprocess(observation))
-        starts = [jnp.zeros(mask.shape, bool) for mask in masks]
+        tokens, mask = self.PaliGemma.embed_cameras(self.PaliGemma.preprocess(observation))
         return (
-            jnp.concatenate([*tokens, self.PaliGemma.llm.embed(text)], axis=1),
-            jnp.concatenate([*masks, text_mask], axis=1),
-            jnp.concatenate([*starts, text_starts.astype(bool)], axis=1),
+            jnp.concatenate([tokens, self.PaliGemma.llm.embed(text)], axis=1),
+            jnp.concatenate([mask, text_mask], axis=1),
+            jnp.concatenate([jnp.zeros(mask.shape, bool), text_starts.astype(bool)], axis=1),
         )
 
     # -- training ------------------------------------------------------------------------------------------------

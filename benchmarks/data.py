@@ -175,14 +175,12 @@ def batches(store: EpisodeStore, batch_size: int, seconds: float) -> dict[str, A
     }
     normalize = Compose((Normalize(stats), DropPrompt()))
     loader = ChunkLoader(store, normalize, batch_size=batch_size, horizon=HORIZON, sequence_ratio=0.5, seed=0)
-    made = loader.offline_batches(0, sys.maxsize)
-    for _ in range(WARM_UP):  # starts processes, too
-        next(made)
+    for step in range(WARM_UP):  # starts processes, too
+        loader.batch(step)
     started, count = time.perf_counter(), 0
-    for _ in made:
+    while (elapsed := time.perf_counter() - started) < seconds:
+        loader.batch(WARM_UP + count)
         count += 1
-        if (elapsed := time.perf_counter() - started) >= seconds:
-            break
     found = {name: round(value, 4) for name, value in loader.stats().items() if name != "batches_per_s"}
     loader.close()
     return {"batches_per_s": round(count / elapsed, 1)} | found

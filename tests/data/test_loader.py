@@ -6,7 +6,7 @@ import pytest
 
 from acrlpd.data.chunks import gather
 from acrlpd.data.episodes import EpisodeStore
-from acrlpd.data.loader import PREFETCH, ACRLPDDataLoader, ChunkLoader
+from acrlpd.data.loader import ACRLPDDataLoader, ChunkLoader
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.tokenizer import PromptTokenizer
 from acrlpd.data.transforms import Compose, DeltaActions, Normalize, PadToModel, ResizeImages, TokenizePrompt
@@ -141,27 +141,32 @@ def test_empty_prior_is_refused():
 
 
 def prefetch_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "acrlpd-prefetch"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("acrlpd-prefetch")]
 
 
-def test_batches_made_ahead_are_the_same_from_any_step_on():
-    loader = make_loader()
-    ahead = list(loader.offline_batches(0, 6))
-    assert len(ahead) == 6
-    for step, batch in enumerate(ahead):
-        assert_same(batch, loader.batch(step))
-    for resumed, straight in zip(loader.offline_batches(4, 6), ahead[4:], strict=True):
-        assert_same(resumed, straight)
-    assert list(loader.offline_batches(3, 3)) == []
-    assert not prefetch_threads()
-
-
-def test_leaving_early_stops_the_thread():
-    batches = make_loader().offline_batches(0, 10**9)
-    next(batches)
+@pytest.mark.parametrize("steps", [[0, 1, 2, 3], [4, 5, 2, 3], [0, 2**30, 2**30 + 1]])
+def test_batches_made_ahead_are_those_asked_for(steps):
+    """Whatever comes next: a resumed run begins in the middle, one that rolled back jumps."""
+    loader, plain = make_loader(), make_loader(prefetch=0)
+    for step in steps:
+        assert_same(loader.batch(step), plain.batch(step))
     assert len(prefetch_threads()) == 1
-    batches.close()
+    loader.close()
+    plain.close()
     assert not prefetch_threads()
+    assert_same(loader.batch(7), plain.batch(7))  # close is no end
+    loader.close()
+
+
+def test_online_batches_see_the_newest_episode_and_keep_none_in_store():
+    replay = make_store([5], seed=1)
+    loader = make_loader(replay=replay)
+    loader.batch(0)
+    loader.batch(1, online=True)
+    replay.append(make_store([4], seed=2).episode(0))
+    assert_same(loader.batch(2, online=True), make_loader(replay=replay, prefetch=0).batch(2, online=True))
+    assert not loader._ahead
+    loader.close()
 
 
 class FailsAt:
@@ -181,13 +186,14 @@ class FailsAt:
 
 
 def test_an_error_in_the_thread_is_raised_here_at_its_batch():
-    failing = 4 + PREFETCH
-    batches = make_loader(transform=FailsAt(2 * failing + 1)).offline_batches(0, 100)
-    for _ in range(failing):
-        next(batches)
+    failing = 4
+    loader = make_loader(transform=FailsAt(2 * failing + 1))
+    for step in range(failing):
+        loader.batch(step)
     with pytest.raises(ValueError, match="the picture is torn"):
-        next(batches)
-    assert not prefetch_threads()
+        loader.batch(failing)
+    loader.batch(failing)  # it was not remembered
+    loader.close()
 
 
 def test_name_of_the_founding_design():
@@ -216,9 +222,9 @@ def test_slices_must_be_equal_and_there(host_index, num_hosts):
 
 
 def test_stats_count_what_was_made():
-    loader = make_loader(prior=make_store([2]), sequence_ratio=0.0)
+    loader = make_loader(prior=make_store([2]), sequence_ratio=0.0, prefetch=0)
     assert loader.stats()["batches"] == 0
-    batches = list(loader.offline_batches(0, 5))
+    batches = [loader.batch(step) for step in range(5)]
     stats = loader.stats()
     assert stats["batches"] == 5
     assert stats["valid_ratio"] == pytest.approx(np.mean([batch.valid for batch in batches]))
@@ -226,4 +232,3 @@ def test_stats_count_what_was_made():
     assert stats["batches_per_s"] > 0
     assert stats["wait_s"] > 0
     assert "cache_hit_rate" not in stats
-    loader.close()

@@ -192,8 +192,8 @@ def test_processes_change_nothing(source, memory):
     store = open_store(source, memory_bytes=NUMBERS_BYTES + 12 * FRAME, num_workers=2)
     expected, found = loader(memory), loader(store)
     try:
-        for step, batch in enumerate(found.offline_batches(0, 4)):
-            jax.tree.map(np.testing.assert_array_equal, batch, expected.batch(step))
+        for step in range(4):
+            jax.tree.map(np.testing.assert_array_equal, found.batch(step), expected.batch(step))
     finally:
         found.close()
 

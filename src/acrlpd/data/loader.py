@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Container
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -17,16 +17,20 @@ from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.transforms import Transform, to_observation
 from acrlpd.types import ChunkBatch
 
-PREFETCH = 2  # batches made ahead
-
 
 class ChunkLoader:
     """Batch ``step`` is a pure function of (seed, step, contents of the stores): resuming needs no saved iterator.
+
+    A thread makes the next batches of prior data ahead; online ones depend on episodes that may still come, and are
+    made when they are asked for. Reading and decoding of what is not in memory is spread over the processes of
+    ``windows.open_store``. A pipeline such as Grain would add nothing to this: what it brings are worker processes and
+    an iterator whose position can be saved, and here the step is the position.
 
     Args:
         sequence_ratio: share of a batch that starts where a full window fits; the rest starts anywhere.
         replay: own episodes, for online batches. Their ids in a batch count on after those of ``prior``.
         online_ratio: share of an online batch that comes from ``replay``, once it has a row (RLPD: half).
+        prefetch: batches made ahead; 0 makes each when it is asked for.
         host_index, num_hosts: this process makes its slice of each batch, the ``host_index``-th of ``num_hosts`` equal
             ones; together they are the batch that one process would make. ``batch_size`` is that of the whole.
     """
@@ -42,13 +46,19 @@ class ChunkLoader:
         seed: int,
         replay: EpisodeStore | None = None,
         online_ratio: float = 0.5,
+        prefetch: int = 2,
         host_index: int = 0,
         num_hosts: int = 1,
     ):
         for name, ratio in (("sequence_ratio", sequence_ratio), ("online_ratio", online_ratio)):
             if not 0 <= ratio <= 1:
                 raise ValueError(f"{name} is a share and must lie in [0, 1], got {ratio}")
-        for name, value, least in (("batch_size", batch_size, 1), ("horizon", horizon, 1), ("seed", seed, 0)):
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("horizon", horizon, 1),
+            ("seed", seed, 0),
+            ("prefetch", prefetch, 0),
+        ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not 0 <= host_index < num_hosts or batch_size % num_hosts:
@@ -66,12 +76,40 @@ class ChunkLoader:
         self._seed = seed
         self._replay = replay
         self._online_ratio = online_ratio
+        self._prefetch = prefetch
+        self._ahead: dict[int, Future[ChunkBatch]] = {}  # by step
+        self._thread: ThreadPoolExecutor | None = None
         self._slice_size = batch_size // num_hosts
         self._slice_start = host_index * self._slice_size
         self._counters = _Counters()
 
     def batch(self, step: int, *, online: bool = False) -> ChunkBatch:
-        """The batch of one training step, as numpy: replayed chunks first, then prior ones."""
+        """The batch of one training step, as numpy: replayed chunks first, then prior ones. One caller at a time."""
+        started = time.perf_counter()
+        if online or not self._prefetch:
+            self._forget()
+            batch = self._make(step, online=online)
+        else:
+            batch = self._made_ahead(step)
+        self._counters.waited(time.perf_counter() - started)
+        return batch
+
+    def _made_ahead(self, step: int) -> ChunkBatch:
+        """The batch, with the thread set to the ones after it; an error in the thread is raised at its own batch."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="acrlpd-prefetch")
+        wanted = range(step, step + 1 + self._prefetch)
+        self._forget(wanted)
+        for coming in wanted:
+            if coming not in self._ahead:
+                self._ahead[coming] = self._thread.submit(self._make, coming, online=False)
+        return self._ahead.pop(step).result()
+
+    def _forget(self, but: Container[int] = ()) -> None:
+        for step in [step for step in self._ahead if step not in but]:
+            self._ahead.pop(step).cancel()
+
+    def _make(self, step: int, *, online: bool) -> ChunkBatch:
         started = time.perf_counter()
         rng = chunks.step_rng(self._seed, step)
         replay_size = round(self._online_ratio * self._batch_size) if online else 0
@@ -97,50 +135,21 @@ class ChunkLoader:
     def stats(self) -> dict[str, float]:
         """About all batches so far.
 
-        ``batches``; ``batches_per_s``, the rate at which they can be made; ``valid_ratio``, the share of steps that are
-        real; ``wait_s``, how long a caller of ``offline_batches``, if there is one, waited for a batch on average; and,
-        where rows are read from their source, ``cache_hit_rate``.
+        ``batches`` made; ``batches_per_s``, the rate at which they can be made; ``valid_ratio``, the share of steps
+        that are real; ``wait_s``, how long a caller waited for a batch on average; and, where rows are read from their
+        source, ``cache_hit_rate``.
         """
         reader = self._prior.reader
         return self._counters.summary() | ({} if reader is None else {"cache_hit_rate": reader.hit_rate})
 
     def close(self) -> None:
-        """Stops the processes that read rows from their source."""
+        """Stops the thread, and the processes that read rows from their source."""
+        self._forget()
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
         if self._prior.reader is not None:
             self._prior.reader.close()
-
-    def offline_batches(self, start_step: int, stop_step: int) -> Iterator[ChunkBatch]:
-        """Batches ``start_step`` to ``stop_step`` (exclusive), made ahead by one background thread.
-
-        The stores must not change meanwhile. An error in the thread is raised here, at the batch it struck.
-        """
-        ready: queue.Queue[ChunkBatch | BaseException] = queue.Queue(maxsize=PREFETCH)
-        stopped = threading.Event()
-        worker = threading.Thread(
-            target=self._fill, args=(ready, stopped, start_step, stop_step), name="acrlpd-prefetch", daemon=True
-        )
-        worker.start()
-        try:
-            for _ in range(start_step, stop_step):
-                started = time.perf_counter()
-                item = ready.get()
-                self._counters.waited(time.perf_counter() - started)
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:  # also when the caller leaves early
-            stopped.set()
-            worker.join()
-
-    def _fill(self, ready: queue.Queue, stopped: threading.Event, start_step: int, stop_step: int) -> None:
-        for step in range(start_step, stop_step):
-            item: ChunkBatch | BaseException
-            try:
-                item = self.batch(step)
-            except BaseException as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
-                item = error
-            if not _put(ready, item, stopped) or isinstance(item, BaseException):
-                return
 
     def _draw(self, store: EpisodeStore, rng: np.random.Generator, size: int, place: int) -> ChunkBatch | None:
         """This host's share of ``size`` chunks, which begin at ``place`` in the batch; None if it has none of them."""
@@ -187,23 +196,12 @@ class _Counters:
 
     def summary(self) -> dict[str, float]:
         with self._lock:
-            found = {
+            return {
                 "batches": self._batches,
                 "batches_per_s": self._batches / max(self._making_s, 1e-9),
                 "valid_ratio": self._valid / max(self._batches, 1),
+                "wait_s": self._waiting_s / max(self._waits, 1),
             }
-            return found | ({"wait_s": self._waiting_s / self._waits} if self._waits else {})
 
 
 ACRLPDDataLoader = ChunkLoader  # its name in the founding design
-
-
-def _put(ready: queue.Queue, item: ChunkBatch | BaseException, stopped: threading.Event) -> bool:
-    """Waits for room, but not for a caller who left."""
-    while not stopped.is_set():
-        try:
-            ready.put(item, timeout=0.1)
-            return True
-        except queue.Full:
-            continue
-    return False

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -68,6 +70,7 @@ class DataConfig:
     """Prior data, batches and replay."""
 
     path: str | None = None  # episodes in any format we read; None: collected into the run's own folder
+    action_dim: int | None = None  # the robot's; data of another is refused. None: whatever the data has
     cameras: tuple[str, ...] = ()  # of the data, those to use; empty: all
     state_keys: tuple[str, ...] = ()  # the format's names of what makes the state; empty: the usual ones
     rewards: RewardConfig = dataclasses.field(default_factory=RewardConfig)
@@ -152,7 +155,7 @@ class TrainConfig:
     name: str = "run"
     run_dir: str = "runs"  # the run's own folder is run_dir/name
     seed: int = 0
-    env: EnvConfig | None = None  # None: offline only, from data.path
+    env: EnvConfig | None = None  # None: offline only, from data.path, whatever online_steps says
     policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
     agent: AgentConfig = dataclasses.field(default_factory=AgentConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -200,8 +203,6 @@ class TrainConfig:
             raise ValueError(f"keep_period must be at least 1, got {self.keep_period}")
         if self.utd_ratio <= 0:
             raise ValueError(f"utd_ratio must be positive, got {self.utd_ratio}")
-        if self.env is None and self.online_steps > 0:
-            raise ValueError("online_steps > 0 needs an environment: set env.name, or online_steps to 0")
         if self.env is None and self.data.path is None:
             raise ValueError("a run needs data.path (a folder of episodes), env.name (to collect some), or both")
 
@@ -220,23 +221,126 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any], *, path: str = "") -> T:
-    """The inverse of ``to_dict``: fields not named keep their default, an unknown one is refused."""
+class ConfigError(ValueError):
+    """Everything that is wrong with a description of a run, one problem a line."""
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None) -> T:
+    """The inverse of ``to_dict``: what is not named keeps the value of ``base``, or its default.
+
+    Raises:
+        ConfigError: unknown names, with the nearest valid one; values of the wrong kind or out of range. All at once.
+    """
+    problems: list[str] = []
+    found = _build(cls, values, base, "", problems)
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return typing.cast(T, found)
+
+
+def _build(cls: type, values: Mapping[str, Any], base: Any, path: str, problems: list[str]) -> Any:
+    """A ``cls`` from nested values; what is wrong is added to ``problems``, and then the result means nothing."""
     hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(typing.cast(Any, cls))]
-    for name in values:
+    names = [field.name for field in dataclasses.fields(cls)]
+    changes = {}
+    before = len(problems)
+    for name, value in values.items():
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {path}{near[0]}?" if near else f"there are {', '.join(names)}"
-            raise ValueError(f"unknown configuration field {path}{name}: {hint}")
-    return cls(**{name: _typed_value(hints[name], value, f"{path}{name}") for name, value in values.items()})
+            problems.append(_unknown(f"{path}{name}", name, names, path))
+            continue
+        part = _dataclass_of(hints[name])
+        try:
+            if part is not None and isinstance(value, Mapping):
+                inner = None if base is None else getattr(base, name)
+                changes[name] = _build(part, value, inner, f"{path}{name}.", problems)
+            else:
+                changes[name] = _typed_value(hints[name], value, f"{path}{name}")
+        except ValueError as error:
+            problems.append(str(error))
+    sound = {name: value for name, value in changes.items() if value is not None or values[name] is None}
+    make = cls if base is None else functools.partial(dataclasses.replace, base)
+    try:
+        found = make(**sound)
+    except ValueError as error:
+        problems += _apart(make, sound) or [str(error)]
+        return None
+    return found if len(problems) == before else None
+
+
+def _apart(make: Any, changes: Mapping[str, Any]) -> list[str]:
+    """One message for each value that is wrong whatever the others are: a constructor stops at the first."""
+    guilty = [name for name, value in changes.items() if _refusal(make, {name: value})]
+    good = {name: value for name, value in changes.items() if name not in guilty}
+    messages = [_refusal(make, {**good, name: changes[name]}) for name in guilty]
+    return [message for message in messages if message]
+
+
+def _refusal(make: Any, changes: Mapping[str, Any]) -> str:
+    try:
+        make(**changes)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _unknown(full: str, name: str, names: list[str], path: str) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {path}{near[0]}?" if near else f"there are {', '.join(names)}"
+    return f"unknown configuration field {full}: {hint}"
+
+
+def _dataclass_of(hint: Any) -> type | None:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((typing.cast(type, option) for option in options if dataclasses.is_dataclass(option)), None)
 
 
 def _typed_value(hint: Any, value: Any, path: str) -> Any:
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value, path=f"{path}.")
-    return tuple(value) if typing.get_origin(hint) is tuple else value
+    """``value`` as the field has it: lists become tuples, and YAML's 2e-5, which is text to it, a number."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or _is_union(hint) else (hint,)
+    if value is None and types.NoneType in options:
+        return None
+    hint = next(option for option in options if option is not types.NoneType)
+    if typing.get_origin(hint) is typing.Literal:
+        return _chosen(typing.get_args(hint), value, path)
+    if typing.get_origin(hint) is tuple:
+        return _items(typing.get_args(hint), value, path)
+    if hint in (int, float):
+        return _number(hint, value, path)
+    if isinstance(hint, type) and not isinstance(value, hint):
+        raise ValueError(f"{path}: expected {_KINDS.get(hint, 'a group of fields')}, got {value!r}")
+    return value
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) is typing.Union
+
+
+def _chosen(choices: tuple[Any, ...], value: Any, path: str) -> Any:
+    if value in choices:
+        return value
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"{path}: {value!r} is none of its values. {hint}There are {', '.join(map(repr, choices))}")
+
+
+def _items(hints: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{path}: expected a list, got {value!r}")
+    kinds = [hints[0]] * len(value) if hints[-1] is Ellipsis else list(hints)
+    if len(kinds) != len(value):
+        raise ValueError(f"{path}: expected {len(kinds)} values, got {value!r}")
+    pairs = enumerate(zip(kinds, value, strict=True))
+    return tuple(_typed_value(kind, item, f"{path}[{place}]") for place, (kind, item) in pairs)
+
+
+def _number(kind: type, value: Any, path: str) -> Any:
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        number = math.nan
+    if math.isnan(number) or (kind is int and not number.is_integer()):
+        raise ValueError(f"{path}: expected {_KINDS[kind]}, got {value!r}")
+    return value if type(value) is kind else kind(number)

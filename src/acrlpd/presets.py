@@ -150,14 +150,16 @@ def get_droid_config() -> TrainConfig:
             discount=0.995,
             target_update_tau=0.005,
         ),
-        data=DataConfig(path="data/droid", batch_size=64, sequence_ratio=0.7, action_normalization="z_score"),
+        data=DataConfig(
+            path="data/droid", action_dim=8, batch_size=64, sequence_ratio=0.7, action_normalization="z_score"
+        ),
         optimizers=OptimizersConfig(
             policy=_cosine(5000, 3e-5, 100_000, 3e-6),
             critic=_cosine(2000, 5e-4, 80_000, 5e-5),
             temperature=_cosine(2000, 5e-4, 80_000, 5e-5),
         ),
         offline_steps=2_000_000,
-        online_steps=0,
+        online_steps=200_000,  # of a simulator or robot, once env.name is set
     )
 
 
@@ -182,14 +184,16 @@ def get_aloha_config() -> TrainConfig:
             discount=0.99,
             target_update_tau=0.01,
         ),
-        data=DataConfig(path="data/aloha", batch_size=128, sequence_ratio=0.8, action_normalization="z_score"),
+        data=DataConfig(
+            path="data/aloha", action_dim=14, batch_size=128, sequence_ratio=0.8, action_normalization="z_score"
+        ),
         optimizers=OptimizersConfig(
             policy=_cosine(2000, 5e-6, 30_000, 1e-6),
             critic=_cosine(1000, 1e-4, 25_000, 1e-5),
             temperature=_cosine(1000, 1e-4, 25_000, 1e-5),
         ),
         offline_steps=500_000,
-        online_steps=0,
+        online_steps=100_000,
     )
 
 
@@ -210,16 +214,22 @@ def get_libero_config() -> TrainConfig:
             discount=0.98,
             target_update_tau=0.01,
         ),
-        data=DataConfig(path="data/libero", batch_size=256, sequence_ratio=0.6, action_normalization="z_score"),
+        data=DataConfig(
+            path="data/libero", action_dim=7, batch_size=256, sequence_ratio=0.6, action_normalization="z_score"
+        ),
         optimizers=OptimizersConfig(
             policy=_cosine(3000, 3e-4, 50_000, 3e-5),
             critic=_cosine(1500, 1e-3, 40_000, 1e-4),
             temperature=_cosine(1500, 1e-3, 40_000, 1e-4),
         ),
         offline_steps=1_000_000,
-        online_steps=0,
+        online_steps=500_000,
     )
 
+
+get_droid_acrlpd_config = get_droid_config  # their other names in the founding design
+get_aloha_acrlpd_config = get_aloha_config
+get_libero_acrlpd_config = get_libero_config
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "demo": get_demo_config,

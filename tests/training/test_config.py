@@ -28,7 +28,7 @@ def test_unknown_preset_names_the_nearest():
     [
         ({"execute_horizon": 6}, "cannot execute more steps than it predicts"),
         ({"utd_ratio": 0.0}, "utd_ratio must be positive"),
-        ({"env": None}, "needs an environment"),
+        ({"env": None}, r"needs data\.path"),
         ({"offline_steps": -1}, "offline_steps must not be negative"),
         ({"log_frequency": 0}, "log_frequency must be at least 1"),
     ],

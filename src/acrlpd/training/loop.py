@@ -281,7 +281,8 @@ class ACRLPDTrainer:
         """Length of a phase and how much of it is done, in updates offline and environment steps online."""
         if phase == "offline":
             return self.config.offline_steps, min(self._step, self.config.offline_steps)
-        return self.config.online_steps, min(self.progress.env_steps, self.config.online_steps)
+        total = self.config.online_steps if self.config.env is not None else 0
+        return total, min(self.progress.env_steps, total)
 
     def _finished(self, phase: Phase) -> bool:
         if phase == "offline":

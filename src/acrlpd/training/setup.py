@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import jax
 import numpy as np
@@ -32,6 +33,7 @@ from acrlpd.models.flow import FlowPolicy
 from acrlpd.models.mlp_flow import MLPFlowConfig
 from acrlpd.models.pi0 import Pi0, Pi0Config
 from acrlpd.models.recognize import recognize
+from acrlpd.overrides import differences
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.guards import LOCK_FILE, RunLock
 from acrlpd.training.loop import ACRLPDTrainer, Interaction, Progress, RunFiles
@@ -53,15 +55,33 @@ def run_files(config: TrainConfig) -> RunFiles:
     return RunFiles(Path(config.run_dir) / config.name)
 
 
-def make_trainer(config: TrainConfig, *, resume: bool = False, overwrite: bool = False) -> ACRLPDTrainer:
-    """A trainer at the start of its run, or where the newest checkpoint left it."""
+def make_trainer(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    override: Collection[str] = (),
+    from_step: int | None = None,
+) -> ACRLPDTrainer:
+    """A trainer at the start of its run, or where the newest checkpoint left it.
+
+    ``override`` has patterns of fields ("optimizers.*.schedule.*") in which a resumed run may differ from what it was
+    started with. ``from_step`` goes back to an older checkpoint and deletes those after it.
+    """
     files = run_files(config)
     lock = RunLock(files.directory) if jax.process_index() == 0 else None
-    claim_directory(config, files, resume=resume, overwrite=overwrite)
+    claim_directory(config, files, resume=resume, overwrite=overwrite, override=override)
     environments = make_environments(config, config.eval.num_envs) if config.env else []
     source = open_prior(config)
     prior = windows.open_store(source, memory_bytes=config.data.memory_bytes, num_workers=config.data.num_workers)
     dims = Dims(prior.state.shape[1], prior.actions.shape[1])
+    if config.data.action_dim not in (None, dims.action):
+        raise ValueError(
+            f"data.action_dim is {config.data.action_dim}, but the actions in {config.data.path} have {dims.action} "
+            "dimensions: this is data of another robot, or another choice of its keys"
+        )
+    if config.env is None and config.online_steps:
+        logger.warning("no online phase: online_steps is %d, but env.name names no environment", config.online_steps)
     checkpoints = ACRLPDCheckpointManager(
         files.checkpoints,
         max_to_keep=config.max_to_keep,
@@ -77,6 +97,8 @@ def make_trainer(config: TrainConfig, *, resume: bool = False, overwrite: bool =
     agent = make_agent(config, dims, prior.cameras) if is_resumed else fresh_agent()
     progress = Progress()
     if is_resumed:
+        if from_step is not None:
+            checkpoints.discard_after(from_step)
         restored = checkpoints.restore_newest(agent)
         agent, progress = restored.agent, Progress(**restored.run["progress"])
         checkpoints.keep |= {step for step in (progress.best_step,) if step is not None}
@@ -114,8 +136,10 @@ def make_trainer(config: TrainConfig, *, resume: bool = False, overwrite: bool =
     )
 
 
-def claim_directory(config: TrainConfig, files: RunFiles, *, resume: bool, overwrite: bool) -> None:
-    """Refuses to mix two runs in one folder, and to resume one with other hyper-parameters."""
+def claim_directory(
+    config: TrainConfig, files: RunFiles, *, resume: bool, overwrite: bool, override: Collection[str] = ()
+) -> None:
+    """Refuses to mix two runs in one folder, and to resume one with other values where ``override`` names no such."""
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     if overwrite:
@@ -128,12 +152,21 @@ def claim_directory(config: TrainConfig, files: RunFiles, *, resume: bool, overw
             "or another --name."
         )
     before = json.loads(files.config.read_text(encoding="utf-8"))
-    changed = [line for line in _differences(before, to_dict(config)) if line.split(":")[0] not in CHANGEABLE]
+    lines = differences(before, to_dict(config))
+    changed = [line for line in lines if not _may_change(line.split(":")[0], (*CHANGEABLE, *override))]
+    if override and lines:
+        logger.warning("%s goes on with other values:\n  %s", files.directory, "\n  ".join(lines))
     if changed:
         raise ValueError(
             f"{files.directory} was started with another configuration, so it cannot be resumed with this one:\n  "
             + "\n  ".join(changed)
+            + "\nResume with the old values, or say --override to go on with the new ones (--override_lr_schedule: "
+            "those of the learning rates alone)."
         )
+
+
+def _may_change(field: str, patterns: Collection[str]) -> bool:
+    return any(fnmatch.fnmatchcase(field, pattern) for pattern in patterns)
 
 
 def _empty(directory: Path) -> None:
@@ -157,17 +190,6 @@ CHANGEABLE = (
     ),
 )
 """Fields that say how long a run goes and what it reports, not what it computes."""
-
-
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> list[str]:
-    lines = []
-    for name in sorted(before.keys() | after.keys()):
-        old, new = before.get(name), after.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += _differences(old, new, f"{path}{name}.")
-        elif old != new:
-            lines.append(f"{path}{name}: was {old!r}, now {new!r}")
-    return lines
 
 
 def make_interaction(config: TrainConfig, files: RunFiles, progress: Progress) -> Interaction:
@@ -339,11 +361,19 @@ def pi0_config(config: PolicyConfig, dims: Dims, cameras: tuple[str, ...]) -> Pi
 
 def make_agent(config: TrainConfig, dims: Dims, cameras: tuple[str, ...], *, weights: str | None = None) -> ACRLPDAgent:
     """A fresh agent, placed on the mesh; its policy starts from ``weights``, if they are given."""
+    agent = create_agent(config, dims, cameras, weights=weights)
+    return jax.device_put(agent, parameter_sharding(make_mesh(config.fsdp_devices), agent))
+
+
+def create_agent(
+    config: TrainConfig, dims: Dims, cameras: tuple[str, ...], *, weights: str | None = None
+) -> ACRLPDAgent:
+    """A fresh agent where JAX puts it; without weights it may be traced, to see shapes without memory for them."""
     policy_rng, agent_rng = jax.random.split(jax.random.key(config.seed))
     policy = make_policy(config.policy, dims, cameras, nnx.Rngs(params=policy_rng))
     if weights is not None:
         load_weights(policy, weights)
-    agent = ACRLPDAgent.create(
+    return ACRLPDAgent.create(
         config.agent,
         policy,
         make_optimizers(config.optimizers),
@@ -352,8 +382,6 @@ def make_agent(config: TrainConfig, dims: Dims, cameras: tuple[str, ...], *, wei
         rng=agent_rng,
         trainable=_trainable(config.policy),
     )
-    mesh = make_mesh(config.fsdp_devices)
-    return jax.device_put(agent, parameter_sharding(mesh, agent))
 
 
 def load_weights(policy: FlowPolicy, path: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXIS, FSDP_AXIS = "batch", "fsdp"
 MIN_SHARDED_BYTES = 4 * 1024**2  # smaller arrays cost more to gather than to keep
@@ -29,7 +29,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec((BATCH_AXIS, FSDP_AXIS)))
 
 
-def parameter_sharding(mesh: Mesh, tree: Any) -> Any:
+def parameter_sharding(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """A sharding for each leaf: its largest axis that divides by the fsdp size, if the array is large."""
 
     def place(leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:

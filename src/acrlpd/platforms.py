@@ -1,0 +1,133 @@
+"""The three robot platforms of the founding design: their tables, and configurations for a platform and an environment.
+
+A table is a rule of thumb. What a configuration really needs is computed (``training/memory.py``); the tables say what
+is usual, and ``ConfigValidator`` compares the two.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from acrlpd import presets
+from acrlpd.config import TrainConfig
+from acrlpd.overrides import apply_config_overrides
+from acrlpd.training import memory
+
+PLATFORM_MEMORY_REQUIREMENTS: dict[str, dict[str, str]] = {
+    "droid": {"inference": "~12GB", "training": "~28GB", "large_N": "adaptive"},
+    "aloha": {"inference": "~10GB", "training": "~24GB", "large_N": "parallel"},
+    "libero": {"inference": "~8GB", "training": "~32GB", "large_N": "parallel"},
+}
+"""Memory of one device that is usual. Training the whole of pi0 in float32 with Adam needs more than one device's."""
+
+PLATFORM_LR_SCHEDULES: dict[str, dict[str, Any]] = {
+    "droid": {"pi0_peak_lr": 3e-5, "critic_peak_lr": 5e-4, "warmup_ratio": 0.05, "decay_profile": "cosine"},
+    "aloha": {"pi0_peak_lr": 5e-6, "critic_peak_lr": 1e-4, "warmup_ratio": 0.1, "decay_profile": "cosine"},
+    "libero": {"pi0_peak_lr": 3e-4, "critic_peak_lr": 1e-3, "warmup_ratio": 0.03, "decay_profile": "cosine"},
+}
+
+PLATFORM_DATA_CONFIGS: dict[str, dict[str, Any]] = {
+    "droid": {"sequence_ratio": 0.7, "cache_size": 50, "shuffle_buffer": 10_000, "data_augmentation": "moderate"},
+    "aloha": {"sequence_ratio": 0.8, "cache_size": 30, "shuffle_buffer": 5000, "data_augmentation": "light"},
+    "libero": {"sequence_ratio": 0.6, "cache_size": 100, "shuffle_buffer": 20_000, "data_augmentation": "aggressive"},
+}
+"""Batches are drawn evenly from all rows, which shuffles more than any buffer; caches are sized in bytes
+(``data.memory_bytes``)."""
+
+PLATFORM_MEMORY_LIMITS = {
+    name: memory.parse_bytes(row["training"].strip("~")) for name, row in PLATFORM_MEMORY_REQUIREMENTS.items()
+}
+PLATFORM_MAX_LR = {
+    name: {"pi0": 3 * row["pi0_peak_lr"], "critic": 3 * row["critic_peak_lr"]}
+    for name, row in PLATFORM_LR_SCHEDULES.items()
+}
+PLATFORM_MIN_BATCH_SIZE = {"droid": 32, "aloha": 32, "libero": 64}
+PLATFORM_MAX_BEST_OF_N = {"droid": 32, "aloha": 64, "libero": 128}
+
+ENVIRONMENTS = ("production", "development", "debug")
+
+
+def environment_overrides(config: TrainConfig, environment: str) -> dict[str, Any]:
+    """What a deployment environment changes: shorter phases and more frequent looks."""
+    if environment not in ENVIRONMENTS:
+        near = difflib.get_close_matches(environment, ENVIRONMENTS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown environment {environment!r}: {hint}There are {', '.join(ENVIRONMENTS)}")
+    if environment == "development":
+        return {
+            "offline_steps": config.offline_steps // 4,
+            "online_steps": config.online_steps // 2,
+            "eval.frequency": 1000,
+            "save_frequency": 2000,
+        }
+    if environment == "debug":
+        return {
+            "offline_steps": 1000,
+            "online_steps": 500,
+            "data.batch_size": 8,
+            "agent.best_of_n_samples": 4,
+            "log_frequency": 10,
+        }
+    return {}
+
+
+def load_training_config(
+    platform: str, environment: str = "production", custom_overrides: Mapping[str, Any] | None = None
+) -> TrainConfig:
+    """The configuration of a platform ("droid", "aloha", "libero", or any preset) for an environment, with changes.
+
+    Raises:
+        ValueError: an unknown platform or environment, or everything that is wrong with the changes.
+    """
+    config = presets.get_preset(platform)
+    config = apply_config_overrides(config, environment_overrides(config, environment))
+    return apply_config_overrides(config, custom_overrides or {})
+
+
+class ConfigValidator:
+    """Compares a configuration with what is usual on a platform."""
+
+    @staticmethod
+    def estimate_memory_usage(config: TrainConfig, devices: int = 1) -> float:
+        """GB on each device while training, from the compiled update: seconds to minutes for a full-size policy."""
+        return memory.plan(config, memory.Machine(devices)).total_bytes / 1e9
+
+    @staticmethod
+    def validate_config(
+        config: TrainConfig, platform: str, *, devices: int = 1, check_memory: bool = True
+    ) -> list[str]:
+        """Warnings, each with the value that is usual; an empty list if there is nothing to say."""
+        if platform not in PLATFORM_MAX_LR:
+            raise ValueError(f"unknown platform {platform!r}: there are {', '.join(PLATFORM_MAX_LR)}")
+        warnings = []
+        if check_memory:
+            needed, limit = ConfigValidator.estimate_memory_usage(config, devices), PLATFORM_MEMORY_LIMITS[platform]
+            if needed > limit / 1e9:
+                warnings.append(
+                    f"about {needed:.1f} GB on each device, where {limit / 1e9:.0f} GB is usual on {platform}: "
+                    "acrlpd plan says what to change"
+                )
+        rates = {"pi0": config.optimizers.policy, "critic": config.optimizers.critic}
+        for name, optimizer in rates.items():
+            peak, most = optimizer.schedule.peak_lr, PLATFORM_MAX_LR[platform][name]
+            if peak > most:
+                warnings.append(f"the {name} learning rate ({peak:g}) may be too high: up to {most:g} on {platform}")
+        if config.data.batch_size < PLATFORM_MIN_BATCH_SIZE[platform]:
+            warnings.append(
+                f"data.batch_size {config.data.batch_size} is below the {PLATFORM_MIN_BATCH_SIZE[platform]} that is "
+                f"usual on {platform}"
+            )
+        if config.agent.best_of_n_samples > PLATFORM_MAX_BEST_OF_N[platform]:
+            warnings.append(
+                f"agent.best_of_n_samples {config.agent.best_of_n_samples} exceeds the "
+                f"{PLATFORM_MAX_BEST_OF_N[platform]} that is usual on {platform}: choose --agent.best_of_n_strategy "
+                "chunked, or fewer"
+            )
+        return warnings
+
+
+def validate_config_compatibility(config: TrainConfig) -> TrainConfig:
+    """The configuration, if it can be built again from its own values; a contradiction is refused."""
+    return apply_config_overrides(config, {})

@@ -1,0 +1,212 @@
+"""What a run needs, before it starts: bytes on each device and on disk, from shapes and the compiled program alone.
+
+Nothing is allocated: the agent and its batch are traced, and the update is compiled for one device's share of a batch.
+What the program keeps beside its arguments (activations, gradients) is the compiler's own count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh
+
+from acrlpd.agents import acrlpd
+from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.config import TrainConfig
+from acrlpd.training import setup
+from acrlpd.training.setup import Dims
+from acrlpd.training.sharding import BATCH_AXIS, FSDP_AXIS, parameter_sharding
+from acrlpd.types import ChunkBatch, Observation
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # of openpi's models
+SLACK = 0.05  # of a device's memory, which the runtime keeps for itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What the run should fit on. ``device_memory`` in bytes; None: not known, so everything fits."""
+
+    devices: int = 1
+    device_memory: int | None = None
+
+    def __post_init__(self):
+        if self.devices < 1:
+            raise ValueError(f"devices must be at least 1, got {self.devices}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes of a run; bytes are those on one device unless they say otherwise."""
+
+    parameters: int  # of the policy
+    trainable: int  # of those, the ones that change
+    critic_parameters: int
+    parameter_bytes: int  # policy, critics, targets, temperature
+    optimizer_bytes: int
+    batch_bytes: int
+    gradient_bytes: int
+    activation_bytes: int  # what the compiled update keeps beside its arguments and the gradients
+    checkpoint_bytes: int  # on disk, one checkpoint
+    local_batch: int  # observations on one device
+    machine: Machine
+
+    @property
+    def total_bytes(self) -> int:
+        parts = (self.parameter_bytes, self.optimizer_bytes, self.batch_bytes, self.gradient_bytes)
+        return sum(parts) + self.activation_bytes
+
+    @property
+    def fits(self) -> bool:
+        limit = self.machine.device_memory
+        return limit is None or self.total_bytes <= (1 - SLACK) * limit
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"total_bytes": self.total_bytes, "fits": self.fits}
+
+
+def plan(config: TrainConfig, machine: Machine | None = None, *, dims: Dims | None = None) -> Plan:
+    """Sizes of ``config`` on ``machine`` (by default the devices that are here).
+
+    ``dims`` are the data's own widths; None takes the configuration's, and the environment's where it has one.
+    """
+    machine = Machine(jax.device_count()) if machine is None else machine
+    if machine.devices % config.fsdp_devices:
+        raise ValueError(f"fsdp_devices ({config.fsdp_devices}) must divide the number of devices ({machine.devices})")
+    local_batch = _local_batch(config, machine)
+    dims = _dims(config) if dims is None else dims
+    cameras = config.data.cameras or (config.env.cameras if config.env else CAMERAS)
+    agent = jax.eval_shape(lambda: setup.create_agent(config, dims, cameras))
+    batch = batch_shapes(config, dims, cameras, local_batch)
+    temporary, aliased_output = _compiled(agent, batch)
+    trainable = _local_bytes(config, machine, agent.params)
+    gradients = _bytes(agent.params)
+    state = (agent.params, agent.frozen, agent.target_critic)
+    return Plan(
+        parameters=_count(agent.params["policy"]) + _count(agent.frozen),
+        trainable=_count(agent.params["policy"]),
+        critic_parameters=_count(agent.params["critic"]),
+        parameter_bytes=_local_bytes(config, machine, state),
+        optimizer_bytes=_local_bytes(config, machine, agent.opt_state),
+        batch_bytes=_bytes(batch),
+        gradient_bytes=min(trainable, temporary),
+        activation_bytes=max(temporary - gradients, 0) + aliased_output,
+        checkpoint_bytes=_bytes((state, agent.opt_state)),
+        local_batch=local_batch,
+        machine=machine,
+    )
+
+
+def advice(config: TrainConfig, found: Plan) -> list[str]:
+    """What to change when it does not fit, most effective first for what is largest."""
+    if found.fits:
+        return []
+    lines = []
+    parts = config.agent.gradient_accumulation_steps
+    if found.activation_bytes >= found.total_bytes // 4 and found.local_batch > 1:
+        lines.append(f"--agent.gradient_accumulation_steps {2 * parts}: the same batch in smaller pieces")
+    if config.agent.best_of_n_strategy == "parallel" and config.agent.candidates_in_target > 1:
+        lines.append("--agent.best_of_n_strategy chunked: the candidates of the target in blocks")
+    if found.machine.devices > config.fsdp_devices:
+        lines.append(f"--fsdp_devices {found.machine.devices}: parameters and optimiser split over all devices")
+    if config.policy.kind != "mlp_flow" and not config.policy.freeze_pi0_backbone:
+        lines.append("--policy.freeze_pi0_backbone: no gradient and no optimiser for the vision-language model")
+    if config.policy.kind != "mlp_flow" and not config.policy.remat:
+        lines.append("--policy.remat: activations are computed again in the backward pass")
+    if not lines:
+        lines.append("more devices, or devices with more memory")
+    return lines
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "80GB" (decimal, as device memory is sold), "24GiB" or a bare number."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?i?B?)\s*", text, re.IGNORECASE)
+    unit = match.group(2).upper() if match else "?"
+    unit = unit + "B" if unit and not unit.endswith("B") else unit
+    if match is None or (unit not in UNITS and unit != "B"):
+        raise ValueError(f"{text!r} is not a size. Write a number and its unit, such as 80GB or 24GiB")
+    return int(float(match.group(1)) * UNITS.get(unit, 1))
+
+
+def batch_shapes(config: TrainConfig, dims: Dims, cameras: tuple[str, ...], size: int) -> ChunkBatch:
+    """A batch of ``size`` as the loader would make it, without its content."""
+    policy = config.policy
+    horizon, width = policy.action_horizon, policy.action_dim or dims.action
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((size, *shape), dtype)
+
+    image = array(policy.image_size, policy.image_size, 3, dtype=jnp.uint8)
+    observation = Observation(
+        state=array(policy.action_dim or dims.state),
+        images=dict.fromkeys(cameras, image),
+        image_masks={camera: array(dtype=jnp.bool_) for camera in cameras},
+        tokenized_prompt=array(policy.max_token_len, dtype=jnp.int32),
+        tokenized_prompt_mask=array(policy.max_token_len, dtype=jnp.bool_),
+    )
+    return ChunkBatch(
+        observations=observation,
+        actions=array(horizon, width),
+        rewards=array(horizon),
+        terminals=array(horizon),
+        valid=array(horizon),
+        next_observations=observation,
+        bootstrap_mask=array(),
+        sequence_mask=array(),
+        episode_id=array(dtype=jnp.int32),
+        step_id=array(dtype=jnp.int32),
+    )
+
+
+def _local_batch(config: TrainConfig, machine: Machine) -> int:
+    size = config.data.batch_size
+    if size % machine.devices:
+        raise ValueError(f"data.batch_size ({size}) must be a multiple of the number of devices ({machine.devices})")
+    return size // machine.devices
+
+
+def _dims(config: TrainConfig) -> Dims:
+    if config.env is not None:
+        spec = setup.make_environments(config, 1)[0].spec
+        return Dims(spec.state_dim, spec.action_dim)
+    width = config.data.action_dim or config.policy.action_dim
+    if width is None:
+        raise ValueError("the widths of state and action come from the data: set data.action_dim or policy.action_dim")
+    return Dims(config.policy.action_dim or width, width)
+
+
+def _compiled(agent: ACRLPDAgent, batch: ChunkBatch) -> tuple[int, int]:
+    """Bytes of temporaries of one update, and of results that take no argument's place."""
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    program = acrlpd._update.lower(agent, batch, rng, agent.config.loss_weights).compile()
+    analysis = program.memory_analysis()
+    if analysis is None:
+        raise RuntimeError("this backend's compiler does not say how much memory a program needs")
+    return analysis.temp_size_in_bytes, max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
+
+
+def _local_bytes(config: TrainConfig, machine: Machine, tree: Any) -> int:
+    """Bytes on one device, with large arrays split over the fsdp axis."""
+    axes = (machine.devices // config.fsdp_devices, config.fsdp_devices)
+    mesh = AbstractMesh(axes, (BATCH_AXIS, FSDP_AXIS))
+    placed = parameter_sharding(mesh, tree)
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(placed), strict=True)
+    return sum(_size(leaf) // (config.fsdp_devices if FSDP_AXIS in place.spec else 1) for leaf, place in pairs)
+
+
+def _size(leaf: Any) -> int:
+    return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+
+
+def _bytes(tree: Any) -> int:
+    return sum(_size(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _count(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

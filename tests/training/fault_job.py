@@ -1,7 +1,7 @@
 """A whole run of seconds, in a process of its own that a test may kill: ``fault_job.py RUN_DIR [FAULT]``.
 
 FAULT is something the process does to itself: ``journal-file`` and ``journal-line`` die while the first online episode
-is written down, ``disk-full`` lets no file grow beyond 2 kB from update 12 on.
+is written down, ``disk-full`` lets no file grow beyond 2 kB from update 22 on.
 """
 
 import json
@@ -57,10 +57,10 @@ def make_config(run_dir: Path) -> TrainConfig:
         data=DataConfig(collect=CollectConfig(episodes=6, policy="random"), batch_size=8),
         eval=EvalConfig(episodes=2, frequency=10**6, num_envs=2),
         offline_steps=OFFLINE_STEPS,
-        online_steps=80,
+        online_steps=40,
         online_envs=2,
         log_frequency=5,
-        save_frequency=5,
+        save_frequency=10,
     )
 
 
@@ -111,7 +111,7 @@ def main(run_dir: str, fault: str = "") -> int:
     trainer = setup.make_trainer(make_config(Path(run_dir)), resume=True)
     arm(fault)
     if fault == "disk-full":
-        fill_disk_at(trainer, 12)
+        fill_disk_at(trainer, 22)
     print("training", flush=True)
     try:
         trainer.train()

@@ -1,6 +1,6 @@
 """What may happen to a run, and what is left of it. ``ACRLPD_FAULTS``: how often the job is killed (make test-faults).
 
-The job is ``fault_job.py``: 30 offline updates, then 80 steps of its own in a toy world, a checkpoint every 5 updates.
+The job is ``fault_job.py``: 30 offline updates, then 40 steps of its own in a toy world, a checkpoint every 10 updates.
 """
 
 import dataclasses
@@ -34,11 +34,15 @@ KINDS = ("random", "save", "journal-file", "random", "save", "journal-line")
 
 def start(run_dir, fault=""):
     run_dir.mkdir(exist_ok=True)
-    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+        "JAX_COMPILATION_CACHE_DIR": str(run_dir.parent / "xla"),  # a job is started often, and compiles once
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     command = [sys.executable, str(JOB), str(run_dir), fault]
-    return subprocess.Popen(
-        command, env={**os.environ, "XLA_FLAGS": flags}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process):
@@ -79,7 +83,7 @@ def check(run_dir, reference):
     assert len(set(numbers)) == len(numbers), "an episode is there twice"
     used = [int(line) for line in (run_dir / "used.jsonl").read_text().split()]
     assert set(used) <= set(numbers), "an episode was used and is gone"
-    assert sum(entry["length"] for entry in journal) >= 80 - 2 * 10
+    assert sum(entry["length"] for entry in journal) >= 40 - 2 * 10
     assert max(numbers) - min(numbers) < len(numbers) + 2, "episodes are missing in between"
 
 
@@ -91,7 +95,7 @@ def arrays(run_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60 * max(KILLS, 6))
+@pytest.mark.timeout(200 * max(KILLS, 6))
 def test_a_job_killed_at_any_moment_ends_as_if_nothing_had_happened(uninterrupted, tmp_path):
     reference, seconds = uninterrupted
     moments = random.Random(0)
@@ -125,7 +129,7 @@ def test_sigterm_and_a_full_disk_leave_a_run_that_goes_on(uninterrupted, tmp_pat
     assert "--resume" in errors
     assert "Traceback" not in errors
     steps = [int(path.name) for path in (tmp_path / "job" / "checkpoints").iterdir() if path.name.isdigit()]
-    assert max(steps) == 10
+    assert max(steps) == 20
     asked = start(tmp_path)
     wait_for_training(asked)
     asked.send_signal(signal.SIGTERM)

@@ -20,6 +20,8 @@ COMMANDS = {
     "report": "one self-contained HTML page about a run",
     "weights": "what arrays a checkpoint holds; convert between openpi's layout, PaliGemma, safetensors and npz",
     "data": "what a data set holds, what is wrong with it; convert it; decode its pictures once",
+    "config": "show, compare and save configurations",
+    "plan": "parameters, memory and checkpoint size of a run, before it starts",
     "norm-stats": "normalization statistics of a data set, in openpi's file",
 }
 

@@ -6,28 +6,44 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
 from acrlpd import presets
+from acrlpd.cli.configured import changed, starting_point
 from acrlpd.config import TrainConfig, from_dict
 from acrlpd.training import setup
 from acrlpd.training.faults import EXIT_INTERRUPTED, Interrupted
 from acrlpd.training.report import write_report
 
+USAGE = """usage: acrlpd train PRESET|FILE.yaml [--config FILE.yaml] [--environment development] [--field value ...]
+       acrlpd train --resume RUN [--field value ...]
+
+presets: {presets}
+acrlpd train PRESET --help lists every field with the preset's value. A field given as a flag wins over the YAML file,
+which wins over the preset."""
+
 
 def main(argv: Sequence[str]) -> int:
-    if not argv or argv[0].startswith("-"):
-        print(f"usage: acrlpd train PRESET [--field value ...]\n\npresets: {', '.join(presets.PRESETS)}")
-        print("acrlpd train PRESET --help lists every field with the preset's value.")
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE.format(presets=", ".join(presets.PRESETS)))
         return 0 if argv else 2
+    path, words = _resumed_path(argv)
+    if path is not None:
+        found, step = locate_run(path)
+        flags = words if words[:1] and words[0].startswith("-") else words[1:]  # the preset need not be said again
+        config, rest = changed(stored_config(found), flags)
+        arguments = _parse(config, str(path), ["--resume", *rest])
+        return _train(arguments, f"--resume {found}", flags, step)
     name, *flags = argv
-    arguments = _parse(presets.get_preset(name), name, flags)
+    config, rest = starting_point(name, flags)
+    arguments = _parse(config, name, rest)
     stored = setup.run_files(arguments.config).config
     if arguments.resume and stored.exists():  # what the run was started with need not be said again
-        before = from_dict(TrainConfig, json.loads(stored.read_text(encoding="utf-8")))
-        arguments = _parse(before, name, flags)
+        config, rest = changed(stored_config(stored.parent), flags)
+        arguments = _parse(config, name, rest)
     return _train(arguments, name, flags)
 
 
@@ -36,8 +52,39 @@ class TrainArguments:
     """Train offline on prior data, then online in the simulator."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    resume: bool = False  # go on where the run of this name stopped
+    resume: bool = False  # go on where the run of this name stopped; --resume RUN names the run's folder, or a step's
     overwrite: bool = False  # delete the run of this name first
+    override: bool = False  # resume although values differ from those the run was started with
+    override_lr_schedule: bool = False  # the same for learning rates alone
+
+    def may_differ(self) -> tuple[str, ...]:
+        return ("*",) if self.override else LR_FIELDS if self.override_lr_schedule else ()
+
+
+LR_FIELDS = ("optimizers.*.schedule.*",)
+
+
+def _resumed_path(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """What ``--resume PATH`` names, if a path stands there, and the other words."""
+    for place, word in enumerate(argv[:-1]):
+        if word == "--resume" and not argv[place + 1].startswith("-"):
+            return Path(argv[place + 1]), [*argv[:place], *argv[place + 2 :]]
+    return None, list(argv)
+
+
+def locate_run(path: Path) -> tuple[Path, int | None]:
+    """A run's folder, and the step if ``path`` names that of one of its checkpoints."""
+    is_step = path.name.isdigit() and path.parent.name == "checkpoints"
+    run = path.parent.parent if is_step else path
+    if not (run / "config.json").is_file():
+        raise ValueError(f"--resume {path}: no run there. Name a run's folder, or a step in its checkpoints.")
+    return run, int(path.name) if is_step else None
+
+
+def stored_config(run: Path) -> TrainConfig:
+    """What the run was started with, wherever its folder lies now."""
+    config = from_dict(TrainConfig, json.loads((run / "config.json").read_text(encoding="utf-8")))
+    return dataclasses.replace(config, run_dir=str(run.parent), name=run.name)
 
 
 def _parse(default: TrainConfig, name: str, flags: Sequence[str]) -> TrainArguments:
@@ -50,14 +97,26 @@ def _parse(default: TrainConfig, name: str, flags: Sequence[str]) -> TrainArgume
     )
 
 
-def _train(arguments: TrainArguments, name: str, flags: Sequence[str]) -> int:
-    config = arguments.config
-    trainer = setup.make_trainer(config, resume=arguments.resume, overwrite=arguments.overwrite)
+def _train(arguments: TrainArguments, name: str, flags: Sequence[str], step: int | None = None) -> int:
+    kept = [flag for flag in flags if flag not in ("--resume", "--overwrite")]
+    return run(
+        arguments.config,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        override=arguments.may_differ(),
+        from_step=step,
+        again=" ".join([name, *kept]),
+    )
+
+
+def run(config: TrainConfig, *, again: str, **how: Any) -> int:
+    """Trains to the end and writes the report. ``again``: the words that resume it; ``how``: see ``make_trainer``."""
+    trainer = setup.make_trainer(config, **how)
     try:
         summary = trainer.train()
     except Interrupted as stop:
-        again = " ".join(["acrlpd train", name, *(flag for flag in flags if flag not in ("--resume", "--overwrite"))])
-        print(f"\n{stop}\nResume with: {again} --resume", file=sys.stderr)
+        resume = "" if "--resume" in again else " --resume"
+        print(f"\n{stop}\nResume with: acrlpd train {again}{resume}", file=sys.stderr)
         return EXIT_INTERRUPTED
     for phase, result in summary["phases"].items():
         print(f"{phase:8} success {result['success']:.0%} [{result['low']:.0%}, {result['high']:.0%}]")

@@ -1,0 +1,86 @@
+"""``acrlpd config show | diff | save``: a run's description before it is a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from acrlpd.cli.configured import starting_point
+from acrlpd.config import TrainConfig, from_dict, to_dict
+from acrlpd.overrides import differences, to_yaml
+
+USAGE = """usage: acrlpd config COMMAND ...
+
+  show  PRESET|FILE.yaml|RUN [flags] [--json]    every field with its value
+  diff  PRESET|FILE.yaml|RUN OTHER               what differs, one field a line
+  save  PRESET|FILE.yaml|RUN TARGET.yaml [flags] all fields into a file that acrlpd train takes
+
+Flags are those of acrlpd train: any field, --config FILE.yaml, --environment production|development|debug."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShowArguments:
+    """Every field of a configuration."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    json: bool = False  # one JSON object instead of YAML
+
+
+def main(argv: Sequence[str]) -> int:
+    command, *rest = argv or [""]
+    commands: dict[str, tuple[int, Callable[[list[str]], None]]] = {
+        "show": (1, _show),
+        "diff": (2, _diff),
+        "save": (2, _save),
+    }
+    if command in ("", "-h", "--help"):
+        print(USAGE)
+        return 0 if command else 2
+    if command not in commands:
+        raise ValueError(f"unknown command 'config {command}'\n{USAGE}")
+    needed, run = commands[command]
+    if len([word for word in rest[:needed] if not word.startswith("-")]) < needed:
+        raise ValueError(f"'config {command}' needs {needed} names before any flag\n{USAGE}")
+    run(rest)
+    return 0
+
+
+def _show(words: list[str]) -> None:
+    arguments = _parsed(words[0], words[1:])
+    print(json.dumps(to_dict(arguments.config), indent=2) if arguments.json else to_yaml(arguments.config), end="\n")
+
+
+def _diff(words: list[str]) -> None:
+    one, other = (_parsed(word, []).config for word in words[:2])
+    print("\n".join(differences(to_dict(one), to_dict(other))) or "no difference")
+
+
+def _save(words: list[str]) -> None:
+    target = Path(words[1])
+    if target.exists():
+        raise ValueError(f"{target} exists already. Delete it first, or choose another name.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.write_text(to_yaml(_parsed(words[0], words[2:]).config), encoding="utf-8")
+    temporary.rename(target)
+    print(target)
+
+
+def _parsed(word: str, flags: list[str]) -> ShowArguments:
+    stored = Path(word) / "config.json"
+    if stored.is_file():
+        config = from_dict(TrainConfig, json.loads(stored.read_text(encoding="utf-8")))
+    else:
+        config, flags = starting_point(word, flags)
+    return tyro.cli(
+        ShowArguments,
+        args=flags,
+        default=ShowArguments(config),
+        prog="acrlpd config",
+        config=(tyro.conf.AvoidSubcommands,),
+    )

@@ -1,0 +1,74 @@
+"""``acrlpd plan PRESET [--devices 8 --device_memory 80GB]``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from acrlpd.cli.configured import starting_point
+from acrlpd.config import TrainConfig
+from acrlpd.training import memory
+
+EXIT_DOES_NOT_FIT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanArguments:
+    """Parameters, memory of each device and size of a checkpoint, before a run; nothing is allocated."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    devices: int = 1  # of the machine that is meant
+    device_memory: str | None = None  # of one device, such as 80GB; None: only the sizes are told
+    fsdp: int | None = None  # over how many devices large arrays are split; None: as --fsdp_devices
+    json: bool = False
+
+
+def main(argv: Sequence[str]) -> int:
+    if not argv or argv[0].startswith("-"):
+        print("usage: acrlpd plan PRESET|FILE.yaml [--devices 8 --device_memory 80GB --fsdp 4] [--field value ...]")
+        return 0 if argv else 2
+    config, flags = starting_point(argv[0], argv[1:])
+    arguments = tyro.cli(
+        PlanArguments,
+        args=flags,
+        default=PlanArguments(config),
+        prog=f"acrlpd plan {argv[0]}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    config = arguments.config
+    if arguments.fsdp is not None:
+        config = dataclasses.replace(config, fsdp_devices=arguments.fsdp)
+    limit = None if arguments.device_memory is None else memory.parse_bytes(arguments.device_memory)
+    found = memory.plan(config, memory.Machine(arguments.devices, limit))
+    changes = memory.advice(config, found)
+    if arguments.json:
+        print(json.dumps(found.to_dict() | {"advice": changes}))
+    else:
+        print("\n".join(_table(found, config)))
+        print("\n".join(["it does not fit; try one of", *(f"  {line}" for line in changes)]) if changes else "it fits")
+    return 0 if found.fits else EXIT_DOES_NOT_FIT
+
+
+def _table(found: memory.Plan, config: TrainConfig) -> list[str]:
+    machine = found.machine
+    rows = {
+        "parameters": found.parameter_bytes,
+        "optimiser": found.optimizer_bytes,
+        "batch": found.batch_bytes,
+        "gradients": found.gradient_bytes,
+        "activations": found.activation_bytes,
+        "together": found.total_bytes,
+    }
+    limit = "" if machine.device_memory is None else f" of {machine.device_memory / 1e9:.1f} GB"
+    return [
+        f"policy        {found.parameters:,} parameters, {found.trainable:,} of them trainable",
+        f"critics       {found.critic_parameters:,} parameters",
+        f"on each of {machine.devices} devices ({config.fsdp_devices} share the parameters), "
+        f"{found.local_batch} of {config.data.batch_size} chunks, {config.agent.candidates_in_target} candidates each:",
+        *(f"  {name:<12}{size / 1e9:>10.3f} GB{limit if name == 'together' else ''}" for name, size in rows.items()),
+        f"checkpoint    {found.checkpoint_bytes / 1e9:.3f} GB on disk",
+    ]

@@ -22,7 +22,15 @@ _HOMES = {
     "acrlpd.models.critic": ("CriticConfig", "CriticNetworks"),
     "acrlpd.models.mlp_flow": ("MLPFlow", "MLPFlowConfig"),
     "acrlpd.models.pi0": ("Pi0", "Pi0Config"),
-    "acrlpd.presets": ("get_aloha_config", "get_droid_config", "get_libero_config", "get_preset"),
+    "acrlpd.overrides": ("apply_config_overrides", "load_yaml", "merge_configurations"),
+    "acrlpd.platforms": (
+        *("PLATFORM_DATA_CONFIGS", "PLATFORM_LR_SCHEDULES", "PLATFORM_MEMORY_REQUIREMENTS"),
+        *("ConfigValidator", "load_training_config", "validate_config_compatibility"),
+    ),
+    "acrlpd.presets": (
+        *("get_aloha_acrlpd_config", "get_aloha_config", "get_droid_acrlpd_config", "get_droid_config"),
+        *("get_libero_acrlpd_config", "get_libero_config", "get_preset"),
+    ),
     "acrlpd.training.checkpoint": ("ACRLPDCheckpointManager",),
     "acrlpd.training.loop": ("ACRLPDTrainer",),
     "acrlpd.training.protocol": ("ACRLPDEvaluationProtocol",),

@@ -108,9 +108,8 @@ def advice(config: TrainConfig, found: Plan) -> list[str]:
     if found.fits:
         return []
     lines = []
-    parts = config.agent.gradient_accumulation_steps
     if found.activation_bytes >= found.total_bytes // 4 and found.local_batch > 1:
-        lines.append(f"--agent.gradient_accumulation_steps {2 * parts}: the same batch in smaller pieces")
+        lines.append(f"--data.batch_size {config.data.batch_size // 2}: half the batch")
     if config.agent.best_of_n_strategy == "parallel" and config.agent.candidates_in_target > 1:
         lines.append("--agent.best_of_n_strategy chunked: the candidates of the target in blocks")
     if found.machine.devices > config.fsdp_devices:

@@ -73,6 +73,12 @@ class DataConfig:
     action_dim: int | None = None  # the robot's; data of another is refused. None: whatever the data has
     cameras: tuple[str, ...] = ()  # of the data, those to use; empty: all
     state_keys: tuple[str, ...] = ()  # the format's names of what makes the state; empty: the usual ones
+    action_keys: tuple[str, ...] = ()  # likewise for the actions
+    default_task: str = ""  # the instruction of episodes whose format has none
+    filter_key: str | None = None  # robomimic's name for a subset of the demos
+    cube_goal: tuple[tuple[float, float, float], ...] = ()  # OGBench play data: where each cube should be, in m
+    button_goal: tuple[int, ...] = ()  # likewise the state of each button
+    frame_cache: str | None = None  # folder that `acrlpd data cache` filled at policy.image_size
     rewards: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     on_bad_episode: Literal["error", "skip"] = "error"  # an episode that cannot be used; skip warns and goes on
     memory_bytes: int | None = None  # what may be held in memory, the rest is read when asked for; None: half of it
@@ -91,6 +97,8 @@ class DataConfig:
         for name in ("sequence_ratio", "online_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.cube_goal and self.button_goal:
+            raise ValueError("data.cube_goal and data.button_goal exclude each other")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,7 +51,7 @@ def library(monkeypatch):
 
 def test_rows_pair_an_observation_with_the_action_taken_there(library):
     dataset, asked = library
-    found = sources.open_episodes("minari:D4RL/door/human-v2", task="open the door")
+    found = sources.open_episodes("minari:D4RL/door/human-v2", default_task="open the door")
     assert asked == ["D4RL/door/human-v2"]
     assert (found.format, found.lengths.tolist(), found.cameras) == ("minari", [4, 6], ("camera",))
     parts = dataset[1].observations

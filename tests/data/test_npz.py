@@ -6,6 +6,7 @@ import pytest
 from acrlpd.data import chunks
 from acrlpd.data.episodes import EpisodeSource, EpisodeStore
 from acrlpd.data.npz import ButtonGoal, CubeGoal, NpzReader
+from acrlpd.data.rewards import RewardConfig
 
 GOAL = CubeGoal(((0.4, 0.0, 0.02),))
 
@@ -30,7 +31,7 @@ CUBE_X = [0.0, 0.41, 0.9, 0.0, 0.0, 0.0, 0.4401, 0.40]  # rows 3 and 7 end traje
 
 
 def test_the_flagged_row_of_each_trajectory_is_dropped(tmp_path):
-    reader = NpzReader(play(tmp_path / "a.npz", CUBE_X, [3, 7]), task="move the cube")
+    reader = NpzReader(play(tmp_path / "a.npz", CUBE_X, [3, 7]), default_task="move the cube")
     assert isinstance(reader, EpisodeSource)
     assert (reader.num_episodes, reader.lengths.tolist()) == (2, [3, 3])
     assert reader.window(1, "state", 0, 3).tolist() == [[8, 9], [10, 11], [12, 13]]
@@ -56,8 +57,25 @@ def test_rewards_count_the_objects_that_are_missing(tmp_path):
     path = play(tmp_path / "a.npz", [0.0] * 4, [3], button_states=buttons)
     counted = NpzReader(path, goal=ButtonGoal((1, 0))).episode(0)
     assert (counted.rewards.tolist(), counted.terminals.tolist()) == ([-2, -1, 0], [False, False, True])
-    sparse = NpzReader(path, goal=ButtonGoal((1, 0)), sparse=True).episode(0)
+    sparse = NpzReader(path, goal=ButtonGoal((1, 0)), rewards=RewardConfig(source="sparse")).episode(0)
     assert (sparse.rewards.tolist(), sparse.terminals.tolist()) == ([-1, -1, 0], [False, False, True])
+    positive = NpzReader(path, goal=ButtonGoal((1, 0)), rewards=RewardConfig(source="sparse", convention="0/1"))
+    assert positive.episode(0).rewards.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("goal", "rewards", "message"),
+    [
+        (None, RewardConfig(), r"name the goal they are for.*--data\.cube_goal.*--data\.button_goal"),
+        (GOAL, RewardConfig(convention="0/1"), "ask for rewards.source='sparse'"),
+        (GOAL, RewardConfig(success=True), r"rewards\.success does not apply"),
+        (GOAL, RewardConfig(success_reward=1.0), r"rewards\.success_reward does not apply"),
+        (GOAL, RewardConfig(terminal_on_failure=True), r"rewards\.terminal_on_failure does not apply"),
+    ],
+)
+def test_rewards_that_play_data_cannot_have(tmp_path, goal, rewards, message):
+    with pytest.raises(ValueError, match=rf"a\.npz: .*{message}"):
+        NpzReader(play(tmp_path / "a.npz", CUBE_X, [3, 7]), goal=goal, rewards=rewards)
 
 
 def test_actions_are_clipped_on_request(tmp_path):

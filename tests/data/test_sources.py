@@ -84,14 +84,14 @@ def test_an_object_of_the_lerobot_library_counts_with_its_selection(shared):
 
 
 @pytest.mark.reference
-def test_play_data_takes_a_goal_and_no_other_rewards(shared):
+def test_play_data_takes_a_goal(shared):
     path = next((shared / "data/ogbench").glob("*.npz"), None)
     if path is None:
         pytest.skip("this root has no play data")
-    dataset = sources.open_episodes(path, goal=CubeGoal(((0.425, 0.1, 0.02),)))
+    dataset = sources.open_episodes(path, goal=CubeGoal(((0.425, 0.1, 0.02),)), rewards=RewardConfig(source="sparse"))
     assert dataset.format == "ogbench"
     assert dataset.episode(0).rewards.min() == -1
-    with pytest.raises(ValueError, match="Give a goal instead"):
+    with pytest.raises(ValueError, match="name the goal"):
         sources.open_episodes(path, rewards=RewardConfig())
     with pytest.raises(ValueError, match=re.escape(path.parent.name) + r".*Name one of .*npz"):
         sources.open_episodes(path.parent)

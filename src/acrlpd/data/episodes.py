@@ -129,7 +129,8 @@ class EpisodeStore:
         if max_bytes is not None and max_bytes <= 0:
             raise ValueError(f"max_bytes must be positive, got {max_bytes}. Leave it out to keep every episode.")
         self.max_bytes = max_bytes
-        self.reader: RowReader | None = None  # None: all rows are in memory
+        self.reader: RowReader | None = None  # None: no row is read when it is asked for
+        self.skipped: Sequence[tuple[str, str]] = ()  # name and fault of each episode its source left out
         self._columns: dict[str, _Column | _FixedColumn] = {}
         self._first_source = ""  # the episode whose shapes all others must have
         self._ends = _Column((), np.int64)  # counted from the first row ever appended, so that dropping shifts nothing

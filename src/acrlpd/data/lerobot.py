@@ -68,7 +68,8 @@ class LeRobotSource:
         root: the dataset's folder, or an object of the ``lerobot`` library's LeRobotDataset (its ``episodes`` count).
         episodes: numbers of those to read, in this order; None reads all. Positions in this selection are what methods
             take as index; ``numbers`` has the stored ones.
-        state_keys: columns that, one behind the other, make the state; None looks for the usual ones.
+        state_keys, action_keys: columns that, one behind the other, make the state and the actions; None looks for the
+            usual ones.
         cameras: names without ``observation.images.``; None takes all, and an empty list opens no picture.
         rewards: None leaves rewards as they are stored, and 0 where none are: good for imitation only.
         on_bad_episode: ``"skip"`` leaves broken episodes out, with a warning that says which and why; ``skipped`` keeps
@@ -84,7 +85,7 @@ class LeRobotSource:
         *,
         episodes: Sequence[int] | None = None,
         state_keys: Sequence[str] | None = None,
-        action_key: str | None = None,
+        action_keys: Sequence[str] | None = None,
         cameras: Sequence[str] | None = None,
         rewards: RewardConfig | None = None,
         on_bad_episode: Literal["error", "skip"] = "error",
@@ -95,7 +96,7 @@ class LeRobotSource:
         folder, episodes = _opened(root, episodes)
         self.meta = lerobot_meta.read(folder)
         self.state_keys = lerobot_meta.state_keys(self.meta, state_keys)
-        self.action_key = lerobot_meta.action_key(self.meta, action_key)
+        self.action_keys = lerobot_meta.action_keys(self.meta, action_keys)
         self._camera_keys = lerobot_meta.camera_keys(self.meta, cameras)
         self._rewards = rewards
         self._tolerance_s = tolerance_s
@@ -103,7 +104,7 @@ class LeRobotSource:
         self._parquet = ParquetReader()
         self._videos = video.VideoReaders()
         optional = [key for key in (REWARD, SUCCESS, TERMINAL) if key in self.meta.features]
-        self._columns = (*dict.fromkeys((*self.state_keys, self.action_key, *REQUIRED, *optional)),)
+        self._columns = (*dict.fromkeys((*self.state_keys, *self.action_keys, *REQUIRED, *optional)),)
         selected = _selected(self.meta, episodes)
 
         def find_out() -> Arrays:
@@ -169,7 +170,7 @@ class LeRobotSource:
         if key == "state":
             return self._numbers(facts, self.state_keys, start, stop)
         if key == "actions":
-            return self._numbers(facts, [self.action_key], start, stop)
+            return self._numbers(facts, self.action_keys, start, stop)
         if key in ("rewards", "terminals"):
             return self._label(facts, self._threshold)[key == "terminals"][start:stop]
         if key == "task":

@@ -112,10 +112,9 @@ def state_keys(meta: Meta, asked: Sequence[str] | None) -> tuple[str, ...]:
     return _numeric(meta, "state_keys", keys)
 
 
-def action_key(meta: Meta, asked: str | None) -> str:
+def action_keys(meta: Meta, asked: Sequence[str] | None) -> tuple[str, ...]:
     usual = [key for key in ACTION_KEYS if key in meta.features]
-    keys = usual[:1] if asked is None else [asked]
-    return _numeric(meta, "action_key", keys)[0]
+    return _numeric(meta, "action_keys", usual[:1] if asked is None else asked)
 
 
 def _numeric(meta: Meta, name: str, keys: Sequence[str]) -> tuple[str, ...]:

@@ -136,11 +136,21 @@ class ChunkLoader:
         """About all batches so far.
 
         ``batches`` made; ``batches_per_s``, the rate at which they can be made; ``valid_ratio``, the share of steps
-        that are real; ``wait_s``, how long a caller waited for a batch on average; and, where rows are read from their
-        source, ``cache_hit_rate``.
+        that are real; ``wait_s``, how long a caller waited for a batch on average; ``skipped_episodes`` of the prior
+        data; and, where rows are read from their source, ``cache_hit_rate``.
         """
         reader = self._prior.reader
-        return self._counters.summary() | ({} if reader is None else {"cache_hit_rate": reader.hit_rate})
+        found = self._counters.summary() | {"skipped_episodes": len(self._prior.skipped)}
+        return found | ({} if reader is None else {"cache_hit_rate": reader.hit_rate})
+
+    def contents(self) -> dict[str, Any]:
+        """What the prior data is: ``episodes`` and ``steps`` used, and name and fault of those ``skipped``."""
+        prior = self._prior
+        return {
+            "episodes": prior.num_episodes,
+            "steps": prior.num_rows,
+            "skipped": [list(each) for each in prior.skipped],
+        }
 
     def close(self) -> None:
         """Stops the thread, and the processes that read rows from their source."""

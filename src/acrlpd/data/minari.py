@@ -29,7 +29,7 @@ class MinariSource(HeldEpisodes):
         dataset: ``minari:<dataset id>`` for one of the library's own folder, or the folder of a dataset.
         state_keys: parts of a dictionary observation (``a/b`` where they nest); None takes all numbers.
         rewards: None leaves rewards as they are stored.
-        task: the instruction; the format has none.
+        default_task: the instruction; the format has none.
 
     Raises:
         ImportError: ``minari`` is not installed.
@@ -42,7 +42,7 @@ class MinariSource(HeldEpisodes):
         *,
         state_keys: Sequence[str] | None = None,
         rewards: RewardConfig | None = None,
-        task: str = "",
+        default_task: str = "",
         on_bad_episode: Literal["error", "skip"] = "error",
     ):
         found = _opened(str(dataset))
@@ -52,7 +52,7 @@ class MinariSource(HeldEpisodes):
         for episode in found.iterate_episodes():
             source = f"{dataset}: episode {episode.id}"
             with bad.guard(source):
-                self._store.append(_episode(episode, source, state_keys, rewards, threshold, task))
+                self._store.append(_episode(episode, source, state_keys, rewards, threshold, default_task))
         bad.report(str(dataset), int(found.total_episodes))
         self.skipped = bad.skipped
 

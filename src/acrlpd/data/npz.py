@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from acrlpd.data.episodes import BadEpisodes, EpisodeStore, HeldEpisodes
+from acrlpd.data.rewards import RewardConfig
 from acrlpd.types import Episode
 
 CLIP = 1e-5  # how far OGBench's loader keeps actions from -1 and 1
@@ -75,8 +76,9 @@ class NpzReader(HeldEpisodes):
 
     Args:
         goal: what the rewards are for. None: rewards 0 and no terminals (good for imitation only).
-        sparse: rewards are -1 until everything is in place, and 0 there, instead of counting objects.
-        task: the instruction; the file has none.
+        rewards: which rewards to give for the goal. ``source="sparse"`` has -1 until everything is in place, and 0
+            there, instead of counting objects; ``convention="0/1"`` has 0 and 1 in their place.
+        default_task: the instruction; the file has none.
         clip_actions: to -1 + 1e-5 and 1 - 1e-5, as QC has it for the published data sets.
         on_bad_episode: ``"skip"`` leaves out trajectories that cannot be used, with a warning; see ``skipped``.
 
@@ -89,14 +91,14 @@ class NpzReader(HeldEpisodes):
         path: str | os.PathLike[str],
         *,
         goal: Goal | None = None,
-        sparse: bool = False,
-        task: str = "",
+        rewards: RewardConfig | None = None,
+        default_task: str = "",
         clip_actions: bool = False,
         on_bad_episode: Literal["error", "skip"] = "error",
     ):
         self.path = Path(path)
         arrays = _load(self.path)
-        rewards, done = _relabelled(self.path, arrays, goal, sparse=sparse)
+        labels, done = _relabelled(self.path, arrays, goal, rewards)
         actions = arrays["actions"].astype(np.float32, copy=False)
         actions = np.clip(actions, -1 + CLIP, 1 - CLIP) if clip_actions else actions
         state = arrays["observations"].astype(np.float32, copy=False)
@@ -112,9 +114,9 @@ class NpzReader(HeldEpisodes):
                     Episode(
                         state[rows],
                         actions[rows],
-                        rewards[rows],
+                        labels[rows],
                         done[rows],
-                        task,
+                        default_task,
                         success=bool(done[rows].any()) if goal is not None else None,
                         source=source,
                     )
@@ -154,16 +156,39 @@ def _load(path: Path) -> dict[str, np.ndarray]:
 
 
 def _relabelled(
-    path: Path, arrays: Arrays, goal: Goal | None, *, sparse: bool
+    path: Path, arrays: Arrays, goal: Goal | None, config: RewardConfig | None
 ) -> tuple[Float[np.ndarray, " r"], Bool[np.ndarray, " r"]]:
+    _check_asked(path, goal, config)
     if goal is None:
         return np.zeros(len(arrays["actions"]), np.float32), np.zeros(len(arrays["actions"]), bool)
     try:
         in_place = goal.in_place(arrays)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    missing = np.sum(~in_place, axis=1)
-    return -(missing > 0 if sparse else missing).astype(np.float32), missing == 0
+    missing: Int[np.ndarray, " r"] = np.sum(~in_place, axis=1)
+    done = missing == 0
+    if config is not None and config.convention == "0/1":
+        return done.astype(np.float32), done
+    sparse = config is not None and config.source == "sparse"
+    return -(missing > 0 if sparse else missing).astype(np.float32), done
+
+
+def _check_asked(path: Path, goal: Goal | None, config: RewardConfig | None) -> None:
+    if config is None:
+        return
+    if goal is None:
+        raise ValueError(
+            f"{path}: OGBench's play data has no rewards of its own: name the goal they are for. From Python "
+            "goal=CubeGoal(((0.425, 0.1, 0.02),)) or goal=ButtonGoal((0, 1)) of acrlpd.data.npz; in a run "
+            "--data.cube_goal 0.425 0.1 0.02 (x, y, z of each cube in m) or --data.button_goal 0 1."
+        )
+    if config.convention == "0/1" and config.source != "sparse":
+        raise ValueError(f"{path}: rewards of 0 and 1 do not count objects: ask for rewards.source='sparse' with them.")
+    for name in ("success", "success_reward"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"{path}: rewards.{name} does not apply to play data: its goal says what succeeded.")
+    if config.terminal_on_failure:
+        raise ValueError(f"{path}: rewards.terminal_on_failure does not apply to play data, which cannot fail.")
 
 
 def _required(arrays: Arrays, key: str) -> np.ndarray:

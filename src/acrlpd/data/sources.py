@@ -78,13 +78,7 @@ def open_episodes(
     if unknown:
         own = ", ".join(name for name in list(known)[1:] if name not in GENERAL)
         raise ValueError(f"{data}: {', '.join(unknown)} means nothing to {kind} data. It has the options {own}.")
-    if "rewards" in known:
-        options["rewards"] = rewards
-    elif rewards is not None:
-        raise ValueError(
-            f"{data}: OGBench's play data has no rewards and no success of its own. Give a goal instead, such as "
-            "CubeGoal(...) of acrlpd.data.npz."
-        )
+    options["rewards"] = rewards
     if "num_workers" in known:
         options["num_workers"] = num_workers
     if "metadata_cache" in known and remember:

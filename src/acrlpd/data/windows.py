@@ -34,7 +34,12 @@ def open_store(source: EpisodeSource, *, memory_bytes: int | None = None, num_wo
     is asked for. Half of the machine's memory is the limit if none is given. ``num_workers`` processes read; 0 reads in
     the caller's.
     """
-    limit = _physical_memory() // 2 if memory_bytes is None else memory_bytes
+    store = _stored(source, _physical_memory() // 2 if memory_bytes is None else memory_bytes, num_workers)
+    store.skipped = getattr(source, "skipped", ())
+    return store
+
+
+def _stored(source: EpisodeSource, limit: int, num_workers: int) -> EpisodeStore:
     features = {key: source.window(0, key, 0, 1) for key in keys(source)}
     num_rows = int(np.sum(source.lengths))
     needed = {key: num_rows * row.nbytes for key, row in features.items()}

@@ -421,6 +421,7 @@ class ACRLPDTrainer:
         summary = {
             "task": self.config.env.name if self.config.env else self.config.data.path,
             "seed": self.config.seed,
+            "data": self.loader.contents(),
             "phases": self.progress.results,
             "wall_s": self.progress.wall_s,
             "cpu_s": self.progress.cpu_s,

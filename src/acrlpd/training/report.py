@@ -33,6 +33,7 @@ from acrlpd.training.metrics import read_jsonl
 
 NUM_FRAMES = 8  # of one filmstrip
 FRAME_SIZE = 192  # pixels
+SHOWN_FAULTS = 5  # episodes that were left out, with the reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +156,21 @@ def _overview(run: Run) -> str:
     if run.summary is None:
         remark = "This run has not finished: results are its newest evaluations, totals those of its newest record."
         lines.append(_element("p", remark, "remark"))
+    data = (run.summary or {}).get("data")
+    if data is not None:
+        facts["prior data"] = f"{data['episodes']:,} episodes, {data['steps']:,} steps"
+        if data["skipped"]:
+            lines.append(_element("p", _left_out(data), "remark"))
     pairs = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts.items())
     return "\n".join([*lines, f"<dl>{pairs}</dl>"])
+
+
+def _left_out(data: Mapping[str, Any]) -> str:
+    """Which episodes of the prior data were not used, and why."""
+    faults, total = data["skipped"], data["episodes"] + len(data["skipped"])
+    more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+    told = "; ".join(fault for _, fault in faults[:SHOWN_FAULTS])
+    return f"{len(faults)} of {total} episodes of the prior data could not be used and were left out: {told}{more}."
 
 
 def headline(run: Run) -> str:

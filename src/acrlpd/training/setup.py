@@ -18,8 +18,9 @@ from flax import nnx
 
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.config import CollectConfig, PolicyConfig, TrainConfig, from_dict, to_dict
-from acrlpd.data import hdf5, normalize, windows
+from acrlpd.data import hdf5, normalize, npz, windows
 from acrlpd.data.episodes import EpisodeStore
+from acrlpd.data.frame_cache import FrameCache
 from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.replay import ReplayJournal
@@ -263,8 +264,26 @@ def open_prior(config: TrainConfig) -> Dataset:
         on_bad_episode=data.on_bad_episode,
         num_workers=data.num_workers,
         remember=data.path is not None,
-        **{name: value for name in ("cameras", "state_keys") if (value := getattr(data, name))},
+        **_reader_options(config),
     )
+
+
+def _reader_options(config: TrainConfig) -> dict[str, Any]:
+    """What the configuration says about its format; a reader refuses what means nothing to it."""
+    data = config.data
+    options: dict[str, Any] = {
+        name: value
+        for name in ("cameras", "state_keys", "action_keys", "default_task", "filter_key")
+        if (value := getattr(data, name))
+    }
+    if data.cube_goal:
+        options["goal"] = npz.CubeGoal(data.cube_goal)
+    if data.button_goal:
+        options["goal"] = npz.ButtonGoal(data.button_goal)
+    if data.frame_cache is not None:
+        size = config.policy.image_size
+        options["frame_cache"] = FrameCache(Path(data.frame_cache), size, size)
+    return options
 
 
 def collect_prior(env: EnvConfig, collect: CollectConfig, directory: Path, *, seed: int) -> None:

@@ -1,0 +1,159 @@
+"""Every field of ``DataConfig`` changes what a run is built from."""
+
+import dataclasses
+import json
+
+import h5py
+import numpy as np
+import pytest
+
+from acrlpd.config import DataConfig, TrainConfig, from_dict, to_dict
+from acrlpd.data import chunks, hdf5, windows
+from acrlpd.data.frame_cache import FrameCache
+from acrlpd.data.rewards import RewardConfig
+from acrlpd.training import report, setup
+from acrlpd.types import Episode
+
+ONLINE = {"collect", "max_replay_bytes", "online_ratio"}  # need a simulator, or are the loader's and the store's own
+CUBE = (0.425, 0.1, 0.02)
+
+
+def with_data(config: TrainConfig, **changes) -> TrainConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+
+
+def loaded(config: TrainConfig):
+    data = config.data
+    return windows.open_store(setup.open_prior(config), memory_bytes=data.memory_bytes, num_workers=data.num_workers)
+
+
+@pytest.fixture
+def robomimic(tmp_path):
+    """Two demos with a camera, of which the filter key names the second."""
+    path = tmp_path / "demos.hdf5"
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        for number in range(2):
+            demo = file.create_group(f"data/demo_{number}")
+            demo.attrs["num_samples"] = 5
+            for key, width in {"actions": 2, "actions_abs": 3, "obs/place": 4, "obs/speed": 1}.items():
+                demo[key] = rng.normal(size=(5, width))
+            demo["rewards"] = (np.arange(5) == 4).astype(float)
+            for camera in ("left", "right"):
+                demo[f"obs/{camera}_image"] = rng.integers(0, 256, (5, 8, 8, 3), np.uint8)
+        file["mask/mine"] = np.array([b"demo_1"])
+    return path
+
+
+@pytest.fixture
+def play(tmp_path):
+    qpos = np.zeros((6, 21), np.float32)
+    qpos[2, 14:17] = CUBE
+    arrays = {"observations": np.zeros((6, 3)), "actions": np.zeros((6, 2)), "terminals": np.arange(6) == 5}
+    np.savez(tmp_path / "play.npz", **arrays, qpos=qpos, button_states=np.tile(np.arange(6)[:, None] == 3, (1, 2)))
+    return tmp_path / "play.npz"
+
+
+COVERED = {
+    *("path", "cameras", "state_keys", "action_keys", "default_task", "filter_key", "rewards", "cube_goal"),
+    *("button_goal", "frame_cache", "on_bad_episode", "memory_bytes", "num_workers", "batch_size", "sequence_ratio"),
+    *("min_std", "action_normalization"),
+}
+
+
+def test_no_field_is_forgotten():
+    assert {field.name for field in dataclasses.fields(DataConfig)} == COVERED | ONLINE
+
+
+def test_what_is_read(tiny_config, robomimic, tmp_path):
+    config = with_data(tiny_config, path=str(robomimic), state_keys=("place",))
+    store = loaded(config)
+    assert (store.num_episodes, store.state.shape[1], store.actions.shape[1], store.tasks) == (2, 4, 2, [""])
+    assert (store.cameras, store.rewards.min()) == (("left_image", "right_image"), -1)
+    changed = with_data(
+        config,
+        state_keys=("place", "speed"),
+        action_keys=("actions_abs",),
+        cameras=("right_image",),
+        filter_key="mine",
+        default_task="lift it",
+        rewards=RewardConfig(convention="0/1"),
+        frame_cache=str(tmp_path / "frames"),
+    )
+    source = setup.open_prior(changed)
+    size = changed.policy.image_size
+    FrameCache(tmp_path / "frames", size, size).build(source)
+    robomimic_frames = next((tmp_path / "frames").rglob("*.npy"))
+    np.save(robomimic_frames, np.full((5, size, size, 3), 7, np.uint8))
+    store = loaded(changed)
+    assert (store.num_episodes, store.state.shape[1], store.actions.shape[1], store.tasks) == (1, 5, 3, ["lift it"])
+    assert (store.cameras, store.rewards.tolist()) == (("right_image",), [0, 0, 0, 0, 1])
+    assert (store.images["right_image"][np.arange(5)] == 7).all()  # it is the record that is read
+
+
+@pytest.mark.parametrize(
+    ("goal", "rewards"), [({"cube_goal": (CUBE,)}, [-1, -1, 0, -1, -1]), ({"button_goal": (1, 1)}, [-2, -2, -2, 0, -2])]
+)
+def test_play_data_needs_a_goal(tiny_config, play, goal, rewards):
+    config = with_data(tiny_config, path=str(play))
+    with pytest.raises(ValueError, match=r"play\.npz: .*--data\.cube_goal 0\.425"):
+        setup.open_prior(config)
+    assert loaded(with_data(config, **goal)).rewards.tolist() == rewards
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(with_data(config, **goal))))) == with_data(
+        config, **goal
+    )
+    with pytest.raises(ValueError, match="goal means nothing to hdf5 data"):
+        setup.open_prior(with_data(tiny_config, **goal))
+
+
+def test_where_rows_are_held(tiny_config, tmp_path):
+    frames = np.zeros((4, 8, 8, 3), np.uint8)
+    numbers = np.zeros((4, 2), np.float32)
+    episode = Episode(numbers, numbers, numbers[:, 0], np.zeros(4, bool), task="", images={"top": frames}, success=True)
+    hdf5.write_episode(hdf5.episode_path(tmp_path / "set", 0), episode, compression="gzip")
+    config = with_data(tiny_config, path=str(tmp_path / "set"))
+    assert loaded(config).reader is None
+    reader = loaded(with_data(config, memory_bytes=100, num_workers=3)).reader
+    assert reader._num_workers == 3
+
+
+def test_batches_are_drawn_as_asked(tiny_config):
+    config = with_data(tiny_config, batch_size=6, sequence_ratio=1.0)
+    trainer = setup.make_trainer(config)
+    batch = trainer.loader.batch(3)
+    trainer.loader.close()
+    store = loaded(config)
+    rows = chunks.start_rows(store, chunks.step_rng(config.seed, 3), 6, config.policy.action_horizon, 1.0)
+    np.testing.assert_array_equal(batch.step_id, rows - store.starts[store.episode_index(rows)])
+
+
+def test_how_numbers_are_normalised(tiny_config):
+    source = setup.open_prior(tiny_config)
+    store = loaded(tiny_config)
+
+    def stats(**changes):
+        return setup.make_norm_stats(with_data(tiny_config, **changes), store, source, None)
+
+    assert (stats(min_std=50.0)["state"].std == 50).all()
+    assert (stats()["state"].std < 50).all()
+    with pytest.raises(ValueError, match=r"data\.action_normalization='bounds' needs an environment"):
+        stats(action_normalization="bounds")
+
+
+def test_skipped_episodes_are_counted_and_told(tiny_config):
+    bad = hdf5.episode_path(tiny_config.data.path, 2)
+    bad.write_bytes(bad.read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"episode_000002\.hdf5: expected a complete HDF5 file"):
+        setup.make_trainer(tiny_config)
+    config = with_data(tiny_config, on_bad_episode="skip")
+    with pytest.warns(UserWarning, match="1 of 4 episodes were left out"):
+        trainer = setup.make_trainer(dataclasses.replace(config, name="skips"))
+    summary = trainer.train()
+    assert summary["data"]["episodes"] == 3
+    assert [name for name, _ in summary["data"]["skipped"]] == [str(bad)]
+    run = report.read_run(setup.run_files(trainer.config).directory)
+    assert {record["loader/skipped_episodes"] for record in run.training} == {1}
+    assert {"loader/wait_s", "loader/batches_per_s", "loader/valid_ratio"} <= run.training[-1].keys()
+    page = report.write_report(run.files.directory).read_text(encoding="utf-8")
+    assert "1 of 4 episodes of the prior data could not be used" in page
+    assert bad.name in page

@@ -57,7 +57,7 @@ def play(tmp_path):
 COVERED = {
     *("path", "cameras", "state_keys", "action_keys", "default_task", "filter_key", "rewards", "cube_goal"),
     *("button_goal", "frame_cache", "on_bad_episode", "memory_bytes", "num_workers", "batch_size", "sequence_ratio"),
-    *("min_std", "action_normalization"),
+    *("min_std", "action_normalization", "action_dim"),
 }
 
 
@@ -118,6 +118,8 @@ def test_where_rows_are_held(tiny_config, tmp_path):
 
 
 def test_batches_are_drawn_as_asked(tiny_config):
+    with pytest.raises(ValueError, match=r"data\.action_dim is 3"):
+        setup.make_trainer(with_data(tiny_config, action_dim=3))
     config = with_data(tiny_config, batch_size=6, sequence_ratio=1.0)
     trainer = setup.make_trainer(config)
     batch = trainer.loader.batch(3)

@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import numpy as np

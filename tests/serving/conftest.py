@@ -3,6 +3,9 @@
 import asyncio
 import contextlib
 import dataclasses
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,12 +38,12 @@ STATS = {
 OBS = {"state": np.array([0.5, 1.5, 0.0], np.float32)}
 
 
-def save(run: Path, step: int, *, seed: int = 0) -> None:
+def save(run: Path, step: int, *, seed: int = 0, config: TrainConfig = CONFIG, cameras: tuple[str, ...] = ()) -> None:
     """A checkpoint of an agent as it was made."""
-    agent = setup.make_agent(dataclasses.replace(CONFIG, seed=seed), setup.Dims(3, 2), ())
+    agent = setup.make_agent(dataclasses.replace(config, seed=seed), setup.Dims(3, 2), cameras)
     agent = dataclasses.replace(agent, step=agent.step + step)
     manager = ACRLPDCheckpointManager(run / "checkpoints")
-    manager.save(agent, asset_id="tiny", norm_stats=STATS, run={"config": to_dict(CONFIG), "cameras": []})
+    manager.save(agent, asset_id="tiny", norm_stats=STATS, run={"config": to_dict(config), "cameras": list(cameras)})
     manager.wait()
     manager.close()
 
@@ -132,3 +135,18 @@ def served(trained: deploy.Trained) -> Iterator[Running]:
     """One server with the defaults for the tests that only look at it."""
     with running(deploy.trained_policy(trained, deploy.ActingOptions())) as server:
         yield server
+
+
+@contextlib.contextmanager
+def spawned(folder: Path, *flags: str, **variables: str) -> Iterator[tuple[subprocess.Popen, int]]:
+    """``acrlpd serve`` in a process of its own, ready: the process and its port. It must stop when told to."""
+    command = [sys.executable, "-m", "acrlpd.cli.main", "serve", "--checkpoint", str(folder), *flags]
+    process = subprocess.Popen(command, env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()  # "serving ws://127.0.0.1:8000"
+        assert line.startswith("serving"), line
+        yield process, int(line.rsplit(":", 1)[1])
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0

@@ -11,7 +11,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "acrlpd.agents.acrlpd": ("ACRLPDAgent", "ACRLPDPi0Agent", "AgentConfig", "TemperatureConfig"),
+    "acrlpd.agents.acrlpd": ("ACRLPDAgent", "ACRLPDPi0Agent"),
+    "acrlpd.agents.config": ("AgentConfig", "TemperatureConfig"),
     "acrlpd.agents.losses": ("LossWeights",),
     "acrlpd.config": ("ACRLPDPi0Config", "ACRLPDTrainingConfig", "EvalConfig", "TrainConfig"),
     "acrlpd.data.episodes": ("EpisodeStore",),

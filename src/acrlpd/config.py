@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from acrlpd.agents.acrlpd import AgentConfig
+from acrlpd.agents.config import AgentConfig
 from acrlpd.agents.losses import LossWeights
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.envs.env import EnvConfig

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable
 
-from acrlpd.agents.acrlpd import AgentConfig, TemperatureConfig
+from acrlpd.agents.config import AgentConfig, TemperatureConfig
 from acrlpd.agents.losses import LossWeights
 from acrlpd.config import (
     CollectConfig,

@@ -17,7 +17,8 @@ import pytest
 from flax import nnx
 
 from acrlpd.agents import acrlpd
-from acrlpd.agents.acrlpd import ACRLPDAgent, AgentConfig
+from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.agents.config import AgentConfig
 from acrlpd.models.critic import CriticConfig
 from acrlpd.models.mlp_flow import MLPFlow, MLPFlowConfig
 from acrlpd.types import ChunkBatch, Observation

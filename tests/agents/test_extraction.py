@@ -38,7 +38,7 @@ def noise(toys):
     return jax.random.normal(toys.key(0), (4, 6, 3, 2))
 
 
-@pytest.mark.parametrize("make", [BestOfN, lambda steps, clip: QGradient(steps, clip, 2)])
+@pytest.mark.parametrize("make", [BestOfN, QGradient])
 def test_flow_candidates_are_the_flows(make, modules, prefix, noise):
     chunks = flow.sample(modules.policy, prefix, noise, num_steps=3)
     np.testing.assert_allclose(make(3, None).propose(modules, prefix, noise), chunks, atol=1e-6)
@@ -75,22 +75,22 @@ def test_student_is_asked_for_by_name(modules, prefix, noise):
         Distill(3, None, 1.0).propose(without, prefix, noise)
 
 
-def test_best_of_n_trains_nothing(modules, prefix, toys):
-    loss, metrics = BestOfN(3, None).actor_loss(modules, prefix, toys.key(0), jnp.ones(()))
+def test_best_of_n_trains_nothing(modules, prefix, noise):
+    loss, metrics = BestOfN(3, None).actor_loss(modules, prefix, noise, jnp.ones(()))
     assert (loss, metrics) == (0, {})
 
 
-def test_q_gradient_is_q_and_the_entropy_bonus(modules, prefix, toys):
+def test_q_gradient_is_q_and_the_entropy_bonus(modules, prefix, noise):
     """Without a second sample there is no spread, and no bonus; with one, alpha weighs it."""
-    rng = toys.key(1)
-    single, _ = QGradient(3, None, 1).actor_loss(modules, prefix, rng, jnp.float32(2.0))
-    chunks = flow.sample(modules.policy, prefix, jax.random.normal(rng, (1, 6, 3, 2)), num_steps=3)
+    climb = QGradient(3, None)
+    single, _ = climb.actor_loss(modules, prefix, noise[:1], jnp.float32(2.0))
+    chunks = flow.sample(modules.policy, prefix, noise[:1], num_steps=3)
     q = modules.critic.aggregate(modules.critic(prefix.features, prefix.state, chunks))
     np.testing.assert_allclose(single, losses.q_gradient_loss(q), rtol=1e-5)
 
-    cold, _ = QGradient(3, None, 2).actor_loss(modules, prefix, rng, jnp.float32(0.0))
-    warm, _ = QGradient(3, None, 2).actor_loss(modules, prefix, rng, jnp.float32(2.0))
-    chunks = flow.sample(modules.policy, prefix, jax.random.normal(rng, (2, 6, 3, 2)), num_steps=3)
+    cold, _ = climb.actor_loss(modules, prefix, noise[:2], jnp.float32(0.0))
+    warm, _ = climb.actor_loss(modules, prefix, noise[:2], jnp.float32(2.0))
+    chunks = flow.sample(modules.policy, prefix, noise[:2], num_steps=3)
     np.testing.assert_allclose(cold - warm, 2 * losses.gaussian_entropy(chunks).mean(), rtol=1e-4)
 
 
@@ -99,8 +99,9 @@ def test_entropy_bonus_leaves_padding_alone(toys):
     agent = toys.agent(toys.config(extraction="q_gradient"), policy=toys.policy(3), action_dim=2)
     modules = agent.nets.modules(agent.params, agent.frozen)
     prefix = modules.policy.encode(toys.batch().observations)
-    cold, warm = (QGradient(1, None, 2).actor_loss(modules, prefix, toys.key(0), jnp.float32(t))[0] for t in (0, 1))
-    chunks = flow.sample(modules.policy, prefix, jax.random.normal(toys.key(0), (2, 6, 3, 3)), num_steps=1)
+    noise = jax.random.normal(toys.key(0), (2, 6, 3, 3))
+    cold, warm = (QGradient(1, None).actor_loss(modules, prefix, noise, jnp.float32(t))[0] for t in (0, 1))
+    chunks = flow.sample(modules.policy, prefix, noise, num_steps=1)
     np.testing.assert_allclose(cold - warm, losses.gaussian_entropy(chunks[..., :2]).mean(), rtol=1e-4)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from acrlpd.agents.acrlpd import AgentConfig
+from acrlpd.agents.config import AgentConfig
 from acrlpd.config import DataConfig, PolicyConfig, TrainConfig
 from acrlpd.data import hdf5
 from acrlpd.models.critic import CriticConfig

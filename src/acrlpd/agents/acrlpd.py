@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,99 +17,21 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from acrlpd.agents import extraction as extractions
-from acrlpd.agents import losses, sampling
-from acrlpd.agents.extraction import ExtractionName, Modules
-from acrlpd.agents.health import Health, HealthConfig, judge, keep_if
+from acrlpd.agents import flow_bc, losses, rlpd_ac, sampling
+from acrlpd.agents.config import AgentConfig
+from acrlpd.agents.draws import Draws, deal
+from acrlpd.agents.extraction import Modules
+from acrlpd.agents.health import Health, judge, keep_if
 from acrlpd.agents.losses import LossWeights
 from acrlpd.models import flow
-from acrlpd.models.critic import CriticConfig, CriticNetworks
+from acrlpd.models.critic import CriticNetworks
 from acrlpd.models.flow import FlowPolicy, Prefix
+from acrlpd.models.gaussian import ChunkGaussian
 from acrlpd.types import ChunkBatch, Metrics, Observation
 
 ActingMode = Literal["greedy", "explore", "bc"]
-BCWeighting = Literal["none", "importance", "difficulty"]
-BestOfNStrategy = Literal["parallel", "chunked", "sequential"]
 Params = dict[str, Any]  # by group: "policy", "critic", "temperature", and "student" under distill
 _HELD = optax.set_to_zero()  # one object, so that networks with it can be equal
-
-
-@dataclasses.dataclass(frozen=True)
-class TemperatureConfig:
-    """alpha: the softmax temperature of exploration and the weight of the entropy bonus under q_gradient."""
-
-    initial_temp: float = 1.0
-    target_entropy_multiplier: float = 0.5  # target entropy = -multiplier * horizon * action_dim
-    adaptive: bool = True
-
-    def __post_init__(self):
-        if self.initial_temp <= 0:
-            raise ValueError(f"temperature.initial_temp must be positive, got {self.initial_temp}")
-
-
-@dataclasses.dataclass(frozen=True)
-class AgentConfig:
-    """Every choice of the algorithm; sizes of the policy are the policy's own."""
-
-    critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
-    temperature: TemperatureConfig = dataclasses.field(default_factory=TemperatureConfig)
-    loss_weights: LossWeights = dataclasses.field(default_factory=LossWeights)
-    extraction: ExtractionName = "best_of_n"
-    discount: float = 0.99
-    target_update_tau: float = 0.005
-    best_of_n_samples: int = 32  # candidates while acting
-    target_samples: int | None = None  # candidates in the TD target; None: as while acting
-    best_of_n_strategy: BestOfNStrategy = "parallel"
-    best_of_n_block: int = 8  # candidates at a time under "chunked"
-    top_k: int | None = None  # explore among this many best candidates; None: among all
-    diversity_bonus: float = 0.0  # added to Q while exploring, times the mean distance to the other candidates
-    flow_steps: int = 10  # Euler steps while acting
-    target_flow_steps: int | None = None  # Euler steps in the TD target; None: as while acting
-    action_clip: float | None = None  # candidates are clipped to +- this, in normalized units
-    huber_delta: float | None = None  # None: squared TD error
-    actor_samples: int = 2  # q_gradient: chunks per observation; 1 switches the entropy bonus off
-    distill_weight: float = 100.0  # distill: weight of the distance to the flow against Q
-    bc_weighting: BCWeighting = "none"
-    bc_weighting_temperature: float = 1.0
-    bc_weighting_bound: float = 4.0  # largest over smallest weight
-    health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
-
-    def __post_init__(self):
-        for name, choices in (
-            ("extraction", ExtractionName),
-            ("best_of_n_strategy", BestOfNStrategy),
-            ("bc_weighting", BCWeighting),
-        ):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"agent.{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
-        if not 0 < self.discount <= 1:
-            raise ValueError(f"agent.discount must lie in (0, 1], got {self.discount}")
-        if not 0 < self.target_update_tau <= 1:
-            raise ValueError(f"agent.target_update_tau must lie in (0, 1], got {self.target_update_tau}")
-        counts = ("best_of_n_samples", "target_samples", "flow_steps", "target_flow_steps", "best_of_n_block")
-        for name in (*counts, "top_k", "actor_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"agent.{name} must be at least 1, got {value}")
-        if self.temperature.adaptive and self.candidates_in_target < 2:
-            raise ValueError(
-                "agent.temperature.adaptive needs the spread of at least 2 candidates, but the TD target draws "
-                f"{self.candidates_in_target}: raise agent.target_samples or set agent.temperature.adaptive to False"
-            )
-
-    @property
-    def candidates_in_target(self) -> int:
-        return self.best_of_n_samples if self.target_samples is None else self.target_samples
-
-    @property
-    def block_size(self) -> int | None:
-        return {"parallel": None, "chunked": self.best_of_n_block, "sequential": 1}[self.best_of_n_strategy]
-
-    def make_extraction(self, num_steps: int) -> extractions.Extraction:
-        if self.extraction == "q_gradient":
-            return extractions.QGradient(num_steps, self.action_clip, self.actor_samples)
-        if self.extraction == "distill":
-            return extractions.Distill(num_steps, self.action_clip, self.distill_weight)
-        return extractions.BestOfN(num_steps, self.action_clip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +81,7 @@ class ACRLPDAgent:
     frozen: nnx.State  # the policy's frozen part; no optimiser state exists for it
     target_critic: nnx.State
     opt_state: dict[str, optax.OptState]
+    ema: Params  # moving averages of what acts: "policy", "student"; empty unless ``policy_ema_decay`` asks for them
     health: Health
     step: Int[Array, ""]  # counts skipped updates too, as batches do
     nets: Networks = struct.field(pytree_node=False)
@@ -213,6 +136,7 @@ class ACRLPDAgent:
             frozen=frozen,
             target_critic=jax.tree.map(jnp.copy, critic_params),
             opt_state={group: optimizers[group].init(params[group]) for group in params},
+            ema={} if config.policy_ema_decay is None else jax.tree.map(jnp.copy, _acting(params)),
             health=Health.create(("loss", *optimizers)),
             step=jnp.zeros((), jnp.int32),
             nets=nets,
@@ -231,6 +155,10 @@ class ACRLPDAgent:
     ) -> tuple[ACRLPDAgent, Metrics]:
         """One gradient step of every group and the target update: one compiled call that consumes this agent."""
         return _update(self, batch, rng, self.config.loss_weights if weights is None else weights)
+
+    def updates(self, batches: ChunkBatch, rngs: PRNGKeyArray, weights: LossWeights) -> tuple[ACRLPDAgent, Metrics]:
+        """``update`` for each entry of the leading axis that all three have, in one call; so have the metrics."""
+        return _updates(self, batches, rngs, weights)
 
     def sample_actions(
         self,
@@ -257,37 +185,84 @@ def _by_path(chosen: Callable[[str], bool]) -> Callable[[tuple[Any, ...], Any], 
     return lambda path, _: chosen("/".join(map(str, path)))
 
 
+def _acting(params: Params) -> Params:
+    """The groups that make chunks."""
+    return {group: params[group] for group in ("policy", "student") if group in params}
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _update(
     agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray, weights: LossWeights
 ) -> tuple[ACRLPDAgent, Metrics]:
-    nets = agent.nets
-    grads, metrics = jax.grad(joint_loss, has_aux=True)(agent.params, agent, batch, rng, weights)
+    config, nets = agent.config, agent.nets
+    grads, metrics = _gradients(agent, batch, rng, weights)
     params, opt_state = {}, {}
     for group, optimizer in nets.optimizers.items():
         updates, opt_state[group] = optimizer.update(grads[group], agent.opt_state[group], agent.params[group])
         params[group] = optax.apply_updates(agent.params[group], updates)
         metrics[f"grad_norm/{group}"] = optax.tree.norm(grads[group])
-    tau = nets.config.target_update_tau
-    target_critic = optax.incremental_update(params["critic"], agent.target_critic, tau)
+    target_critic = optax.incremental_update(params["critic"], agent.target_critic, config.target_update_tau)
+    ema = agent.ema
+    if config.policy_ema_decay is not None:
+        ema = optax.incremental_update(_acting(params), ema, 1 - config.policy_ema_decay)
     norms = {group: metrics[f"grad_norm/{group}"] for group in nets.optimizers}
-    ok, health = judge(agent.health, {"loss": jnp.abs(metrics["total_loss"]), **norms}, nets.config.health)
+    ok, health = judge(agent.health, {"loss": jnp.abs(metrics["total_loss"]), **norms}, config.health)
     metrics |= {"skipped": 1.0 - ok, "skipped_in_a_row": health.skipped_in_a_row}
-    before = (agent.params, agent.opt_state, agent.target_critic)
-    params, opt_state, target_critic = keep_if(ok, (params, opt_state, target_critic), before)
-    step = agent.step + 1
+    metrics |= {"valid_samples": batch.sequence_mask.sum(), "mask_ratio": batch.valid.mean()}
+    before = (agent.params, agent.opt_state, agent.target_critic, agent.ema)
+    params, opt_state, target_critic, ema = keep_if(ok, (params, opt_state, target_critic, ema), before)
     agent = dataclasses.replace(
-        agent, params=params, opt_state=opt_state, target_critic=target_critic, health=health, step=step
+        agent,
+        params=params,
+        opt_state=opt_state,
+        target_critic=target_critic,
+        ema=ema,
+        health=health,
+        step=agent.step + 1,
     )
     return agent, metrics
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def _updates(
+    agent: ACRLPDAgent, batches: ChunkBatch, rngs: PRNGKeyArray, weights: LossWeights
+) -> tuple[ACRLPDAgent, Metrics]:
+    return jax.lax.scan(lambda agent, each: _update(agent, *each), agent, (batches, rngs, weights))
+
+
+def _gradients(
+    agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray, weights: LossWeights
+) -> tuple[Params, dict[str, Array]]:
+    """Of the joint loss, by group, with its metrics; the mean over micro-batches, which run one after the other.
+
+    Every loss is a mean over the batch, so this is the gradient of the whole, but for three things: what is normalised
+    over a batch (bounded BC weights; mean abs Q under q_gradient) is normalised within a micro-batch, and dropout's
+    masks are others.
+    """
+    loss = {"acrlpd": joint_loss, "bc": flow_bc.joint_loss, "rlpd_ac": rlpd_ac.joint_loss}[agent.config.algorithm]
+    gradient = jax.grad(loss, has_aux=True)
+    draws = Draws.of_update(rng, agent.config, (batch.actions.shape[0], *agent.nets.action_shape))
+    parts = agent.config.gradient_accumulation_steps
+    if parts == 1:
+        return gradient(agent.params, agent, batch, draws, weights)
+
+    def of_part(part: tuple[ChunkBatch, Draws]) -> tuple[Params, dict[str, Array]]:
+        return gradient(agent.params, agent, *part, weights)
+
+    def add(total: Any, part: tuple[ChunkBatch, Draws]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of_part(part)), None
+
+    dealt = (deal(batch, parts), draws.deal(parts))
+    like = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], dealt))
+    total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), dealt)
+    return jax.tree.map(lambda x: x / parts, total)
+
+
 def joint_loss(
-    params: Params, agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray, weights: LossWeights
+    params: Params, agent: ACRLPDAgent, batch: ChunkBatch, draws: Draws, weights: LossWeights
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Critic + behaviour cloning + actor + temperature, with one prefix pass each at s and s'."""
     config, nets = agent.config, agent.nets
-    target_rng, subset_rng, noise_rng, time_rng, actor_rng, dropout_rng = jax.random.split(rng, 6)
     modules = nets.modules(params, agent.frozen)
     constant = nets.modules(jax.lax.stop_gradient(params), agent.frozen)
     temperature = jax.lax.stop_gradient(jnp.exp(params["temperature"]["log_temperature"]))
@@ -296,28 +271,27 @@ def joint_loss(
     next_prefix = constant.policy.encode(batch.next_observations)
 
     # Section 2: the critic, at the dataset's chunk.
-    candidates, scores = propose(constant, config, next_prefix, target_rng, config.candidates_in_target, target=True)
-    next_chunk, _ = sampling.select(candidates, scores)
+    candidates, scores = propose(constant, config, next_prefix, draws.candidates, config.steps_in_target)
+    _, best = sampling.select(candidates, scores)
+    next_chunk = finish(constant, config, next_prefix, draws.candidates, candidates, best, config.steps_in_target)
     target_critic = nnx.merge(nets.critic_def, agent.target_critic)
     next_q_members = target_critic(next_prefix.features, next_prefix.state, next_chunk[None])[:, 0]  # [e b]
-    next_q = target_critic.aggregate(next_q_members, subset_rng)
+    next_q = target_critic.aggregate(next_q_members, draws.pair_rng)
     target = losses.td_target(batch.rewards, batch.valid, batch.bootstrap_mask, next_q, discount=config.discount)
     features = jax.lax.stop_gradient(prefix.features)
-    q = modules.critic(features, prefix.state, batch.actions[None], dropout_rng=dropout_rng)[:, 0]  # [e b]
+    q = modules.critic(features, prefix.state, batch.actions[None], dropout_rng=draws.dropout_rng)[:, 0]  # [e b]
     critic_loss = losses.critic_loss(q, target, batch.sequence_mask, huber_delta=config.huber_delta)
     if config.critic.q_aggregation == "weighted":  # the aggregate's own TD error trains the weights, members held
         aggregate = modules.critic.aggregate(jax.lax.stop_gradient(q))[None]
         critic_loss += losses.critic_loss(aggregate, target, batch.sequence_mask, huber_delta=config.huber_delta)
 
     # Section 3: the policy, by imitation and by the extraction.
-    noise = jax.random.normal(noise_rng, batch.actions.shape)
-    time = flow.sample_time(time_rng, batch.actions.shape[:1])
-    flow_loss = flow.flow_loss(modules.policy, prefix, batch.actions, noise, time)
+    flow_loss = flow.flow_loss(modules.policy, prefix, batch.actions, draws.flow_noise, draws.flow_time)
     sample_weights = _bc_sample_weights(config, flow_loss, batch.valid, q, target)
     bc_loss = losses.bc_loss(flow_loss, batch.valid, sample_weights)
     climbing = dataclasses.replace(modules, critic=constant.critic)
     actor_loss, actor_metrics = config.make_extraction(config.flow_steps).actor_loss(
-        climbing, prefix, actor_rng, temperature
+        climbing, prefix, draws.actor, temperature
     )
 
     # Section 4: the temperature, from the spread of the candidates already drawn.
@@ -351,40 +325,51 @@ def joint_loss(
         "entropy_estimate": entropy.mean(),
         "best_of_n_variance": scores.var(axis=0).mean(),
         "action_diversity": jnp.sqrt(2.0) * spread.mean(),  # root mean squared distance between two candidates
-        "valid_samples": batch.sequence_mask.sum(),
-        "mask_ratio": batch.valid.mean(),
     }
     return total, metrics | dict(actor_metrics)
 
 
 def propose(
-    modules: Modules,
-    config: AgentConfig,
-    prefix: Prefix,
-    rng: PRNGKeyArray,
-    num_samples: int,
-    *,
-    target: bool = False,
-    num_steps: int | None = None,
+    modules: Modules, config: AgentConfig, prefix: Prefix, noise: Float[Array, "n b h a"], num_steps: int
 ) -> tuple[Float[Array, "n b h a"], Float[Array, "n b"]]:
     """N candidate chunks on one prefix and their aggregated value, as the extraction makes them."""
-    steps = num_steps or (config.target_flow_steps if target else None) or config.flow_steps
-    policy = modules.policy
-    shape = (num_samples, prefix.state.shape[0], policy.action_horizon, policy.action_dim)
-    return propose_from(modules, config, prefix, jax.random.normal(rng, shape), num_steps=steps)
+    extraction = config.make_extraction(_steps_to_rank(config, noise, num_steps))
 
-
-def propose_from(
-    modules: Modules, config: AgentConfig, prefix: Prefix, noise: Float[Array, "n b h a"], *, num_steps: int
-) -> tuple[Float[Array, "n b h a"], Float[Array, "n b"]]:
-    """The candidates that start from ``noise``, and their aggregated value."""
-    extraction = config.make_extraction(num_steps)
-
-    def draw(noise):
+    def draw(noise: Float[Array, "n b h a"]) -> tuple[Float[Array, "n b h a"], Float[Array, "n b"]]:
         chunks = extraction.propose(modules, prefix, noise)
         return chunks, modules.critic.aggregate(modules.critic(prefix.features, prefix.state, chunks))
 
-    return sampling.in_blocks(draw, noise, block_size=config.block_size)
+    block_size = {
+        "parallel": lambda: None,
+        "chunked": lambda: config.best_of_n_block,
+        "sequential": lambda: 1,
+        "auto": lambda: sampling.fitting_block(draw, noise, config.best_of_n_bytes),
+    }[config.best_of_n_strategy]()
+    return sampling.in_blocks(draw, noise, block_size=block_size)
+
+
+def finish(
+    modules: Modules,
+    config: AgentConfig,
+    prefix: Prefix,
+    noise: Float[Array, "n b h a"],
+    candidates: Float[Array, "n b h a"],
+    best: Int[Array, " b"],
+    num_steps: int,
+) -> Float[Array, "b h a"]:
+    """The chosen candidate. One that was ranked after few Euler steps is drawn again from its noise, in all of them:
+    the same trajectory of the flow, followed more closely."""
+    if _steps_to_rank(config, noise, num_steps) == num_steps:
+        return sampling.take(candidates, best)
+    extraction = config.make_extraction(num_steps)
+    return extraction.propose(modules, prefix, sampling.take(noise, best)[None])[0]
+
+
+def _steps_to_rank(config: AgentConfig, noise: Float[Array, "n b h a"], num_steps: int) -> int:
+    """A single candidate needs no rank."""
+    if config.candidate_flow_steps is None or noise.shape[0] == 1:
+        return num_steps
+    return min(config.candidate_flow_steps, num_steps)
 
 
 def _bc_sample_weights(
@@ -414,19 +399,20 @@ def act(
     num_samples: int | None = None,
     num_steps: int | None = None,
 ) -> tuple[Float[Array, "b h a"], Metrics]:
-    """Chosen chunks and, per observation, the values they were chosen by."""
-    config = agent.config
-    modules = agent.nets.modules(agent.params, agent.frozen)
+    """Chosen chunks and, per observation, the values they were chosen by, if they were."""
+    config, num_steps = agent.config, num_steps or agent.config.flow_steps
+    modules = agent.nets.modules(agent.params | agent.ema, agent.frozen)
     prefix = modules.policy.encode(observations)
     noise_rng, choice_rng = jax.random.split(rng)
-    if mode == "bc":
-        shape = (1, prefix.state.shape[0], *agent.nets.action_shape)
-        noise = jax.random.normal(noise_rng, shape)
-        chunks = flow.sample(modules.policy, prefix, noise, num_steps=num_steps or config.flow_steps)
+    alone = mode == "bc" or config.algorithm != "acrlpd"  # without a choice
+    n = 1 if alone else num_samples or config.best_of_n_samples
+    noise = jax.random.normal(noise_rng, (n, prefix.state.shape[0], *agent.nets.action_shape))
+    if config.algorithm == "rlpd_ac":
+        return cast(ChunkGaussian, modules.policy).sample(prefix, noise)[0][0], {}
+    if alone:
+        chunks = flow.sample(modules.policy, prefix, noise, num_steps=num_steps)
         return extractions.clip(chunks, config.action_clip)[0], {}
-    candidates, scores = propose(
-        modules, config, prefix, noise_rng, num_samples or config.best_of_n_samples, num_steps=num_steps
-    )
+    candidates, scores = propose(modules, config, prefix, noise, num_steps)
     if mode == "explore":
         _, best = sampling.select(
             candidates[..., : agent.nets.action_dim],  # the diversity of the padding would be no diversity
@@ -439,4 +425,4 @@ def act(
     else:
         _, best = sampling.select(candidates, scores)
     values = {"q": sampling.take(scores, best), "q_mean": scores.mean(axis=0), "q_std": scores.std(axis=0)}
-    return sampling.take(candidates, best), values
+    return finish(modules, config, prefix, noise, candidates, best, num_steps), values

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from acrlpd.agents import losses
 from acrlpd.models import flow
@@ -38,7 +38,7 @@ class Extraction(Protocol):
         ...
 
     def actor_loss(
-        self, modules: Modules, prefix: Prefix, rng: PRNGKeyArray, temperature: Float[Array, ""]
+        self, modules: Modules, prefix: Prefix, noise: Float[Array, "m b h a"], temperature: Float[Array, ""]
     ) -> tuple[Float[Array, ""], Metrics]:
         """The loss beyond imitation. ``modules.critic`` holds constants: no gradient reaches it."""
         ...
@@ -55,7 +55,7 @@ class BestOfN:
         return clip(flow.sample(modules.policy, prefix, noise, num_steps=self.num_steps), self.action_clip)
 
     def actor_loss(
-        self, modules: Modules, prefix: Prefix, rng: PRNGKeyArray, temperature: Float[Array, ""]
+        self, modules: Modules, prefix: Prefix, noise: Float[Array, "m b h a"], temperature: Float[Array, ""]
     ) -> tuple[Float[Array, ""], Metrics]:
         return jnp.zeros(()), {}
 
@@ -66,20 +66,17 @@ class QGradient:
 
     num_steps: int
     action_clip: float | None
-    num_samples: int  # chunks per observation; the entropy bonus needs two
 
     propose = BestOfN.propose
 
     def actor_loss(
-        self, modules: Modules, prefix: Prefix, rng: PRNGKeyArray, temperature: Float[Array, ""]
+        self, modules: Modules, prefix: Prefix, noise: Float[Array, "m b h a"], temperature: Float[Array, ""]
     ) -> tuple[Float[Array, ""], Metrics]:
-        policy = modules.policy
-        shape = (self.num_samples, prefix.state.shape[0], policy.action_horizon, policy.action_dim)
-        noise = jax.random.normal(rng, shape)
-        chunks = clip(flow.sample(policy, prefix, noise, num_steps=self.num_steps, remat=True), self.action_clip)
+        chunks = flow.sample(modules.policy, prefix, noise, num_steps=self.num_steps, remat=True)
+        chunks = clip(chunks, self.action_clip)
         q = modules.critic.aggregate(_q(modules.critic, prefix, chunks))
         loss = losses.q_gradient_loss(q)
-        if self.num_samples > 1:
+        if noise.shape[0] > 1:  # one chunk has no spread
             robot_chunks = chunks[..., : modules.critic.action_dim]  # padding has no entropy worth a bonus
             loss = loss - temperature * jnp.mean(losses.gaussian_entropy(robot_chunks))
         return loss, {"actor_q_mean": q.mean()}
@@ -97,12 +94,10 @@ class Distill:
         return clip(one_step(modules.student, prefix, noise), self.action_clip)
 
     def actor_loss(
-        self, modules: Modules, prefix: Prefix, rng: PRNGKeyArray, temperature: Float[Array, ""]
+        self, modules: Modules, prefix: Prefix, noise: Float[Array, "m b h a"], temperature: Float[Array, ""]
     ) -> tuple[Float[Array, ""], Metrics]:
         prefix = jax.lax.stop_gradient(prefix)  # the student trains alone: the prefix belongs to the teacher
-        policy = modules.policy
-        noise = jax.random.normal(rng, (1, prefix.state.shape[0], policy.action_horizon, policy.action_dim))
-        teacher = jax.lax.stop_gradient(flow.sample(policy, prefix, noise, num_steps=self.num_steps))
+        teacher = jax.lax.stop_gradient(flow.sample(modules.policy, prefix, noise, num_steps=self.num_steps))
         student = one_step(modules.student, prefix, noise)
         distill = losses.distill_loss(student[0], teacher[0])
         q = _q(modules.critic, prefix, clip(student, self.action_clip))  # [e 1 b]: QC-FQL climbs the members' mean

@@ -104,3 +104,11 @@ def temperature_loss(
 ) -> Float[Array, ""]:
     """alpha * (entropy - target): alpha falls while the policy is more random than asked (SAC)."""
     return jnp.exp(log_temperature) * jax.lax.stop_gradient(jnp.mean(entropy) - target_entropy)
+
+
+@typed
+def soft_actor_loss(
+    log_prob: Float[Array, " b"], q: Float[Array, "e b"], temperature: Float[Array, ""]
+) -> Float[Array, ""]:
+    """alpha * log pi - Q of the policy's own chunk, Q being the members' mean (SAC, as RLPD has it)."""
+    return jnp.mean(temperature * log_prob - q.mean(axis=0))

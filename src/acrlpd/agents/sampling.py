@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from acrlpd.types import typed
@@ -27,6 +28,32 @@ def in_blocks(draw: Callable[[jax.Array], Any], noise: Float[Array, "n b h a"], 
     if whole == n:
         return drawn
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), drawn, draw(noise[whole:]))
+
+
+def fitting_block(draw: Callable[[jax.Array], Any], noise: Float[Array, "n b h a"], max_bytes: int) -> int:
+    """How many candidates at a time ``draw`` may handle for its intermediate arrays to fit; at least one.
+
+    Decided from shapes while the caller is traced: intermediates of one candidate, times their number. The compiler
+    fuses some of them away, so the true need is lower.
+    """
+    one = jax.ShapeDtypeStruct((1, *noise.shape[1:]), noise.dtype)
+    program = jax.make_jaxpr(draw)(one).jaxpr
+    return min(noise.shape[0], max(1, max_bytes // max(1, intermediate_bytes(program))))
+
+
+def intermediate_bytes(program: core.Jaxpr) -> int:
+    """Most bytes of a program's own results that are alive at once, run in the order in which it is written."""
+    last_use = {id(var): i for i, equation in enumerate(program.eqns) for var in equation.invars}
+    last_use |= {id(var): len(program.eqns) for var in program.outvars}
+    alive: dict[int, int] = {}
+    peak = 0
+    for i, equation in enumerate(program.eqns):
+        inner = [x for value in equation.params.values() for x in (value if isinstance(value, tuple) else (value,))]
+        programs = [getattr(x, "jaxpr", x) for x in inner if isinstance(x, core.Jaxpr | core.ClosedJaxpr)]
+        alive |= {id(var): var.aval.size * var.aval.dtype.itemsize for var in equation.outvars}
+        peak = max(peak, sum(alive.values()) + max(map(intermediate_bytes, programs), default=0))
+        alive = {var: size for var, size in alive.items() if last_use.get(var, i) > i}
+    return peak
 
 
 @typed

@@ -135,7 +135,7 @@ def _best_chunk(
     if mode == "bc":
         chunks = flow.sample(modules.policy, prefix, noise, num_steps=plan.num_steps)
         return extractions.clip(chunks, config.action_clip)[0], {}
-    candidates, scores = acrlpd.propose_from(modules, config, prefix, noise, num_steps=plan.num_steps)
+    candidates, scores = acrlpd.propose(modules, config, prefix, noise, plan.num_steps)
     chunk, best = sampling.select(candidates, scores)
     values = {
         "q": sampling.take(scores, best),

@@ -1,0 +1,116 @@
+"""Every choice of the algorithm: fields and validation only."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+from acrlpd.agents.extraction import BestOfN, Distill, Extraction, ExtractionName, QGradient
+from acrlpd.agents.health import HealthConfig
+from acrlpd.agents.losses import LossWeights
+from acrlpd.models.critic import CriticConfig
+
+AlgorithmName = Literal["acrlpd", "bc", "rlpd_ac"]
+BCWeighting = Literal["none", "importance", "difficulty"]
+BestOfNStrategy = Literal["parallel", "chunked", "sequential", "auto"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TemperatureConfig:
+    """alpha: the softmax temperature of exploration and the weight of the entropy bonus under q_gradient."""
+
+    initial_temp: float = 1.0
+    target_entropy_multiplier: float = 0.5  # target entropy = -multiplier * horizon * action_dim
+    adaptive: bool = True
+
+    def __post_init__(self):
+        if self.initial_temp <= 0:
+            raise ValueError(f"temperature.initial_temp must be positive, got {self.initial_temp}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentConfig:
+    """Sizes of the policy are not here: they are the policy's own."""
+
+    algorithm: AlgorithmName = "acrlpd"  # which page of agents/ makes the update; bc and rlpd_ac are baselines
+    critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
+    temperature: TemperatureConfig = dataclasses.field(default_factory=TemperatureConfig)
+    loss_weights: LossWeights = dataclasses.field(default_factory=LossWeights)
+    extraction: ExtractionName = "best_of_n"
+    discount: float = 0.99
+    target_update_tau: float = 0.005
+    policy_ema_decay: float | None = None  # acting and checkpoints use this moving average of the policy; None: none
+    gradient_accumulation_steps: int = 1  # micro-batches of one update, which bounds its activations
+    best_of_n_samples: int = 32  # candidates while acting
+    target_samples: int | None = None  # candidates in the TD target; None: as while acting
+    best_of_n_strategy: BestOfNStrategy = "parallel"
+    best_of_n_block: int = 8  # candidates at a time under "chunked"
+    best_of_n_bytes: int = 2 * 1024**3  # under "auto": as many candidates at a time as fit
+    top_k: int | None = None  # explore among this many best candidates; None: among all
+    diversity_bonus: float = 0.0  # added to Q while exploring, times the mean distance to the other candidates
+    flow_steps: int = 10  # Euler steps while acting
+    candidate_flow_steps: int | None = None  # rank candidates after so few, draw the chosen one again; None: one draw
+    target_flow_steps: int | None = None  # Euler steps in the TD target; None: as while acting
+    action_clip: float | None = None  # candidates are clipped to +- this, in normalized units
+    huber_delta: float | None = None  # None: squared TD error
+    actor_samples: int = 2  # q_gradient: chunks per observation; 1 switches the entropy bonus off
+    distill_weight: float = 100.0  # distill: weight of the distance to the flow against Q
+    bc_weighting: BCWeighting = "none"
+    bc_weighting_temperature: float = 1.0
+    bc_weighting_bound: float = 4.0  # largest over smallest weight
+    health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
+
+    def __post_init__(self):
+        for name, choices in (
+            ("algorithm", AlgorithmName),
+            ("extraction", ExtractionName),
+            ("best_of_n_strategy", BestOfNStrategy),
+            ("bc_weighting", BCWeighting),
+        ):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"agent.{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
+        if not 0 < self.discount <= 1:
+            raise ValueError(f"agent.discount must lie in (0, 1], got {self.discount}")
+        if not 0 < self.target_update_tau <= 1:
+            raise ValueError(f"agent.target_update_tau must lie in (0, 1], got {self.target_update_tau}")
+        if self.policy_ema_decay is not None and not 0 < self.policy_ema_decay < 1:
+            raise ValueError(f"agent.policy_ema_decay must lie in (0, 1), got {self.policy_ema_decay}")
+        counts = ("best_of_n_samples", "target_samples", "flow_steps", "target_flow_steps", "candidate_flow_steps")
+        for name in (*counts, "best_of_n_block", "best_of_n_bytes", "top_k", "actor_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"agent.{name} must be at least 1, got {value}")
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(
+                f"agent.gradient_accumulation_steps must be at least 1, got {self.gradient_accumulation_steps}"
+            )
+        if self.extraction == "distill" and self.candidate_flow_steps is not None:
+            raise ValueError(
+                "agent.candidate_flow_steps has no meaning under extraction='distill': a student's candidate takes one "
+                "step. Leave it out."
+            )
+        if self.algorithm == "acrlpd" and self.temperature.adaptive and self.candidates_in_target < 2:
+            raise ValueError(
+                "agent.temperature.adaptive needs the spread of at least 2 candidates, but the TD target draws "
+                f"{self.candidates_in_target}: raise agent.target_samples or set agent.temperature.adaptive to False"
+            )
+
+    @property
+    def candidates_in_target(self) -> int:
+        return self.best_of_n_samples if self.target_samples is None else self.target_samples
+
+    @property
+    def steps_in_target(self) -> int:
+        return self.flow_steps if self.target_flow_steps is None else self.target_flow_steps
+
+    @property
+    def actor_draws(self) -> int:
+        """Chunks per observation that the actor loss looks at."""
+        return self.actor_samples if self.extraction == "q_gradient" else 1
+
+    def make_extraction(self, num_steps: int) -> Extraction:
+        if self.extraction == "q_gradient":
+            return QGradient(num_steps, self.action_clip)
+        if self.extraction == "distill":
+            return Distill(num_steps, self.action_clip, self.distill_weight)
+        return BestOfN(num_steps, self.action_clip)

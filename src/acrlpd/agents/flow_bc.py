@@ -1,0 +1,29 @@
+"""The baseline that only imitates: the flow loss alone. No critic is trained or asked, when acting least of all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from acrlpd.agents import losses
+from acrlpd.agents.draws import Draws
+from acrlpd.agents.losses import LossWeights
+from acrlpd.models import flow
+from acrlpd.types import ChunkBatch
+
+if TYPE_CHECKING:
+    from acrlpd.agents.acrlpd import ACRLPDAgent
+
+
+def joint_loss(
+    params: dict[str, Any], agent: ACRLPDAgent, batch: ChunkBatch, draws: Draws, weights: LossWeights
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """One prefix pass at s, one velocity."""
+    policy = agent.nets.modules(params, agent.frozen).policy
+    prefix = policy.encode(batch.observations)
+    flow_loss = flow.flow_loss(policy, prefix, batch.actions, draws.flow_noise, draws.flow_time)
+    bc_loss = losses.bc_loss(flow_loss, batch.valid, jnp.ones(flow_loss.shape[:1]))
+    total = weights.bc_weight * bc_loss
+    return total, {"total_loss": total, "bc_loss": bc_loss}

@@ -1,0 +1,74 @@
+"""RLPD on action chunks (the baseline RLPD-AC of Li et al. 2025, arXiv:2507.07969): soft actor-critic with prior data.
+
+The policy is a tanh-squashed Gaussian over whole chunks (``models.gaussian``) instead of a flow. ``bc_weight`` 0 is
+RLPD-AC, 0.01 is QC-RLPD. As in Q-chunking's code, the target has no entropy bonus, and acting samples.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from acrlpd.agents import losses
+from acrlpd.agents.draws import Draws
+from acrlpd.agents.losses import LossWeights
+from acrlpd.models.gaussian import ChunkGaussian
+from acrlpd.types import ChunkBatch
+
+if TYPE_CHECKING:
+    from acrlpd.agents.acrlpd import ACRLPDAgent
+
+
+def joint_loss(
+    params: dict[str, Any], agent: ACRLPDAgent, batch: ChunkBatch, draws: Draws, weights: LossWeights
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Critic at the dataset's chunk, actor and temperature at the policy's own."""
+    config, nets = agent.config, agent.nets
+    modules = nets.modules(params, agent.frozen)
+    constant = nets.modules(jax.lax.stop_gradient(params), agent.frozen)
+    policy, next_policy = cast(ChunkGaussian, modules.policy), cast(ChunkGaussian, constant.policy)
+    log_temperature = params["temperature"]["log_temperature"]
+    prefix = policy.encode(batch.observations)
+    next_prefix = next_policy.encode(batch.next_observations)
+
+    next_chunk, _ = next_policy.sample(next_prefix, draws.candidates[:1])
+    target_critic = nnx.merge(nets.critic_def, agent.target_critic)
+    next_q = target_critic(next_prefix.features, next_prefix.state, next_chunk)[:, 0]  # [e b]
+    next_q = target_critic.aggregate(next_q, draws.pair_rng)
+    target = losses.td_target(batch.rewards, batch.valid, batch.bootstrap_mask, next_q, discount=config.discount)
+    q = modules.critic(prefix.features, prefix.state, batch.actions[None], dropout_rng=draws.dropout_rng)[:, 0]
+    critic_loss = losses.critic_loss(q, target, batch.sequence_mask, huber_delta=config.huber_delta)
+
+    chunks, log_prob = policy.sample(prefix, draws.actor[:1])
+    actor_q = constant.critic(prefix.features, prefix.state, chunks)  # [e 1 b]
+    actor_loss = losses.soft_actor_loss(log_prob[0], actor_q[:, 0], jnp.exp(jax.lax.stop_gradient(log_temperature)))
+    bc_loss = -jnp.mean(policy.log_prob(prefix, batch.actions))
+
+    alpha_loss = jnp.zeros(())
+    if config.temperature.adaptive:
+        alpha_loss = losses.temperature_loss(log_temperature, -log_prob[0], target_entropy=nets.target_entropy)
+    total = (
+        weights.critic_weight * critic_loss
+        + weights.bc_weight * bc_loss
+        + weights.actor_weight * actor_loss
+        + weights.alpha_weight * alpha_loss
+    )
+    return total, {
+        "total_loss": total,
+        "critic_loss": critic_loss,
+        "bc_loss": bc_loss,
+        "actor_loss": actor_loss,
+        "alpha_loss": alpha_loss,
+        "q_mean": q.mean(),
+        "q_std": q.std(),
+        "q_ensemble_variance": q.var(axis=0).mean(),
+        "target_q_mean": target.mean(),
+        "td_error_mean": jnp.abs(q - target[None]).mean(),
+        "alpha_value": jnp.exp(log_temperature),
+        "entropy_estimate": -log_prob.mean(),
+        "actor_q_mean": actor_q.mean(),
+    }

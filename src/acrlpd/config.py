@@ -17,7 +17,7 @@ from acrlpd.data.rewards import RewardConfig
 from acrlpd.envs.env import EnvConfig
 
 T = TypeVar("T")
-PolicyKind = Literal["pi0", "pi05", "mlp_flow"]
+PolicyKind = Literal["pi0", "pi05", "mlp_flow", "gaussian"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PolicyConfig:
     image_size: int = 224
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of computation; parameters are float32
     remat: bool = True  # recompute activations in the backward pass
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # mlp_flow alone
+    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # mlp_flow and gaussian alone
     tokenizer: str | None = None  # a SentencePiece file; None: the small one in this package
     weights: str | None = None  # start from this checkpoint; None: from scratch
     freeze_pi0_backbone: bool = False  # image tower and vision-language expert
@@ -44,8 +44,8 @@ class PolicyConfig:
     def __post_init__(self):
         if self.action_horizon < 1:
             raise ValueError(f"policy.action_horizon must be at least 1, got {self.action_horizon}")
-        if self.freeze_pi0_backbone and self.kind == "mlp_flow":
-            raise ValueError("policy.freeze_pi0_backbone needs a pi0 policy: an mlp_flow policy has no backbone")
+        if self.freeze_pi0_backbone and self.kind in ("mlp_flow", "gaussian"):
+            raise ValueError(f"policy.freeze_pi0_backbone needs a pi0 policy: {self.kind} has no backbone")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +103,16 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CosineDecaySchedule:
-    """Linear warm-up to ``peak_lr``, cosine to ``decay_lr`` at ``decay_steps``, which include the warm-up (openpi)."""
+    """Linear warm-up to ``peak_lr``, cosine to ``decay_lr`` at ``decay_steps``, which include the warm-up (openpi).
+
+    With ``rsqrt_timescale`` it falls as 1 / sqrt(1 + steps since the warm-up / timescale) instead, without an end.
+    """
 
     warmup_steps: int = 1000
     peak_lr: float = 2.5e-5
     decay_steps: int = 30_000
     decay_lr: float = 2.5e-6
+    rsqrt_timescale: float | None = None
 
     def __post_init__(self):
         if self.decay_steps <= self.warmup_steps:
@@ -116,6 +120,8 @@ class CosineDecaySchedule:
                 f"decay_steps ({self.decay_steps}) counts from step 0 and must exceed warmup_steps "
                 f"({self.warmup_steps})"
             )
+        if self.rsqrt_timescale is not None and self.rsqrt_timescale <= 0:
+            raise ValueError(f"rsqrt_timescale must be positive, got {self.rsqrt_timescale}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +178,7 @@ class TrainConfig:
     offline_steps: int = 1_000_000  # updates
     online_steps: int = 500_000  # environment steps
     utd_ratio: float = 1.0  # updates per environment step
+    updates_per_call: int = 1  # updates in one compiled call, which saves the time between small ones
     warmup_env_steps: int = 0  # online steps with data collection alone
     online_envs: int = 1  # environments that collect side by side
     execute_horizon: int | None = None  # steps of a chunk that are executed; None: all of them
@@ -199,7 +206,8 @@ class TrainConfig:
         for name in ("offline_steps", "online_steps", "warmup_env_steps", "actor_warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("log_frequency", "save_frequency", "online_envs", "early_stopping_patience", "max_to_keep"):
+        counts = ("log_frequency", "save_frequency", "online_envs", "early_stopping_patience", "max_to_keep")
+        for name in (*counts, "updates_per_call"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_skipped_updates < 1 or not 0 <= self.max_rollbacks <= 3:
@@ -209,6 +217,16 @@ class TrainConfig:
             )
         if self.keep_period is not None and self.keep_period < 1:
             raise ValueError(f"keep_period must be at least 1, got {self.keep_period}")
+        if self.data.batch_size % self.agent.gradient_accumulation_steps:
+            raise ValueError(
+                f"agent.gradient_accumulation_steps ({self.agent.gradient_accumulation_steps}) must divide "
+                f"data.batch_size ({self.data.batch_size})"
+            )
+        if (self.policy.kind == "gaussian") != (self.agent.algorithm == "rlpd_ac"):
+            raise ValueError(
+                f"agent.algorithm={self.agent.algorithm!r} does not go with policy.kind={self.policy.kind!r}: "
+                "rlpd_ac, and nothing else, has the gaussian policy (--algorithm rlpd-ac sets both)"
+            )
         if self.utd_ratio <= 0:
             raise ValueError(f"utd_ratio must be positive, got {self.utd_ratio}")
         if self.env is None and self.data.path is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable
+from typing import Any
 
 from acrlpd.agents.config import AgentConfig, TemperatureConfig
 from acrlpd.agents.losses import LossWeights
@@ -249,3 +250,63 @@ def get_preset(name: str) -> TrainConfig:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown preset {name!r}: {hint}There are {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[name](), preset=name)
+
+
+def with_algorithm(config: TrainConfig, name: str) -> TrainConfig:
+    """The same run by another algorithm, as its authors have it; sizes, rates, N and K stay the preset's.
+
+    ``bc``: the flow imitates. ``qc``, ``qc-fql``: Q-chunking (Li et al. 2025) by best of N and by distillation.
+    ``rlpd-ac``: soft actor-critic on chunks with prior data (Ball et al. 2023), online from the first step.
+    """
+    if name not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {name!r}: there are {', '.join(ALGORITHMS)}")
+    return ALGORITHMS[name](config)
+
+
+def _bc(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, agent=dataclasses.replace(config.agent, algorithm="bc"), online_steps=0)
+
+
+def _qc(config: TrainConfig, **changes: Any) -> TrainConfig:
+    agent = _plain(
+        config,
+        critic=dataclasses.replace(config.agent.critic, num_critics=2, q_aggregation="mean", dropout_rate=0.0),
+        temperature=TemperatureConfig(adaptive=False),
+        **{"top_k": 1, **changes},  # it explores as it acts: by the best
+    )
+    return dataclasses.replace(config, agent=agent)
+
+
+def _qc_fql(config: TrainConfig) -> TrainConfig:
+    return _qc(config, extraction="distill", best_of_n_samples=1, distill_weight=100.0)
+
+
+def _rlpd_ac(config: TrainConfig) -> TrainConfig:
+    agent = _plain(
+        config,
+        algorithm="rlpd_ac",
+        critic=dataclasses.replace(config.agent.critic, num_critics=10, q_aggregation="mean", dropout_rate=0.0),
+        temperature=TemperatureConfig(initial_temp=1.0, target_entropy_multiplier=0.5),
+        loss_weights=LossWeights(bc_weight=0.0),
+        target_samples=1,
+    )
+    policy = dataclasses.replace(config.policy, kind="gaussian", freeze_pi0_backbone=False, weights=None)
+    offline_steps = 0 if config.online_steps else config.offline_steps
+    return dataclasses.replace(
+        config, agent=agent, policy=policy, offline_steps=offline_steps, online_loss_weights=None
+    )
+
+
+def _plain(config: TrainConfig, **changes: Any) -> AgentConfig:
+    """An agent without what is ours alone, of the preset's sizes."""
+    sizes = ("discount", "target_update_tau", "best_of_n_samples", "best_of_n_strategy", "flow_steps", "action_clip")
+    return AgentConfig(**{name: getattr(config.agent, name) for name in sizes} | changes)
+
+
+ALGORITHMS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
+    "acrlpd": lambda config: config,
+    "bc": _bc,
+    "qc": _qc,
+    "qc-fql": _qc_fql,
+    "rlpd-ac": _rlpd_ac,
+}

@@ -13,6 +13,22 @@ def test_every_preset_survives_json(name):
     assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
+@pytest.mark.parametrize("algorithm", presets.ALGORITHMS)
+def test_an_algorithm_keeps_the_presets_sizes_and_is_the_same_twice(algorithm):
+    demo = presets.get_preset("demo")
+    config = presets.with_algorithm(demo, algorithm)
+    assert presets.with_algorithm(config, algorithm) == config
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+    for name in ("data", "env", "optimizers"):
+        assert getattr(config, name) == getattr(demo, name)
+    assert config.agent.flow_steps == demo.agent.flow_steps
+
+
+def test_unknown_algorithm_names_those_there_are():
+    with pytest.raises(ValueError, match="unknown algorithm 'sac': there are acrlpd, bc, qc, qc-fql, rlpd-ac"):
+        presets.with_algorithm(presets.get_preset("demo"), "sac")
+
+
 def test_unknown_field_names_the_nearest():
     with pytest.raises(ValueError, match=r"agent\.discont: did you mean agent\.discount\?"):
         from_dict(TrainConfig, {"agent": {"discont": 0.9}})

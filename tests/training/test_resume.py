@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from acrlpd.presets import with_algorithm
 from acrlpd.training import setup
 from acrlpd.training.faults import Interrupted
 from acrlpd.training.guards import stop_on_signal
@@ -44,6 +45,39 @@ def test_another_seed_is_another_run(finished, tiny_config):
     other.train()
     pairs = zip(leaves(finished.agent), leaves(other.agent), strict=True)
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in pairs)
+
+
+def test_updates_two_in_a_call_end_where_single_ones_do(finished, tiny_config):
+    """Log points, losses and parameters; and a moving average beside them is what a checkpoint gives to act."""
+    agent = dataclasses.replace(tiny_config.agent, policy_ema_decay=0.5)
+    trainer = setup.make_trainer(dataclasses.replace(tiny_config, agent=agent, updates_per_call=2))
+    trainer.train()
+    metrics = [read_jsonl(setup.run_files(each.config).metrics) for each in (finished, trainer)]
+    for one, other in zip(*metrics, strict=True):
+        assert one["step"] == other["step"]
+        np.testing.assert_allclose(one["train/total_loss"], other["train/total_loss"], rtol=1e-3)
+    for one, other in zip(*(jax.tree.leaves(each.agent.params) for each in (finished, trainer)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+    loaded = setup.load_checkpoint(setup.run_files(trainer.config).directory)
+    assert_same_bits(loaded.agent, trainer.agent)
+    jax.tree.map(np.testing.assert_array_equal, loaded.agent.ema, trainer.agent.ema)
+    with np.testing.assert_raises(AssertionError):
+        jax.tree.map(np.testing.assert_array_equal, trainer.agent.ema["policy"], trainer.agent.params["policy"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["bc", "qc-fql", "rlpd-ac"])
+def test_the_trainer_takes_every_baseline(tiny_config, algorithm):
+    config = with_algorithm(tiny_config, algorithm)
+    trainer = setup.make_trainer(config)
+    trainer.train()
+    losses = [each["train/total_loss"] for each in read_jsonl(setup.run_files(config).metrics)]
+    assert np.isfinite(losses).all()
+    loaded = setup.load_checkpoint(setup.run_files(config).directory)
+    seen = trainer.loader.batch(0).observations
+    rng = jax.random.key(5)
+    np.testing.assert_array_equal(loaded.agent.sample_actions(seen, rng), trainer.agent.sample_actions(seen, rng))
 
 
 def test_a_signal_saves_the_step_under_way(finished, tiny_config, monkeypatch):

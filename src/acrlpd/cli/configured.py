@@ -28,15 +28,18 @@ def take(flags: Sequence[str], name: str) -> tuple[str | None, list[str]]:
 
 
 def starting_point(word: str, flags: Sequence[str]) -> tuple[TrainConfig, list[str]]:
-    """The configuration that ``word`` names, changed as ``--environment`` and ``--config`` ask; the other flags."""
+    """The configuration that ``word`` names, changed as those flags of ``changed`` ask; the other flags."""
     config = load_yaml(word, presets.get_preset) if is_yaml(word) else presets.get_preset(word)
     return changed(config, flags)
 
 
 def changed(config: TrainConfig, flags: Sequence[str]) -> tuple[TrainConfig, list[str]]:
-    """``config`` changed by ``--environment NAME`` and ``--config FILE``, and the other flags."""
-    environment, rest = take(flags, "environment")
+    """``config`` changed by ``--algorithm NAME``, ``--environment NAME`` and ``--config FILE``, and the other flags."""
+    algorithm, rest = take(flags, "algorithm")
+    environment, rest = take(rest, "environment")
     file, rest = take(rest, "config")
+    if algorithm is not None:
+        config = presets.with_algorithm(config, algorithm)
     if environment is not None:
         config = apply_config_overrides(config, platforms.environment_overrides(config, environment))
     if file is not None:

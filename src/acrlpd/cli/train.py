@@ -18,17 +18,18 @@ from acrlpd.training import setup
 from acrlpd.training.faults import EXIT_INTERRUPTED, Interrupted
 from acrlpd.training.report import write_report
 
-USAGE = """usage: acrlpd train PRESET|FILE.yaml [--config FILE.yaml] [--environment development] [--field value ...]
+USAGE = """usage: acrlpd train PRESET|FILE.yaml [--algorithm NAME] [--config FILE.yaml] [--environment NAME] [--field value ...]
        acrlpd train --resume RUN [--field value ...]
 
 presets: {presets}
+algorithms: {algorithms}
 acrlpd train PRESET --help lists every field with the preset's value. A field given as a flag wins over the YAML file,
 which wins over the preset."""
 
 
 def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE.format(presets=", ".join(presets.PRESETS)))
+        print(USAGE.format(presets=", ".join(presets.PRESETS), algorithms=", ".join(presets.ALGORITHMS)))
         return 0 if argv else 2
     path, words = _resumed_path(argv)
     if path is not None:

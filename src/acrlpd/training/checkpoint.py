@@ -1,8 +1,8 @@
 """Checkpoints: the policy as openpi writes it, everything else beside it, one atomic commit for all.
 
-checkpoints/<step>/params/      the policy's parameters in openpi's layout
+checkpoints/<step>/params/      the policy's parameters in openpi's layout; their moving average where there is one
                   /assets/<asset id>/norm_stats.json
-                  /acrlpd/      critics, targets, temperature, student, optimisers, step
+                  /acrlpd/      critics, targets, temperature, student, optimisers, step; beside an average, its source
                   /run/         JSON: the configuration, counters of the run, library versions
 """
 
@@ -301,27 +301,31 @@ def _key(key: Any) -> Any:
 
 
 def _split(agent: ACRLPDAgent) -> tuple[nnx.State, dict[str, Any]]:
-    """The whole policy (trainable and frozen), and everything else."""
-    policy = nnx.merge_state(agent.params["policy"], agent.frozen)
-    rest = {
-        "params": {group: value for group, value in agent.params.items() if group != "policy"},
+    """The whole policy that acts (trainable and frozen), and everything else."""
+    policy = nnx.merge_state(agent.ema.get("policy", agent.params["policy"]), agent.frozen)
+    averages = {group: value for group, value in agent.ema.items() if group != "policy"}
+    rest: dict[str, Any] = {
+        "params": {group: value for group, value in agent.params.items() if group != "policy" or agent.ema},
         "target_critic": agent.target_critic,
         "health": agent.health,
         "step": agent.step,
     }
-    return policy, rest | ({"opt_state": agent.opt_state} if agent.opt_state else {})
+    rest |= {"opt_state": agent.opt_state} if agent.opt_state else {}
+    return policy, rest | ({"ema": averages} if averages else {})
 
 
 def _join(template: ACRLPDAgent, policy: nnx.State, rest: Mapping[str, Any]) -> ACRLPDAgent:
     flat = nnx.to_flat_state(policy)
     trainable = {path for path, _ in nnx.to_flat_state(template.params["policy"])}
+    acting = {"policy": _pick(flat, lambda path: path in trainable)}
     return dataclasses.replace(
         template,
-        params={"policy": _pick(flat, lambda path: path in trainable), **rest["params"]},
+        params=acting | rest["params"],  # beside an average lies its source
         frozen=_pick(flat, lambda path: path not in trainable),
         target_critic=rest["target_critic"],
         opt_state=rest["opt_state"] if template.opt_state else {},
         health=rest["health"],
+        ema=acting | rest.get("ema", {}) if template.ema else {},
         step=rest["step"],
     )
 

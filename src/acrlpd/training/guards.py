@@ -12,12 +12,13 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
 
 from acrlpd.training.faults import RunFault
 from acrlpd.training.metrics import JsonlWriter
@@ -68,24 +69,25 @@ class SkippedUpdates:
     def __init__(self, file: Path, *, limit: int):
         self._file = file
         self._limit = limit
-        self._recent: list[tuple[int, dict[str, Any], dict[str, Any]]] = []
+        self._recent: list[tuple[int, list[dict[str, Any]], dict[str, Any]]] = []
 
-    def watch(self, step: int, batch: ChunkBatch, metrics: Mapping[str, Any]) -> None:
-        """``batch`` as the host made it; of it and of ``metrics`` only small arrays are kept."""
-        ids = {"episode_id": batch.episode_id, "step_id": batch.step_id}
+    def watch(self, step: int, batches: Sequence[ChunkBatch], metrics: Mapping[str, Any]) -> None:
+        """One call's updates from ``step`` on: batches as the host made them; only small arrays are kept."""
+        ids = [{"episode_id": each.episode_id, "step_id": each.step_id} for each in batches]
         self._recent.append((step, ids, {name: metrics[name] for name in ("skipped", "skipped_in_a_row")}))
 
     def settle(self) -> int | None:
         """Writes down what was skipped since the last call; the first update of a row that is too long, or None."""
         recent, self._recent = self._recent, []
         start = None
-        for step, ids, health in jax.device_get(recent):
-            if not health["skipped"]:
-                continue
-            in_a_row = int(health["skipped_in_a_row"])
-            self._write({"step": step, "in_a_row": in_a_row} | {name: each.tolist() for name, each in ids.items()})
-            if in_a_row >= self._limit:
-                start = step - in_a_row + 1
+        for first, ids, health in jax.device_get(recent):
+            for step, each in enumerate(ids, first):
+                skipped, in_a_row = (np.ravel(health[name])[step - first] for name in ("skipped", "skipped_in_a_row"))
+                if not skipped:
+                    continue
+                self._write({"step": step, "in_a_row": int(in_a_row)} | {key: x.tolist() for key, x in each.items()})
+                if in_a_row >= self._limit:
+                    start = step - int(in_a_row) + 1
         return start
 
     def _write(self, record: Mapping[str, Any]) -> None:

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 Phase = Literal["offline", "online"]
 BAR_SECONDS = 1.0 if sys.stderr.isatty() else 30.0  # a log file needs no animation
 PHASES: tuple[Phase, ...] = ("offline", "online")
+_fold_in_each = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
 ROLLBACK_STRIDE = 2**30  # after a rollback, batches and noise are those of other, far away steps
 
 
@@ -165,7 +166,7 @@ class ACRLPDTrainer:
         self._lock = lock
         self._skipped = SkippedUpdates(files.skipped, limit=config.max_skipped_updates)
         self._started = time.perf_counter(), time.process_time()
-        self._compiled = False
+        self._compiled: set[int] = set()  # by the number of updates in a call
         self._has_acted = False
         self._newest: Any = None  # an array of the last update, perhaps still being computed
 
@@ -207,23 +208,39 @@ class ACRLPDTrainer:
     # ---- one step
 
     def _update(self, phase: Phase) -> None:
+        """One update, or ``updates_per_call`` in one compiled call."""
+        steps = range(self._step, self._step + self._updates_at_once(phase))
+        draws = [self._draw(step) for step in steps]
         with self._watch.span("data", behind="update", busy=self._is_updating):
-            own_batch = self._make_batch(online=phase == "online")
-            batch = put_batch(own_batch, self._mesh)
-        with self._watch.span("update" if self._compiled else "compile"):
-            rng = jax.random.fold_in(self._update_rng, self._draw)
-            self.agent, metrics = self.agent.update(batch, rng, self.loss_weights())
-            self._skipped.watch(self._step, own_batch, metrics)
-            self._step += 1
-            if not self._compiled:
+            own = [self._make_batch(draw, online=phase == "online") for draw in draws]
+            batch = put_batch(own, self._mesh)
+        with self._watch.span("update" if len(steps) in self._compiled else "compile"):
+            if len(steps) == 1:
+                rng = jax.random.fold_in(self._update_rng, draws[0])
+                self.agent, metrics = self.agent.update(batch, rng, self.loss_weights(self._step))
+            else:
+                weights = jax.tree.map(lambda *x: np.array(x, np.float32), *map(self.loss_weights, steps))
+                rngs = _fold_in_each(self._update_rng, np.array(draws, np.uint32))
+                self.agent, metrics = self.agent.updates(batch, rngs, weights)
+            self._skipped.watch(self._step, own, metrics)
+            self._step = steps.stop
+            if len(steps) not in self._compiled:
                 jax.block_until_ready(metrics)
-                self._compiled = True
+                self._compiled.add(len(steps))
         self._average.add(metrics)
         self._newest = metrics["total_loss"]
 
-    def _make_batch(self, *, online: bool) -> ChunkBatch:
+    def _updates_at_once(self, phase: Phase) -> int:
+        """``updates_per_call`` where nothing is due between those updates, else one."""
+        config = self.config
+        frequencies = (config.log_frequency, config.save_frequency, self._evaluation_frequency(phase))
+        due = [frequency - self._step % frequency for frequency in frequencies]
+        due.append(config.offline_steps - self._step if phase == "offline" else int(self._updates_owed()))
+        return config.updates_per_call if config.updates_per_call <= min(due) else 1
+
+    def _make_batch(self, draw: int, *, online: bool) -> ChunkBatch:
         try:
-            return self.loader.batch(self._draw, online=online)
+            return self.loader.batch(draw, online=online)
         except (OSError, ValueError) as error:
             self._save()
             raise DataFault(
@@ -231,10 +248,9 @@ class ACRLPDTrainer:
                 f"{self._files.directory}: bring the data back, then use --resume."
             ) from error
 
-    @property
-    def _draw(self) -> int:
-        """The number from which the coming update draws its batch and noise: its step, unless the run rolled back."""
-        return self._step + self.progress.rollbacks * ROLLBACK_STRIDE
+    def _draw(self, step: int) -> int:
+        """The number from which an update draws its batch and noise: its step, unless the run rolled back."""
+        return step + self.progress.rollbacks * ROLLBACK_STRIDE
 
     def _is_updating(self) -> bool:
         """Whether the device is still at the last update."""
@@ -259,14 +275,14 @@ class ACRLPDTrainer:
                 for finished in collected.rollouts:
                     self._interaction.keep(finished)
 
-    def loss_weights(self) -> LossWeights:
-        """The weights of the coming update: no actor loss at first, a linear change early in the online phase."""
+    def loss_weights(self, step: int) -> LossWeights:
+        """The weights of an update: no actor loss at first, a linear change early in the online phase."""
         config = self.config
         weights = config.agent.loss_weights
-        if config.online_loss_weights is not None and self._step >= config.offline_steps:
-            share = min(1.0, (self._step - config.offline_steps) / config.online_transition_steps)
+        if config.online_loss_weights is not None and step >= config.offline_steps:
+            share = min(1.0, (step - config.offline_steps) / config.online_transition_steps)
             weights = jax.tree.map(lambda a, b: a + share * (b - a), weights, config.online_loss_weights)
-        if self._step < config.actor_warmup_steps:
+        if step < config.actor_warmup_steps:
             weights = dataclasses.replace(weights, actor_weight=0.0)
         return weights
 
@@ -306,7 +322,8 @@ class ACRLPDTrainer:
             record = {"step": self._step, "phase": phase, "env_steps": self.progress.env_steps, "wall_s": self._wall()}
             record |= {f"train/{name}": value for name, value in metrics.items()}
             self._writer.write(record | {f"loader/{name}": value for name, value in self.loader.stats().items()})
-        return {"loss": f"{metrics['total_loss']:.3g}", "q": f"{metrics['q_mean']:.3g}"}
+        shown = {"loss": "total_loss", "q": "q_mean"}  # imitation alone has no Q
+        return {name: f"{metrics[metric]:.3g}" for name, metric in shown.items() if metric in metrics}
 
     def _roll_back_if_diverged(self) -> None:
         """To the newest checkpoint before a long row of skipped updates, or to the beginning."""
@@ -334,9 +351,11 @@ class ACRLPDTrainer:
             return self._checkpoints.restore_newest(self.agent, before=before).agent
         return self._fresh_agent()
 
+    def _evaluation_frequency(self, phase: Phase) -> int:
+        return max(1, self.config.eval.frequency // (2 if phase == "online" else 1))
+
     def _evaluate_on_the_way(self, phase: Phase) -> None:
-        frequency = self.config.eval.frequency // (2 if phase == "online" else 1)
-        if not self._eval_environments or self._step % max(1, frequency):
+        if not self._eval_environments or self._step % self._evaluation_frequency(phase):
             return
         result = self._evaluate(phase, "greedy", self.config.eval.progress_episodes)[0]
         if phase == "online":

@@ -59,7 +59,10 @@ def _plain(value: Any) -> Any:
 
 
 class MetricAverage:
-    """Means of device scalars between two log points; nothing is computed or fetched before ``fetch``."""
+    """Means of device scalars, or of arrays of several updates', between two log points.
+
+    Nothing is computed or fetched before ``fetch``.
+    """
 
     def __init__(self) -> None:
         self._records: list[Mapping[str, Any]] = []
@@ -72,7 +75,7 @@ class MetricAverage:
         values: dict[str, list[float]] = {}
         for record in jax.device_get(self._records):
             for name, value in record.items():
-                values.setdefault(name, []).append(value)
+                values.setdefault(name, []).extend(np.ravel(value).tolist())
         self._records = []
         finite = {name: np.asarray(each)[np.isfinite(each)] for name, each in values.items()}
         return {name: float(np.mean(each)) if len(each) else math.nan for name, each in finite.items()}

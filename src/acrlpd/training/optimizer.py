@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import jax.numpy as jnp
 import optax
 
 from acrlpd.config import CosineDecaySchedule, OptimizerConfig, OptimizersConfig
@@ -11,12 +12,18 @@ from acrlpd.config import CosineDecaySchedule, OptimizerConfig, OptimizersConfig
 
 def make_schedule(config: CosineDecaySchedule) -> optax.Schedule:
     """openpi's: the warm-up begins at peak / (warmup + 1) instead of 0, so that no step is wasted."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=config.peak_lr / (config.warmup_steps + 1),
-        peak_value=config.peak_lr,
-        warmup_steps=config.warmup_steps,
-        decay_steps=config.decay_steps,
-        end_value=config.decay_lr,
+    start, peak = config.peak_lr / (config.warmup_steps + 1), config.peak_lr
+    if config.rsqrt_timescale is None:
+        return optax.warmup_cosine_decay_schedule(
+            start, peak, config.warmup_steps, config.decay_steps, end_value=config.decay_lr
+        )
+    timescale = config.rsqrt_timescale
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(start, peak, config.warmup_steps),
+            lambda step: peak / jnp.sqrt(1 + step / timescale),
+        ],
+        [config.warmup_steps],
     )
 
 

@@ -31,6 +31,7 @@ from acrlpd.envs import rollout
 from acrlpd.envs.env import EnvConfig, EnvSpec, SimulatedEnvironment, make
 from acrlpd.models import weights as policy_weights
 from acrlpd.models.flow import FlowPolicy
+from acrlpd.models.gaussian import ChunkGaussianConfig
 from acrlpd.models.mlp_flow import MLPFlowConfig
 from acrlpd.models.pi0 import Pi0, Pi0Config
 from acrlpd.models.recognize import recognize
@@ -189,6 +190,7 @@ CHANGEABLE = (
         "eval.frequency",
         "eval.progress_episodes",
     ),
+    "updates_per_call",
 )
 """Fields that say how long a run goes and what it reports, not what it computes."""
 
@@ -349,13 +351,10 @@ def make_transform(config: TrainConfig, stats: Mapping[str, NormStats], dims: Di
 
 def make_policy(config: PolicyConfig, dims: Dims, cameras: tuple[str, ...], rngs: nnx.Rngs) -> FlowPolicy:
     """A policy of the configured kind with fresh parameters."""
-    if config.kind == "mlp_flow":
-        return MLPFlowConfig(
-            state_dim=dims.state,
-            action_dim=dims.action,
-            action_horizon=config.action_horizon,
-            hidden_dims=config.hidden_dims,
-        ).create(rngs)
+    if config.kind in ("mlp_flow", "gaussian"):
+        make = MLPFlowConfig if config.kind == "mlp_flow" else ChunkGaussianConfig
+        sizes = {"action_horizon": config.action_horizon, "hidden_dims": config.hidden_dims}
+        return make(state_dim=dims.state, action_dim=dims.action, **sizes).create(rngs)
     return pi0_config(config, dims, cameras).create(rngs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,9 +25,9 @@ def make_mesh(fsdp_devices: int) -> Mesh:
     )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis over every device."""
-    return NamedSharding(mesh, PartitionSpec((BATCH_AXIS, FSDP_AXIS)))
+def batch_sharding(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
+    """The batch axis over every device."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, (BATCH_AXIS, FSDP_AXIS)))
 
 
 def parameter_sharding(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
@@ -43,9 +44,11 @@ def parameter_sharding(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     return jax.tree.map(place, tree)
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """A host's share of the batch as global arrays, transferred without waiting."""
-    sharding = batch_sharding(mesh)
+def put_batch(batches: Sequence[Any], mesh: Mesh) -> Any:
+    """A host's share of a batch as global arrays, transferred without waiting; several are stacked ahead of that."""
+    several = len(batches) > 1
+    batch = jax.tree.map(lambda *x: np.stack(x), *batches) if several else batches[0]
+    sharding = batch_sharding(mesh, axis=1 if several else 0)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

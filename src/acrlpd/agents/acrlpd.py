@@ -150,6 +150,15 @@ class ACRLPDAgent:
     def temperature(self) -> Float[Array, ""]:
         return jnp.exp(self.params["temperature"]["log_temperature"])
 
+    @property
+    def chooses(self) -> bool:
+        """Whether acting is a choice among candidates; of the baselines, some take the policy at its word."""
+        return self.config.algorithm == "acrlpd"
+
+    def acting_modules(self) -> Modules:
+        """The networks that act: of the policy the moving average, where there is one."""
+        return self.nets.modules(self.params | self.ema, self.frozen)
+
     def update(
         self, batch: ChunkBatch, rng: PRNGKeyArray, weights: LossWeights | None = None
     ) -> tuple[ACRLPDAgent, Metrics]:
@@ -372,6 +381,16 @@ def _steps_to_rank(config: AgentConfig, noise: Float[Array, "n b h a"], num_step
     return min(config.candidate_flow_steps, num_steps)
 
 
+def unchosen(
+    modules: Modules, config: AgentConfig, prefix: Prefix, noise: Float[Array, "1 b h a"], num_steps: int
+) -> Float[Array, "b h a"]:
+    """The policy's own chunk, whatever a critic would say."""
+    if config.algorithm == "rlpd_ac":
+        return cast(ChunkGaussian, modules.policy).sample(prefix, noise)[0][0]
+    chunks = flow.sample(modules.policy, prefix, noise, num_steps=num_steps)
+    return extractions.clip(chunks, config.action_clip)[0]
+
+
 def _bc_sample_weights(
     config: AgentConfig,
     flow_loss: Float[Array, "b h"],
@@ -401,17 +420,14 @@ def act(
 ) -> tuple[Float[Array, "b h a"], Metrics]:
     """Chosen chunks and, per observation, the values they were chosen by, if they were."""
     config, num_steps = agent.config, num_steps or agent.config.flow_steps
-    modules = agent.nets.modules(agent.params | agent.ema, agent.frozen)
+    modules = agent.acting_modules()
     prefix = modules.policy.encode(observations)
     noise_rng, choice_rng = jax.random.split(rng)
-    alone = mode == "bc" or config.algorithm != "acrlpd"  # without a choice
+    alone = mode == "bc" or not agent.chooses
     n = 1 if alone else num_samples or config.best_of_n_samples
     noise = jax.random.normal(noise_rng, (n, prefix.state.shape[0], *agent.nets.action_shape))
-    if config.algorithm == "rlpd_ac":
-        return cast(ChunkGaussian, modules.policy).sample(prefix, noise)[0][0], {}
     if alone:
-        chunks = flow.sample(modules.policy, prefix, noise, num_steps=num_steps)
-        return extractions.clip(chunks, config.action_clip)[0], {}
+        return unchosen(modules, config, prefix, noise, num_steps), {}
     candidates, scores = propose(modules, config, prefix, noise, num_steps)
     if mode == "explore":
         _, best = sampling.select(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -48,12 +48,25 @@ def intermediate_bytes(program: core.Jaxpr) -> int:
     alive: dict[int, int] = {}
     peak = 0
     for i, equation in enumerate(program.eqns):
-        inner = [x for value in equation.params.values() for x in (value if isinstance(value, tuple) else (value,))]
-        programs = [getattr(x, "jaxpr", x) for x in inner if isinstance(x, core.Jaxpr | core.ClosedJaxpr)]
-        alive |= {id(var): var.aval.size * var.aval.dtype.itemsize for var in equation.outvars}
-        peak = max(peak, sum(alive.values()) + max(map(intermediate_bytes, programs), default=0))
+        alive |= {id(var): _num_bytes(var.aval) for var in equation.outvars}
+        inside = max(map(intermediate_bytes, _inner_programs(equation)), default=0)
+        peak = max(peak, sum(alive.values()) + inside)
         alive = {var: size for var, size in alive.items() if last_use.get(var, i) > i}
     return peak
+
+
+def _inner_programs(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+    """The body of a loop, the branches of a condition, what a compiled function does."""
+    for value in equation.params.values():
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, core.ClosedJaxpr):
+                yield each.jaxpr
+            elif isinstance(each, core.Jaxpr):
+                yield each
+
+
+def _num_bytes(array: Any) -> int:
+    return int(array.size * array.dtype.itemsize)
 
 
 @typed

@@ -20,7 +20,8 @@ USAGE = """usage: acrlpd config COMMAND ...
   diff  PRESET|FILE.yaml|RUN OTHER               what differs, one field a line
   save  PRESET|FILE.yaml|RUN TARGET.yaml [flags] all fields into a file that acrlpd train takes
 
-Flags are those of acrlpd train: any field, --algorithm NAME, --config FILE.yaml, --environment production|development|debug."""
+Flags are those of acrlpd train: any field, --algorithm NAME, --config FILE.yaml,
+--environment production|development|debug."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,8 @@ from acrlpd.training import setup
 from acrlpd.training.faults import EXIT_INTERRUPTED, Interrupted
 from acrlpd.training.report import write_report
 
-USAGE = """usage: acrlpd train PRESET|FILE.yaml [--algorithm NAME] [--config FILE.yaml] [--environment NAME] [--field value ...]
+USAGE = """usage: acrlpd train PRESET|FILE.yaml [--config FILE.yaml] [--environment development] [--field value ...]
+       acrlpd train PRESET|FILE.yaml --algorithm NAME ...
        acrlpd train --resume RUN [--field value ...]
 
 presets: {presets}

@@ -21,7 +21,6 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
 from acrlpd.agents import acrlpd, sampling
-from acrlpd.agents import extraction as extractions
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.data.transforms import Data, Transform, to_observation
 from acrlpd.models import flow
@@ -108,22 +107,22 @@ class AgentSampler:
     ):
         config = agent.config
         wanted = num_samples or config.best_of_n_samples
-        self.plan = Plan(1 if mode == "bc" else wanted, num_steps or config.flow_steps)
+        self._alone = mode == "bc" or not agent.chooses
+        self.plan = Plan(1 if self._alone else wanted, num_steps or config.flow_steps)
         self._agent = dataclasses.replace(agent, opt_state={}, target_critic=nnx.State({}))
-        self._mode = mode
 
     def __call__(self, observation: Observation, draws: Draws, plan: Plan) -> tuple[Float[Array, "b h a"], Metrics]:
         if draws.noise is not None:
             raise ValueError("an agent draws many chunks and takes no noise of one; serve its flow alone for that")
-        return _best_chunk(self._agent, observation, draws, plan=plan, mode=self._mode)
+        return _best_chunk(self._agent, observation, draws, plan=plan, alone=self._alone)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "mode"))
+@functools.partial(jax.jit, static_argnames=("plan", "alone"))
 def _best_chunk(
-    agent: ACRLPDAgent, observation: Observation, draws: Draws, *, plan: Plan, mode: str
+    agent: ACRLPDAgent, observation: Observation, draws: Draws, *, plan: Plan, alone: bool
 ) -> tuple[Float[Array, "b h a"], Metrics]:
     config = agent.config
-    modules = agent.nets.modules(agent.params, agent.frozen)
+    modules = agent.acting_modules()
     prefix = modules.policy.encode(observation)
     shape = (plan.num_samples, *agent.nets.action_shape)
 
@@ -132,11 +131,10 @@ def _best_chunk(
         return jax.random.normal(noise_rng, shape)
 
     noise = jax.vmap(draw, out_axes=1)(_keys(draws))  # [n b h a]
-    if mode == "bc":
-        chunks = flow.sample(modules.policy, prefix, noise, num_steps=plan.num_steps)
-        return extractions.clip(chunks, config.action_clip)[0], {}
+    if alone:
+        return acrlpd.unchosen(modules, config, prefix, noise[:1], plan.num_steps), {}
     candidates, scores = acrlpd.propose(modules, config, prefix, noise, plan.num_steps)
-    chunk, best = sampling.select(candidates, scores)
+    _, best = sampling.select(candidates, scores)
     values = {
         "q": sampling.take(scores, best),
         "q_mean": scores.mean(axis=0),
@@ -144,7 +142,7 @@ def _best_chunk(
         "q_candidates": scores.T,
         "chosen": best,
     }
-    return chunk, values
+    return acrlpd.finish(modules, config, prefix, noise, candidates, best, plan.num_steps), values
 
 
 def _keys(draws: Draws) -> PRNGKeyArray:

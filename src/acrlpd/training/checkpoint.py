@@ -302,7 +302,7 @@ def _key(key: Any) -> Any:
 
 def _split(agent: ACRLPDAgent) -> tuple[nnx.State, dict[str, Any]]:
     """The whole policy that acts (trainable and frozen), and everything else."""
-    policy = nnx.merge_state(agent.ema.get("policy", agent.params["policy"]), agent.frozen)
+    policy = nnx.merge_state((agent.params | agent.ema)["policy"], agent.frozen)
     averages = {group: value for group, value in agent.ema.items() if group != "policy"}
     rest: dict[str, Any] = {
         "params": {group: value for group, value in agent.params.items() if group != "policy" or agent.ema},

@@ -87,7 +87,7 @@ def plan(config: TrainConfig, machine: Machine | None = None, *, dims: Dims | No
     temporary, aliased_output = _compiled(agent, batch)
     trainable = _local_bytes(config, machine, agent.params)
     gradients = _bytes(agent.params)
-    state = (agent.params, agent.frozen, agent.target_critic)
+    state = (agent.params, agent.frozen, agent.target_critic, agent.ema)
     return Plan(
         parameters=_count(agent.params["policy"]) + _count(agent.frozen),
         trainable=_count(agent.params["policy"]),

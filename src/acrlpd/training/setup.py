@@ -351,10 +351,11 @@ def make_transform(config: TrainConfig, stats: Mapping[str, NormStats], dims: Di
 
 def make_policy(config: PolicyConfig, dims: Dims, cameras: tuple[str, ...], rngs: nnx.Rngs) -> FlowPolicy:
     """A policy of the configured kind with fresh parameters."""
-    if config.kind in ("mlp_flow", "gaussian"):
-        make = MLPFlowConfig if config.kind == "mlp_flow" else ChunkGaussianConfig
-        sizes = {"action_horizon": config.action_horizon, "hidden_dims": config.hidden_dims}
-        return make(state_dim=dims.state, action_dim=dims.action, **sizes).create(rngs)
+    sizes = (dims.state, dims.action, config.action_horizon, config.hidden_dims)
+    if config.kind == "mlp_flow":
+        return MLPFlowConfig(*sizes).create(rngs)
+    if config.kind == "gaussian":  # no flow, which rlpd_ac, its only user, never asks for
+        return cast(FlowPolicy, ChunkGaussianConfig(*sizes).create(rngs))
     return pi0_config(config, dims, cameras).create(rngs)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from acrlpd.data.chunks import gather
 from acrlpd.data.episodes import EpisodeStore
-from acrlpd.data.loader import ACRLPDDataLoader, ChunkLoader
+from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.tokenizer import PromptTokenizer
 from acrlpd.data.transforms import Compose, DeltaActions, Normalize, PadToModel, ResizeImages, TokenizePrompt
@@ -194,10 +194,6 @@ def test_an_error_in_the_thread_is_raised_here_at_its_batch():
         loader.batch(failing)
     loader.batch(failing)  # it was not remembered
     loader.close()
-
-
-def test_name_of_the_founding_design():
-    assert ACRLPDDataLoader is ChunkLoader
 
 
 @pytest.mark.parametrize("online", [False, True])

@@ -67,20 +67,45 @@ def test_every_reference_set_opens_and_is_remembered(shared, cache_home):
     assert len(list(cache_home.rglob("*.npz"))) == len(found)
 
 
+def lerobot_object(root, episodes=None, tolerance_s=1e-4):
+    """The attributes that the constructor of lerobot's LeRobotDataset sets (0.3 and 0.4), without torch."""
+    meta = types.SimpleNamespace(repo_id="me/set", root=Path(root), revision="v3.0", tasks=None, episodes=None, info={})
+    return types.SimpleNamespace(
+        repo_id="me/set",
+        root=Path(root),
+        image_transforms=None,
+        delta_timestamps=None,
+        episodes=episodes,
+        tolerance_s=tolerance_s,
+        revision="v3.0",
+        video_backend="pyav",
+        delta_indices=None,
+        meta=meta,
+        hf_dataset=None,
+    )
+
+
 @pytest.mark.reference
 def test_an_object_of_the_lerobot_library_counts_with_its_selection(shared):
     root = shared / "data/lerobot-v3.0/aloha_image"
     if not root.is_dir():
         pytest.skip("this root has no such set")
     whole = sources.open_episodes(root)
-    for stand_in in (
-        types.SimpleNamespace(root=root, meta=types.SimpleNamespace(root=root), episodes=[2, 0]),
-        types.SimpleNamespace(meta=types.SimpleNamespace(root=str(root)), episodes=[2, 0]),
-    ):
-        dataset = sources.open_episodes(stand_in)
-        assert dataset.lengths.tolist() == whole.lengths[[2, 0]].tolist()
-        np.testing.assert_array_equal(dataset.episode(0).actions, whole.episode(2).actions)
-    assert sources.open_episodes(types.SimpleNamespace(root=root, episodes=None)).num_episodes == whole.num_episodes
+    dataset = sources.open_episodes(lerobot_object(root, episodes=[2, 0]))
+    assert dataset.lengths.tolist() == whole.lengths[[2, 0]].tolist()
+    np.testing.assert_array_equal(dataset.episode(0).actions, whole.episode(2).actions)
+    assert sources.open_episodes(lerobot_object(root)).num_episodes == whole.num_episodes
+    with pytest.raises(ValueError, match="timestamp"):
+        sources.open_episodes(lerobot_object(root, tolerance_s=-1.0))
+
+
+def test_other_objects_are_refused(tmp_path):
+    for stranger in (3, types.SimpleNamespace(root=tmp_path), types.SimpleNamespace(meta=None)):
+        with pytest.raises(TypeError, match=rf"a LeRobotDataset, got {type(stranger).__name__} without meta\.root"):
+            sources.open_episodes(stranger)
+    several = types.SimpleNamespace(root=tmp_path, repo_ids=["me/a", "me/b"])
+    with pytest.raises(TypeError, match="holds several datasets: open them one by one"):
+        sources.open_episodes(several)
 
 
 @pytest.mark.reference
@@ -112,8 +137,6 @@ def test_what_is_no_data_set_is_described(tmp_path):
         sources.open_episodes(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="copy it first"):
         sources.open_episodes("lerobot/pusht")
-    with pytest.raises(TypeError, match="got int without root or meta"):
-        sources.open_episodes(3)
     (tmp_path / "below/set/meta/info.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds LeRobot datasets. Name one of them, such as .*below/set"):
         sources.open_episodes(tmp_path / "below")

@@ -22,20 +22,19 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
 
 from acrlpd.data import lerobot_checks as checks
-from acrlpd.data import lerobot_meta, video, windows
+from acrlpd.data import lerobot_meta, video
 from acrlpd.data.episodes import IMAGE_PREFIX, KNOWN_SUCCESS, BadEpisodes, EpisodeInfo
 from acrlpd.data.frame_cache import FrameCache, FrameOrigin
 from acrlpd.data.lerobot_meta import REQUIRED, TASK_INDEX, TIMESTAMP, EpisodeRow
-from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.metadata_cache import Arrays, MetadataCache, pack, unpack
 from acrlpd.data.parquet import DataError, ParquetReader
 from acrlpd.data.rewards import RewardConfig, label, success_of, success_reward
-from acrlpd.data.transforms import Compose, Transform
 from acrlpd.types import Episode
 
 REWARD, SUCCESS = "next.reward", "next.success"
 TERMINAL = "next.terminal"  # where the task ended; only sets that acrlpd wrote have it
 FULL_CHECK_BLOCK = 64  # frames
+TOLERANCE_S = 1e-4  # as the lerobot library has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,8 @@ class LeRobotSource:
     Beside that protocol's keys, ``window`` knows every column and camera by its own name, and ``task``: a text a frame.
 
     Args:
-        root: the dataset's folder, or an object of the ``lerobot`` library's LeRobotDataset (its ``episodes`` count).
+        root: the dataset's folder, or an object of the ``lerobot`` library's LeRobotDataset, whose ``episodes`` count;
+            its ``delta_timestamps`` and transforms do not.
         episodes: numbers of those to read, in this order; None reads all. Positions in this selection are what methods
             take as index; ``numbers`` has the stored ones.
         state_keys, action_keys: columns that, one behind the other, make the state and the actions; None looks for the
@@ -74,7 +74,8 @@ class LeRobotSource:
         rewards: None leaves rewards as they are stored, and 0 where none are: good for imitation only.
         on_bad_episode: ``"skip"`` leaves broken episodes out, with a warning that says which and why; ``skipped`` keeps
             both. It looks at every video's packets and every embedded image, without decoding frames.
-        tolerance_s: how far a timestamp may be from its place, and a video frame from its timestamp.
+        tolerance_s: how far a timestamp may be from its place, and a video frame from its timestamp. None: what the
+            object has, else 1e-4.
         frame_cache: where to look for frames first. Frames then always have the cache's resolution.
         metadata_cache: where to remember what opening found out. None reads every episode each time.
     """
@@ -89,11 +90,12 @@ class LeRobotSource:
         cameras: Sequence[str] | None = None,
         rewards: RewardConfig | None = None,
         on_bad_episode: Literal["error", "skip"] = "error",
-        tolerance_s: float = 1e-4,
+        tolerance_s: float | None = None,
         frame_cache: FrameCache | None = None,
         metadata_cache: MetadataCache | None = None,
     ):
         folder, episodes = _opened(root, episodes)
+        tolerance_s = getattr(root, "tolerance_s", TOLERANCE_S) if tolerance_s is None else tolerance_s
         self.meta = lerobot_meta.read(folder)
         self.state_keys = lerobot_meta.state_keys(self.meta, state_keys)
         self.action_keys = lerobot_meta.action_keys(self.meta, action_keys)
@@ -363,57 +365,15 @@ def download(repo_id: str, folder: str | os.PathLike[str], *, revision: str | No
     return Path(snapshot_download(name, repo_type="dataset", revision=revision, local_dir=Path(folder)))
 
 
-class LeRobotACRLPDDataLoader(ChunkLoader):
-    """A ``ChunkLoader`` of all episodes of a LeRobot dataset: its name in the founding design.
-
-    Args:
-        lerobot_dataset: a folder, an object of the ``lerobot`` library, or a ``LeRobotSource``.
-        transform: from the dataset's units to the model's; None hands out raw numbers.
-        memory_bytes, num_workers: see ``windows.open_store``.
-        source_options: see ``LeRobotSource``; not together with a source.
-    """
-
-    def __init__(
-        self,
-        lerobot_dataset: Any,
-        batch_size: int,
-        horizon_length: int,
-        *,
-        transform: Transform | None = None,
-        sequence_ratio: float = 0.5,
-        seed: int = 0,
-        memory_bytes: int | None = None,
-        num_workers: int = 0,
-        **source_options: Any,
-    ):
-        given = isinstance(lerobot_dataset, LeRobotSource)
-        if given and source_options:
-            raise ValueError(f"give {', '.join(source_options)} to the LeRobotSource itself")
-        self.source = lerobot_dataset if given else LeRobotSource(lerobot_dataset, **source_options)
-        super().__init__(
-            windows.open_store(self.source, memory_bytes=memory_bytes, num_workers=num_workers),
-            Compose(()) if transform is None else transform,
-            batch_size=batch_size,
-            horizon=horizon_length,
-            sequence_ratio=sequence_ratio,
-            seed=seed,
-        )
-
-
-def create_lerobot_acrlpd_dataloader(
-    lerobot_dataset: Any, batch_size: int, horizon_length: int, **options: Any
-) -> LeRobotACRLPDDataLoader:
-    """Founding name of ``LeRobotACRLPDDataLoader``'s constructor, which has the options."""
-    return LeRobotACRLPDDataLoader(lerobot_dataset, batch_size, horizon_length, **options)
-
-
 def _opened(root: Any, episodes: Sequence[int] | None) -> tuple[Path, Sequence[int] | None]:
     """Folder and selection from a path or from a LeRobotDataset, which is known by its attributes."""
     if isinstance(root, (str, os.PathLike)):
         return dataset_folder(root), episodes
-    folder = getattr(root, "root", None) or getattr(getattr(root, "meta", None), "root", None)
+    if hasattr(root, "repo_ids"):
+        raise TypeError(f"{type(root).__name__} holds several datasets: open them one by one, each by its folder")
+    folder = getattr(getattr(root, "meta", None), "root", None)
     if folder is None:
-        raise TypeError(f"expected a folder or a LeRobotDataset, got {type(root).__name__} without root or meta")
+        raise TypeError(f"expected a folder or a LeRobotDataset, got {type(root).__name__} without meta.root")
     return dataset_folder(folder), getattr(root, "episodes", None) if episodes is None else episodes
 
 

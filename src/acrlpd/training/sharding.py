@@ -9,6 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from acrlpd.data import loader
+from acrlpd.types import ChunkBatch
+
 BATCH_AXIS, FSDP_AXIS = "batch", "fsdp"
 MIN_SHARDED_BYTES = 4 * 1024**2  # smaller arrays cost more to gather than to keep
 
@@ -44,11 +47,8 @@ def parameter_sharding(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     return jax.tree.map(place, tree)
 
 
-def put_batch(batches: Sequence[Any], mesh: Mesh) -> Any:
+def put_batch(batches: Sequence[ChunkBatch], mesh: Mesh) -> ChunkBatch:
     """A host's share of a batch as global arrays, transferred without waiting; several are stacked ahead of that."""
     several = len(batches) > 1
     batch = jax.tree.map(lambda *x: np.stack(x), *batches) if several else batches[0]
-    sharding = batch_sharding(mesh, axis=1 if several else 0)
-    if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    return loader.place(batch, batch_sharding(mesh, axis=1 if several else 0))

@@ -11,8 +11,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "acrlpd.agents.acrlpd": ("ACRLPDAgent", "ACRLPDPi0Agent"),
+    "acrlpd.agents.acrlpd": ("ACRLPDAgent",),
     "acrlpd.agents.config": ("AgentConfig", "TemperatureConfig"),
+    "acrlpd.agents.founding": (
+        *("DEFAULT_LOSS_WEIGHTS", "ACRLPDPi0Agent", "BCLossComputer", "CriticLossComputer", "EntropyEstimator"),
+        *("JointLossComputer", "SingleCriticNetwork", "TemperatureModule", "create_observation_encoder"),
+        "soft_update_target_networks",
+    ),
     "acrlpd.agents.losses": ("LossWeights",),
     "acrlpd.config": ("ACRLPDPi0Config", "ACRLPDTrainingConfig", "EvalConfig", "TrainConfig"),
     "acrlpd.data.dataset_loader": (

@@ -186,9 +186,6 @@ class ACRLPDAgent:
         return act(self, observations, rng, mode=mode, num_samples=num_samples, num_steps=num_steps)[0]
 
 
-ACRLPDPi0Agent = ACRLPDAgent  # the name in the founding design; the agent takes every flow policy
-
-
 def _by_path(chosen: Callable[[str], bool]) -> Callable[[tuple[Any, ...], Any], bool]:
     """A filter of parameters from a condition on their path, joined by '/'."""
     return lambda path, _: chosen("/".join(map(str, path)))
@@ -248,9 +245,8 @@ def _gradients(
     over a batch (bounded BC weights; mean abs Q under q_gradient) is normalised within a micro-batch, and dropout's
     masks are others.
     """
-    loss = {"acrlpd": joint_loss, "bc": flow_bc.joint_loss, "rlpd_ac": rlpd_ac.joint_loss}[agent.config.algorithm]
-    gradient = jax.grad(loss, has_aux=True)
-    draws = Draws.of_update(rng, agent.config, (batch.actions.shape[0], *agent.nets.action_shape))
+    gradient = jax.grad(_algorithm(agent.config), has_aux=True)
+    draws = _draw(agent, batch, rng)
     parts = agent.config.gradient_accumulation_steps
     if parts == 1:
         return gradient(agent.params, agent, batch, draws, weights)
@@ -265,6 +261,21 @@ def _gradients(
     like = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], dealt))
     total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), dealt)
     return jax.tree.map(lambda x: x / parts, total)
+
+
+def loss_and_metrics(
+    agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray, weights: LossWeights
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """What an update would descend, for a look at it."""
+    return _algorithm(agent.config)(agent.params, agent, batch, _draw(agent, batch, rng), weights)
+
+
+def _algorithm(config: AgentConfig) -> Callable[..., tuple[Float[Array, ""], dict[str, Array]]]:
+    return {"acrlpd": joint_loss, "bc": flow_bc.joint_loss, "rlpd_ac": rlpd_ac.joint_loss}[config.algorithm]
+
+
+def _draw(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -> Draws:
+    return Draws.of_update(rng, agent.config, (batch.actions.shape[0], *agent.nets.action_shape))
 
 
 def joint_loss(

@@ -51,8 +51,18 @@ class ActingOptions:
     mode: Literal["greedy", "bc"] = "greedy"  # bc: one sample of the flow, without the critic
     num_samples: int | None = None  # candidates; None: as trained
     num_steps: int | None = None  # Euler steps of the flow; None: as trained, 10 for openpi's models
+    real_time: bool = False  # chunks may continue the one being executed, if a client sends it
+    latency_budget_ms: float | None = None  # compute as many candidates and flow steps as fit; None: always all
     default_prompt: str | None = None  # for observations without a prompt
     seed: int = 0  # of the draws for requests that name no seed of their own
+
+    def __post_init__(self):
+        if self.latency_budget_ms is not None and self.latency_budget_ms <= 0:
+            raise ValueError(f"latency_budget_ms must be positive or absent, got {self.latency_budget_ms}")
+
+    @property
+    def budget_s(self) -> float | None:
+        return None if self.latency_budget_ms is None else self.latency_budget_ms / 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +154,8 @@ def _abstract_agent(config: TrainConfig, stats: Mapping[str, NormStats], cameras
 def trained_policy(trained: Trained, options: ActingOptions) -> Policy:
     """The policy that a server answers with."""
     config = trained.config
+    if options.real_time and config.agent.algorithm == "rlpd_ac":
+        raise ValueError("real_time guides the steps of a flow, and rlpd_ac's policy has none: leave it off")
     sampler = AgentSampler(
         trained.agent, mode=options.mode, num_samples=options.num_samples, num_steps=options.num_steps
     )
@@ -158,6 +170,8 @@ def trained_policy(trained: Trained, options: ActingOptions) -> Policy:
         sampler,
         transform,
         spec=_spec(config.policy, trained.dims, trained.cameras),
+        real_time=options.real_time,
+        budget_s=options.budget_s,
         rng=jax.random.key(options.seed),
         metadata={"acrlpd": {"step": trained.step, "action_horizon": config.policy.action_horizon}},
     )
@@ -240,6 +254,8 @@ def openpi_policy(
         FlowSampler(policy, num_steps=options.num_steps or 10),
         Compose(steps),
         spec=_observation_spec(model.action_dim, model.cameras, model.image_size, model.max_token_len),
+        real_time=options.real_time,
+        budget_s=options.budget_s,
         rng=jax.random.key(options.seed),
     )
 

@@ -15,7 +15,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from acrlpd.serving import codec
-from acrlpd.serving.policy import OPTIONS_KEY
+from acrlpd.serving.request import OPTIONS_KEY
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import OBS, Client, Running, spawned

@@ -15,7 +15,7 @@ import pytest
 from acrlpd import deploy
 from acrlpd.config import PolicyConfig
 from acrlpd.presets import NANO
-from acrlpd.serving.policy import OPTIONS_KEY
+from acrlpd.serving.request import OPTIONS_KEY
 
 sys.path.insert(0, str(Path(__file__).parent))
 import conftest

@@ -15,7 +15,8 @@ from acrlpd.data.transforms import Compose, Data, DeltaActions, Normalize, PadTo
 from acrlpd.models import gemma, siglip, weights
 from acrlpd.models.mlp_flow import MLPFlow, MLPFlowConfig
 from acrlpd.models.pi0 import Pi0, Pi0Config
-from acrlpd.serving.policy import Draws, FlowSampler, Plan, Policy
+from acrlpd.serving.budget import Plan
+from acrlpd.serving.policy import Draws, FlowSampler, Policy
 
 # -- openpi's numbers --------------------------------------------------------------------------------------------------
 
@@ -163,7 +164,7 @@ def test_any_sampler_can_be_served():
     """What chooses among candidates is a function of observations, draws and a plan."""
 
     class Constant:
-        plan = Plan(1, 1)
+        plan, action_shape = Plan(1, 1), (4, 3)
 
         def __call__(self, observation, draws, plan):
             return np.full((len(observation.state), 4, 3), 2.0), {}

@@ -17,7 +17,7 @@ from acrlpd import deploy
 from acrlpd.data.transforms import to_observation
 from acrlpd.serving import codec
 from acrlpd.serving.batching import batch_sizes
-from acrlpd.serving.policy import OPTIONS_KEY
+from acrlpd.serving.request import OPTIONS_KEY
 from acrlpd.serving.server import PolicyServer, ServerConfig
 
 sys.path.insert(0, str(Path(__file__).parent))

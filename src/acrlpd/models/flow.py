@@ -10,10 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from acrlpd.types import Observation, typed
+from acrlpd.types import AnyArray, Observation, typed
 
 MIN_TIME = 0.001  # openpi's floor: the loss is never taken at pure data
 
@@ -96,3 +97,62 @@ def sample(
     if remat:
         step = jax.checkpoint(step)
     return jax.lax.fori_loop(0, num_steps, step, (noise, jnp.float32(1.0)))[0]
+
+
+MAX_GUIDANCE_WEIGHT = 5.0  # beta of real-time chunking (section IV of its paper): more makes few steps unstable
+
+
+@struct.dataclass
+class Guidance:
+    """A chunk that is being executed, for its successor to continue (real-time chunking, arXiv:2506.07339)."""
+
+    actions: Float[AnyArray, "b h a"]  # its rest, from the step of the new observation on; anything where weights are 0
+    weights: Float[AnyArray, "b h"]  # how much the new chunk must agree: ``prefix_weights``, or 0 for no guidance
+
+
+@typed
+def prefix_weights(frozen: int, overlap: int, horizon: int) -> Float[np.ndarray, " h"]:
+    """1 for steps that will have been executed before the new chunk is there, then decaying, 0 past the old chunk.
+
+    ``prefix_weights(2, 6, 8)`` is 1 1 w(4/5) w(3/5) w(2/5) w(1/5) 0 0 with w(c) = c (e^c - 1) / (e - 1): equation 5
+    of the paper.
+    """
+    frozen = min(frozen, overlap)
+    steps = np.arange(horizon)
+    linear = np.clip((frozen - 1 - steps) / (overlap - frozen + 1) + 1, 0, 1)
+    return np.where(steps < overlap, linear * np.expm1(linear) / np.expm1(1.0), 0).astype(np.float32)
+
+
+class Guided:
+    """A policy whose every step is pulled to where the denoised chunk continues another (equations 2 to 4 there).
+
+    The pull is the error at the denoised estimate, brought back through the network by a vector-Jacobian product, so a
+    step costs a backward pass more.
+    """
+
+    def __init__(self, policy: FlowPolicy, guidance: Guidance):
+        self.policy = policy
+        self.guidance = guidance
+        self.action_dim = policy.action_dim
+        self.action_horizon = policy.action_horizon
+        self.feature_dim = policy.feature_dim
+        self.is_suffix_param = policy.is_suffix_param
+
+    def encode(self, observation: Observation) -> Prefix:
+        return self.policy.encode(observation)
+
+    def velocity(
+        self, prefix: Prefix, x_t: Float[Array, "n b h a"], time: Float[Array, "n b"]
+    ) -> Float[Array, "n b h a"]:
+        t = time[:, :, None, None]
+
+        def denoise(x_t):
+            v_t = self.policy.velocity(prefix, x_t, time)
+            return x_t - t * v_t, v_t
+
+        denoised, pull_back, v_t = jax.vjp(denoise, x_t, has_aux=True)
+        error = (self.guidance.actions[None] - denoised) * self.guidance.weights[None, :, :, None]
+        (pull,) = pull_back(error)
+        # The paper's (1 - tau) / (tau r^2) with tau = 1 - t; infinite at pure noise, where the bound takes over.
+        weight = jnp.minimum((jnp.square(1 - t) + jnp.square(t)) / (t * (1 - t)), MAX_GUIDANCE_WEIGHT)
+        return v_t - weight * pull

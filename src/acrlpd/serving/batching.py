@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from acrlpd.data.transforms import Data
-from acrlpd.serving.policy import Policy, Request
+from acrlpd.serving.policy import Policy
+from acrlpd.serving.request import Request
 
 
 def batch_sizes(max_batch_size: int) -> tuple[int, ...]:

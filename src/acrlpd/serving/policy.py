@@ -7,12 +7,11 @@ thread, and ``infer_batch`` for those that arrived together, which is one compil
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,40 +23,31 @@ from acrlpd.agents import acrlpd, sampling
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.data.transforms import Data, Transform, to_observation
 from acrlpd.models import flow
-from acrlpd.models.flow import FlowPolicy
+from acrlpd.models.flow import FlowPolicy, Guidance
+from acrlpd.serving.budget import Budget, Plan, smaller_plans
+from acrlpd.serving.request import OPTIONS_KEY, Options, Request, conform, outline
 from acrlpd.types import AnyArray, Metrics, Observation
 
 MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)  # of transforms, about strange data
-OPTIONS_KEY = "acrlpd"  # of an observation: options of ours, which openpi's clients never send
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How much is computed for an answer."""
-
-    num_samples: int  # candidates
-    num_steps: int  # Euler steps of the flow
-
-    def __post_init__(self):
-        if self.num_samples < 1 or self.num_steps < 1:
-            raise ValueError(f"an answer needs at least one candidate and one flow step, got {self}")
 
 
 @struct.dataclass
 class Draws:
     """Where each request's chunks come from: its own key, so that company in the batch changes nothing; or its noise.
 
-    A key is the two words of a threefry key.
+    A key is the two words of a threefry key. With guidance, chunks continue those being executed.
     """
 
     keys: UInt32[AnyArray, "b 2"]
     noise: Float[AnyArray, "b h a"] | None = None
+    guidance: Guidance | None = None
 
 
 class Sampler(Protocol):
     """What draws chunks: a flow policy alone, or an agent that chooses among them."""
 
     plan: Plan  # of an answer that nobody hurries
+    action_shape: tuple[int, int]  # horizon and width of the model's chunks
 
     def __call__(
         self, observation: Observation, draws: Draws, plan: Plan
@@ -71,7 +61,7 @@ class FlowSampler:
 
     def __init__(self, policy: FlowPolicy, *, num_steps: int = 10):
         self.plan = Plan(1, num_steps)
-        self._shape = shape = (policy.action_horizon, policy.action_dim)
+        self.action_shape = shape = (policy.action_horizon, policy.action_dim)
         graphdef, self._state = nnx.split(policy)
 
         def sample(state: nnx.State, observation: Observation, draws: Draws, num_steps: int) -> Float[Array, "b h a"]:
@@ -79,12 +69,13 @@ class FlowSampler:
             noise = draws.noise
             if noise is None:
                 noise = jax.vmap(lambda key: jax.random.normal(key, shape))(_keys(draws))
-            return flow.sample(policy, policy.encode(observation), noise[None], num_steps=num_steps)[0]
+            prefix = policy.encode(observation)
+            return flow.sample(_guided(policy, draws), prefix, noise[None], num_steps=num_steps)[0]
 
         self._sample = jax.jit(sample, static_argnames="num_steps")
 
     def __call__(self, observation: Observation, draws: Draws, plan: Plan) -> tuple[Float[Array, "b h a"], Metrics]:
-        shape = (len(observation.state), *self._shape)
+        shape = (len(observation.state), *self.action_shape)
         if draws.noise is not None and draws.noise.shape != shape:
             raise ValueError(f"noise must have the shape {shape} of the model's chunks, got {draws.noise.shape}")
         return self._sample(self._state, observation, draws, num_steps=plan.num_steps), {}
@@ -109,6 +100,7 @@ class AgentSampler:
         wanted = num_samples or config.best_of_n_samples
         self._alone = mode == "bc" or not agent.chooses
         self.plan = Plan(1 if self._alone else wanted, num_steps or config.flow_steps)
+        self.action_shape = agent.nets.action_shape
         self._agent = dataclasses.replace(agent, opt_state={}, target_critic=nnx.State({}))
 
     def __call__(self, observation: Observation, draws: Draws, plan: Plan) -> tuple[Float[Array, "b h a"], Metrics]:
@@ -123,6 +115,9 @@ def _best_chunk(
 ) -> tuple[Float[Array, "b h a"], Metrics]:
     config = agent.config
     modules = agent.acting_modules()
+    modules = dataclasses.replace(modules, policy=_guided(modules.policy, draws))
+    if draws.guidance is not None:  # a student's single step cannot be guided; its teacher's can
+        config = dataclasses.replace(config, extraction="best_of_n")
     prefix = modules.policy.encode(observation)
     shape = (plan.num_samples, *agent.nets.action_shape)
 
@@ -145,45 +140,12 @@ def _best_chunk(
     return acrlpd.finish(modules, config, prefix, noise, candidates, best, plan.num_steps), values
 
 
+def _guided(policy: FlowPolicy, draws: Draws) -> FlowPolicy:
+    return policy if draws.guidance is None else cast(FlowPolicy, flow.Guided(policy, draws.guidance))
+
+
 def _keys(draws: Draws) -> PRNGKeyArray:
     return jax.random.wrap_key_data(jnp.asarray(draws.keys), impl="threefry2x32")
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One observation on its way into the model, without a batch axis, and what its sender wants of the answer."""
-
-    observation: Observation
-    key: UInt32[np.ndarray, " 2"]
-    noise: Float[np.ndarray, "h a"] | None = None
-    options: Options = dataclasses.field(default_factory=lambda: Options())
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What a client may ask for under the key ``acrlpd`` of an observation; every entry is optional."""
-
-    seed: int | None = None  # the same seed and observation give the same answer; None: each answer draws anew
-    statistics: bool = False  # the answer tells what the critic thought
-
-    def __post_init__(self):
-        if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed < 2**32):
-            raise ValueError(f"{OPTIONS_KEY}.seed must be a whole number from 0 below 2**32, got {self.seed!r:.100}")
-        if not isinstance(self.statistics, bool):
-            raise ValueError(f"{OPTIONS_KEY}.statistics must be true or false, got {self.statistics!r:.100}")
-
-    @classmethod
-    def parse(cls, values: Any) -> Options:
-        """From a client's dictionary; an unknown entry is refused."""
-        if not isinstance(values, Mapping):
-            raise ValueError(f"{OPTIONS_KEY} must be a dictionary of options, got {type(values).__name__}")
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-                raise ValueError(f"unknown option {OPTIONS_KEY}.{name!s:.100}: {hint}")
-        return cls(**{name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()})
 
 
 class Policy:
@@ -194,6 +156,8 @@ class Policy:
         transform: from the robot's observation to the model's, and its inverse for the answer.
         spec: shapes and dtypes of the model's observation, without a batch axis; other observations are refused
             before they reach the model. None: not known.
+        real_time: chunks may continue the one being executed, which is another compiled program.
+        budget_s: how long an answer may take; as many candidates and flow steps are computed as fit. None: always all.
         rng: openpi's default is key 0; it is split once a call, and the second half draws.
         metadata: what a server tells each client that connects.
     """
@@ -204,12 +168,17 @@ class Policy:
         transform: Transform,
         *,
         spec: Observation | None = None,
+        real_time: bool = False,
+        budget_s: float | None = None,
         rng: PRNGKeyArray | None = None,
         metadata: Mapping[str, Any] | None = None,
     ):
         self._sampler: Sampler = FlowSampler(sampler) if isinstance(sampler, FlowPolicy) else sampler
         self._transform = transform
         self._spec = spec
+        self._real_time = real_time
+        self._budget_s = budget_s
+        self._budget = None if budget_s is None else Budget(smaller_plans(self._sampler.plan))
         self._rng = jax.random.key(0) if rng is None else rng
         self._rng_lock = threading.Lock()
         self.metadata = dict(metadata or {})
@@ -236,13 +205,17 @@ class Policy:
         Raises:
             ValueError: it is not what the model takes: a shape, a dtype, a number that is not finite, an option.
         """
+        start = time.monotonic()
         data = dict(obs)
         options = Options.parse(data.pop(OPTIONS_KEY, {}))
+        if options.previous_actions is not None:
+            data["actions"] = self._whole_chunk(options.previous_actions)
         try:
-            observation = to_observation(self._transform(data))
+            transformed = self._transform(data)
+            observation = to_observation(transformed)
         except MISTAKES as error:
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} {error}"
-            raise ValueError(f"the observation is not one of this robot: {reason}. It has {_outline(data)}") from error
+            raise ValueError(f"the observation is not one of this robot: {reason}. It has {outline(data)}") from error
         if self._spec is not None:
             observation = conform(observation, self._spec)
         if options.seed is None:
@@ -251,91 +224,116 @@ class Policy:
             key = np.asarray(jax.random.key_data(sample_rng))
         else:
             key = np.array([0, options.seed], np.uint32)  # as jax.random.key
-        return Request(observation, key, options=options)
+        return Request(
+            observation,
+            key,
+            guidance=self._guidance(transformed["actions"], options) if "actions" in data else None,
+            options=options,
+            deadline=self._deadline(start, options),
+        )
+
+    def _whole_chunk(self, previous: Float[np.ndarray, "t a"]) -> Float[np.ndarray, "h a"]:
+        """The rest of a chunk, its last action repeated to the horizon; the weights there are zero."""
+        horizon = self._sampler.action_shape[0]
+        if not self._real_time:
+            raise ValueError(f"{OPTIONS_KEY}.previous_actions needs real-time chunking, which is off (--real_time)")
+        if len(previous) > horizon:
+            raise ValueError(f"{OPTIONS_KEY}.previous_actions has {len(previous)} steps, a chunk has {horizon}")
+        if not np.isfinite(previous).all():
+            raise ValueError(f"{OPTIONS_KEY}.previous_actions has numbers that are not finite")
+        return np.concatenate([previous, np.repeat(previous[-1:], horizon - len(previous), axis=0)])
+
+    def _guidance(self, actions: np.ndarray, options: Options) -> Guidance:
+        assert options.previous_actions is not None  # or there were no actions
+        horizon, width = self._sampler.action_shape
+        if actions.shape != (horizon, width):
+            raise ValueError(
+                f"{OPTIONS_KEY}.previous_actions becomes {actions.shape} where the model has {(horizon, width)}: send "
+                "actions as the policy gave them"
+            )
+        weights = flow.prefix_weights(options.delay, len(options.previous_actions), horizon)
+        return Guidance(np.asarray(actions, np.float32), weights)
+
+    def _deadline(self, start: float, options: Options) -> float | None:
+        if self._budget_s is None:
+            if options.deadline_ms is not None:
+                raise ValueError(
+                    f"{OPTIONS_KEY}.deadline_ms needs a policy with a latency budget (--latency_budget_ms)"
+                )
+            return None
+        return start + (self._budget_s if options.deadline_ms is None else options.deadline_ms / 1000)
 
     def infer_batch(
         self, requests: Sequence[Request], *, size: int | None = None, plan: Plan | None = None
     ) -> list[Data]:
         """The answers to requests that are computed together, padded to ``size`` so that few shapes are compiled."""
-        plan = plan or self.plan
-        padding = [requests[-1]] * ((size or 0) - len(requests))
+        rows = [*requests, *[requests[-1]] * ((size or 0) - len(requests))]
         start = time.monotonic()
-        chunks, values = jax.device_get(self._sampler(*_stacked([*requests, *padding]), plan))
-        infer_ms = (time.monotonic() - start) * 1000
+        plan = plan or self._plan_for(rows, start)
+        chunks, values = jax.device_get(self._sampler(*_stacked(rows), plan))
+        infer_s = time.monotonic() - start
+        if self._budget is not None:
+            self._budget.took(plan, len(rows), infer_s)
         if not np.isfinite(chunks[: len(requests)]).all():
             raise FloatingPointError("the policy returned actions that are not finite; none of them is sent to a robot")
         answers = []
         for row, request in enumerate(requests):
             answer = self._transform.inverse({"state": request.observation.state, "actions": np.asarray(chunks[row])})
-            answer = answer | {"policy_timing": {"infer_ms": infer_ms}}
+            answer = answer | {"policy_timing": {"infer_ms": infer_s * 1000}}
             if request.options.statistics:  # plain numbers: a client's chunk broker would cut arrays into steps
                 chosen = {name: np.asarray(value[row]).tolist() for name, value in values.items()}
                 answer["policy_statistics"] = chosen | dataclasses.asdict(plan)
             answers.append(answer)
         return answers
 
+    def _plan_for(self, rows: Sequence[Request], now: float) -> Plan:
+        deadlines = [row.deadline for row in rows if row.deadline is not None]
+        if self._budget is None or not deadlines:
+            return self.plan
+        return self._budget.choose(len(rows), min(deadlines) - now)
+
     def warm_up(self, sizes: Sequence[int]) -> None:
-        """Compiles the model for batches of these sizes, so that no request waits for it."""
+        """Compiles the model for batches of these sizes, so that no request waits; measures it under a budget."""
         if self._spec is None:
             raise ValueError("a policy without a spec does not know which shapes to compile")
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._spec)
-        request = Request(zeros, np.zeros(2, np.uint32))
-        for size in sizes:
-            jax.block_until_ready(self._sampler(*_stacked([request] * size), self.plan))
+        plain = Request(zeros, np.zeros(2, np.uint32))
+        for request in (
+            (plain, dataclasses.replace(plain, guidance=self._no_guidance())) if self._real_time else (plain,)
+        ):
+            for size in sizes:
+                for plan in self._budget.plans if self._budget else (self.plan,):
+                    seconds = self._measure([request] * size, plan)
+                    if self._budget is not None:  # with guidance, the slower of the two, is the later one
+                        self._budget.measured(plan, size, seconds)
+
+    def _measure(self, rows: Sequence[Request], plan: Plan) -> float:
+        """Seconds of a compiled call, the fastest of a few; nothing is repeated where there is no budget."""
+        seconds = []
+        for _ in range(1 + MEASUREMENTS if self._budget else 1):
+            start = time.monotonic()
+            jax.device_get(self._sampler(*_stacked(rows), plan))
+            seconds.append(time.monotonic() - start)
+        return min(seconds)
+
+    def _no_guidance(self) -> Guidance:
+        shape = self._sampler.action_shape
+        return Guidance(np.zeros(shape, np.float32), np.zeros(shape[:1], np.float32))
 
 
-def _stacked(requests: Sequence[Request]) -> tuple[Observation, Draws]:
-    observation = jax.tree.map(lambda *leaves: np.stack(leaves), *[request.observation for request in requests])
-    noise = [request.noise for request in requests if request.noise is not None]
-    return observation, Draws(np.stack([request.key for request in requests]), np.stack(noise) if noise else None)
+MEASUREMENTS = 5
 
 
-def _outline(data: Mapping[str, Any], path: str = "") -> str:
-    """The keys of an observation, with the shapes of its arrays."""
-    parts = []
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            parts.append(_outline(value, f"{path}{key!s:.50}/"))
-        else:
-            shape = f" {value.dtype} {value.shape}" if isinstance(value, np.ndarray) else ""
-            parts.append(f"{path}{key!s:.50}{shape}")
-    return ", ".join(parts) or "nothing"
+def _stacked(rows: Sequence[Request]) -> tuple[Observation, Draws]:
+    """One batch; if any of its chunks continues another, the rest is guided with weights of zero."""
+    observation = _stack([row.observation for row in rows])
+    noise = [row.noise for row in rows if row.noise is not None]
+    guidance = None
+    if given := [row.guidance for row in rows if row.guidance is not None]:
+        none = jax.tree.map(np.zeros_like, given[0])
+        guidance = _stack([row.guidance or none for row in rows])
+    return observation, Draws(np.stack([row.key for row in rows]), np.stack(noise) if noise else None, guidance)
 
 
-def conform(observation: Observation, spec: Observation) -> Observation:
-    """The observation with exactly the spec's entries; cameras beyond them are dropped, as openpi's models do.
-
-    Raises:
-        ValueError: an entry is missing, has another shape or dtype, or a state that is not finite.
-    """
-    missing = spec.images.keys() - observation.images.keys()
-    if missing:
-        raise ValueError(f"the observation lacks the cameras {sorted(missing)}; it has {sorted(observation.images)}")
-    chosen = dataclasses.replace(
-        observation,
-        images={camera: observation.images[camera] for camera in spec.images},
-        image_masks={camera: np.asarray(observation.image_masks[camera], bool) for camera in spec.image_masks},
-    )
-    for field in dataclasses.fields(Observation):
-        name, given, wanted = field.name, getattr(chosen, field.name), getattr(spec, field.name)
-        if isinstance(wanted, dict):
-            for camera in wanted:
-                _check(f"{name}/{camera}", given[camera], wanted[camera])
-        elif wanted is None:
-            nothing: dict[str, Any] = {name: None}
-            chosen = dataclasses.replace(chosen, **nothing)
-        else:
-            _check(name, given, wanted)
-    if not np.isfinite(chosen.state).all():
-        raise ValueError(f"the state has numbers that are not finite: {chosen.state}")
-    return chosen
-
-
-def _check(name: str, array: np.ndarray | None, wanted: jax.ShapeDtypeStruct) -> None:
-    if array is None:
-        raise ValueError(f"the observation lacks {name}")
-    if array.shape != wanted.shape or array.dtype != wanted.dtype:
-        raise ValueError(
-            f"{name} must be {wanted.dtype} of shape {wanted.shape} where the model reads it, got {array.dtype} of "
-            f"shape {array.shape}. An observation has no batch axis."
-        )
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)

@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import hmac
 import http
-import ipaddress
 import logging
 import signal
 import ssl
@@ -28,13 +27,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from acrlpd.data.transforms import Data
 from acrlpd.serving import codec
 from acrlpd.serving.batching import Batcher
+from acrlpd.serving.limits import RateLimit, check_size, is_loopback
 from acrlpd.serving.metrics import ServerMetrics
-from acrlpd.serving.policy import Policy, Request
+from acrlpd.serving.policy import Policy
+from acrlpd.serving.request import Request
 
 if TYPE_CHECKING:
     from websockets.asyncio.server import ServerConnection
@@ -85,13 +84,6 @@ class ServerConfig:
             raise ValueError(f"batch_wait_s must not be negative, got {self.batch_wait_s}")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("TLS needs both a certificate and its key")
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class RefusedError(Exception):
@@ -418,45 +410,6 @@ class PolicyServer:
         await self._send(connection, complaint)
         traced = "Traceback included in previous frame." if self.config.show_tracebacks else "Reason in previous frame."
         await connection.close(INTERNAL_ERROR, f"Internal server error. {traced}")
-
-
-class RateLimit:
-    """A token bucket: on average ``per_s`` events a second, at most a second's worth at once."""
-
-    def __init__(self, per_s: float | None):
-        self._per_s = per_s
-        self._size = self._tokens = max(1.0, per_s or 0.0)
-        self._last = time.monotonic()
-
-    def allows(self) -> bool:
-        if self._per_s is None:
-            return True
-        now = time.monotonic()
-        self._tokens = min(self._size, self._tokens + (now - self._last) * self._per_s)
-        self._last = now
-        if self._tokens < 1:
-            return False
-        self._tokens -= 1
-        return True
-
-
-MAX_SIDE = 8192  # pixels
-MAX_TEXT = 4096  # characters, of a prompt or a name
-
-
-def check_size(value: Any, path: str = "observation") -> None:
-    """Refuses what no camera, joint or person gives: a small message could otherwise become a large computation."""
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            check_size(entry, f"{path}/{key!s:.50}")
-        return
-    shape = getattr(value, "shape", ())
-    if len(shape) > 3 or (len(shape) == 3 and max(shape) > MAX_SIDE):
-        raise ValueError(f"{path} has the shape {shape}; the largest thing here is one picture, without a batch axis")
-    is_text = isinstance(value, (str, bytes)) or (isinstance(value, np.ndarray) and value.dtype.kind in "US")
-    length = value.nbytes // 4 if isinstance(value, np.ndarray) else len(value) if is_text else 0
-    if is_text and length > MAX_TEXT:
-        raise ValueError(f"{path} is a text of {length} characters, {MAX_TEXT} is the most")
 
 
 def _address(connection: ServerConnection) -> str:

@@ -1,0 +1,55 @@
+"""What a server will not take: too much at once, too large, from too far away."""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from typing import Any
+
+import numpy as np
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class RateLimit:
+    """A token bucket: on average ``per_s`` events a second, at most a second's worth at once."""
+
+    def __init__(self, per_s: float | None):
+        self._per_s = per_s
+        self._size = self._tokens = max(1.0, per_s or 0.0)
+        self._last = time.monotonic()
+
+    def allows(self) -> bool:
+        if self._per_s is None:
+            return True
+        now = time.monotonic()
+        self._tokens = min(self._size, self._tokens + (now - self._last) * self._per_s)
+        self._last = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
+MAX_SIDE = 8192  # pixels
+MAX_TEXT = 4096  # characters, of a prompt or a name
+
+
+def check_size(value: Any, path: str = "observation") -> None:
+    """Refuses what no camera, joint or person gives: a small message could otherwise become a large computation."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            check_size(entry, f"{path}/{key!s:.50}")
+        return
+    shape = getattr(value, "shape", ())
+    if len(shape) > 3 or (len(shape) == 3 and max(shape) > MAX_SIDE):
+        raise ValueError(f"{path} has the shape {shape}; the largest thing here is one picture, without a batch axis")
+    is_text = isinstance(value, (str, bytes)) or (isinstance(value, np.ndarray) and value.dtype.kind in "US")
+    length = value.nbytes // 4 if isinstance(value, np.ndarray) else len(value) if is_text else 0
+    if is_text and length > MAX_TEXT:
+        raise ValueError(f"{path} is a text of {length} characters, {MAX_TEXT} is the most")

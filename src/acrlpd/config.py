@@ -15,6 +15,7 @@ from acrlpd.agents.config import AgentConfig
 from acrlpd.agents.losses import LossWeights
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.envs.env import EnvConfig
+from acrlpd.envs.vector import RolloutConfig
 
 T = TypeVar("T")
 PolicyKind = Literal["pi0", "pi05", "mlp_flow", "gaussian"]
@@ -152,7 +153,7 @@ class EvalConfig:
     episodes: int = 50  # at the end of each phase
     frequency: int = 10_000  # updates between evaluations on the way; half of it online
     progress_episodes: int = 20  # episodes of those
-    num_envs: int = 10  # stepped side by side in one process
+    num_envs: int = 10  # side by side, with one policy call for all
     first_seed: int = 1_000_000  # far from the seeds of collection and training
 
     def __post_init__(self):
@@ -181,6 +182,8 @@ class TrainConfig:
     updates_per_call: int = 1  # updates in one compiled call, which saves the time between small ones
     warmup_env_steps: int = 0  # online steps with data collection alone
     online_envs: int = 1  # environments that collect side by side
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    overlap_rollouts: bool = False  # execute chunks during updates, by a policy that is some updates old
     execute_horizon: int | None = None  # steps of a chunk that are executed; None: all of them
     actor_warmup_steps: int = 0  # updates before the actor loss counts; the critic knows nothing at first
     online_loss_weights: LossWeights | None = None  # reached linearly ...

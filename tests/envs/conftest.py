@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from acrlpd.envs.env import EnvConfig, PhysicsError, SimulatedEnvironment
+from acrlpd.envs.env import EnvConfig, Outcome, PhysicsError, SimulatedEnvironment
 
 
 class CountingSimulator:
-    """The state is (seed, sum of the first action numbers); the task is to reach 3. A first number of -1 breaks it."""
+    """The state is (seed, sum of the first action numbers); the task is to reach 3, and is failed
+    below 0. A first number of -1 breaks the simulation."""
 
     state_dim = 2
     action_low = -np.ones(2, np.float32)
@@ -33,7 +34,9 @@ class CountingSimulator:
         if action[0] == -1:
             raise PhysicsError("it blew up")
         self.state[1] += action[0]
-        return self.state.copy(), bool(self.state[1] >= 3)
+        if self.state[1] < 0:
+            return self.state.copy(), Outcome.FAILED
+        return self.state.copy(), Outcome.solved_if(self.state[1] >= 3)
 
     def render(self, camera, size):
         self.renders += 1

@@ -5,6 +5,7 @@ from acrlpd.envs.env import EnvConfig, PhysicsError, check_physics, make
 
 UP = np.array([1.0, 0.0], np.float32)
 STAY = np.zeros(2, np.float32)
+DOWN = np.array([-0.5, 0.0], np.float32)
 
 
 @pytest.mark.parametrize(("reward", "expected"), [("-1/0", [-1, -1, 0]), ("0/1", [0, 0, 1])])
@@ -32,6 +33,13 @@ def test_success_at_the_time_limit_terminates(make_counting):
     environment.reset(0)
     last = [environment.step(UP) for _ in range(3)][-1]
     assert (last.terminated, last.truncated, last.reward) == (True, False, 0)
+
+
+def test_final_failure_terminates_without_success(make_counting):
+    environment = make_counting(reward="0/1")
+    environment.reset(0)
+    step = environment.step(DOWN)
+    assert (step.terminated, step.truncated, step.success, step.reward) == (True, False, False, 0)
 
 
 def test_a_finished_episode_needs_a_reset(make_counting):

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from acrlpd.envs.collect import collect
 from acrlpd.envs.env import EnvConfig, make
 from acrlpd.envs.experts import RandomPolicy, SmoothNoise, make_expert
-from acrlpd.envs.rollout import collect
 
 
 def noise_of(strength, steps=20_000):

@@ -3,8 +3,15 @@ import dataclasses
 import numpy as np
 import pytest
 
+from acrlpd.envs.collect import collect
 from acrlpd.envs.env import EnvConfig
-from acrlpd.envs.rollout import OnlineCollector, Seconds, collect, episode_seed, replay, rollout
+from acrlpd.envs.episodes import replay
+from acrlpd.envs.rollout import OnlineCollector, Seconds, episode_seed, rollout
+from acrlpd.envs.vector import LocalVectorEnv
+
+
+def local(*environments):
+    return LocalVectorEnv(environments)
 
 
 class Recorder:
@@ -22,7 +29,7 @@ class Recorder:
 def test_every_seed_runs_once_and_in_order(make_counting):
     environments = [make_counting() for _ in range(3)]
     seen = []
-    results = rollout(environments, Recorder(), range(100, 107), execute_horizon=2, on_episode=seen.append)
+    results = rollout(local(*environments), Recorder(), range(100, 107), execute_horizon=2, on_episode=seen.append)
     assert [result.seed for result in results] == list(range(100, 107))
     assert [result.number for result in results] == list(range(7))
     assert sorted(result.number for result in seen) == list(range(7))
@@ -38,7 +45,7 @@ def test_every_seed_runs_once_and_in_order(make_counting):
 
 def test_the_policy_always_sees_one_row_an_environment(make_counting):
     act = Recorder()
-    rollout([make_counting() for _ in range(4)], act, [7, 8], execute_horizon=2)
+    rollout(local(*(make_counting() for _ in range(4))), act, [7, 8], execute_horizon=2)
     assert [numbers for _, numbers in act.calls] == [[0, 1, -1, -1]] * 2
     assert act.calls[0][0] == [[7, 0], [8, 0], [7, 0], [7, 0]]  # padding repeats the first active row
     assert act.calls[1][0] == [[7, 2], [8, 2], [7, 2], [7, 2]]
@@ -46,7 +53,7 @@ def test_the_policy_always_sees_one_row_an_environment(make_counting):
 
 def test_a_chunk_is_executed_whole_and_what_remains_at_a_reset_is_dropped(make_counting):
     act = Recorder(horizon=4)
-    results = rollout([make_counting()], act, [5, 6], execute_horizon=4)
+    results = rollout(local(make_counting()), act, [5, 6], execute_horizon=4)
     # Three of the four actions reach the goal; the fourth is not carried into the next episode.
     assert [states for states, _ in act.calls] == [[[5, 0]], [[6, 0]]]
     assert [result.length for result in results] == [3, 3]
@@ -54,17 +61,17 @@ def test_a_chunk_is_executed_whole_and_what_remains_at_a_reset_is_dropped(make_c
 
 def test_only_the_execute_horizon_is_executed(make_counting):
     act = Recorder(horizon=4)
-    rollout([make_counting()], act, [5], execute_horizon=1)
+    rollout(local(make_counting()), act, [5], execute_horizon=1)
     assert [states for states, _ in act.calls] == [[[5, 0]], [[5, 1]], [[5, 2]]]
 
 
 def test_stored_actions_are_the_executed_ones(make_counting):
-    result = rollout([make_counting()], Recorder(step=9.0), [0], execute_horizon=2)[0]
+    result = rollout(local(make_counting()), Recorder(step=9.0), [0], execute_horizon=2)[0]
     assert result.episode.actions.tolist() == [[1, 0]] * 3
 
 
 def test_a_time_limit_is_no_terminal(make_counting):
-    result = rollout([make_counting(max_episode_steps=5)], Recorder(step=0.0), [0], execute_horizon=4)[0]
+    result = rollout(local(make_counting(max_episode_steps=5)), Recorder(step=0.0), [0], execute_horizon=4)[0]
     assert (result.length, result.success, result.returns) == (5, False, -5.0)
     assert not result.episode.terminals.any()
     assert result.episode.success is False
@@ -72,7 +79,7 @@ def test_a_time_limit_is_no_terminal(make_counting):
 
 def test_no_seeds_no_policy_calls(make_counting):
     act = Recorder()
-    assert rollout([make_counting()], act, [], execute_horizon=1) == []
+    assert rollout(local(make_counting()), act, [], execute_horizon=1) == []
     assert act.calls == []
 
 
@@ -81,7 +88,7 @@ def test_a_physics_error_is_a_failed_episode(make_counting, broken, stored):
     def act(observations, numbers):
         return np.array([[[0.5, 0], [broken if row["state"][0] == 1 else 0.5, 0]] for row in observations])
 
-    results = rollout([make_counting()], act, [0, 1, 2], execute_horizon=2)
+    results = rollout(local(make_counting()), act, [0, 1, 2], execute_horizon=2)
     assert [result.success for result in results] == [True, False, True]
     lost = results[1]
     assert lost.error
@@ -95,23 +102,23 @@ def test_a_physics_error_is_a_failed_episode(make_counting, broken, stored):
 @pytest.mark.parametrize("shape", [(1, 4, 2), (2, 4, 3), (2, 1, 2), (2, 2)])
 def test_actions_of_the_wrong_shape_are_refused(make_counting, shape):
     with pytest.raises(ValueError, match=r"expected \(2, h, 2\) with h at least execute_horizon \(2\)"):
-        rollout([make_counting(), make_counting()], lambda *_: np.zeros(shape), [0, 1], execute_horizon=2)
+        rollout(local(make_counting(), make_counting()), lambda *_: np.zeros(shape), [0, 1], execute_horizon=2)
 
 
 def test_pictures_at_replanning_steps_alone_unless_recorded(make_counting):
     lazy = make_counting(cameras=("front",))
-    result = rollout([lazy], Recorder(), [0], execute_horizon=2)[0]
+    result = rollout(local(lazy), Recorder(), [0], execute_horizon=2)[0]
     assert lazy.simulator.renders == 2  # at the reset and at step 2
     assert result.episode.images == {}
     eager = make_counting(cameras=("front",))
-    result = rollout([eager], Recorder(), [0], execute_horizon=2, record_images=True)[0]
+    result = rollout(local(eager), Recorder(), [0], execute_horizon=2, record_images=True)[0]
     assert result.episode.images["front"].shape == (3, 4, 4, 3)
     assert result.episode.images["front"][:, 0, 0, 0].tolist() == [0, 1, 2]
 
 
 def test_replay_films_the_same_steps(make_counting):
     environment = make_counting()
-    result = rollout([environment], Recorder(), [0], execute_horizon=2)[0]
+    result = rollout(local(environment), Recorder(), [0], execute_horizon=2)[0]
     frames = replay(environment, result, size=8)
     assert frames.shape == (4, 8, 8, 3)
     assert frames[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
@@ -119,7 +126,7 @@ def test_replay_films_the_same_steps(make_counting):
 
 def test_seconds_are_counted(make_counting):
     seconds = Seconds()
-    rollout([make_counting()], Recorder(), [0], execute_horizon=2, seconds=seconds)
+    rollout(local(make_counting()), Recorder(), [0], execute_horizon=2, seconds=seconds)
     assert seconds.simulator > 0
     assert seconds.act > 0
 
@@ -132,7 +139,7 @@ def run_online(collector, num_episodes):
 
 
 def test_online_collection_runs_one_chunk_when_asked(make_counting):
-    collector = OnlineCollector([make_counting(), make_counting()], seed=3, execute_horizon=2)
+    collector = OnlineCollector(local(make_counting(), make_counting()), seed=3, execute_horizon=2)
     act = Recorder()
     first, second, third = (collector.collect(act) for _ in range(3))
     assert (first.rollouts, first.num_steps) == ([], 4)
@@ -147,14 +154,15 @@ def test_online_collection_runs_one_chunk_when_asked(make_counting):
 
 
 def test_online_collection_resumes_at_an_episode(make_counting):
-    collector = OnlineCollector([make_counting()], seed=3, execute_horizon=2)
+    collector = OnlineCollector(local(make_counting()), seed=3, execute_horizon=2)
     straight = run_online(collector, 4)
     assert collector.next_episode == 4
-    stopped = OnlineCollector([make_counting()], seed=3, execute_horizon=2)
+    stopped = OnlineCollector(local(make_counting()), seed=3, execute_horizon=2)
     run_online(stopped, 2)
     stopped.collect(Recorder())  # episode 2 is under way when the run stops
     resumed = run_online(
-        OnlineCollector([make_counting()], seed=3, execute_horizon=2, first_episode=stopped.next_episode), 2
+        OnlineCollector(local(make_counting()), seed=3, execute_horizon=2, first_episode=stopped.next_episode),
+        2,
     )
     assert [(result.number, result.seed) for result in resumed] == [
         (result.number, result.seed) for result in straight[2:]
@@ -162,7 +170,7 @@ def test_online_collection_resumes_at_an_episode(make_counting):
 
 
 def test_online_collection_goes_on_when_every_step_fails(make_counting):
-    collector = OnlineCollector([make_counting()], seed=0, execute_horizon=2)
+    collector = OnlineCollector(local(make_counting()), seed=0, execute_horizon=2)
     outcome = collector.collect(lambda *_: np.full((1, 2, 2), np.nan))
     assert outcome.num_steps == 1
     assert [result.error is not None for result in outcome.rollouts] == [True]

@@ -16,8 +16,8 @@ import numpy as np
 from acrlpd.agents.acrlpd import AgentConfig
 from acrlpd.config import CollectConfig, DataConfig, EvalConfig, PolicyConfig, TrainConfig
 from acrlpd.data import replay
-from acrlpd.envs import rollout
-from acrlpd.envs.env import EnvConfig, SimulatedEnvironment
+from acrlpd.envs import collect, vector
+from acrlpd.envs.env import EnvConfig, Outcome, SimulatedEnvironment
 from acrlpd.models.critic import CriticConfig
 from acrlpd.training import setup
 from acrlpd.training.faults import EXIT_FAULT, EXIT_INTERRUPTED, Interrupted, RunFault
@@ -38,7 +38,7 @@ class Point:
 
     def step(self, action):
         self._at = self._at + 0.2 * action
-        return self._at, bool(np.abs(self._at).max() < 0.2)
+        return self._at, Outcome.solved_if(np.abs(self._at).max() < 0.2)
 
     def render(self, camera, size):
         raise NotImplementedError
@@ -106,7 +106,7 @@ def note_used_episodes(file: Path) -> None:
 
 
 def main(run_dir: str, fault: str = "") -> int:
-    setup.make = rollout.make = lambda config: SimulatedEnvironment(Point(), config)
+    vector.make = collect.make = lambda config: SimulatedEnvironment(Point(), config)
     note_used_episodes(Path(run_dir) / "used.jsonl")
     trainer = setup.make_trainer(make_config(Path(run_dir)), resume=True)
     arm(fault)

@@ -10,7 +10,8 @@ from acrlpd.agents.acrlpd import AgentConfig
 from acrlpd.config import PolicyConfig, TrainConfig
 from acrlpd.data.normalize import bounds_stats
 from acrlpd.data.transforms import Compose, PadToModel
-from acrlpd.envs.env import EnvConfig, SimulatedEnvironment
+from acrlpd.envs.env import EnvConfig, Outcome, SimulatedEnvironment
+from acrlpd.envs.vector import LocalVectorEnv
 from acrlpd.models.critic import CriticConfig
 from acrlpd.training import setup
 from acrlpd.training.evaluate import ObservationNoise, with_observation_noise
@@ -37,7 +38,7 @@ class Drift:
     def step(self, action):
         self.sum += abs(float(action[0]))
         self.state = 0.9 * self.state + 0.1 * action[[0, 1, 0, 1]]
-        return self.state.copy(), self.sum >= self.threshold
+        return self.state.copy(), Outcome.solved_if(self.sum >= self.threshold)
 
     def render(self, camera, size):
         return np.zeros((size, size, 3), np.uint8)
@@ -68,7 +69,7 @@ def transform():
 def protocol(transform):
     return acrlpd.ACRLPDEvaluationProtocol(
         ProtocolConfig(observation_noise=(0.5,), action_noise=(0.5,), best_of_n=(1, 3)),
-        [SimulatedEnvironment(Drift(), EnvConfig("drift")) for _ in range(4)],
+        LocalVectorEnv([SimulatedEnvironment(Drift(), EnvConfig("drift")) for _ in range(4)]),
         transform,
         range(100, 110),
         execute_horizon=2,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from acrlpd import presets
 from acrlpd.config import to_dict
-from acrlpd.envs.env import EnvConfig, PhysicsError, SimulatedEnvironment
+from acrlpd.envs.env import EnvConfig, Outcome, PhysicsError, SimulatedEnvironment
 from acrlpd.envs.rollout import Rollout
 from acrlpd.training import report
 from acrlpd.training.agreement import Choice, agreement
@@ -54,7 +54,7 @@ class Walk:
     def step(self, action):
         self.position += float(action[0])
         self.steps += 1
-        return np.array([self.position], np.float32), self.position >= 5
+        return np.array([self.position], np.float32), Outcome.solved_if(self.position >= 5)
 
     def render(self, camera, size):
         self.pictures.append(self.steps)
@@ -253,7 +253,7 @@ def test_the_film_shows_a_seed_that_was_won(finished):
 
 
 def test_another_simulator_than_the_recorded_one_is_named(tmp_path, walk, monkeypatch):
-    monkeypatch.setattr(walk, "step", lambda action: (np.zeros(1, np.float32), False))
+    monkeypatch.setattr(walk, "step", lambda action: (np.zeros(1, np.float32), Outcome.GOING_ON))
     assert "Executed again here it ended otherwise" in page(finished_run(tmp_path / "demo")).text
 
 

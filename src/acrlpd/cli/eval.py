@@ -11,6 +11,7 @@ from typing import Any
 import tyro
 
 from acrlpd.agents.acrlpd import ActingMode
+from acrlpd.envs.env import make
 from acrlpd.training import setup
 from acrlpd.training.comparison import compare
 from acrlpd.training.evaluate import Evaluation, summarize
@@ -87,13 +88,14 @@ def _evaluate(loaded: Loaded, task: str, arguments: EvalArguments) -> Findings:
         seed=arguments.seed,
     )
     findings = protocol.run(loaded.agent)
-    if arguments.videos:
+    if arguments.videos and config.env:
         directory = _run_files(arguments.checkpoint).videos / f"step-{loaded.step}" / task.replace("/", "-")
-        for path in save_videos(environments[0], findings.task.rollouts, directory, count=arguments.videos):
+        stage = make(config.env)
+        for path in save_videos(stage, findings.task.rollouts, directory, count=arguments.videos):
             if not arguments.json:
                 print(path)
-    for environment in environments:
-        environment.close()
+        stage.close()
+    environments.close()
     return findings
 
 

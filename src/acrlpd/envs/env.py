@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import enum
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -59,9 +60,22 @@ class EnvSpec:
 class Step:
     observation: Obs
     reward: float
-    terminated: bool  # the task was solved
+    terminated: bool  # the task was solved, or failed for good
     truncated: bool  # the time limit was reached
     success: bool
+
+
+class Outcome(enum.Enum):
+    """Of a step. What can fail for good should pay 0 and 1 (``EnvConfig.reward``): where every step costs 1, failing
+    soon is cheap."""
+
+    GOING_ON = "going on"
+    SOLVED = "solved"
+    FAILED = "failed"
+
+    @classmethod
+    def solved_if(cls, success: bool) -> Outcome:
+        return cls.SOLVED if success else cls.GOING_ON
 
 
 class PhysicsError(RuntimeError):
@@ -100,8 +114,8 @@ class Simulator(Protocol):
 
     def reset(self, seed: int) -> Float[np.ndarray, " s"]: ...
 
-    def step(self, action: Float[np.ndarray, " a"]) -> tuple[Float[np.ndarray, " s"], bool]:
-        """Next state, and whether the task is solved. Raises PhysicsError when the simulation diverges."""
+    def step(self, action: Float[np.ndarray, " a"]) -> tuple[Float[np.ndarray, " s"], Outcome]:
+        """Next state, and what became of the task. Raises PhysicsError when the simulation diverges."""
         ...
 
     def render(self, camera: str, size: int) -> UInt8[np.ndarray, "h w 3"]: ...
@@ -112,7 +126,8 @@ class Simulator(Protocol):
 class SimulatedEnvironment:
     """A simulator with sparse rewards, a time limit and cameras.
 
-    The first success terminates the episode, the time limit truncates it. Actions are clipped to the action space.
+    Success or final failure terminates the episode, the time limit truncates it. Actions are clipped to the action
+    space.
     """
 
     def __init__(self, simulator: Simulator, config: EnvConfig):
@@ -144,12 +159,14 @@ class SimulatedEnvironment:
         if self._num_steps is None:
             raise RuntimeError(f"{self.spec.name}: step() before reset(), or after the end of the episode")
         steps, self._num_steps = self._num_steps + 1, None
-        state, success = self.simulator.step(self._checked(action))
-        truncated = not success and steps >= self.spec.max_episode_steps
+        state, outcome = self.simulator.step(self._checked(action))
+        terminated = outcome is not Outcome.GOING_ON
+        success = outcome is Outcome.SOLVED
+        truncated = not terminated and steps >= self.spec.max_episode_steps
         observation = self._observation(state, render)
-        if not success and not truncated:
+        if not terminated and not truncated:
             self._num_steps = steps
-        return Step(observation, self.spec.failure_reward + success, success, truncated, success)
+        return Step(observation, self.spec.failure_reward + success, terminated, truncated, success)
 
     def render(self, size: int) -> UInt8[np.ndarray, "h w 3"]:
         camera = self.spec.cameras[0] if self.spec.cameras else self.simulator.default_camera
@@ -184,7 +201,7 @@ def make(config: EnvConfig) -> SimulatedEnvironment:
     >>> make(EnvConfig("metaworld/drawer-open-v3", max_episode_steps=150))
     """
     family, _, task = config.name.partition("/")
-    simulators = {"metaworld": _metaworld, "ogbench": _ogbench}
+    simulators = {"metaworld": _metaworld, "ogbench": _ogbench, "custom": _custom}
     if family not in simulators:
         raise ValueError(_unknown(config.name, [f"{name}/" for name in simulators]))
     return SimulatedEnvironment(simulators[family](config.name, task), config)
@@ -213,6 +230,12 @@ def _ogbench(name: str, task: str) -> Simulator:
     if task not in ogbench.task_names():
         raise ValueError(_unknown(name, [f"ogbench/{known}" for known in ogbench.task_names()]))
     return ogbench.OGBench(task)
+
+
+def _custom(name: str, task: str) -> Simulator:
+    from acrlpd.envs import custom
+
+    return custom.load(task)
 
 
 def _unknown(name: str, known: list[str]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from acrlpd.envs import rendering
-from acrlpd.envs.env import PhysicsError, check_physics
+from acrlpd.envs.env import Outcome, PhysicsError, check_physics
 
 MAX_EPISODE_STEPS = 500  # MetaWorld's own
 
@@ -53,7 +53,7 @@ class MetaWorld:
         state, _ = self._env.reset()
         return state
 
-    def step(self, action: Float[np.ndarray, " a"]) -> tuple[Float[np.ndarray, " s"], bool]:
+    def step(self, action: Float[np.ndarray, " a"]) -> tuple[Float[np.ndarray, " s"], Outcome]:
         import mujoco
 
         try:
@@ -61,7 +61,7 @@ class MetaWorld:
         except mujoco.FatalError as error:
             raise PhysicsError(str(error)) from error
         check_physics(self._env.data)
-        return state, bool(info["success"])
+        return state, Outcome.solved_if(info["success"])
 
     def render(self, camera: str, size: int) -> UInt8[np.ndarray, "h w 3"]:
         picture = self._renderers.render(self._env.model, self._env.data, camera, size)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from acrlpd.envs import rendering
-from acrlpd.envs.env import PhysicsError, check_physics
+from acrlpd.envs.env import Outcome, PhysicsError, check_physics
 
 
 def task_names() -> tuple[str, ...]:
@@ -48,7 +48,7 @@ class OGBench:
         self._forget_unseeded_steps()
         return self._env.compute_observation()
 
-    def step(self, action: Float[np.ndarray, " a"]) -> tuple[Float[np.ndarray, " s"], bool]:
+    def step(self, action: Float[np.ndarray, " a"]) -> tuple[Float[np.ndarray, " s"], Outcome]:
         import mujoco
 
         try:
@@ -56,7 +56,7 @@ class OGBench:
         except (mujoco.FatalError, np.linalg.LinAlgError) as error:  # LinAlgError: the inverse kinematics
             raise PhysicsError(str(error)) from error
         check_physics(self._env.data)
-        return state, bool(info["success"])
+        return state, Outcome.solved_if(info["success"])
 
     def render(self, camera: str, size: int) -> UInt8[np.ndarray, "h w 3"]:
         return self._renderers.render(self._env.model, self._env.data, camera, size)

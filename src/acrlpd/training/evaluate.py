@@ -14,8 +14,9 @@ from jaxtyping import Float, Int, PRNGKeyArray
 from acrlpd.agents import acrlpd
 from acrlpd.agents.acrlpd import ACRLPDAgent, ActingMode
 from acrlpd.data.transforms import Compose, Data, Normalize, Transform, to_observation
-from acrlpd.envs.env import Environment, Obs
+from acrlpd.envs.env import Obs
 from acrlpd.envs.rollout import Act, Rollout, Seconds, rollout
+from acrlpd.envs.vector import VectorEnv
 
 OnChoice = Callable[[Int[np.ndarray, " n"], Mapping[str, Float[np.ndarray, " n"]]], None]
 
@@ -31,6 +32,7 @@ class Evaluation:
     return_mean: float
     return_std: float
     length_mean: float
+    lost: int = 0  # episodes whose worker died; they count nowhere else
 
     @property
     def success(self) -> float:
@@ -47,7 +49,9 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, float]:
         """All of it, for JSON."""
-        return self.summary() | {name: getattr(self, name) for name in ("return_mean", "return_std", "length_mean")}
+        return self.summary() | {
+            name: getattr(self, name) for name in ("return_mean", "return_std", "length_mean", "lost")
+        }
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -58,10 +62,12 @@ class Evaluation:
             "eval/episode_reward_mean": self.return_mean,
             "eval/episode_reward_std": self.return_std,
             "eval/episode_length_mean": self.length_mean,
+            "eval/lost_episodes": self.lost,
         }
 
     def __str__(self) -> str:
-        return f"{self.successes}/{self.episodes} = {self.success:.0%} [{self.low:.0%}, {self.high:.0%}]"
+        lost = f", {self.lost} lost" if self.lost else ""
+        return f"{self.successes}/{self.episodes} = {self.success:.0%} [{self.low:.0%}, {self.high:.0%}]{lost}"
 
 
 def wilson(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:
@@ -81,7 +87,7 @@ def wilson(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, f
 def evaluate(
     agent: ACRLPDAgent,
     transform: Transform,
-    environments: Sequence[Environment],
+    environments: VectorEnv,
     seeds: Sequence[int],
     *,
     mode: ActingMode,
@@ -97,10 +103,12 @@ def evaluate(
         agent, transform, rng, mode=mode, num_samples=num_samples, action_noise=action_noise, on_choice=on_choice
     )
     rollouts = rollout(environments, act, seeds, execute_horizon=execute_horizon, seconds=seconds)
-    return summarize(rollouts), rollouts
+    return summarize(rollouts, lost=len(seeds) - len(rollouts)), rollouts
 
 
-def summarize(rollouts: Sequence[Rollout]) -> Evaluation:
+def summarize(rollouts: Sequence[Rollout], *, lost: int = 0) -> Evaluation:
+    if not rollouts:
+        raise ValueError(f"no episode was finished, and {lost} were lost with their workers: there is nothing to judge")
     successes = sum(each.success for each in rollouts)
     returns = np.array([each.returns for each in rollouts])
     return Evaluation(
@@ -110,6 +118,7 @@ def summarize(rollouts: Sequence[Rollout]) -> Evaluation:
         return_mean=float(returns.mean()),
         return_std=float(returns.std()),
         length_mean=float(np.mean([each.length for each in rollouts])),
+        lost=lost,
     )
 
 

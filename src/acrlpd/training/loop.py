@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +24,8 @@ from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.data.transforms import Transform
-from acrlpd.envs.env import Environment
 from acrlpd.envs.rollout import OnlineCollector, Rollout
+from acrlpd.envs.vector import VectorEnv
 from acrlpd.training import guards
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.evaluate import Evaluation, chunk_policy, evaluate
@@ -56,6 +56,7 @@ class Progress:
     best_step: int | None = None  # whose checkpoint is kept, and what it reached
     best_step_success: float = -1.0
     rollbacks: int = 0
+    lost_episodes: int = 0  # online, with a worker that died or hung
     wall_s: float = 0.0
     cpu_s: float = 0.0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -143,7 +144,7 @@ class ACRLPDTrainer:
         checkpoints: ACRLPDCheckpointManager,
         progress: Progress | None = None,
         interaction: Interaction | None = None,
-        eval_environments: Sequence[Environment] = (),
+        eval_environments: VectorEnv | None = None,
         fresh_agent: Callable[[], ACRLPDAgent],
         lock: RunLock | None = None,
     ):
@@ -168,6 +169,8 @@ class ACRLPDTrainer:
         self._started = time.perf_counter(), time.process_time()
         self._compiled: set[int] = set()  # by the number of updates in a call
         self._has_acted = False
+        self._chosen_at = 0  # update whose policy chose the chunks under way
+        self._ages: list[int] = []  # in updates, of the policies whose chunks were executed since the last log point
         self._newest: Any = None  # an array of the last update, perhaps still being computed
 
     def train(self) -> dict[str, Any]:
@@ -177,6 +180,10 @@ class ACRLPDTrainer:
                 closing.callback(self._lock.release)
             closing.callback(self.loader.close)
             closing.callback(self._checkpoints.wait)
+            if self._interaction is not None:
+                closing.callback(self._interaction.collector.close)
+            if self._eval_environments is not None:
+                closing.callback(self._eval_environments.close)
             write_json(self._files.config, to_dict(self.config))
             self._writer = JsonlWriter(self._files.metrics)
             closing.callback(self._writer.close)
@@ -257,23 +264,38 @@ class ACRLPDTrainer:
         return self._newest is not None and not self._newest.is_ready()
 
     def _interact(self) -> None:
-        """Executes chunks until an update is owed."""
+        """Executes chunks until an update is owed.
+
+        With ``overlap_rollouts`` the next chunks are chosen at once and executed during the updates that are owed, so
+        the policy that chose them is older than what they are learned with, by as many updates: its age.
+        """
         assert self._interaction is not None, "_finished ends the online phase of a run without an environment"
         collector = self._interaction.collector
         while self._updates_owed() < 1:
-            with self._watch.span("update"):
-                jax.block_until_ready(self.agent.step)  # the policy that acts is the newest: wait for it
-            span = "act" if self._has_acted else "compile"
-            with self._watch.span(span):
-                before = dataclasses.replace(collector.seconds)
-                rng = jax.random.fold_in(self._act_rng, self.progress.env_steps)
-                collected = collector.collect(chunk_policy(self.agent, self._transform, rng, mode="explore"))
-                self._watch.move(span, "simulator", collector.seconds.simulator - before.simulator)
-                self._has_acted = True
+            if not collector.begun:
+                self._choose(collector)
+            self._ages.append(max(0, self._step - self._chosen_at))  # a rollback makes the learner younger
+            with self._watch.span("act"):
+                before = collector.seconds.simulator
+                collected = collector.finish()
+                self._watch.move("act", "simulator", collector.seconds.simulator - before)
             self.progress.env_steps += collected.num_steps
+            self.progress.lost_episodes += collected.num_lost
             with self._watch.span("replay"):
                 for finished in collected.rollouts:
                     self._interaction.keep(finished)
+            if self.config.overlap_rollouts:
+                self._choose(collector)
+
+    def _choose(self, collector: OnlineCollector) -> None:
+        """Asks the newest policy for a chunk in every environment and sends it there."""
+        with self._watch.span("update"):
+            jax.block_until_ready(self.agent.step)  # the policy that acts is the newest: wait for it
+        with self._watch.span("act" if self._has_acted else "compile"):
+            rng = jax.random.fold_in(self._act_rng, self.progress.env_steps)
+            collector.begin(chunk_policy(self.agent, self._transform, rng, mode="explore"))
+        self._has_acted = True
+        self._chosen_at = self._step
 
     def loss_weights(self, step: int) -> LossWeights:
         """The weights of an update: no actor loss at first, a linear change early in the online phase."""
@@ -321,6 +343,8 @@ class ACRLPDTrainer:
         with self._watch.span("log"):
             record = {"step": self._step, "phase": phase, "env_steps": self.progress.env_steps, "wall_s": self._wall()}
             record |= {f"train/{name}": value for name, value in metrics.items()}
+            if phase == "online":
+                record |= self._about_rollouts()
             self._writer.write(record | {f"loader/{name}": value for name, value in self.loader.stats().items()})
         shown = {"loss": "total_loss", "q": "q_mean"}  # imitation alone has no Q
         return {name: f"{metrics[metric]:.3g}" for name, metric in shown.items() if metric in metrics}
@@ -351,11 +375,18 @@ class ACRLPDTrainer:
             return self._checkpoints.restore_newest(self.agent, before=before).agent
         return self._fresh_agent()
 
+    def _about_rollouts(self) -> dict[str, float]:
+        ages, self._ages = self._ages, []
+        found: dict[str, float] = {"rollout/lost_episodes": self.progress.lost_episodes}
+        if ages:
+            found |= {"rollout/policy_age_mean": sum(ages) / len(ages), "rollout/policy_age_max": max(ages)}
+        return found
+
     def _evaluation_frequency(self, phase: Phase) -> int:
         return max(1, self.config.eval.frequency // (2 if phase == "online" else 1))
 
     def _evaluate_on_the_way(self, phase: Phase) -> None:
-        if not self._eval_environments or self._step % self._evaluation_frequency(phase):
+        if self._eval_environments is None or self._step % self._evaluation_frequency(phase):
             return
         result = self._evaluate(phase, "greedy", self.config.eval.progress_episodes)[0]
         if phase == "online":
@@ -373,6 +404,7 @@ class ACRLPDTrainer:
         write_json(self._files.best, {"step": self._step, "success": success})
 
     def _evaluate(self, name: str, mode: ActingMode, episodes: int) -> tuple[Evaluation, list[Rollout]]:
+        assert self._eval_environments is not None, "callers ask first"
         with self._watch.span("update"):
             jax.block_until_ready(self.agent.step)
         with self._watch.span("evaluation"):
@@ -393,7 +425,7 @@ class ACRLPDTrainer:
 
     def _end(self, phase: Phase) -> None:
         """Evaluates and saves. After the offline phase the flow alone, without the critic, is evaluated too: BC."""
-        if self._eval_environments:
+        if self._eval_environments is not None:
             modes: dict[str, ActingMode] = (
                 {"bc": "bc", "offline": "greedy"} if phase == "offline" else {"online": "greedy"}
             )
@@ -448,6 +480,7 @@ class ACRLPDTrainer:
             "env_steps": self.progress.env_steps,
             "best": {"step": self.progress.best_step, "success": self.progress.best_step_success},
             "rollbacks": self.progress.rollbacks,
+            "lost_episodes": self.progress.lost_episodes,
             "breakdown": breakdown(self.progress.seconds, self.progress.wall_s),
         }
         write_json(self._files.summary, summary)

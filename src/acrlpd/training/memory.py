@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh
 from acrlpd.agents import acrlpd
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.config import TrainConfig
+from acrlpd.envs.vector import make_vector
 from acrlpd.training import setup
 from acrlpd.training.setup import Dims
 from acrlpd.training.sharding import BATCH_AXIS, FSDP_AXIS, parameter_sharding
@@ -172,7 +173,7 @@ def _local_batch(config: TrainConfig, machine: Machine) -> int:
 
 def _dims(config: TrainConfig) -> Dims:
     if config.env is not None:
-        spec = setup.make_environments(config, 1)[0].spec
+        spec = make_vector(config.env, 1).spec
         return Dims(spec.state_dim, spec.action_dim)
     width = config.data.action_dim or config.policy.action_dim
     if width is None:

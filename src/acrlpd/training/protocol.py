@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 
 from acrlpd.agents.acrlpd import ACRLPDAgent, ActingMode
 from acrlpd.data.transforms import Transform
-from acrlpd.envs.env import Environment
 from acrlpd.envs.rollout import Rollout
+from acrlpd.envs.vector import VectorEnv
 from acrlpd.training.agreement import Agreement, Choice, agreement
 from acrlpd.training.comparison import Comparison, compare
 from acrlpd.training.evaluate import Evaluation, evaluate, with_observation_noise
@@ -100,7 +100,7 @@ class ACRLPDEvaluationProtocol:
     def __init__(
         self,
         config: ProtocolConfig,
-        environments: Sequence[Environment],
+        environments: VectorEnv,
         transform: Transform,
         seeds: Sequence[int],
         *,

@@ -27,8 +27,10 @@ from acrlpd.data.replay import ReplayJournal
 from acrlpd.data.sources import Dataset, open_episodes
 from acrlpd.data.tokenizer import PromptTokenizer
 from acrlpd.data.transforms import Compose, Normalize, PadToModel, ResizeImages, TokenizePrompt, Transform
-from acrlpd.envs import rollout
-from acrlpd.envs.env import EnvConfig, EnvSpec, SimulatedEnvironment, make
+from acrlpd.envs import collect, rollout
+from acrlpd.envs.env import EnvConfig, EnvSpec
+from acrlpd.envs.episodes import Rollout
+from acrlpd.envs.vector import VectorEnv, make_vector
 from acrlpd.models import weights as policy_weights
 from acrlpd.models.flow import FlowPolicy
 from acrlpd.models.gaussian import ChunkGaussianConfig
@@ -73,7 +75,7 @@ def make_trainer(
     files = run_files(config)
     lock = RunLock(files.directory) if jax.process_index() == 0 else None
     claim_directory(config, files, resume=resume, overwrite=overwrite, override=override)
-    environments = make_environments(config, config.eval.num_envs) if config.env else []
+    environments = make_environments(config, config.eval.num_envs) if config.env else None
     source = open_prior(config)
     prior = windows.open_store(source, memory_bytes=config.data.memory_bytes, num_workers=config.data.num_workers)
     dims = Dims(prior.state.shape[1], prior.actions.shape[1])
@@ -107,7 +109,7 @@ def make_trainer(
         stats = checkpoints.read_norm_stats(restored.step)
         logger.info("resumed at update %d", restored.step)
     else:
-        stats = make_norm_stats(config, prior, source, environments[0].spec if environments else None)
+        stats = make_norm_stats(config, prior, source, environments.spec if environments else None)
     transform = make_transform(config, stats, dims)
     interaction = make_interaction(config, files, progress) if config.env and config.online_steps else None
     loader = ChunkLoader(
@@ -182,6 +184,7 @@ def _empty(directory: Path) -> None:
 
 CHANGEABLE = (
     *("run_dir", "name", "online_steps", "log_frequency", "save_frequency", "max_to_keep", "keep_period"),
+    *("rollout.backend", "rollout.num_workers", "rollout.timeout_s"),
     *(
         "max_skipped_updates",
         "max_rollbacks",
@@ -288,25 +291,25 @@ def _reader_options(config: TrainConfig) -> dict[str, Any]:
     return options
 
 
-def collect_prior(env: EnvConfig, collect: CollectConfig, directory: Path, *, seed: int) -> None:
+def collect_prior(env: EnvConfig, wanted: CollectConfig, directory: Path, *, seed: int) -> None:
     """Makes the episodes that are not in ``directory`` yet; episode k depends on the seed and k alone."""
     done = {number for path in directory.glob("*.hdf5") if (number := hdf5.episode_number(path)) is not None}
-    missing = [number for number in range(collect.episodes) if number not in done]
+    missing = [number for number in range(wanted.episodes) if number not in done]
     if not missing:
         return
 
-    def write(result: rollout.Rollout) -> None:
+    def write(result: Rollout) -> None:
         path = hdf5.episode_path(directory, result.number)
         hdf5.write_episode(path, result.episode, {"env": env.name, "seed": result.seed})
 
     directory.mkdir(parents=True, exist_ok=True)
-    rollout.collect(
+    collect.collect(
         env,
         missing,
-        policy=collect.policy,
-        noise_range=collect.noise_range,
+        policy=wanted.policy,
+        noise_range=wanted.noise_range,
         seed=seed,
-        num_workers=collect.num_workers,
+        num_workers=wanted.num_workers,
         on_episode=write,
     )
 
@@ -421,10 +424,10 @@ def with_task(config: TrainConfig, task: str) -> TrainConfig:
     return dataclasses.replace(config, env=dataclasses.replace(config.env, name=task, instruction=None))
 
 
-def make_environments(config: TrainConfig, count: int) -> list[SimulatedEnvironment]:
+def make_environments(config: TrainConfig, count: int) -> VectorEnv:
     if config.env is None:
         raise ValueError("this run has no environment: set env.name")
-    return [make(config.env) for _ in range(count)]
+    return make_vector(config.env, count, config.rollout)
 
 
 def _trainable(config: PolicyConfig) -> Callable[[str], bool]:

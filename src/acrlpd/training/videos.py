@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from acrlpd.envs.env import Environment
-from acrlpd.envs.rollout import Rollout, replay
+from acrlpd.envs.episodes import Rollout, replay
 
 
 def save_videos(

@@ -1,0 +1,108 @@
+"""Prior data on the spot: episodes of scripted experts or of chance, step by step, in one process or several."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from acrlpd.envs.env import EnvConfig, SimulatedEnvironment, clip_action, make
+from acrlpd.envs.episodes import EpisodeRunner, Rollout, Start
+from acrlpd.envs.experts import PolicyKind, SmoothNoise, make_expert
+from acrlpd.envs.rollout import episode_seed
+
+
+def collect(
+    config: EnvConfig,
+    episodes: Iterable[int],
+    *,
+    policy: PolicyKind = "expert",
+    noise_range: tuple[float, float] = (0.0, 0.8),
+    seed: int = 0,
+    num_workers: int = 1,
+    on_episode: Callable[[Rollout], None],
+) -> None:
+    """Make prior data: the episodes of these numbers, successes and failures alike, given to ``on_episode`` in order.
+
+    Episode k depends on ``(seed, k)`` alone, whatever the number of workers: to resume, pass the numbers still missing.
+    An expert gets ``SmoothNoise`` of a strength drawn from ``noise_range``: on drawer-open-v3 with 150 steps, the
+    default leaves it about 4 successes in 10. Pictures are recorded if cameras are configured.
+    """
+    numbers = list(episodes)
+    job = _CollectJob(config, policy, noise_range, seed)
+    results = _in_processes(job, numbers, num_workers) if num_workers > 1 else _in_this_process(job, numbers)
+    progress = tqdm(results, desc=f"collect {config.name}", total=len(numbers), unit="episode")
+    num_successes = 0
+    for count, result in enumerate(progress, 1):
+        on_episode(result)
+        num_successes += result.success
+        progress.set_postfix(success=f"{num_successes / count:.2f}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _CollectJob:
+    """All that a worker needs to make episode k."""
+
+    config: EnvConfig
+    policy: PolicyKind
+    noise_range: tuple[float, float]
+    seed: int
+
+    def run(self, environment: SimulatedEnvironment, number: int) -> Rollout:
+        rng = np.random.default_rng((self.seed, number))
+        run = EpisodeRunner(environment)
+        run.start(Start(number, episode_seed(self.seed, number), record_images=bool(self.config.cameras)))
+        expert = make_expert(environment, self.policy, rng)
+        noise = SmoothNoise(rng, environment.spec.action_dim, self.noise_range)
+        while True:
+            action = expert(run.observation)
+            if self.policy == "expert":
+                action = clip_action(environment.spec, action) + noise()
+            result = run.step(action, render=bool(self.config.cameras))
+            if result is not None:
+                return result
+
+
+def _in_this_process(job: _CollectJob, numbers: list[int]) -> Iterator[Rollout]:
+    environment = make(job.config)
+    try:
+        for number in numbers:
+            yield job.run(environment, number)
+    finally:
+        environment.close()
+
+
+def _in_processes(job: _CollectJob, numbers: list[int], num_workers: int) -> Iterator[Rollout]:
+    """Results in the order of ``numbers``; no more than two episodes a worker wait for their turn in memory."""
+    executor = concurrent.futures.ProcessPoolExecutor(
+        num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(job,)
+    )
+    with executor:
+        waiting: deque[concurrent.futures.Future[Rollout]] = deque()
+        for number in numbers:
+            if len(waiting) == 2 * num_workers:
+                yield waiting.popleft().result()
+            waiting.append(executor.submit(_run_in_worker, number))
+        while waiting:
+            yield waiting.popleft().result()
+
+
+_worker: tuple[_CollectJob, SimulatedEnvironment] | None = (
+    None  # of a worker process: built once, used for many episodes
+)
+
+
+def _start_worker(job: _CollectJob) -> None:
+    global _worker
+    _worker = (job, make(job.config))
+
+
+def _run_in_worker(number: int) -> Rollout:
+    assert _worker is not None, "the pool's initializer has run"
+    job, environment = _worker
+    return job.run(environment, number)

@@ -1,0 +1,116 @@
+"""Your own environment: a small file that says how it maps to ours. ``examples/mountain_car.py`` is one.
+
+``EnvConfig.name`` is ``custom/FILE.py:FUNCTION`` (a path) or ``custom/MODULE:FUNCTION``; the function takes nothing and
+returns a ``Simulator``, for a Gymnasium environment usually a ``GymnasiumSimulator``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from acrlpd.envs import rendering
+from acrlpd.envs.env import Outcome, Simulator
+
+
+def load(task: str) -> Simulator:
+    """The simulator that ``FILE.py:FUNCTION`` or ``MODULE:FUNCTION`` makes."""
+    where, _, function = task.partition(":")
+    if not where or not function:
+        raise ValueError(f"custom/{task}: expected custom/FILE.py:FUNCTION or custom/MODULE:FUNCTION")
+    module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    if not hasattr(module, function):
+        raise ValueError(f"custom/{task}: {where} has no function {function!r}")
+    return getattr(module, function)()
+
+
+class GymnasiumSimulator:
+    """A Gymnasium environment with a box of actions, behind our interface.
+
+    Args:
+        env: the environment, made with ``render_mode="rgb_array"`` if pictures are wanted.
+        instruction: the task in words.
+        outcome: from a step's (observation, reward, terminated, info) to what became of the task.
+        state: from an observation to the numbers that the policy sees; by default a box's, in one row.
+        cameras: by name, from an observation to its picture (uint8 [h, w, 3]), for environments that observe some.
+        time_limit: None takes the environment's own.
+
+    One more camera, ``render``, is what ``env.render()`` shows.
+    """
+
+    default_camera = "render"
+
+    def __init__(
+        self,
+        env: Any,
+        *,
+        instruction: str,
+        outcome: Callable[[Any, float, bool, Mapping[str, Any]], Outcome],
+        state: Callable[[Any], Float[np.ndarray, " s"]] | None = None,
+        cameras: Mapping[str, Callable[[Any], UInt8[np.ndarray, "h w 3"]]] | None = None,
+        time_limit: int | None = None,
+    ):
+        if not hasattr(env.action_space, "low"):
+            raise ValueError(f"{env}: a flow policy needs a Box of actions, got {env.action_space}")
+        if state is None and len(env.observation_space.shape or ()) == 0:
+            raise ValueError(f"{env}: observes {env.observation_space}; say by state=... which numbers the policy sees")
+        limit = time_limit or (env.spec.max_episode_steps if env.spec else None)
+        if limit is None:
+            raise ValueError(f"{env} has no time limit of its own: give a time_limit")
+        self._env = env
+        self._outcome = outcome
+        self._state = np.ravel if state is None else state
+        self._pictures = dict(cameras or {})
+        self._observation: Any = None
+        self.instruction = instruction
+        self.time_limit = limit
+        self.action_low = np.asarray(env.action_space.low, np.float32)
+        self.action_high = np.asarray(env.action_space.high, np.float32)
+        self.fps = float(env.metadata.get("render_fps", 30))
+        self.cameras = (*self._pictures, "render")
+        self.state_dim = len(self.reset(0))
+
+    def reset(self, seed: int) -> Float[np.ndarray, " s"]:
+        self._observation, _ = self._env.reset(seed=seed)
+        return np.asarray(self._state(self._observation))
+
+    def step(self, action: Float[np.ndarray, " a"]) -> tuple[Float[np.ndarray, " s"], Outcome]:
+        """The time limit is ours, so a ``truncated`` of the environment's own is not asked."""
+        self._observation, reward, terminated, _, info = self._env.step(action)
+        outcome = self._outcome(self._observation, float(reward), bool(terminated), info)
+        return np.asarray(self._state(self._observation)), outcome
+
+    def render(self, camera: str, size: int) -> UInt8[np.ndarray, "h w 3"]:
+        picture = self._pictures[camera](self._observation) if camera in self._pictures else self._frame()
+        resized = Image.fromarray(np.asarray(picture, np.uint8)).resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(resized)
+
+    def close(self) -> None:
+        self._env.close()
+
+    def _frame(self) -> Any:
+        if self._env.render_mode != "rgb_array":
+            raise RuntimeError(f"{self._env} renders nothing: make it with render_mode='rgb_array'")
+        return self._env.render()
+
+
+def _from_file(path: Path) -> ModuleType:
+    rendering.choose_backend()  # before the file imports a simulator
+    if not path.is_file():
+        raise ValueError(
+            f"custom/{path}: there is no such file; the path starts at the working directory, {Path.cwd()}"
+        )
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None, "a path that ends in .py has a loader"
+    assert spec.loader is not None, "a path that ends in .py has a loader"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

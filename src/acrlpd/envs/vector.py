@@ -1,0 +1,246 @@
+"""N environments behind one interface: in this process, or in worker processes. ``ray.py`` has them on many machines.
+
+All commands of a round are sent before the first answer is waited for, so the environments work side by side; and since
+a round ends when all have answered, what happens does not depend on which is faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import multiprocessing
+import signal
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, Literal, Protocol, TypeAlias
+
+from acrlpd.envs.env import EnvConfig, Environment, EnvSpec, make
+from acrlpd.envs.episodes import Command, EpisodeRunner, Lost, Report
+
+MakeEnvironment: TypeAlias = Callable[[], Environment]
+MAX_DEATHS_IN_A_ROW = 3  # of one worker, without an answer in between: a broken installation, not an accident
+STARTUP_TIMEOUT_S = 300.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """Where environments are stepped."""
+
+    backend: Literal["processes", "ray"] = "processes"  # ray: actors on the cluster that RAY_ADDRESS names
+    num_workers: int = 0  # 0: in this process, one environment after the other
+    timeout_s: float = 120.0  # a worker that takes longer over one chunk counts as hung and is replaced
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("processes", "ray"):
+            raise ValueError(f"rollout.backend must be 'processes' or 'ray', got {self.backend!r}")
+        if self.backend == "ray" and self.num_workers < 1:
+            raise ValueError("rollout.backend='ray' needs rollout.num_workers of at least 1")
+        if self.num_workers < 0:
+            raise ValueError(f"rollout.num_workers must not be negative, got {self.num_workers}")
+        if self.timeout_s <= 0:
+            raise ValueError(f"rollout.timeout_s must be positive, got {self.timeout_s}")
+
+
+class VectorEnv(Protocol):
+    """Environments by number. Every ``send`` is followed by one ``receive``, which answers all its commands."""
+
+    spec: EnvSpec
+    num_envs: int
+
+    def send(self, commands: Mapping[int, Command]) -> None: ...
+
+    def receive(self) -> dict[int, Report | Lost]: ...
+
+    def close(self) -> None: ...
+
+
+def make_vector(config: EnvConfig, num_envs: int, rollout: RolloutConfig | None = None) -> VectorEnv:
+    """``num_envs`` environments of one kind, where ``rollout`` says; in this process by default."""
+    rollout = RolloutConfig() if rollout is None else rollout
+    num_workers = min(rollout.num_workers, num_envs)
+    if not num_workers:
+        return LocalVectorEnv([make(config) for _ in range(num_envs)])
+    make_one = functools.partial(make, config)
+    if rollout.backend == "ray":
+        from acrlpd.envs.ray import RayVectorEnv
+
+        return RayVectorEnv(make_one, num_envs, num_workers=num_workers, timeout_s=rollout.timeout_s)
+    return ProcessVectorEnv(make_one, num_envs, num_workers=num_workers, timeout_s=rollout.timeout_s)
+
+
+class LocalVectorEnv:
+    """In this process, one after the other. Nothing happens before ``receive``, so a device may work meanwhile."""
+
+    def __init__(self, environments: Sequence[Environment]):
+        self.spec = environments[0].spec
+        self.num_envs = len(environments)
+        self._runners = [EpisodeRunner(environment) for environment in environments]
+        self._commands: Mapping[int, Command] = {}
+
+    def send(self, commands: Mapping[int, Command]) -> None:
+        self._commands = commands
+
+    def receive(self) -> dict[int, Report | Lost]:
+        commands, self._commands = self._commands, {}
+        return {index: self._runners[index].obey(command) for index, command in commands.items()}
+
+    def close(self) -> None:
+        for runner in self._runners:
+            runner.environment.close()
+
+
+class ProcessVectorEnv:
+    """In worker processes, environment i in worker i modulo ``num_workers``.
+
+    A worker that dies or takes longer than ``timeout_s`` is replaced; the episodes under way in it are lost: one, where
+    every environment has a worker of its own. An exception in a worker is raised here.
+    """
+
+    def __init__(self, make_one: MakeEnvironment, num_envs: int, *, num_workers: int, timeout_s: float = 120.0):
+        if not 1 <= num_workers <= num_envs:
+            raise ValueError(f"num_workers must lie between 1 and the {num_envs} environments, got {num_workers}")
+        self.num_envs = num_envs
+        self._workers = [
+            _Worker(make_one, range(first, num_envs, num_workers), timeout_s) for first in range(num_workers)
+        ]
+        try:
+            self.spec = self._workers[0].wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the workers, as the system knows them."""
+        return [worker.pid for worker in self._workers]
+
+    def send(self, commands: Mapping[int, Command]) -> None:
+        for worker in self._workers:
+            worker.send({index: command for index, command in commands.items() if index in worker.indices})
+
+    def receive(self) -> dict[int, Report | Lost]:
+        return {index: answer for worker in self._workers for index, answer in worker.receive().items()}
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.close()
+
+
+class _Worker:
+    """The parent's end of one process."""
+
+    def __init__(self, make_one: MakeEnvironment, indices: range, timeout_s: float):
+        self.indices = indices
+        self._make_one = make_one
+        self._timeout_s = timeout_s
+        self._deaths_in_a_row = 0
+        self._spec: EnvSpec | None = None  # None: the process has not said yet that it is ready
+        self._commands: dict[int, Command] = {}
+        self._sent = 0.0
+        self._begin()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None, "the process was started"
+        return self._process.pid
+
+    def wait_until_ready(self) -> EnvSpec:
+        while self._spec is None:
+            try:
+                self._spec = self._answer(STARTUP_TIMEOUT_S)
+            except _GoneError as gone:
+                self._replace(str(gone))
+        return self._spec
+
+    def send(self, commands: dict[int, Command]) -> None:
+        self._commands = commands
+        if self._spec is not None:
+            self._post()
+
+    def receive(self) -> dict[int, Report | Lost]:
+        if not self._commands:
+            return {}
+        try:
+            if self._spec is None:  # a new process: the commands wait until it has said that it is ready
+                self._spec = self._answer(STARTUP_TIMEOUT_S)
+                self._post()
+            answers = self._answer(max(0.0, self._timeout_s - (time.monotonic() - self._sent)))
+        except _GoneError as gone:
+            lost: dict[int, Report | Lost] = {index: Lost(str(gone)) for index in self._commands}
+            self._replace(str(gone))
+            return lost
+        self._deaths_in_a_row = 0
+        return answers
+
+    def close(self) -> None:
+        self._connection.close()  # the process ends when it reads the end of its commands
+        self._process.join(timeout=5)
+        self._end()
+
+    def _begin(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, self._make_one, tuple(self.indices)), name="acrlpd-rollout", daemon=True
+        )
+        self._process.start()
+        theirs.close()  # theirs alone: its end then means their end
+        self._spec = None
+
+    def _post(self) -> None:
+        if not self._commands:
+            return
+        self._sent = time.monotonic()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # gone: the answer will be missing
+            self._connection.send(self._commands)
+
+    def _answer(self, timeout_s: float) -> Any:
+        try:
+            if not self._connection.poll(timeout_s):
+                raise _GoneError(f"worker {self.pid} hung: no answer in {self._timeout_s:g} s")
+            answer = self._connection.recv()
+        except (EOFError, ConnectionResetError) as error:
+            self._process.join(timeout=5)
+            raise _GoneError(f"worker {self.pid} died (exit code {self._process.exitcode})") from error
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def _replace(self, reason: str) -> None:
+        self._end()
+        self._deaths_in_a_row += 1
+        if self._deaths_in_a_row >= MAX_DEATHS_IN_A_ROW:
+            raise RuntimeError(
+                f"{reason}, as did its {MAX_DEATHS_IN_A_ROW - 1} predecessors. Step the environment in this process "
+                "(num_workers 0) to see why."
+            )
+        self._begin()
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+
+class _GoneError(RuntimeError):
+    """A worker died or hung."""
+
+
+def _serve(connection: Connection, make_one: MakeEnvironment, indices: Sequence[int]) -> None:
+    """The worker's whole life. Ctrl-C is the parent's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        runners = {index: EpisodeRunner(make_one()) for index in indices}
+        connection.send(runners[indices[0]].environment.spec)
+        while True:
+            commands = connection.recv()
+            connection.send({index: runners[index].obey(command) for index, command in commands.items()})
+    except EOFError:  # the parent closed its end, or is gone
+        return
+    except Exception as error:  # noqa: BLE001 (raised again in the parent)
+        error.add_note(f"In a worker process:\n{traceback.format_exc()}")
+        with contextlib.suppress(BrokenPipeError):
+            connection.send(error)

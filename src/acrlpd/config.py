@@ -83,6 +83,7 @@ class DataConfig:
     rewards: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     on_bad_episode: Literal["error", "skip"] = "error"  # an episode that cannot be used; skip warns and goes on
     memory_bytes: int | None = None  # what may be held in memory, the rest is read when asked for; None: half of it
+    prefix_bytes: int = 4 * 1024**3  # on disk, for what a frozen backbone makes of the data; more is not stored
     num_workers: int = 0  # processes that read many episodes when they are opened, and decode what is not in memory
     collect: CollectConfig = dataclasses.field(default_factory=CollectConfig)
     batch_size: int = 256

@@ -39,6 +39,7 @@ class Observation:
     tokenized_prompt_mask: Bool[AnyArray, "b l"] | None = None
     token_ar_mask: Int[AnyArray, "b l"] | None = None  # pi0-FAST only
     token_loss_mask: Bool[AnyArray, "b l"] | None = None  # pi0-FAST only
+    prefix: Any = None  # what a frozen policy made of the rest before, batch first; images are then left out
 
 
 @struct.dataclass

@@ -287,8 +287,8 @@ def joint_loss(
     constant = nets.modules(jax.lax.stop_gradient(params), agent.frozen)
     temperature = jax.lax.stop_gradient(jnp.exp(params["temperature"]["log_temperature"]))
 
-    prefix = modules.policy.encode(batch.observations)
-    next_prefix = constant.policy.encode(batch.next_observations)
+    prefix = flow.encode(modules.policy, batch.observations)
+    next_prefix = flow.encode(constant.policy, batch.next_observations)
 
     # Section 2: the critic, at the dataset's chunk.
     candidates, scores = propose(constant, config, next_prefix, draws.candidates, config.steps_in_target)
@@ -432,7 +432,7 @@ def act(
     """Chosen chunks and, per observation, the values they were chosen by, if they were."""
     config, num_steps = agent.config, num_steps or agent.config.flow_steps
     modules = agent.acting_modules()
-    prefix = modules.policy.encode(observations)
+    prefix = flow.encode(modules.policy, observations)
     noise_rng, choice_rng = jax.random.split(rng)
     alone = mode == "bc" or not agent.chooses
     n = 1 if alone else num_samples or config.best_of_n_samples

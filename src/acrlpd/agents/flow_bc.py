@@ -22,7 +22,7 @@ def joint_loss(
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """One prefix pass at s, one velocity."""
     policy = agent.nets.modules(params, agent.frozen).policy
-    prefix = policy.encode(batch.observations)
+    prefix = flow.encode(policy, batch.observations)
     flow_loss = flow.flow_loss(policy, prefix, batch.actions, draws.flow_noise, draws.flow_time)
     bc_loss = losses.bc_loss(flow_loss, batch.valid, jnp.ones(flow_loss.shape[:1]))
     total = weights.bc_weight * bc_loss

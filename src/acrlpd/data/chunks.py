@@ -28,7 +28,8 @@ def gather(store: EpisodeStore, rows: Int[np.ndarray, " b"], horizon: int, *, im
 
     ``state``, ``next_state`` [b s]; ``image``, ``next_image`` {camera: [b h w 3]} (empty without ``images``);
     ``actions`` [b h a]; ``rewards``, ``terminals``, ``valid`` [b h]; ``bootstrap_mask``, ``sequence_mask`` [b];
-    ``episode_id``, ``step_id`` [b]; ``prompt`` [b] of str. Masks are float32, 0 or 1.
+    ``episode_id``, ``step_id`` [b]; ``row``, ``next_row`` [b] of the store; ``prompt`` [b] of str. Masks are float32,
+    0 or 1.
 
     A terminal may lie in mid-episode (relabelled play data): the steps after it are read, but are not ``valid``.
     """
@@ -61,6 +62,8 @@ def gather(store: EpisodeStore, rows: Int[np.ndarray, " b"], horizon: int, *, im
         "sequence_mask": (real.all(axis=1) | terminated).astype(np.float32),
         "episode_id": episodes + store.first_episode_id,
         "step_id": rows - start,
+        "row": rows,
+        "next_row": next_rows,
         "prompt": store.prompts(episodes),
     }
 

@@ -7,15 +7,24 @@ import threading
 import time
 from collections.abc import Container
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from acrlpd.data import chunks
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.transforms import Transform, to_observation
-from acrlpd.types import ChunkBatch
+from acrlpd.types import ChunkBatch, Observation
+
+
+class PrefixRows(Protocol):
+    """What a frozen policy made of the rows of a store."""
+
+    def take(self, rows: Int[np.ndarray, " b"]) -> Any:
+        """A pytree of arrays that lead with b."""
+        ...
 
 
 class ChunkLoader:
@@ -31,6 +40,8 @@ class ChunkLoader:
         replay: own episodes, for online batches. Their ids in a batch count on after those of ``prior``.
         online_ratio: share of an online batch that comes from ``replay``, once it has a row (RLPD: half).
         prefetch: batches made ahead; 0 makes each when it is asked for.
+        prefixes: of ``prior``; offline batches then bring them along instead of images. Online ones cannot: nobody
+            has computed those of the replay.
         host_index, num_hosts: this process makes its slice of each batch, the ``host_index``-th of ``num_hosts`` equal
             ones; together they are the batch that one process would make. ``batch_size`` is that of the whole.
     """
@@ -47,6 +58,7 @@ class ChunkLoader:
         replay: EpisodeStore | None = None,
         online_ratio: float = 0.5,
         prefetch: int = 2,
+        prefixes: PrefixRows | None = None,
         host_index: int = 0,
         num_hosts: int = 1,
     ):
@@ -77,6 +89,7 @@ class ChunkLoader:
         self._replay = replay
         self._online_ratio = online_ratio
         self._prefetch = prefetch
+        self._prefixes = prefixes
         self._ahead: dict[int, Future[ChunkBatch]] = {}  # by step
         self._thread: ThreadPoolExecutor | None = None
         self._slice_size = batch_size // num_hosts
@@ -116,11 +129,12 @@ class ChunkLoader:
         if self._replay is None or self._replay.num_rows == 0:
             replay_size = 0
         parts = []
-        if self._replay is not None and replay_size and (drawn := self._draw(self._replay, rng, replay_size, 0)):
+        if self._replay is not None and replay_size and (drawn := self._draw(self._replay, rng, replay_size, 0, None)):
             own_ids = drawn.episode_id + np.int32(self._prior.next_episode_id)
             parts.append(dataclasses.replace(drawn, episode_id=own_ids))
         prior_size = self._batch_size - replay_size
-        if prior_size and (drawn := self._draw(self._prior, rng, prior_size, replay_size)):
+        prefixes = None if online else self._prefixes
+        if prior_size and (drawn := self._draw(self._prior, rng, prior_size, replay_size, prefixes)):
             parts.append(drawn)
         # each part passed the transforms on its own, so the two may differ in camera names and picture sizes before
         batch = parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
@@ -161,12 +175,25 @@ class ChunkLoader:
         if self._prior.reader is not None:
             self._prior.reader.close()
 
-    def _draw(self, store: EpisodeStore, rng: np.random.Generator, size: int, place: int) -> ChunkBatch | None:
+    def _draw(
+        self, store: EpisodeStore, rng: np.random.Generator, size: int, place: int, prefixes: PrefixRows | None
+    ) -> ChunkBatch | None:
         """This host's share of ``size`` chunks, which begin at ``place`` in the batch; None if it has none of them."""
         rows = chunks.start_rows(store, rng, size, self._horizon, self._sequence_ratio)
         first = max(self._slice_start - place, 0)
         own = rows[first : max(self._slice_start + self._slice_size - place, 0)]
-        return self._to_batch(chunks.gather(store, own, self._horizon)) if len(own) else None
+        if not len(own):
+            return None
+        raw = chunks.gather(store, own, self._horizon, images=prefixes is None)
+        batch = self._to_batch(raw)
+        if prefixes is None:
+            return batch
+        now, after = (prefixes.take(raw[name]) for name in ("row", "next_row"))
+        return dataclasses.replace(
+            batch,
+            observations=dataclasses.replace(batch.observations, prefix=now),
+            next_observations=dataclasses.replace(batch.next_observations, prefix=after),
+        )
 
     def _to_batch(self, raw: dict[str, Any]) -> ChunkBatch:
         now = self._transform({key: raw[key] for key in ("state", "actions", "image", "prompt")})
@@ -183,6 +210,12 @@ class ChunkLoader:
             episode_id=raw["episode_id"].astype(np.int32),
             step_id=raw["step_id"].astype(np.int32),
         )
+
+
+def read_observations(store: EpisodeStore, transform: Transform, rows: Int[np.ndarray, " b"]) -> Observation:
+    """What the model sees at these rows."""
+    raw = chunks.gather(store, rows, 1)
+    return to_observation(transform({key: raw[key] for key in ("state", "image", "prompt")}))
 
 
 class _Counters:

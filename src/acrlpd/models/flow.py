@@ -36,6 +36,7 @@ class FlowPolicy(Protocol):
     action_dim: int
     action_horizon: int
     feature_dim: int  # width of Prefix.features
+    cache_batch_axis: int  # of the arrays in Prefix.cache
 
     def encode(self, observation: Observation) -> Prefix:
         """One pass over images, prompt and whatever else does not change while an action is denoised."""
@@ -51,6 +52,21 @@ class FlowPolicy(Protocol):
     def is_suffix_param(path: str) -> bool:
         """Whether ``velocity`` alone reads the parameter at ``path`` (joined by '/'); ``encode`` reads the others."""
         ...
+
+
+def encode(policy: FlowPolicy, observation: Observation) -> Prefix:
+    """``policy.encode``, or what it gave before, if the observation brings that along."""
+    if observation.prefix is None:
+        return policy.encode(observation)
+    features, mask, cache = observation.prefix
+    cache = jax.tree.map(lambda x: jnp.moveaxis(x, 0, policy.cache_batch_axis), cache)
+    return Prefix(state=observation.state, features=features, mask=mask, cache=cache)
+
+
+def portable(policy: FlowPolicy, prefix: Prefix) -> tuple[Any, Any, Any]:
+    """A prefix as an observation carries it: all but the state, with the batch as the first axis of every array."""
+    cache = jax.tree.map(lambda x: jnp.moveaxis(x, policy.cache_batch_axis, 0), prefix.cache)
+    return prefix.features, prefix.mask, cache
 
 
 def sample_time(rng: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:

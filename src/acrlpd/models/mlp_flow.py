@@ -39,6 +39,8 @@ class MLPFlowConfig:
 class MLPFlow(nnx.Module):
     """Velocity of a chunk from the state. Nothing of the prompt or of an image is read."""
 
+    cache_batch_axis = 0
+
     def __init__(self, config: MLPFlowConfig, rngs: nnx.Rngs):
         self.action_dim = config.action_dim
         self.action_horizon = config.action_horizon

@@ -112,6 +112,8 @@ def pool(tokens: Float[Array, "b p d"], mask: Bool[Array, "b p"]) -> Float[Array
 class Pi0(nnx.Module):
     """A flow policy (``flow.FlowPolicy``) whose parameter paths and shapes are openpi's."""
 
+    cache_batch_axis = 1  # behind the layers
+
     def __init__(self, config: Pi0Config, rngs: nnx.Rngs):
         self.config = config
         self.action_dim = config.action_dim

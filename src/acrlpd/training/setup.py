@@ -38,6 +38,7 @@ from acrlpd.models.mlp_flow import MLPFlowConfig
 from acrlpd.models.pi0 import Pi0, Pi0Config
 from acrlpd.models.recognize import recognize
 from acrlpd.overrides import differences
+from acrlpd.training import prefixes
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.guards import LOCK_FILE, RunLock
 from acrlpd.training.loop import ACRLPDTrainer, Interaction, Progress, RunFiles
@@ -112,9 +113,14 @@ def make_trainer(
         stats = make_norm_stats(config, prior, source, environments.spec if environments else None)
     transform = make_transform(config, stats, dims)
     interaction = make_interaction(config, files, progress) if config.env and config.online_steps else None
+    stored = None
+    if prefixes.is_legal(config) and prior_path(config).exists():
+        folder = Path(config.run_dir) / "prefixes"
+        stored = prefixes.open_prefixes(config, agent, prior, transform, stats, data=prior_path(config), folder=folder)
     loader = ChunkLoader(
         prior,
         transform,
+        prefixes=stored,
         batch_size=config.data.batch_size,
         horizon=config.policy.action_horizon,
         sequence_ratio=config.data.sequence_ratio,
@@ -257,14 +263,18 @@ def locate_checkpoint(path: Path) -> tuple[Path, int | None]:
     return (path / "checkpoints", None) if (path / "checkpoints").is_dir() else (path, None)
 
 
+def prior_path(config: TrainConfig) -> Path:
+    """Where the prior episodes lie: those given, or those collected into the run's own folder."""
+    return Path(config.data.path) if config.data.path else run_files(config).directory / "prior"
+
+
 def open_prior(config: TrainConfig) -> Dataset:
     """The prior episodes; collected first where the configuration names an environment and no data."""
-    data = config.data
-    collected = run_files(config).directory / "prior"
+    data, path = config.data, prior_path(config)
     if data.path is None and config.env is not None:
-        collect_prior(config.env, data.collect, collected, seed=config.seed)
+        collect_prior(config.env, data.collect, path, seed=config.seed)
     return open_episodes(
-        data.path or collected,
+        data.path or path,
         rewards=data.rewards,
         on_bad_episode=data.on_bad_episode,
         num_workers=data.num_workers,

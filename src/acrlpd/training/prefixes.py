@@ -1,0 +1,152 @@
+"""What a frozen backbone makes of each row of the prior data, computed once and mapped from disk ever after.
+
+Pooled features, mask, keys and values of a row are all that an update reads of its images and prompt, so a batch that
+brings them along needs no pass of the image tower and the vision-language expert, forward or backward. Only where
+those do not change (``policy.freeze_pi0_backbone``) and pictures are not augmented, which training here never does.
+
+    <folder>/<key>/arrays.json    shape of a row and dtype of each array
+                  /0.bin, ...     features, mask, then the cache's arrays; a row of the data set is a row of each
+
+The key is a digest of the weights, the data and all that happens to an observation on its way to the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+
+from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.config import TrainConfig, to_dict
+from acrlpd.data.episodes import EpisodeStore
+from acrlpd.data.loader import read_observations
+from acrlpd.data.metadata_cache import fingerprint
+from acrlpd.data.normalize import NormStats
+from acrlpd.data.transforms import Transform
+from acrlpd.models import flow
+from acrlpd.types import Observation
+
+logger = logging.getLogger(__name__)
+
+INDEX = "arrays.json"
+VERSION = 1  # of the files' layout and of what ``encode`` means; raise it when either changes
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredPrefixes:
+    """Rows of ``flow.portable`` prefixes."""
+
+    arrays: Sequence[np.ndarray]
+    structure: Any  # a pytree's definition
+
+    def take(self, rows: Int[np.ndarray, " b"]) -> Any:
+        """Of these rows of the data set, in memory."""
+        return jax.tree.unflatten(self.structure, [np.array(each[rows]) for each in self.arrays])
+
+
+def is_legal(config: TrainConfig) -> bool:
+    """Whether a run may read its prefixes back. Hosts of a larger run would each need a store of their own."""
+    return config.policy.freeze_pi0_backbone and config.data.prefix_bytes > 0 and jax.process_count() == 1
+
+
+def open_prefixes(
+    config: TrainConfig,
+    agent: ACRLPDAgent,
+    store: EpisodeStore,
+    transform: Transform,
+    stats: Mapping[str, NormStats],
+    *,
+    data: Path,
+    folder: Path,
+) -> StoredPrefixes | None:
+    """The store of this run, made if it is not there; None where it would exceed ``data.prefix_bytes``.
+
+    ``data`` are the files that ``store`` was read from, ``stats`` what ``transform`` normalizes with.
+    """
+    encode, policy = _encoder(agent)
+    first = read_observations(store, transform, np.zeros(1, np.int64))
+    like, structure = jax.tree.flatten(jax.eval_shape(encode, policy, first))
+    needed = store.num_rows * sum(math.prod(each.shape[1:]) * each.dtype.itemsize for each in like)
+    if needed > config.data.prefix_bytes:
+        logger.info(
+            "the prefixes of %d rows are computed in every update: stored, they would take %.1f GiB, and "
+            "data.prefix_bytes allows %.1f",
+            *(store.num_rows, needed / 2**30, config.data.prefix_bytes / 2**30),
+        )
+        return None
+    target = folder / key(config, agent, stats, data)
+    if not (target / INDEX).exists():
+        logger.info("computing the prefixes of %d rows (%.2f GiB) into %s", store.num_rows, needed / 2**30, target)
+        _write(target, like, _computed(config, encode, policy, store, transform), store.num_rows)
+    return StoredPrefixes(_mapped(target, store.num_rows), structure)
+
+
+def key(config: TrainConfig, agent: ACRLPDAgent, stats: Mapping[str, NormStats], data: Path) -> str:
+    """Changes with any frozen weight, any file of the data, and any option of either."""
+    digest = hashlib.sha256(f"{VERSION} {fingerprint(data)}".encode())
+    digest.update(json.dumps([to_dict(config.policy), to_dict(config.data)], sort_keys=True).encode())
+    for array in jax.tree.leaves((agent.frozen, {name: dataclasses.asdict(each) for name, each in stats.items()})):
+        digest.update(np.asarray(array).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _encoder(agent: ACRLPDAgent) -> tuple[Any, Any]:
+    """A compiled function of the policy's state and an observation, and that state."""
+
+    @jax.jit
+    def encode(state: nnx.State, observation: Observation) -> Any:
+        policy = nnx.merge(agent.nets.policy_def, state)
+        return flow.portable(policy, policy.encode(observation))
+
+    return encode, nnx.merge_state(agent.params["policy"], agent.frozen)
+
+
+def _computed(
+    config: TrainConfig, encode: Any, policy: Any, store: EpisodeStore, transform: Transform
+) -> Iterator[list[np.ndarray]]:
+    """Arrays of some rows at a time, in order; all calls have one shape, so the last rows are repeated."""
+    size = min(config.data.batch_size, store.num_rows)
+    for start in range(0, store.num_rows, size):
+        rows = np.minimum(np.arange(start, start + size), store.num_rows - 1)
+        found = jax.device_get(encode(policy, read_observations(store, transform, rows)))
+        yield [each[: store.num_rows - start] for each in jax.tree.leaves(found)]
+
+
+def _write(target: Path, like: list[Any], blocks: Iterator[list[np.ndarray]], num_rows: int) -> None:
+    """Under another name until it is complete."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    index = [{"shape": each.shape[1:], "dtype": jnp.dtype(each.dtype).name} for each in like]
+    (temporary / INDEX).write_text(json.dumps(index), encoding="utf-8")
+    arrays = _mapped(temporary, num_rows, mode="w+")
+    start = 0
+    for block in blocks:
+        for array, rows in zip(arrays, block, strict=True):
+            array[start : start + len(rows)] = rows
+        start += len(block[0])
+    for array in arrays:
+        array.flush()
+    shutil.rmtree(target, ignore_errors=True)  # without an index: what a killed process left, if anything
+    os.replace(temporary, target)
+
+
+def _mapped(folder: Path, num_rows: int, mode: Any = "r") -> list[np.memmap]:
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    return [
+        np.memmap(folder / f"{number}.bin", dtype=jnp.dtype(each["dtype"]), mode=mode, shape=(num_rows, *each["shape"]))
+        for number, each in enumerate(index)
+    ]

@@ -1,0 +1,103 @@
+"""A frozen backbone's prefixes, read back: the same numbers, computed once, within a budget."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from acrlpd.agents.config import AgentConfig
+from acrlpd.config import DataConfig, PolicyConfig, TrainConfig
+from acrlpd.data import hdf5
+from acrlpd.models.critic import CriticConfig
+from acrlpd.training import prefixes, setup
+from acrlpd.training.metrics import read_jsonl
+from acrlpd.types import Episode
+
+
+@pytest.fixture
+def frozen(tmp_path):
+    """A run of a tiny pi0 with one camera whose backbone does not change."""
+    rng = np.random.default_rng(0)
+    for number in range(2):
+        path = hdf5.episode_path(tmp_path / "data", number)
+        path.parent.mkdir(exist_ok=True)
+        episode = Episode(
+            state=rng.normal(size=(7, 4)).astype(np.float32),
+            actions=rng.uniform(-1, 1, size=(7, 2)).astype(np.float32),
+            rewards=np.where(np.arange(7) == 6, 0.0, -1.0).astype(np.float32),
+            terminals=np.arange(7) == 6,
+            task="push the button",
+            images={"top": rng.integers(0, 256, (7, 16, 16, 3), np.uint8)},
+        )
+        hdf5.write_episode(path, episode)
+    return TrainConfig(
+        name="stored",
+        run_dir=str(tmp_path / "runs"),
+        policy=PolicyConfig(
+            action_horizon=3,
+            paligemma_variant="nano",
+            action_expert_variant="nano_expert",
+            vision_variant="nano",
+            max_token_len=12,
+            image_size=16,
+            dtype="float32",
+            remat=False,
+            freeze_pi0_backbone=True,
+        ),
+        agent=AgentConfig(critic=CriticConfig(num_critics=2, hidden_dims=(8,)), best_of_n_samples=2, flow_steps=1),
+        data=DataConfig(path=str(tmp_path / "data"), batch_size=4, action_normalization="z_score"),
+        offline_steps=3,
+        online_steps=0,
+        log_frequency=1,
+        save_frequency=3,
+    )
+
+
+@pytest.mark.slow
+def test_a_run_with_stored_prefixes_is_the_run_without(frozen, tmp_path):
+    without = dataclasses.replace(frozen, name="without", data=dataclasses.replace(frozen.data, prefix_bytes=0))
+    trainers = [setup.make_trainer(config) for config in (frozen, without)]
+    stored, computed = (trainer.loader.batch(0).observations for trainer in trainers)
+    assert (stored.images, computed.prefix) == ({}, None)
+    assert computed.images
+    for trainer in trainers:
+        trainer.train()
+    for one, other in zip(*(read_jsonl(setup.run_files(each.config).metrics) for each in trainers), strict=True):
+        for name in one:
+            if name.startswith("train/"):
+                np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    pairs = zip(*(jax.tree.leaves(trainer.agent.params) for trainer in trainers), strict=True)
+    for one, other in pairs:
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+    (made,) = (tmp_path / "runs" / "prefixes").iterdir()
+    written = [(path.name, path.stat().st_mtime_ns) for path in sorted(made.iterdir())]
+    again = setup.make_trainer(frozen, resume=True)
+    np.testing.assert_array_equal(again.loader.batch(0).observations.prefix[0], stored.prefix[0])
+    assert written == [(path.name, path.stat().st_mtime_ns) for path in sorted(made.iterdir())]
+
+    agent, stats = again.agent, again._norm_stats
+    key = prefixes.key(frozen, agent, stats, tmp_path / "data")
+    assert key == made.name
+    other_weights = dataclasses.replace(agent, frozen=jax.tree.map(lambda x: x + 1, agent.frozen))
+    hdf5.episode_path(tmp_path / "data", 0).touch()
+    assert len({key, prefixes.key(frozen, agent, stats, tmp_path / "data")}) == 2
+    assert prefixes.key(frozen, other_weights, stats, tmp_path / "data") != prefixes.key(
+        frozen, agent, stats, tmp_path / "data"
+    )
+
+
+def test_more_than_the_budget_is_not_stored(frozen, tmp_path, caplog):
+    small = dataclasses.replace(frozen, data=dataclasses.replace(frozen.data, prefix_bytes=1000))
+    with caplog.at_level("INFO"):
+        trainer = setup.make_trainer(small)
+    assert trainer.loader.batch(0).observations.prefix is None
+    assert not (tmp_path / "runs" / "prefixes").exists()
+    assert "data.prefix_bytes allows" in caplog.text
+
+
+def test_prefixes_of_what_still_changes_are_not_stored(frozen):
+    assert prefixes.is_legal(frozen)
+    moving = dataclasses.replace(frozen.policy, freeze_pi0_backbone=False)
+    assert not prefixes.is_legal(dataclasses.replace(frozen, policy=moving))

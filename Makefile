@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-vision demo-cube test test-fast test-faults lint format lock clean help
+.PHONY: demo demo-vision demo-cube test test-slow test-faults lint format lock clean help
 
 help:
 	@grep -E '^## ' $(MAKEFILE_LIST) | sed 's/^## //'
@@ -22,13 +22,13 @@ demo-vision: $(INSTALLED)
 demo-cube: $(INSTALLED)
 	$(BIN)/acrlpd train demo-cube --overwrite
 
-## make test         all tests
+## make test         parity, formats, the update, a whole run with kill and resume: under 8 minutes on two cores
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow or golden"
 
-## make test-fast    the tests that take seconds
-test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+## make test-slow    the longer ones: kills at random moments, hostile messages, thousands of episodes
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not golden"
 
 ## make test-faults  kill a run fifty times at random moments, and see that nothing is lost
 test-faults: $(INSTALLED)

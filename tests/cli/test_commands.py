@@ -61,7 +61,6 @@ def wait_for(process: subprocess.Popen, path: Path) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 def test_train_kill_resume_interrupt_resume_eval(tmp_path):
     run = tmp_path / "debug"
     flags = ("train", "debug", "--run_dir", str(tmp_path))

@@ -16,6 +16,7 @@ from acrlpd.agents.losses import LossWeights
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.envs.env import EnvConfig
 from acrlpd.envs.vector import RolloutConfig
+from acrlpd.models import gemma
 
 T = TypeVar("T")
 PolicyKind = Literal["pi0", "pi05", "mlp_flow", "gaussian"]
@@ -27,8 +28,7 @@ class PolicyConfig:
 
     kind: PolicyKind = "pi0"
     action_horizon: int = 50
-    action_dim: int | None = None  # the model's width; data is zero-padded to it. None: the data's own
-    state_dim: int | None = None  # likewise for the state; openpi's models have it equal to action_dim
+    action_dim: int | None = None  # the model's width; actions and state are zero-padded to it. None: the data's own
     paligemma_variant: str = "gemma_2b"
     action_expert_variant: str = "gemma_300m"
     vision_variant: str = "so400m_14"
@@ -40,13 +40,25 @@ class PolicyConfig:
     hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # mlp_flow and gaussian alone
     tokenizer: str | None = None  # a SentencePiece file; None: the small one in this package
     weights: str | None = None  # start from this checkpoint; None: from scratch
-    freeze_pi0_backbone: bool = False  # image tower and vision-language expert
+    freeze_pi0_backbone: bool = False  # image tower and vision-language expert; a LoRA variant freezes its bases anyway
+    frozen_dtype: Literal["bfloat16", "float32"] = "float32"  # in which frozen parameters are kept
 
     def __post_init__(self):
         if self.action_horizon < 1:
             raise ValueError(f"policy.action_horizon must be at least 1, got {self.action_horizon}")
         if self.freeze_pi0_backbone and self.kind in ("mlp_flow", "gaussian"):
             raise ValueError(f"policy.freeze_pi0_backbone needs a pi0 policy: {self.kind} has no backbone")
+        if self.frozen_dtype != "float32" and not (self.freeze_pi0_backbone or self.has_lora):
+            raise ValueError(
+                f"policy.frozen_dtype={self.frozen_dtype!r} has nothing to work on: no parameter is frozen. Set "
+                "policy.freeze_pi0_backbone or choose a LoRA variant, or leave frozen_dtype alone"
+            )
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether adapters train in the place of what they adapt."""
+        variants = (self.paligemma_variant, self.action_expert_variant)
+        return self.kind in ("pi0", "pi05") and any(gemma.get_config(variant).has_lora for variant in variants)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from acrlpd.config import CollectConfig
 from acrlpd.data import hdf5
@@ -112,3 +113,55 @@ def test_equal_configurations_share_compiled_programs_and_others_do_not(finished
         dataclasses.replace(tiny_config, agent=dataclasses.replace(tiny_config.agent, discount=0.5)),
     ):
         assert setup.make_agent(other, setup.Dims(4, 2), ()).nets != networks
+
+
+def abstract_agent(config, **policy):
+    """The shapes and dtypes of a full-size agent: nothing is computed."""
+    config = with_policy(config, kind="pi0", vocab_size=1024, **policy)
+    return jax.eval_shape(lambda: setup.create_agent(config, setup.Dims(4, 2), ("top",)))
+
+
+def paths(state):
+    return {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)}
+
+
+FREEZING = {
+    "backbone": {"freeze_pi0_backbone": True},
+    "lora": {"paligemma_variant": "gemma_2b_lora", "action_expert_variant": "gemma_300m_lora"},
+    "lora_of_one": {"paligemma_variant": "gemma_2b_lora"},
+    "both": {"freeze_pi0_backbone": True, "action_expert_variant": "gemma_300m_lora"},
+}
+BACKBONE_KERNEL = "PaliGemma/img/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel"
+BASES = {expert: f"PaliGemma/llm/layers/mlp{expert}/linear" for expert in ("", "_1")}
+ADAPTERS = {expert: f"{base}_lora_a" for expert, base in BASES.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen", "trained"),
+    [
+        ("backbone", {BACKBONE_KERNEL, BASES[""]}, {BASES["_1"], "action_in_proj/kernel"}),
+        ("lora", {*BASES.values()}, {*ADAPTERS.values(), BACKBONE_KERNEL, "action_in_proj/kernel"}),
+        ("lora_of_one", {BASES[""]}, {ADAPTERS[""], BASES["_1"], BACKBONE_KERNEL}),
+        ("both", {*BASES.values(), BACKBONE_KERNEL}, {ADAPTERS["_1"], "action_in_proj/kernel"}),
+    ],
+)
+def test_what_is_frozen_takes_half_the_memory_and_no_optimizer(tiny_config, name, frozen, trained):
+    agent = abstract_agent(tiny_config, frozen_dtype="bfloat16", **FREEZING[name])
+    params, moments = agent.params["policy"], agent.opt_state["policy"][1][0]
+    assert frozen <= paths(agent.frozen)
+    assert trained <= paths(params)
+    assert not paths(params) & paths(agent.frozen)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(agent.frozen)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    for moment in (moments.mu, moments.nu):
+        assert paths(moment) == paths(params)
+
+
+def test_frozen_parameters_stay_in_float32_unless_asked(tiny_config):
+    agent = abstract_agent(tiny_config, freeze_pi0_backbone=True)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(agent.frozen)} == {"float32"}
+
+
+def test_a_dtype_for_frozen_parameters_needs_some(tiny_config):
+    with pytest.raises(ValueError, match="no parameter is frozen"):
+        with_policy(tiny_config, frozen_dtype="bfloat16")

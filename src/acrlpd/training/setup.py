@@ -405,6 +405,8 @@ def create_agent(
     policy = make_policy(config.policy, dims, cameras, nnx.Rngs(params=policy_rng))
     if weights is not None:
         load_weights(policy, weights)
+    trainable = trainable_part(config.policy, policy)
+    _keep_frozen_in(config.policy.frozen_dtype, policy, trainable)
     return ACRLPDAgent.create(
         config.agent,
         policy,
@@ -412,7 +414,7 @@ def create_agent(
         state_dim=config.policy.action_dim or dims.state,
         action_dim=dims.action,
         rng=agent_rng,
-        trainable=_trainable(config.policy),
+        trainable=trainable,
     )
 
 
@@ -440,8 +442,14 @@ def make_environments(config: TrainConfig, count: int) -> VectorEnv:
     return make_vector(config.env, count, config.rollout)
 
 
-def _trainable(config: PolicyConfig) -> Callable[[str], bool]:
-    """Everything, or all but the image tower and the vision-language expert."""
-    if not config.freeze_pi0_backbone:
+def trainable_part(config: PolicyConfig, policy: FlowPolicy) -> Callable[[str], bool]:
+    """Which parameters train, by path: all but what adapters stand in for (openpi's rule) and a frozen backbone."""
+    if not isinstance(policy, Pi0):
         return lambda path: True
-    return Pi0.is_suffix_param
+    freezes, frozen_backbone = policy.config.freezes, config.freeze_pi0_backbone
+    return lambda path: not freezes(path) and (policy.is_suffix_param(path) or not frozen_backbone)
+
+
+def _keep_frozen_in(dtype: str, policy: FlowPolicy, trainable: Callable[[str], bool]) -> None:
+    frozen = nnx.filter_state(nnx.state(policy), lambda path, _: not trainable("/".join(map(str, path))))
+    nnx.update(policy, jax.tree.map(lambda array: array.astype(dtype), frozen))

@@ -1,15 +1,19 @@
-"""How fast batches are made, from memory, from files, and from videos with and without the frame cache.
+"""How fast batches are made: from mapped files, compressed files, and videos with and without the frame cache; how long
+opening takes; and what share of its time a training run waits for data.
 
-    python benchmarks/data.py [--cases state-1M video] [--seconds 5] [--folder data-bench] [--json]
+    python benchmarks/data.py [--cases state-1M state-10M] [--seconds 5] [--folder data-bench] [--json]
 
-Every case runs in a process of its own, whose peak resident memory is given. Its data is made up, in ``--folder``, and
-made once; without a folder it is thrown away (10 M transitions take 1.7 GB).
+Every case runs in a process of its own. ``peak_resident_mb`` is all it had in memory, with ``mapped_mb`` of pages of
+files, which the kernel takes back when others need the room; ``private_mb`` is the rest. Data is made up, in
+``--folder``, and made once; without a folder it is thrown away (all of it takes 4 GB).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -33,6 +37,8 @@ from acrlpd.data.metadata_cache import MetadataCache
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.transforms import Compose, Normalize, resize_with_pad
 from acrlpd.data.windows import open_store
+from acrlpd.presets import get_preset
+from acrlpd.training.setup import make_trainer
 from acrlpd.types import Episode
 
 BATCH_SIZE, HORIZON = 256, 5
@@ -41,17 +47,19 @@ WARM_UP = 5  # batches
 STATE_DIM, ACTION_DIM, EPISODE_STEPS = 32, 8, 1000
 CAMERAS, SIZE = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"), 224
 VIDEO_SIZE, VIDEO_STEPS, FPS = (240, 320), 250, 25.0
+DEMO_SIZES, DEMO_STEPS, DEMO_UPDATES_PER_S = (39, 4), 150, 20
 
 CASES: dict[str, Callable[[Path, float], dict[str, Any]]] = {
+    "open-10k": lambda folder, seconds: opening(folder),
     "state-1M": lambda folder, seconds: states(folder, seconds, num_episodes=1000),
     "state-10M": lambda folder, seconds: states(folder, seconds, num_episodes=10_000),
-    "state-10M-windows": lambda folder, seconds: states(folder, seconds, num_episodes=10_000, memory_bytes=256 << 20),
-    "images-memory": lambda folder, seconds: images(folder, seconds, memory_bytes=8 << 30),
-    "images-windows": lambda folder, seconds: images(folder, seconds, memory_bytes=256 << 20),
-    "images-windows-2-workers": lambda folder, seconds: images(folder, seconds, memory_bytes=256 << 20, num_workers=2),
+    "images": lambda folder, seconds: images(folder, seconds),
+    "images-compressed": lambda folder, seconds: images(folder, seconds, compression="lzf"),
+    "images-compressed-2-workers": lambda folder, seconds: images(folder, seconds, compression="lzf", num_workers=2),
     "video": lambda folder, seconds: video(folder, seconds),
     "video-batches": lambda folder, seconds: video_batches(folder, seconds, num_workers=0),
     "video-batches-2-workers": lambda folder, seconds: video_batches(folder, seconds, num_workers=2),
+    "demo-waiting": lambda folder, seconds: demo_waiting(folder, seconds),
 }
 
 
@@ -65,8 +73,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.alone:
         found = CASES[arguments.cases[0]](Path(arguments.folder), arguments.seconds)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KB on Linux
-        print(json.dumps(found | {"peak_resident_mb": round(peak / 1e6)}))
+        print(json.dumps(found | memory()))
         return
     about = machine.describe()
     with tempfile.TemporaryDirectory() as temporary:
@@ -76,10 +83,10 @@ def main() -> None:
 
 
 def alone(case: str, folder: Path, seconds: float) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--alone", "--cases", case, "--folder", str(folder), "--seconds", str(seconds)]
-    for attempt in ("prepare", "measure"):  # the first run makes the data, which would count as memory
+    command = [sys.executable, __file__, "--alone", "--cases", case, "--folder", str(folder), "--seconds"]
+    for attempt, length in {"prepare": 0.0, "measure": seconds}.items():  # making the data would count as memory
         print(f"{case}: {attempt}", file=sys.stderr)
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run([*command, str(length)], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -90,23 +97,73 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def states(folder: Path, seconds: float, *, num_episodes: int, memory_bytes: int | None = None) -> dict[str, Any]:
+def memory() -> dict[str, int]:
+    """In MB; the kind of memory is known on Linux alone."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KB on Linux
+    found = {"peak_resident_mb": round(peak / 1e6)}
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = (line.split() for line in status.read_text().splitlines() if line.startswith("Rss"))
+        kinds = {name: int(kilobytes) for name, kilobytes, _ in lines}
+        found |= {"private_mb": round(kinds["RssAnon:"] / 1e3), "mapped_mb": round(kinds["RssFile:"] / 1e3)}
+    return found
+
+
+def opening(folder: Path) -> dict[str, Any]:
+    """10,000 short episodes for the first time, in one process and in as many as there are processors, and again."""
+    root = folder / "many"
+    make(root, 1, lambda number: episode(number, 10))
+    for number in missing(root, 10_000):
+        os.link(hdf5.episode_path(root, 0), hdf5.episode_path(root, number))
+    workers = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as empty:
+        cache = MetadataCache(Path(empty))
+        _, first_s = timed(lambda: H5DatasetReader(root))
+        _, parallel_s = timed(lambda: H5DatasetReader(root, num_workers=workers, metadata_cache=cache))
+        _, again_s = timed(lambda: H5DatasetReader(root, metadata_cache=cache))
+    return {"first_s": first_s, f"first_{workers}_workers_s": parallel_s, "again_s": again_s}
+
+
+def states(folder: Path, seconds: float, *, num_episodes: int) -> dict[str, Any]:
     """Batches without pictures."""
     root = folder / f"state-{num_episodes}"
     make(root, num_episodes, lambda number: episode(number, EPISODE_STEPS))
     cache = MetadataCache(folder / "metadata")
     source, open_s = timed(lambda: H5DatasetReader(root, metadata_cache=cache))
-    store, load_s = timed(lambda: open_store(source, memory_bytes=memory_bytes))
-    return {"open_again_s": open_s, "load_s": load_s} | batches(store, BATCH_SIZE, seconds)
+    store, map_s = timed(lambda: open_store(source))
+    store.state[np.arange(0, store.num_rows, 8)]  # into the page cache: what is measured is no disk
+    return {"open_again_s": open_s, "map_s": map_s} | batches(store, BATCH_SIZE, seconds)
 
 
-def images(folder: Path, seconds: float, *, memory_bytes: int, num_workers: int = 0) -> dict[str, Any]:
-    """Batches with three cameras at the model's resolution, of which 1.8 GB are in 40 files."""
-    root = folder / "images"
-    make(root, 40, lambda number: episode(number, 100, {camera: noise(number, 100) for camera in CAMERAS}))
+def images(folder: Path, seconds: float, *, compression: str | None = None, num_workers: int = 0) -> dict[str, Any]:
+    """Batches with three cameras at the model's resolution; compressed ones with room for a few of them in memory."""
+    root = folder / f"images-{compression}"
+    make(root, 10, lambda number: episode(number, 100, {camera: noise(number, 100) for camera in CAMERAS}), compression)
+    memory_bytes = None if compression is None else 64 << 20
     source = H5DatasetReader(root)
     store, load_s = timed(lambda: open_store(source, memory_bytes=memory_bytes, num_workers=num_workers))
     return {"load_s": load_s, "batch_size": IMAGE_BATCH_SIZE} | batches(store, IMAGE_BATCH_SIZE, seconds)
+
+
+def demo_waiting(folder: Path, seconds: float) -> dict[str, Any]:
+    """The offline phase of the demo, on as many episodes of its shape, for about ``seconds`` after compilation."""
+    demo = get_preset("demo")
+    root = folder / "demo"
+    make(root, demo.data.collect.episodes, lambda number: episode(number, DEMO_STEPS, sizes=DEMO_SIZES))
+    if not seconds:
+        return {}
+    with tempfile.TemporaryDirectory() as runs:
+        config = dataclasses.replace(
+            demo,
+            run_dir=runs,
+            env=None,
+            data=dataclasses.replace(demo.data, path=str(root), action_normalization="z_score"),
+            offline_steps=max(100, round(DEMO_UPDATES_PER_S * seconds)),
+            online_steps=0,
+        )
+        found = make_trainer(config).train()["breakdown"]
+    training = sum(found[name] for name in ("data_s", "update_s", "log_s"))
+    return {"waiting_share": round(found["data_s"] / training, 4), "training_s": round(training, 1)}
 
 
 def video(folder: Path, seconds: float) -> dict[str, Any]:
@@ -161,7 +218,7 @@ def decoded_alone(source: LeRobotSource, number: int, step: int) -> np.ndarray:
 def frames_per_s(read: Callable[[int, int], np.ndarray], source: LeRobotSource, seconds: float) -> float:
     rng = np.random.default_rng(0)
     started, count = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - started) < seconds:
+    while (elapsed := time.perf_counter() - started) < seconds or not count:
         index = int(rng.integers(source.num_episodes))
         read(index, int(rng.integers(source.lengths[index])))
         count += 1
@@ -181,6 +238,8 @@ def batches(store: EpisodeStore, batch_size: int, seconds: float) -> dict[str, A
     while (elapsed := time.perf_counter() - started) < seconds:
         loader.batch(WARM_UP + count)
         count += 1
+    if not count:
+        return {}
     found = {name: round(value, 4) for name, value in loader.stats().items() if name != "batches_per_s"}
     loader.close()
     return {"batches_per_s": round(count / elapsed, 1)} | found
@@ -196,21 +255,28 @@ class DropPrompt:
         return data
 
 
-def make(root: Path, num_episodes: int, build: Callable[[int], Episode]) -> None:
+def make(root: Path, num_episodes: int, build: Callable[[int], Episode], compression: str | None = None) -> None:
     for number in missing(root, num_episodes):
-        hdf5.write_episode(hdf5.episode_path(root, number), build(number))
+        hdf5.write_episode(hdf5.episode_path(root, number), build(number), compression=compression)
 
 
 def missing(root: Path, num_episodes: int) -> Iterator[int]:
     return (number for number in range(num_episodes) if not hdf5.episode_path(root, number).exists())
 
 
-def episode(number: int, length: int, pictures: dict[str, np.ndarray] | None = None) -> Episode:
+def episode(
+    number: int,
+    length: int,
+    pictures: dict[str, np.ndarray] | None = None,
+    *,
+    sizes: tuple[int, int] = (STATE_DIM, ACTION_DIM),
+) -> Episode:
     rng = np.random.default_rng(number)
+    state, actions = (2 * rng.random((length, size), dtype=np.float32) - 1 for size in sizes)
     return Episode(
-        state=rng.normal(size=(length, STATE_DIM)).astype(np.float32),
-        actions=rng.normal(size=(length, ACTION_DIM)).astype(np.float32),
-        rewards=np.zeros(length, np.float32),
+        state=state,
+        actions=actions,
+        rewards=np.arange(length, dtype=np.float32) // (length - 1) - 1,
         terminals=np.arange(length) == length - 1,
         task="benchmark",
         images=pictures or {},

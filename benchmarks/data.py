@@ -73,7 +73,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.alone:
         found = CASES[arguments.cases[0]](Path(arguments.folder), arguments.seconds)
-        print(json.dumps(found | memory()))
+        print(json.dumps(memory() | found))
         return
     about = machine.describe()
     with tempfile.TemporaryDirectory() as temporary:
@@ -238,11 +238,10 @@ def batches(store: EpisodeStore, batch_size: int, seconds: float) -> dict[str, A
     while (elapsed := time.perf_counter() - started) < seconds:
         loader.batch(WARM_UP + count)
         count += 1
-    if not count:
-        return {}
     found = {name: round(value, 4) for name, value in loader.stats().items() if name != "batches_per_s"}
+    found |= memory()  # while all is mapped
     loader.close()
-    return {"batches_per_s": round(count / elapsed, 1)} | found
+    return {"batches_per_s": round(count / max(elapsed, 1e-9), 1)} | found
 
 
 class DropPrompt:

@@ -12,9 +12,11 @@ import pytest
 from acrlpd.data import chunks, hdf5
 from acrlpd.data.dataset_loader import ACRLPDDataLoader, LeRobotACRLPDDataLoader, create_lerobot_acrlpd_dataloader
 from acrlpd.data.episodes import EpisodeStore
+from acrlpd.data.frame_cache import FrameCache
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.lerobot import LeRobotSource
 from acrlpd.data.loader import ChunkLoader
+from acrlpd.data.mapped import MappedRows
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.types import Episode
 
@@ -96,6 +98,19 @@ def test_a_lerobot_dataset_makes_batches(videos):
     assert windowed.stats().keys() - loader.stats().keys() == {"cache_hit_rate"}
     assert_same(windowed.batch(2), batch)
     windowed.close()
+
+
+@pytest.mark.reference
+def test_frames_of_videos_are_mapped_from_the_cache(videos, tmp_path):
+    cache = FrameCache(tmp_path, 24, 32)
+    source = LeRobotSource(videos, episodes=[1, 0], frame_cache=cache)
+    decoded = ACRLPDDataLoader(source, 6, 4, seed=5)
+    cache.build(source)
+    loader = ACRLPDDataLoader(source, 6, 4, memory_bytes=1 << 16, seed=5)
+    assert all(isinstance(column.rows, MappedRows) for key, column in loader._prior._columns.items() if "/" in key)
+    assert_same(loader.batch(2), decoded.batch(2))
+    for each in (loader, decoded):
+        each.close()
 
 
 HOST = """

@@ -21,12 +21,14 @@ import numpy as np
 from jaxtyping import UInt8
 
 from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeSource
+from acrlpd.data.layouts.columns import Rows
 from acrlpd.data.layouts.own import sync
 from acrlpd.data.transforms import resize_with_pad
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 64  # frames decoded at a time
+HEADER_BYTES = 128  # of a npy file of this form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +107,13 @@ class FrameCache:
             )
         return np.array(record[start:stop])
 
+    def rows(self, camera: str, origin: FrameOrigin, length: int) -> Rows | None:
+        """Where a record's frames lie in its file, to be mapped; None where there is no record of this form."""
+        path = self.record_path(camera, origin)
+        if not path.is_file() or path.stat().st_size != self._record_bytes(length):
+            return None
+        return Rows(path, "", camera, (length, self.height, self.width, 3), np.dtype(np.uint8), HEADER_BYTES)
+
     def resize(self, frames: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t h w 3"]:
         """As a record would hold them, so that a source's frames have one size whether or not they are cached."""
         if frames.shape[1:3] == (self.height, self.width):
@@ -119,7 +128,7 @@ class FrameCache:
         return self.folder / f"{self.height}x{self.width}" / camera / f"{origin.name}-{key}.npy"
 
     def _record_bytes(self, length: int) -> int:
-        return length * self.height * self.width * 3 + 128  # the header of a npy file of this form
+        return length * self.height * self.width * 3 + HEADER_BYTES
 
     def _write(self, source: FrameSource, index: int, camera: str) -> None:
         origin, length = source.frame_origin(index, camera), int(source.lengths[index])

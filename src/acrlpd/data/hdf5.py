@@ -200,19 +200,22 @@ class H5DatasetReader:
         return self._frame_cache.resize(columns[key].read(start, stop)) if cached is None else cached
 
     def mapped(self) -> dict[str, Rows]:
-        """All rows of what needs no reading: keys that lie in the files as in memory, and what opening found out.
+        """All rows of what needs no reading: what lies in files as in memory, and what opening found out."""
 
-        Pictures are left out where a frame cache has them.
-        """
-
-        def episodes() -> Iterator[dict[str, Column]]:
+        def episodes() -> Iterator[dict[str, Column | None]]:
             for index in range(self.num_episodes):
                 columns = self._stored_columns(index)
-                cached = self._frame_cache is not None
-                yield {key: each for key, each in columns.items() if not (cached and key.startswith(IMAGE_PREFIX))}
+                yield {key: self._cached(index, key, column) for key, column in columns.items()}
 
         known = {key: self._opened[key] for key in ("rewards", "terminals")}
         return {**map_rows(episodes(), self.lengths), **known}
+
+    def _cached(self, index: int, key: str, column: Column) -> Column | None:
+        """Pictures as the frame cache has them, if there is one; None where it has none."""
+        if self._frame_cache is None or not key.startswith(IMAGE_PREFIX):
+            return column
+        camera = key.removeprefix(IMAGE_PREFIX)
+        return self._frame_cache.rows(camera, self._origin(index, column), int(self.lengths[index]))
 
     def frame_origin(self, index: int, camera: str) -> FrameOrigin:
         """Which file the frames of a camera come from; for the frame cache."""

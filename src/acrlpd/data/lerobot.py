@@ -26,6 +26,7 @@ from acrlpd.data import lerobot_meta, video
 from acrlpd.data.episodes import IMAGE_PREFIX, KNOWN_SUCCESS, BadEpisodes, EpisodeInfo
 from acrlpd.data.frame_cache import FrameCache, FrameOrigin
 from acrlpd.data.lerobot_meta import REQUIRED, TASK_INDEX, TIMESTAMP, EpisodeRow
+from acrlpd.data.mapped import MappedRows, map_rows
 from acrlpd.data.metadata_cache import Arrays, MetadataCache, pack, unpack
 from acrlpd.data.parquet import DataError, ParquetReader
 from acrlpd.data.rewards import RewardConfig, label, success_of, success_reward
@@ -183,6 +184,20 @@ class LeRobotSource:
         if key in names:
             return self._frames(facts, names[key], start, stop)
         return np.array(self._rows(facts, key)[start:stop])
+
+    def mapped(self) -> dict[str, MappedRows]:
+        """All frames of the cameras of which the frame cache holds every episode."""
+        if self._frame_cache is None:
+            return {}
+        cache = self._frame_cache
+        records = (
+            {
+                IMAGE_PREFIX + name: cache.rows(name, self._origin(facts, name), facts.row.length)
+                for name in self.cameras
+            }
+            for facts in self._facts
+        )
+        return map_rows(records, self.lengths)
 
     def frame_origin(self, index: int, camera: str) -> FrameOrigin:
         """Which file the frames of a camera come from; for the frame cache."""

@@ -72,7 +72,7 @@ class _Part:
         return self.numbers[self.origins[episodes] + rows * self.width][..., None].view(self.dtype)
 
 
-def map_rows(episodes: Iterable[Mapping[str, Column]], lengths: Int[np.ndarray, " n"]) -> dict[str, MappedRows]:
+def map_rows(episodes: Iterable[Mapping[str, Column | None]], lengths: Int[np.ndarray, " n"]) -> dict[str, MappedRows]:
     """The keys whose bytes in the files are their rows, in every episode and in one dtype; others are left out."""
     found: dict[str, list[tuple[StoredRows, ...] | None]] = {}
     for columns in episodes:
@@ -89,7 +89,7 @@ def map_rows(episodes: Iterable[Mapping[str, Column]], lengths: Int[np.ndarray, 
     }
 
 
-def _plain_parts(column: Column) -> tuple[StoredRows, ...] | None:
+def _plain_parts(column: Column | None) -> tuple[StoredRows, ...] | None:
     """The data sets that a column consists of, if they are all there is to it."""
     if isinstance(column, Pictures) and not column.flip:
         column = column.rows

@@ -30,6 +30,7 @@ _HOMES = {
     "acrlpd.models.critic": ("CriticConfig", "CriticNetworks"),
     "acrlpd.models.mlp_flow": ("MLPFlow", "MLPFlowConfig"),
     "acrlpd.models.pi0": ("Pi0", "Pi0Config"),
+    "acrlpd.doctor": ("validate_installation",),
     "acrlpd.overrides": ("apply_config_overrides", "load_yaml", "merge_configurations"),
     "acrlpd.platforms": (
         *("PLATFORM_DATA_CONFIGS", "PLATFORM_LR_SCHEDULES", "PLATFORM_MEMORY_REQUIREMENTS"),
@@ -40,9 +41,14 @@ _HOMES = {
         *("get_libero_acrlpd_config", "get_libero_config", "get_preset"),
     ),
     "acrlpd.training.checkpoint": ("ACRLPDCheckpointManager",),
+    "acrlpd.training.guides": (
+        *("HYPERPARAMETER_TUNING_PROTOCOL", "PERFORMANCE_OPTIMIZATION_STRATEGIES", "TROUBLESHOOTING_GUIDE"),
+    ),
     "acrlpd.training.loop": ("ACRLPDTrainer",),
+    "acrlpd.training.monitor": ("ACRLPDDebugger", "ACRLPDTrainingMonitor", "TrainingMetrics"),
     "acrlpd.training.protocol": ("ACRLPDEvaluationProtocol",),
     "acrlpd.training.setup": ("load_checkpoint", "make_trainer"),
+    "acrlpd.training.writers": ("WANDB_METRIC_GROUPS",),
     "acrlpd.types": ("ChunkBatch", "Episode", "Observation"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -20,6 +20,7 @@ from acrlpd.models import gemma
 
 T = TypeVar("T")
 PolicyKind = Literal["pi0", "pi05", "mlp_flow", "gaussian"]
+LoggerKind = Literal["tensorboard", "wandb", "trackio"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +177,15 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoggerConfig:
+    """Who gets the numbers beside ``metrics.jsonl``."""
+
+    kinds: tuple[LoggerKind, ...] = ()
+    project: str = "acrlpd_pi0"  # of wandb and trackio; a run there has the run's name
+    wandb_mode: Literal["online", "offline", "disabled"] = "online"
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A run: what is trained, on what, for how long, and where its files go."""
 
@@ -202,6 +212,7 @@ class TrainConfig:
     online_loss_weights: LossWeights | None = None  # reached linearly ...
     online_transition_steps: int = 1000  # ... over this many updates of the online phase
     log_frequency: int = 100  # updates
+    loggers: LoggerConfig = dataclasses.field(default_factory=LoggerConfig)
     save_frequency: int = 50_000  # updates
     max_to_keep: int = 2  # newest checkpoints, beside the best and that at the end of the offline phase
     keep_period: int | None = None  # updates: checkpoints at its multiples are never deleted

@@ -42,6 +42,7 @@ _FIELDS = {
     "eval_frequency": ("eval.frequency",),
     "num_eval_episodes": ("eval.episodes",),
     "experiment_name": ("name",),
+    "project_name": ("loggers.project",),
     "checkpoint_dir": ("run_dir",),
     "pi0_peak_lr": ("optimizers.policy.schedule.peak_lr",),
     "critic_peak_lr": ("optimizers.critic.schedule.peak_lr", "optimizers.temperature.schedule.peak_lr"),

@@ -7,6 +7,7 @@ is usual, and ``ConfigValidator`` compares the two.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from acrlpd import presets
 from acrlpd.config import TrainConfig
 from acrlpd.overrides import apply_config_overrides
 from acrlpd.training import memory
+from acrlpd.training.guides import HYPERPARAMETER_TUNING_PROTOCOL
 
 PLATFORM_MEMORY_REQUIREMENTS: dict[str, dict[str, str]] = {
     "droid": {"inference": "~12GB", "training": "~28GB", "large_N": "adaptive"},
@@ -84,6 +86,23 @@ def load_training_config(
     config = presets.get_preset(platform)
     config = apply_config_overrides(config, environment_overrides(config, environment))
     return apply_config_overrides(config, custom_overrides or {})
+
+
+def tuning_runs(config: TrainConfig, phase: str) -> list[TrainConfig]:
+    """One run for each combination of a phase's values, named after it and as long as the protocol says."""
+    if phase not in HYPERPARAMETER_TUNING_PROTOCOL:
+        raise ValueError(f"unknown phase {phase!r}: there are {', '.join(HYPERPARAMETER_TUNING_PROTOCOL)}")
+    protocol = HYPERPARAMETER_TUNING_PROTOCOL[phase]
+    space = protocol["search_space"]
+    combinations = list(itertools.product(*space.values()))
+    return [
+        apply_config_overrides(
+            config,
+            dict(zip(space, values, strict=True))
+            | {"name": f"{config.name}-{phase}-{number}", "offline_steps": protocol["tuning_steps"]},
+        )
+        for number, values in enumerate(combinations)
+    ]
 
 
 class ConfigValidator:

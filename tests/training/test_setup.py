@@ -64,7 +64,7 @@ def test_a_checkpoint_needs_neither_the_weights_it_started_from_nor_an_environme
         dtype="float32",
     )
     trainer = setup.make_trainer(config)
-    trainer._save()
+    trainer.save()
     trainer._checkpoints.wait()
     loaded = setup.load_checkpoint(setup.run_files(config).directory)
     for ours, theirs in zip(policy_arrays(loaded.agent), policy_arrays(trainer.agent), strict=True):

@@ -21,6 +21,7 @@ COMMANDS = {
     "weights": "what arrays a checkpoint holds; convert between openpi's layout, PaliGemma, safetensors and npz",
     "data": "what a data set holds, what is wrong with it; convert it; decode its pictures once",
     "config": "show, compare and save configurations",
+    "doctor": "whether everything a run needs is there and works",
     "plan": "parameters, memory and checkpoint size of a run, before it starts",
     "norm-stats": "normalization statistics of a data set, in openpi's file",
 }

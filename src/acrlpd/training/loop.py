@@ -31,8 +31,10 @@ from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.evaluate import Evaluation, chunk_policy, evaluate
 from acrlpd.training.faults import DataFault, Diverged, Interrupted
 from acrlpd.training.guards import RunLock, SkippedUpdates, StopRequest
-from acrlpd.training.metrics import JsonlWriter, MetricAverage, Stopwatch, write_json
+from acrlpd.training.metrics import MetricAverage, Stopwatch, write_json
+from acrlpd.training.monitor import ACRLPDTrainingMonitor
 from acrlpd.training.sharding import make_mesh, put_batch
+from acrlpd.training.writers import make_writers
 from acrlpd.types import ChunkBatch
 
 logger = logging.getLogger(__name__)
@@ -154,7 +156,7 @@ class ACRLPDTrainer:
         self.progress = progress or Progress()
         self._step = int(agent.step)
         self._transform = transform
-        self._norm_stats = norm_stats
+        self.norm_stats = norm_stats
         self._files = files
         self._interaction = interaction
         self._eval_environments = eval_environments
@@ -164,6 +166,8 @@ class ACRLPDTrainer:
         self._watch = Stopwatch()
         self._checkpoints = checkpoints
         self._fresh_agent = fresh_agent
+        self._monitor = ACRLPDTrainingMonitor()
+        self._logged = time.perf_counter(), self._step  # when, and after which update
         self._lock = lock
         self._skipped = SkippedUpdates(files.skipped, limit=config.max_skipped_updates)
         self._started = time.perf_counter(), time.process_time()
@@ -185,7 +189,9 @@ class ACRLPDTrainer:
             if self._eval_environments is not None:
                 closing.callback(self._eval_environments.close)
             write_json(self._files.config, to_dict(self.config))
-            self._writer = JsonlWriter(self._files.metrics)
+            self._writer = make_writers(
+                self._files.metrics, self.config.loggers, name=self.config.name, run_config=to_dict(self.config)
+            )
             closing.callback(self._writer.close)
             with guards.stop_on_signal() as stop:
                 for phase in PHASES:
@@ -205,10 +211,10 @@ class ACRLPDTrainer:
                     self._roll_back_if_diverged()
                 self._evaluate_on_the_way(phase)
                 if self._step % self.config.save_frequency == 0:
-                    self._save()
+                    self.save()
                 bar.update(self._extent(phase)[1] - bar.n)
                 if stop:
-                    self._save()
+                    self.save()
                     raise Interrupted(f"{stop.signal_name}: saved step {self._step} in {self._files.directory}")
         self._end(phase)
 
@@ -249,7 +255,7 @@ class ACRLPDTrainer:
         try:
             return self.loader.batch(draw, online=online)
         except (OSError, ValueError) as error:
-            self._save()
+            self.save()
             raise DataFault(
                 f"no batch can be made for update {self._step}: {error}. The run is saved at this step in "
                 f"{self._files.directory}: bring the data back, then use --resume."
@@ -342,12 +348,24 @@ class ACRLPDTrainer:
             metrics = self._average.fetch()  # waits for the device
         with self._watch.span("log"):
             record = {"step": self._step, "phase": phase, "env_steps": self.progress.env_steps, "wall_s": self._wall()}
-            record |= {f"train/{name}": value for name, value in metrics.items()}
+            numbers = {f"train/{name}": value for name, value in metrics.items()}
+            numbers |= {f"loader/{name}": value for name, value in self.loader.stats().items()}
+            numbers |= self._throughput() | {"data/mask_ratio": metrics["mask_ratio"]}
             if phase == "online":
-                record |= self._about_rollouts()
-            self._writer.write(record | {f"loader/{name}": value for name, value in self.loader.stats().items()})
+                numbers |= self._about_rollouts()
+            self._monitor.monitor_training_step(self._step, numbers)
+            self._writer.write(record | numbers)
         shown = {"loss": "total_loss", "q": "q_mean"}  # imitation alone has no Q
         return {name: f"{metrics[metric]:.3g}" for name, metric in shown.items() if metric in metrics}
+
+    def _throughput(self) -> dict[str, float]:
+        """Since the last log point, whatever happened in between; bytes where the device counts them."""
+        now, (before, step) = time.perf_counter(), self._logged
+        self._logged = now, self._step
+        seconds = (now - before) / max(self._step - step, 1)
+        found = {"timing/step_duration": seconds, "timing/samples_per_sec": self.config.data.batch_size / seconds}
+        memory = jax.local_devices()[0].memory_stats()
+        return found | ({"memory/gpu_usage": memory["bytes_in_use"]} if memory else {})
 
     def _roll_back_if_diverged(self) -> None:
         """To the newest checkpoint before a long row of skipped updates, or to the beginning."""
@@ -400,7 +418,7 @@ class ACRLPDTrainer:
         self._checkpoints.keep.discard(self.progress.best_step)
         self.progress.best_step, self.progress.best_step_success = self._step, success
         self._checkpoints.keep |= {self._step, self.config.offline_steps}
-        self._save()
+        self.save()
         write_json(self._files.best, {"step": self._step, "success": success})
 
     def _evaluate(self, name: str, mode: ActingMode, episodes: int) -> tuple[Evaluation, list[Rollout]]:
@@ -434,9 +452,10 @@ class ACRLPDTrainer:
                 self.progress.results[name] = result.summary()
                 save_rollouts(self._files.evaluation(name), rollouts)
         self.progress.finished = [*dict.fromkeys([*self.progress.finished, phase])]  # a lengthened phase ends twice
-        self._save()
+        self.save()
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Starts a checkpoint of this moment; training goes on while it is written."""
         with self._watch.span("update"):
             jax.block_until_ready(self.agent.step)
         with self._watch.span("checkpoint"):
@@ -444,7 +463,7 @@ class ACRLPDTrainer:
             self._checkpoints.save(
                 self.agent,
                 asset_id=self.config.asset_id,
-                norm_stats=self._norm_stats,
+                norm_stats=self.norm_stats,
                 run={
                     "config": to_dict(self.config),
                     "progress": dataclasses.asdict(self.progress),

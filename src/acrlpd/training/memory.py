@@ -27,6 +27,10 @@ from acrlpd.types import ChunkBatch, Observation
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # of openpi's models
+QUICKLY: dict[str, str | bool] = {
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": True,
+}  # it is never run
 SLACK = 0.05  # of a device's memory, which the runtime keeps for itself
 
 
@@ -184,7 +188,7 @@ def _dims(config: TrainConfig) -> Dims:
 def _compiled(agent: ACRLPDAgent, batch: ChunkBatch) -> tuple[int, int]:
     """Bytes of temporaries of one update, and of results that take no argument's place."""
     rng = jax.eval_shape(lambda: jax.random.key(0))
-    program = acrlpd._update.lower(agent, batch, rng, agent.config.loss_weights).compile()
+    program = acrlpd._update.lower(agent, batch, rng, agent.config.loss_weights).compile(QUICKLY)
     analysis = program.memory_analysis()
     if analysis is None:
         raise RuntimeError("this backend's compiler does not say how much memory a program needs")

@@ -190,7 +190,7 @@ def _empty(directory: Path) -> None:
 
 CHANGEABLE = (
     *("run_dir", "name", "online_steps", "log_frequency", "save_frequency", "max_to_keep", "keep_period"),
-    *("rollout.backend", "rollout.num_workers", "rollout.timeout_s"),
+    *("rollout.backend", "rollout.num_workers", "rollout.timeout_s", "loggers.*"),
     *(
         "max_skipped_updates",
         "max_rollbacks",

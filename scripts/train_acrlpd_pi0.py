@@ -28,7 +28,7 @@ from acrlpd.training.faults import EXIT_FAULT, RunFault
 SOURCES = ("data_dir", "lerobot_repo_id", "checkpoint_dir", "experiment_name")
 NUMBERS = ("bc_weight", "pi0_peak_lr", "critic_peak_lr", "discount", "max_grad_norm")
 COUNTS = (
-    *("offline_steps", "online_steps", "batch_size", "best_of_n_samples"),
+    *("offline_steps", "online_steps", "batch_size", "best_of_n_samples", "gradient_accumulation_steps"),
     *("fsdp_devices", "seed", "log_frequency", "eval_frequency", "save_frequency", "num_eval_episodes"),
 )
 

@@ -29,7 +29,7 @@ _GROUPS = {
     "loss_weights": ("agent.loss_weights",),
     "temperature_config": ("agent.temperature",),
 }
-_AGENT = ("best_of_n_samples", "discount", "target_update_tau")
+_AGENT = ("best_of_n_samples", "discount", "target_update_tau", "gradient_accumulation_steps")
 _FIELDS = {
     **{name: (f"agent.{name}",) for name in _AGENT},
     **{f"{name}_weight": (f"agent.loss_weights.{name}_weight",) for name in ("bc", "critic", "actor", "alpha")},

@@ -180,6 +180,7 @@ def get_aloha_config() -> TrainConfig:
             ),
             temperature=TemperatureConfig(initial_temp=0.5, target_entropy_multiplier=0.3),
             loss_weights=LossWeights(bc_weight=0.001, alpha_weight=0.8),
+            gradient_accumulation_steps=2,
             best_of_n_samples=32,
             flow_steps=30,
             discount=0.99,

@@ -19,10 +19,11 @@ import jax
 import numpy as np
 import pytest
 
+from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.models import weights
 from acrlpd.training import setup
 from acrlpd.training.checkpoint import DamagedCheckpoint
-from acrlpd.training.faults import EXIT_FAULT, EXIT_INTERRUPTED, DataFault, Diverged
+from acrlpd.training.faults import EXIT_FAULT, EXIT_INTERRUPTED, DataFault, Diverged, RunFault
 from acrlpd.training.guards import RunLock
 from acrlpd.training.metrics import read_jsonl
 
@@ -173,19 +174,22 @@ def test_one_process_a_folder(tmp_path):
 
 
 def test_vanished_data_saves_the_run_and_says_what_is_missing(tiny_config):
-    config = dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, memory_bytes=1))
-    trainer = setup.make_trainer(config)
+    """Files that were open stay readable until they are closed, so it is the reader that fails here."""
+    trainer = setup.make_trainer(tiny_config)
     batch = trainer.loader.batch
 
     def vanish(draw, **options):
         if draw == 3:
-            shutil.rmtree(config.data.path)
+            raise FileNotFoundError(2, "No such file or directory", "data/episode_0.hdf5")
         return batch(draw, **options)
 
     trainer.loader.batch = vanish
     with pytest.raises(DataFault, match=r"no batch can be made for update 3: .*episode_0.*--resume"):
         trainer.train()
     assert trainer._checkpoints.steps() == [3]
+    shutil.rmtree(tiny_config.data.path)
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        setup.make_trainer(tiny_config, resume=True)
 
 
 def poison(trainer, is_poisoned):
@@ -220,3 +224,34 @@ def test_a_run_that_no_rollback_helps_ends(tiny_config):
     poison(trainer, lambda draw: True)
     with pytest.raises(Diverged, match=r"2 updates in a row from step 0 .*1 rollbacks did not help"):
         trainer.train()
+
+
+@pytest.mark.parametrize("donated", [False, True])
+def test_out_of_memory_goes_on_in_smaller_pieces(tiny_config, caplog, monkeypatch, donated):
+    """As a device would say it, until the batch of 8 is in four pieces. ``donated``: the failed call took the agent."""
+    update = ACRLPDAgent.update
+
+    def limited(agent, batch, rng, weights):
+        if agent.config.gradient_accumulation_steps < 4 and int(agent.step) == 5:
+            if donated:
+                jax.tree.map(lambda leaf: leaf.delete(), agent)
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+        return update(agent, batch, rng, weights)
+
+    monkeypatch.setattr(ACRLPDAgent, "update", limited)
+    agent = dataclasses.replace(tiny_config.agent, best_of_n_block=2)
+    trainer = setup.make_trainer(dataclasses.replace(tiny_config, agent=agent))
+    trainer.train()
+    assert int(trainer.agent.step) == 8
+    warnings = [text for text in caplog.messages if "out of memory in update 5" in text]
+    assert ["best_of_n_strategy" in text for text in warnings] == [True, False, False]
+    assert "agent.gradient_accumulation_steps from 2 to 4" in warnings[2]
+
+
+def test_out_of_memory_with_nothing_left_to_shrink_ends(tiny_config, monkeypatch):
+    def refuse(agent, batch, rng, weights):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+    monkeypatch.setattr(ACRLPDAgent, "update", refuse)
+    with pytest.raises(RunFault, match="nothing can be made smaller"):
+        setup.make_trainer(tiny_config).train()

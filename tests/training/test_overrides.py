@@ -38,6 +38,7 @@ optimization:
   pi0_lr_schedule:
     peak_lr: 2e-5
     decay_steps: 80000
+  gradient_accumulation_steps: 2
 """
 
 
@@ -49,6 +50,7 @@ def test_the_founding_example_loads_as_it_is(tmp_path):
         "agent.critic.hidden_dims: was [512, 512, 256], now [512, 512, 256, 128]",
         "agent.critic.num_critics: was 10, now 12",
         "agent.flow_steps: was 50, now 40",
+        "agent.gradient_accumulation_steps: was 1, now 2",
         "agent.loss_weights.alpha_weight: was 1.0, now 0.8",
         "agent.loss_weights.bc_weight: was 0.01, now 0.015",
         "data.batch_size: was 64, now 96",

@@ -6,13 +6,14 @@ A signal, a second process on the same folder, a disk that takes nothing more, d
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime as dt
 import fcntl
 import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from acrlpd.agents.config import AgentConfig
 from acrlpd.training.faults import RunFault
 from acrlpd.training.metrics import JsonlWriter
 from acrlpd.types import ChunkBatch
@@ -61,6 +63,27 @@ def explain_storage(directory: Path) -> Iterator[None]:
             f"{directory} cannot be written: {error}. Everything up to the last checkpoint is intact: make room or "
             "restore the folder, then use --resume."
         ) from error
+
+
+@contextlib.contextmanager
+def if_out_of_memory(lighten: Callable[[str], None]) -> Iterator[None]:
+    """Calls ``lighten`` with the compiler's or device's words when the block needs more memory than there is."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        lighten(str(error).splitlines()[0])
+
+
+def lighter(config: AgentConfig, batch_size: int, num_devices: int) -> AgentConfig | None:
+    """The next thing to try: candidates in blocks, then the batch in twice as many pieces; None: nothing is left."""
+    if config.best_of_n_strategy == "parallel" and config.candidates_in_target > config.best_of_n_block:
+        return dataclasses.replace(config, best_of_n_strategy="chunked")
+    parts = 2 * config.gradient_accumulation_steps
+    if batch_size % parts or batch_size // parts < num_devices:
+        return None
+    return dataclasses.replace(config, gradient_accumulation_steps=parts)
 
 
 class SkippedUpdates:

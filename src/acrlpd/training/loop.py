@@ -26,10 +26,11 @@ from acrlpd.data.replay import ReplayJournal
 from acrlpd.data.transforms import Transform
 from acrlpd.envs.rollout import OnlineCollector, Rollout
 from acrlpd.envs.vector import VectorEnv
+from acrlpd.overrides import differences
 from acrlpd.training import guards
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.evaluate import Evaluation, chunk_policy, evaluate
-from acrlpd.training.faults import DataFault, Diverged, Interrupted
+from acrlpd.training.faults import DataFault, Diverged, Interrupted, RunFault
 from acrlpd.training.guards import RunLock, SkippedUpdates, StopRequest
 from acrlpd.training.metrics import MetricAverage, Stopwatch, write_json
 from acrlpd.training.monitor import ACRLPDTrainingMonitor
@@ -203,15 +204,16 @@ class ACRLPDTrainer:
         total, done = self._extent(phase)
         with tqdm(total=total, initial=done, desc=phase, unit="step", mininterval=BAR_SECONDS) as bar:
             while not self._finished(phase):
-                if phase == "online":
-                    self._interact()
-                self._update(phase)
-                if self._step % self.config.log_frequency == 0:
-                    bar.set_postfix(self._log(phase))
-                    self._roll_back_if_diverged()
-                self._evaluate_on_the_way(phase)
-                if self._step % self.config.save_frequency == 0:
-                    self.save()
+                with guards.if_out_of_memory(self._lighten):
+                    if phase == "online":
+                        self._interact()
+                    self._update(phase)
+                    if self._step % self.config.log_frequency == 0:
+                        bar.set_postfix(self._log(phase))
+                        self._roll_back_if_diverged()
+                    self._evaluate_on_the_way(phase)
+                    if self._step % self.config.save_frequency == 0:
+                        self.save()
                 bar.update(self._extent(phase)[1] - bar.n)
                 if stop:
                     self.save()
@@ -387,6 +389,34 @@ class ACRLPDTrainer:
         self._checkpoints.discard_after(self._step)
         self.progress.rollbacks += 1
         logger.warning("%s. Rolled back to step %d, where other batches and noise are drawn.", what, self._step)
+
+    def _lighten(self, reason: str) -> None:
+        """Goes on with the same batches in smaller pieces. The call that failed may have used up the agent."""
+        agent_config = guards.lighter(self.config.agent, self.config.data.batch_size, jax.device_count())
+        if agent_config is None:
+            raise RunFault(
+                f"out of memory in update {self._step}, and nothing can be made smaller: {reason}. acrlpd plan says "
+                "what this run needs; the last checkpoint is intact."
+            )
+        logger.warning(
+            "out of memory in update %d (%s). Going on with %s.",
+            self._step,
+            reason,
+            "; ".join(
+                line.replace(": was", " from").replace(", now", " to")
+                for line in differences(
+                    dataclasses.asdict(self.config.agent), dataclasses.asdict(agent_config), "agent."
+                )
+            ),
+        )
+        self.config = dataclasses.replace(self.config, agent=agent_config)
+        self._compiled.clear()
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.agent)):
+            self._checkpoints.wait()
+            self.agent = self._last_good(self._step)
+            self._step = int(self.agent.step)
+        nets = dataclasses.replace(self.agent.nets, config=agent_config)
+        self.agent = dataclasses.replace(self.agent, nets=nets)
 
     def _last_good(self, before: int) -> ACRLPDAgent:
         if any(step <= before for step in self._checkpoints.steps()):

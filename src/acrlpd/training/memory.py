@@ -114,7 +114,8 @@ def advice(config: TrainConfig, found: Plan) -> list[str]:
         return []
     lines = []
     if found.activation_bytes >= found.total_bytes // 4 and found.local_batch > 1:
-        lines.append(f"--data.batch_size {config.data.batch_size // 2}: half the batch")
+        parts = 2 * config.agent.gradient_accumulation_steps
+        lines.append(f"--agent.gradient_accumulation_steps {parts}: the same batch in smaller pieces")
     if config.agent.best_of_n_strategy == "parallel" and config.agent.candidates_in_target > 1:
         lines.append("--agent.best_of_n_strategy chunked: the candidates of the target in blocks")
     if found.machine.devices > config.fsdp_devices:

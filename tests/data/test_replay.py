@@ -1,10 +1,17 @@
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from acrlpd.data import hdf5
 from acrlpd.data.replay import ReplayJournal
+from acrlpd.data.sources import open_episodes
 from acrlpd.types import Episode
 
 
@@ -117,3 +124,48 @@ def test_what_is_set_aside_overwrites_nothing(journal):
         with pytest.warns(UserWarning, match="no line for it"):
             again = ReplayJournal(journal.directory)
     assert damaged(again) == ["1-episode_000004.hdf5", "episode_000004.hdf5"]
+
+
+def test_its_folder_is_prior_data(journal):
+    prior = open_episodes(journal.directory, remember=False)
+    assert (prior.format, prior.lengths.tolist()) == ("acrlpd", [1, 2, 3, 4])
+    np.testing.assert_array_equal(prior.episode(3).state, make_episode(3).state)
+
+
+WRITER = """
+import sys
+import numpy as np
+from acrlpd.data.replay import ReplayJournal
+from acrlpd.types import Episode
+
+journal = ReplayJournal(sys.argv[1])
+while True:
+    rows = np.full((50, 20), len(journal), np.float32)
+    journal.append(Episode(rows, rows, rows[:, 0], rows[:, 0] < 0, task="push"))
+    print(len(journal), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*has no line for it")
+def test_a_killed_writer_loses_the_running_episode_alone(tmp_path):
+    confirmed = 0
+    for delay_s in (0.0, 0.003, 0.011):  # after an episode was confirmed
+        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        writer = subprocess.Popen(command, env=subprocess_env(), stdout=subprocess.PIPE, text=True)
+        assert writer.stdout is not None
+        for _ in range(3):
+            confirmed = int(writer.stdout.readline())
+        time.sleep(delay_s)
+        writer.kill()
+        rest = writer.stdout.read().split()
+        assert writer.wait() == -signal.SIGKILL
+        confirmed = max(confirmed, *map(int, rest)) if rest else confirmed
+        loaded = list(ReplayJournal(tmp_path).load())
+        assert confirmed <= len(loaded) <= confirmed + 1
+        assert [episode.state[0, 0] for episode in loaded] == list(range(len(loaded)))
+
+
+def subprocess_env():
+    source = str(Path(hdf5.__file__).parents[2])
+    return os.environ | {"PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}

@@ -8,13 +8,14 @@ episode ends where its rows end.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from acrlpd.types import Episode
 REWARD, SUCCESS = "next.reward", "next.success"
 TERMINAL = "next.terminal"  # where the task ended; only sets that acrlpd wrote have it
 FULL_CHECK_BLOCK = 64  # frames
+READERS = 8  # threads that read parquet files
 TOLERANCE_S = 1e-4  # as the lerobot library has it
 
 
@@ -270,12 +272,14 @@ class LeRobotSource:
         """All that is remembered of the episodes that can be used."""
         good, usable = [], []
         video_times: dict[Path, np.ndarray] = {}  # of files that episodes share
-        for row in rows:
-            with bad.guard(_name(row)):
-                checked = self._check_rows(row)
-                if bad.skip:
-                    self._check_pictures(checked, video_times)
-                good.append(checked)
+        with contextlib.closing(self._checked(rows)) as outcomes:
+            for row, outcome in zip(rows, outcomes, strict=True):
+                with bad.guard(_name(row)):
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    if bad.skip:
+                        self._check_pictures(outcome, video_times)
+                    good.append(outcome)
         self._check_total_frames()
         threshold = success_reward(self._rewards, _reward_values(good))
         for checked in good:
@@ -303,6 +307,21 @@ class LeRobotSource:
                 "episode is given the task of its first frame; window(..., 'task', ...) has that of each frame.",
                 stacklevel=4,
             )
+
+    def _checked(self, rows: Sequence[EpisodeRow]) -> Generator[_Checked | Exception, None, None]:
+        """What ``_check_rows`` gives or raises; where each episode has a file of its own, several are read at once."""
+
+        def attempt(row: EpisodeRow) -> _Checked | Exception:
+            try:
+                return self._check_rows(row)
+            except (ValueError, OSError) as error:
+                return error
+
+        pool = ThreadPoolExecutor(READERS if len({row.file for row in rows}) == len(rows) else 1)
+        try:
+            yield from pool.map(attempt, rows)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _check_rows(self, row: EpisodeRow) -> _Checked:
         if row.length < 1:
@@ -429,7 +448,7 @@ def _bad(row: EpisodeRow, file: Path, text: str, key: str | None = None) -> Valu
     return ValueError(f"{file}: episode {row.number}: {'' if key is None else key + ': '}{text}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _blaming(row: EpisodeRow, file: Path, key: str | None = None) -> Iterator[None]:
     """Adds file, episode and key to errors that only know what is wrong."""
     try:

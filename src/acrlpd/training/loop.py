@@ -467,7 +467,7 @@ class ACRLPDTrainer:
                 execute_horizon=self.config.execute_horizon or self.config.policy.action_horizon,
             )
         record = {"step": self._step, "phase": name, "env_steps": self.progress.env_steps, "wall_s": self._wall()}
-        self._writer.write(record | result.metrics())
+        self._writer.write(record | {"cpu_s": self._cpu()} | result.metrics())
         tqdm.write(f"{name}, step {self._step}: success {result}")
         return result, rollouts
 
@@ -505,6 +505,9 @@ class ACRLPDTrainer:
 
     def _wall(self) -> float:
         return self.progress.wall_s + time.perf_counter() - self._started[0]
+
+    def _cpu(self) -> float:
+        return self.progress.cpu_s + time.process_time() - self._started[1]
 
     def _settle_clocks(self) -> None:
         """Moves the time since the last call into the run's account, which outlives this process."""

@@ -1,0 +1,361 @@
+"""What one update costs: passes through the policy, and time beside a supervised step, the literal recipe, stored
+prefixes, and the critic alone.
+
+    python benchmarks/update.py [--size mid|nano] [--batch 4] [--candidates 8] [--steps 10] [--critics 2 10] [--json]
+
+Passes: FLOPs of the whole update as traced, loops multiplied out, beside those of the passes that the table in
+``docs/algorithm.md``, section 6, allows; a pass too many shows as the difference. The compiler's own count stands
+beside them for one candidate and one Euler step with unrolled layers, where its program has no loop: a loop it counts
+once.
+
+The literal recipe is the founding design's joint loss, each term encoding and sampling by itself: the critic encodes s
+and s' and takes the best of N at s', each candidate by its own call; imitation encodes s again, and so does the entropy
+with samples of its own. (Its actor term is left out, as best of N has none.) The critic alone learns from stored
+features and the data's own next chunks, as before any policy is asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flops
+import jax
+import jax.numpy as jnp
+import machine
+import numpy as np
+import optax
+import sampling
+from flax import nnx
+
+from acrlpd.agents import acrlpd, losses
+from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.agents.config import AgentConfig, TemperatureConfig
+from acrlpd.agents.draws import Draws
+from acrlpd.models import flow
+from acrlpd.models.critic import CriticConfig
+from acrlpd.models.pi0 import Pi0, Pi0Config
+from acrlpd.types import ChunkBatch, Observation
+
+ROBOT_DIM = 7
+NANO = dataclasses.replace(
+    sampling.CONFIG,
+    action_dim=8,
+    state_dim=8,
+    action_horizon=5,
+    paligemma_variant="nano",
+    action_expert_variant="nano_expert",
+    vision_variant="nano",
+    image_size=32,
+    max_token_len=8,
+    cameras=("base_0_rgb",),
+)
+SIZES = {"mid": sampling.CONFIG, "nano": NANO}
+Call = Callable[[], Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="mid")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--critics", type=int, nargs=2, default=[2, 10], help="compared with each other")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only_passes", action="store_true", help="no timing")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    about = machine.describe()
+    setting = Setting(SIZES[arguments.size], arguments.batch, arguments.candidates, arguments.steps)
+    result: dict[str, Any] = {**about, "setting": str(setting), "passes": passes(setting)}
+    if not arguments.only_passes:
+        result["rows"] = timings(setting, arguments)
+        result["ratios"] = ratios({row["name"]: row["wall_s"]["median"] for row in result["rows"]}, arguments.critics)
+    machine.show(result, as_json=arguments.json, table=table(result))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    policy: Pi0Config
+    batch: int
+    candidates: int
+    steps: int
+
+    def agent(self, *, critics: int = 10, frozen: bool = False, **changes: Any) -> ACRLPDAgent:
+        config = AgentConfig(
+            critic=CriticConfig(num_critics=critics, q_aggregation="mean"),
+            best_of_n_samples=self.candidates,
+            flow_steps=self.steps,
+            **changes,
+        )
+        return ACRLPDAgent.create(
+            config,
+            self.policy.create(nnx.Rngs(0)),
+            dict.fromkeys(("policy", "critic", "temperature"), optax.adamw(1e-4)),
+            state_dim=self.policy.state_dim,
+            action_dim=ROBOT_DIM,
+            rng=jax.random.key(0),
+            trainable=Pi0.is_suffix_param if frozen else lambda path: True,
+        )
+
+    def observation(self, seed: int) -> Observation:
+        rng, config = np.random.default_rng(seed), self.policy
+        side, tokens = config.image_size, (self.batch, config.max_token_len)
+        images = {name: rng.integers(0, 256, (self.batch, side, side, 3), np.uint8) for name in config.cameras}
+        return Observation(
+            state=rng.normal(size=(self.batch, config.state_dim)).astype(np.float32),
+            images=images,
+            image_masks={name: np.ones(self.batch, bool) for name in images},
+            tokenized_prompt=rng.integers(0, config.vocab_size, tokens).astype(np.int32),
+            tokenized_prompt_mask=np.ones(tokens, bool),
+        )
+
+    def data(self) -> ChunkBatch:
+        rng, shape = np.random.default_rng(2), (self.batch, self.policy.action_horizon)
+        ones = np.ones(self.batch, np.float32)
+        made = ChunkBatch(
+            observations=self.observation(0),
+            next_observations=self.observation(1),
+            actions=rng.uniform(-1, 1, (*shape, self.policy.action_dim)).astype(np.float32),
+            rewards=-np.ones(shape, np.float32),
+            terminals=np.zeros(shape, np.float32),
+            valid=np.ones(shape, np.float32),
+            bootstrap_mask=ones,
+            sequence_mask=ones,
+            episode_id=np.zeros(self.batch, np.int32),
+            step_id=np.zeros(self.batch, np.int32),
+        )
+        return jax.tree.map(jnp.asarray, made)
+
+
+# ---- passes
+
+
+def passes(setting: Setting) -> dict[str, Any]:
+    """FLOPs of an update, and of what section 6 allows, for each extraction; the compiler's where it can count."""
+    found = {name: accounts(setting, name, flops.of) for name in ("best_of_n", "q_gradient", "distill")}
+    small = dataclasses.replace(setting, policy=dataclasses.replace(setting.policy, unroll=True), candidates=1, steps=1)
+    found["best_of_n, N=K=1, compiled"] = accounts(small, "best_of_n", flops.of_compiled)
+    return found
+
+
+def accounts(setting: Setting, extraction: str, count: Callable[..., float]) -> dict[str, float]:
+    adaptive = TemperatureConfig(adaptive=setting.candidates > 1)
+    agent, batch, rng = setting.agent(extraction=extraction, temperature=adaptive), setting.data(), jax.random.key(0)
+    nets, weights = agent.nets, agent.config.loss_weights
+    draws = Draws.of_update(rng, agent.config, (setting.batch, *nets.action_shape))
+    modules = nets.modules(agent.params, agent.frozen)
+    prefix = jax.eval_shape(lambda seen: modules.policy.encode(seen), batch.observations)
+    features = jnp.zeros((setting.batch, modules.policy.feature_dim))
+    time = jnp.ones((1, setting.batch))
+
+    def imitation(params: Any) -> Any:
+        policy = nets.modules(agent.params | {"policy": params}, agent.frozen).policy
+        seen = policy.encode(batch.observations)
+        return flow.flow_loss(policy, seen, batch.actions, draws.flow_noise, draws.flow_time).mean()
+
+    def critic(params: Any) -> Any:
+        q = nets.modules(agent.params | {"critic": params}, agent.frozen).critic
+        return jnp.square(q(features, batch.observations.state, batch.actions[None])).mean()
+
+    def climb(params: Any, prefix: Any) -> Any:
+        both = {group: params.get(group, value) for group, value in agent.params.items()}
+        merged = nets.modules(both, agent.frozen)
+        choice = agent.config.make_extraction(setting.steps)
+        return choice.actor_loss(merged, prefix, draws.actor, jnp.float32(1.0))[0]
+
+    encode = count(lambda seen: modules.policy.encode(seen), batch.next_observations)
+    step = count(lambda prefix: modules.policy.velocity(prefix, draws.flow_noise[None], time), prefix)
+    value = count(lambda chunk: modules.critic(features, batch.observations.state, chunk), draws.candidates[:1])
+    steps = 1 if extraction == "distill" else setting.steps
+    table = {
+        "prefix(s), suffix(s), forward and backward": count(jax.grad(imitation), agent.params["policy"]),
+        "prefix(s') forward": encode,
+        "N K suffix steps at s'": setting.candidates * steps * step,
+        "critics": count(jax.grad(critic), agent.params["critic"]) + (setting.candidates + 1) * value,
+    }
+    if extraction != "best_of_n":
+        moved = {group: agent.params[group] for group in (("student",) if extraction == "distill" else ("policy",))}
+        table["actor"] = count(jax.grad(climb), moved, prefix)
+    whole = count(lambda agent: acrlpd._gradients(agent, batch, rng, weights), agent)
+    allowed = sum(table.values())
+    return {name: value / 1e9 for name, value in table.items()} | {
+        "allowed_gflop": allowed / 1e9,
+        "update_gflop": whole / 1e9,
+        "update_over_allowed": whole / allowed,
+        "prefix_passes": whole / encode,
+    }
+
+
+# ---- time
+
+
+def timings(setting: Setting, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    timer, few, many = sampling.Timer(arguments.repeats), *arguments.critics
+    calls: dict[str, Call] = {
+        "supervised step": supervised(setting),
+        "update": update(setting.agent(), setting.data()),
+        "literal recipe": literal(setting),
+        "frozen": update(setting.agent(frozen=True), setting.data()),
+        "frozen, stored prefixes": update(setting.agent(frozen=True), with_prefixes(setting)),
+        "critic alone, stored features": critic_alone(setting),
+        f"update, {few} critics": update(setting.agent(critics=few), setting.data()),
+        f"update, {many} critics": update(setting.agent(critics=many), setting.data()),
+    }
+    return [timer.row(name, call, 0.0) for name, call in calls.items()]
+
+
+def update(agent: ACRLPDAgent, batch: ChunkBatch) -> Call:
+    def call() -> Any:
+        nonlocal agent
+        agent, metrics = agent.update(batch, jax.random.key(0))
+        return metrics
+
+    return call
+
+
+def with_prefixes(setting: Setting) -> ChunkBatch:
+    """The batch as a frozen run reads it."""
+    batch = setting.data()
+    policy = setting.policy.create(nnx.Rngs(0))
+
+    def stored(seen: Observation) -> Observation:
+        return Observation(state=seen.state, prefix=flow.portable(policy, policy.encode(seen)))
+
+    return dataclasses.replace(
+        batch, observations=stored(batch.observations), next_observations=stored(batch.next_observations)
+    )
+
+
+def supervised(setting: Setting) -> Call:
+    """openpi's training step: the flow loss alone, its gradient, AdamW."""
+    graph, params = nnx.split(setting.policy.create(nnx.Rngs(0)))
+    optimizer, batch = optax.adamw(1e-4), setting.data()
+    state = (params, optimizer.init(params))
+
+    def loss(params: Any) -> Any:
+        return nnx.merge(graph, params).compute_loss(jax.random.key(0), batch.observations, batch.actions).mean()
+
+    def step(state: Any) -> Any:
+        params, moments = state
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, moments = optimizer.update(grads, moments, params)
+        return (optax.apply_updates(params, updates), moments), value
+
+    return _stateful(step, state)
+
+
+def literal(setting: Setting) -> Call:
+    """Each term by itself, as the founding design's four loss computers have it, with the same optimisers."""
+    agent, batch, rng = setting.agent(), setting.data(), jax.random.key(0)
+    nets, config = agent.nets, agent.config
+    rngs = jax.random.split(rng, setting.candidates)
+
+    def loss(params: Any) -> Any:
+        modules = nets.modules(params, agent.frozen)
+        held = nets.modules(jax.lax.stop_gradient(params), agent.frozen)
+
+        def features(policy: Any, seen: Observation) -> Any:
+            return policy.encode(seen).features
+
+        def q(critic: Any, policy: Any, seen: Observation, chunk: Any) -> Any:
+            return critic(jax.lax.stop_gradient(features(policy, seen)), seen.state, chunk[None])[:, 0]
+
+        def drawn(policy: Any, seen: Observation, rng: Any, steps: int = setting.steps) -> Any:
+            return policy.sample_actions(rng, seen, num_steps=steps)
+
+        after = batch.next_observations
+        candidates = jax.lax.map(lambda rng: drawn(held.policy, after, rng), rngs)
+        scores = jax.lax.map(lambda chunk: q(held.critic, held.policy, after, chunk).mean(axis=0), candidates)
+        best = jnp.take_along_axis(candidates, scores.argmax(axis=0)[None, :, None, None], axis=0)[0]
+        target_critic = nnx.merge(nets.critic_def, agent.target_critic)
+        target = losses.td_target(
+            batch.rewards,
+            batch.valid,
+            batch.bootstrap_mask,
+            q(target_critic, held.policy, after, best).mean(axis=0),
+            discount=config.discount,
+        )
+        now = q(modules.critic, held.policy, batch.observations, batch.actions)
+        critic_loss = losses.critic_loss(now, target, batch.sequence_mask)
+        bc_loss = modules.policy.compute_loss(rng, batch.observations, batch.actions).mean()
+        spread = jax.lax.map(lambda rng: drawn(held.policy, batch.observations, rng, 5), rngs)
+        entropy = losses.gaussian_entropy(spread)
+        alpha = params["temperature"]["log_temperature"]
+        return critic_loss + bc_loss + losses.temperature_loss(alpha, entropy, target_entropy=nets.target_entropy)
+
+    def step(state: Any) -> Any:
+        params, opt_state = state
+        value, grads = jax.value_and_grad(loss)(params)
+        moved = {}
+        for group, optimizer in nets.optimizers.items():
+            updates, opt_state[group] = optimizer.update(grads[group], opt_state[group], params[group])
+            moved[group] = optax.apply_updates(params[group], updates)
+        return (moved, opt_state), value
+
+    return _stateful(step, (agent.params, dict(agent.opt_state)))
+
+
+def critic_alone(setting: Setting) -> Call:
+    """TD on stored features with the data's own next chunk: no pass through the policy at all."""
+    agent, batch = setting.agent(), with_prefixes(setting)
+    nets, optimizer = agent.nets, agent.nets.optimizers["critic"]
+    (features, *_), (next_features, *_) = batch.observations.prefix, batch.next_observations.prefix
+
+    def loss(params: Any, target_params: Any) -> Any:
+        slow = nnx.merge(nets.critic_def, target_params)
+        next_q = slow(next_features, batch.next_observations.state, batch.actions[None])[:, 0].mean(axis=0)
+        target = losses.td_target(batch.rewards, batch.valid, batch.bootstrap_mask, next_q, discount=0.99)
+        q = nnx.merge(nets.critic_def, params)(features, batch.observations.state, batch.actions[None])[:, 0]
+        return losses.critic_loss(q, target, batch.sequence_mask)
+
+    def step(state: Any) -> Any:
+        params, slow, moments = state
+        value, grads = jax.value_and_grad(loss)(params, slow)
+        updates, moments = optimizer.update(grads, moments, params)
+        params = optax.apply_updates(params, updates)
+        return (params, optax.incremental_update(params, slow, 0.005), moments), value
+
+    return _stateful(step, (agent.params["critic"], agent.target_critic, agent.opt_state["critic"]))
+
+
+def _stateful(step: Callable[[Any], Any], state: Any) -> Call:
+    compiled = jax.jit(step, donate_argnums=0)
+
+    def call() -> Any:
+        nonlocal state
+        state, value = compiled(state)
+        return value
+
+    return call
+
+
+def ratios(wall: dict[str, float], critics: list[int]) -> dict[str, float]:
+    few, many = (wall[f"update, {count} critics"] for count in critics)
+    return {
+        "update_over_supervised_step": wall["update"] / wall["supervised step"],
+        "literal_over_update": wall["literal recipe"] / wall["update"],
+        "update_over_stored_prefixes": wall["update"] / wall["frozen, stored prefixes"],
+        "update_over_critic_alone": wall["update"] / wall["critic alone, stored features"],
+        "many_critics_over_few": many / few,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [f"{result['command']} on {result['processor']}, load {result['load_average']}", ""]
+    for name, each in result["passes"].items():
+        lines.append(
+            f"{name:28} {each['update_gflop']:9.2f} GFLOP, {each['update_over_allowed']:.3f} of what section 6 allows"
+        )
+    for row in result.get("rows", ()):
+        lines.append(
+            f"{row['name']:32}{row['wall_s']['median'] * 1e3:10.1f} ms{row['cpu_s']['median'] * 1e3:10.1f} cpu ms"
+        )
+    lines += [f"{name:32}{value:10.2f}" for name, value in result.get("ratios", {}).items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,6 +27,7 @@ _HOMES = {
     "acrlpd.data.hdf5": ("H5DatasetReader",),
     "acrlpd.data.loader": ("ChunkLoader",),
     "acrlpd.data.sources": ("open_episodes",),
+    "acrlpd.deploy": ("export_acrlpd_model",),
     "acrlpd.models.critic": ("CriticConfig", "CriticNetworks"),
     "acrlpd.models.mlp_flow": ("MLPFlow", "MLPFlowConfig"),
     "acrlpd.models.pi0": ("Pi0", "Pi0Config"),
@@ -40,6 +41,9 @@ _HOMES = {
         *("get_aloha_acrlpd_config", "get_aloha_config", "get_droid_acrlpd_config", "get_droid_config"),
         *("get_libero_acrlpd_config", "get_libero_config", "get_preset"),
     ),
+    "acrlpd.serving.policy": ("Policy",),
+    "acrlpd.serving.production": ("PRODUCTION_SERVING_CONFIG",),
+    "acrlpd.serving.server": ("PolicyServer", "ServerConfig"),
     "acrlpd.training.checkpoint": ("ACRLPDCheckpointManager",),
     "acrlpd.training.guides": (
         *("HYPERPARAMETER_TUNING_PROTOCOL", "PERFORMANCE_OPTIMIZATION_STRATEGIES", "TROUBLESHOOTING_GUIDE"),

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
 from flax import nnx
 
-from acrlpd.agents.acrlpd import ACRLPDAgent
-from acrlpd.config import PolicyConfig, TrainConfig, from_dict
+from acrlpd.agents.acrlpd import ACRLPDAgent, AgentConfig
+from acrlpd.config import PolicyConfig, TrainConfig, from_dict, to_dict
+from acrlpd.data import normalize, windows
+from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.robots import aloha, droid, libero
 from acrlpd.data.tokenizer import PromptTokenizer
@@ -29,10 +33,14 @@ from acrlpd.data.transforms import (
     Transform,
     make_bool_mask,
 )
-from acrlpd.models import weights
+from acrlpd.models import torch_names, weights
 from acrlpd.models.pi0 import Pi0Config
 from acrlpd.models.recognize import recognize
+from acrlpd.serving import export
+from acrlpd.serving.budget import Plan
+from acrlpd.serving.export import Interface
 from acrlpd.serving.policy import AgentSampler, FlowSampler, Policy
+from acrlpd.serving.production import PRODUCTION_SERVING_CONFIG, Platform
 from acrlpd.training import setup
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager, read_norm_stats
 from acrlpd.training.sharding import make_mesh, parameter_sharding
@@ -94,10 +102,10 @@ class ActionsOnly:
 
 def is_ours(path: str | Path) -> bool:
     """Whether ``path`` leads to a run of this project's trainer, its checkpoints, or one of them."""
-    path = Path(path)
-    if not path.is_dir():
+    try:
+        directory, step = setup.locate_checkpoint(Path(path))
+    except ValueError:
         return False
-    directory, step = setup.locate_checkpoint(path)
     steps = [directory / str(step)] if step is not None else list(directory.iterdir())
     return any((each / "acrlpd").is_dir() for each in steps)
 
@@ -118,20 +126,17 @@ class Trained:
         return setup.Dims(len(self.stats["state"].mean), len(self.stats["actions"].mean))
 
 
-def load_trained(path: str | Path, *, step: int | None = None) -> Trained:
+def load_trained(path: str | Path) -> Trained:
     """The agent of a checkpoint, ready to act; ``path`` as in ``training.setup.load_checkpoint``.
 
     Optimiser state, twice the size of what it optimises, is never read.
     """
-    directory, named = setup.locate_checkpoint(Path(path))
+    directory, step = setup.locate_checkpoint(Path(path))
     manager = ACRLPDCheckpointManager(directory)
-    run = manager.read_run(step if step is not None else named)
+    run = manager.read_run(step)
     config = dataclasses.replace(from_dict(TrainConfig, run["config"]), fsdp_devices=1)
-    stats = manager.read_norm_stats(step if step is not None else named)
-    trained = Trained(
-        _abstract_agent(config, stats, tuple(run["cameras"])), config, stats, tuple(run["cameras"]), -1, manager
-    )
-    return reload(trained, step if step is not None else named)
+    stats, cameras = manager.read_norm_stats(step), tuple(run["cameras"])
+    return reload(Trained(_abstract_agent(config, stats, cameras), config, stats, cameras, -1, manager), step)
 
 
 def reload(trained: Trained, step: int | None = None) -> Trained:
@@ -206,7 +211,7 @@ class Follower:
     def __init__(self, path: str | Path, options: ActingOptions):
         self._options = options
         self._trained = load_trained(path)
-        self._fixed = Path(path).name.isdigit()
+        self._fixed = setup.locate_checkpoint(Path(path))[1] is not None
 
     @property
     def policy(self) -> Policy:
@@ -221,6 +226,145 @@ class Follower:
             return None
         self._trained = reload(dataclasses.replace(self._trained, manager=manager))
         return self.policy
+
+
+# -- export ------------------------------------------------------------------------------------------------------------
+
+OptimizationLevel = Literal["fast", "standard", "accurate"]
+LEVELS: dict[str, tuple[int | None, int | None]] = {"fast": (3, 10), "standard": (None, None), "accurate": (None, 50)}
+"""Critics to keep and Euler steps; None: as trained."""
+
+TD_BATCHES = 8  # from which the critics' errors are taken
+MODEL_FILE = "model.safetensors"  # where openpi looks for a PyTorch model
+
+
+def export_acrlpd_model(
+    checkpoint_path: str | Path,
+    output_dir: str | Path,
+    optimization_level: OptimizationLevel = "standard",
+    *,
+    platform: Platform | None = None,
+    data: str | Path | None = None,
+) -> str:
+    """Writes a trained agent for production and returns the folder.
+
+    ``OUT/<step>/`` is a checkpoint that ``acrlpd serve`` and openpi's own server read, without optimiser state;
+    ``OUT/stablehlo/`` the whole inference function (``serving.export``); ``OUT/pytorch/`` the policy for openpi's
+    PyTorch port, if it is a pi0.
+
+    Args:
+        optimization_level: fast keeps the 3 critics of least TD error and takes 10 flow steps; accurate takes 50;
+            standard leaves the agent as it was trained.
+        platform: numbers of the production table instead of the level's.
+        data: episodes for the TD error, best some that were not trained on. None: those of the run.
+    """
+    output = Path(output_dir).absolute()
+    if output.exists():
+        raise ValueError(f"{output} exists already: name another folder to export to")
+    if optimization_level not in LEVELS:
+        raise ValueError(f"optimization_level must be one of {', '.join(LEVELS)}, got {optimization_level!r}")
+    trained = load_trained(checkpoint_path)
+    num_critics, num_steps = LEVELS[optimization_level]
+    agent_config = trained.config.agent
+    if platform is not None:
+        table = PRODUCTION_SERVING_CONFIG[platform]
+        num_critics, num_steps = table["critic_ensemble_size"], table["num_diffusion_steps"]
+        agent_config = dataclasses.replace(agent_config, best_of_n_samples=table["best_of_n_samples"])
+    agent_config = dataclasses.replace(agent_config, flow_steps=num_steps or agent_config.flow_steps)
+    members = best_critics(trained, num_critics, data) if num_critics is not None else None
+    small = _with_critics(trained, agent_config, members)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+        partial = Path(folder) / output.name
+        _write_checkpoint(partial, small)
+        export.write_stablehlo(partial / "stablehlo", small.agent, _interface(small))
+        if small.config.policy.kind in ("pi0", "pi05"):
+            _write_pytorch(partial / "pytorch", small)
+        partial.rename(output)
+    logger.info("%s: %d critics, %d flow steps", output, agent_config.critic.num_critics, agent_config.flow_steps)
+    return str(output)
+
+
+def best_critics(trained: Trained, count: int, data: str | Path | None) -> np.ndarray | None:
+    """The critics whose TD error is smallest on episodes of ``data``; None if there are no more than ``count``."""
+    config = trained.config
+    if count >= config.agent.critic.num_critics:
+        return None
+    if data is None:
+        logger.warning("the critics are compared on the data they were trained on; --data names better data")
+    else:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data)))
+    store = windows.open_store(setup.open_prior(config), memory_bytes=config.data.memory_bytes)
+    loader = ChunkLoader(
+        store,
+        setup.make_transform(config, trained.stats, trained.dims),
+        batch_size=config.data.batch_size,
+        horizon=config.policy.action_horizon,
+        sequence_ratio=config.data.sequence_ratio,
+        seed=config.seed,
+    )
+    rngs = jax.random.split(jax.random.key(config.seed), TD_BATCHES)
+    errors = [export.member_td_errors(trained.agent, loader.batch(k), rng) for k, rng in enumerate(rngs)]
+    mean = np.mean(jax.device_get(errors), axis=0)
+    logger.info("TD error of each critic: %s", np.round(mean, 4))
+    return np.sort(np.argsort(mean)[:count])
+
+
+def _with_critics(trained: Trained, agent_config: AgentConfig, members: np.ndarray | None) -> Trained:
+    """The agent under another configuration, with some of its critics; None: with all."""
+    agent = trained.agent
+    if members is not None:
+        critic = dataclasses.replace(agent_config.critic, num_critics=len(members))
+        agent_config = dataclasses.replace(agent_config, critic=critic)
+        params = agent.params | {"critic": export.keep_critics(agent.params["critic"], members)}
+        target_critic = export.keep_critics(agent.target_critic, members)
+        agent = dataclasses.replace(agent, params=params, target_critic=target_critic)
+    config = dataclasses.replace(trained.config, agent=agent_config)
+    nets = _abstract_agent(config, trained.stats, trained.cameras).nets
+    return dataclasses.replace(trained, agent=dataclasses.replace(agent, nets=nets), config=config)
+
+
+def _write_checkpoint(folder: Path, trained: Trained) -> None:
+    manager = ACRLPDCheckpointManager(folder)
+    run = {"config": to_dict(trained.config), "cameras": list(trained.cameras), "exported_from": trained.step}
+    manager.save(trained.agent, asset_id=trained.config.asset_id, norm_stats=trained.stats, run=run)
+    manager.wait()
+    manager.close()
+
+
+def _write_pytorch(folder: Path, trained: Trained) -> None:
+    """As openpi's converter leaves it: the model, its statistics and its sizes."""
+    modules = trained.agent.acting_modules()
+    flat = weights.flatten(cast(nnx.Module, modules.policy))
+    folder.mkdir()
+    renamed = torch_names.to_torch({path: np.asarray(value) for path, value in flat.items()})
+    weights.write_safetensors(folder / MODEL_FILE, renamed)
+    normalize.save(folder / "assets" / trained.config.asset_id / normalize.FILE_NAME, trained.stats)
+    policy = trained.config.policy
+    sizes = {
+        "action_dim": policy.action_dim or trained.dims.action,
+        "action_horizon": policy.action_horizon,
+        "paligemma_variant": policy.paligemma_variant,
+        "action_expert_variant": policy.action_expert_variant,
+        "precision": "float32",
+    }
+    (folder / "config.json").write_text(json.dumps(sizes, indent=2), encoding="utf-8")
+
+
+def _interface(trained: Trained) -> Interface:
+    config = trained.config
+    quantiles = config.policy.kind == "pi05" or config.data.action_normalization == "quantile"
+    num_samples = config.agent.best_of_n_samples if trained.agent.chooses else 1
+    return Interface(
+        trained.stats,
+        quantiles,
+        _spec(config.policy, trained.dims, trained.cameras),
+        Plan(num_samples, config.agent.flow_steps),
+        greedy=trained.agent.chooses,
+    )
+
+
+# -- openpi's checkpoints ----------------------------------------------------------------------------------------------
 
 
 def openpi_policy(

@@ -15,6 +15,7 @@ from acrlpd.training.faults import EXIT_FAULT, RunFault
 COMMANDS = {
     "train": "train a preset offline, then online; resume an interrupted run",
     "serve": "answer openpi's clients over a websocket with a checkpoint's policy",
+    "export": "write a trained agent for production: to serve, for XLA, for openpi's PyTorch port",
     "eval": "success rate of a checkpoint, with its interval",
     "collect": "make prior data with a scripted expert",
     "report": "one self-contained HTML page about a run",

@@ -13,6 +13,7 @@ import tyro
 
 from acrlpd import deploy
 from acrlpd.deploy import ActingOptions, OpenPIOptions
+from acrlpd.serving.production import PRODUCTION_SERVING_CONFIG, Platform
 from acrlpd.serving.server import PolicyServer, ServerConfig
 
 API_KEY_VARIABLE = "ACRLPD_API_KEY"
@@ -27,10 +28,13 @@ class ServeArguments:
     acting: Annotated[ActingOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ActingOptions)
     openpi: OpenPIOptions = dataclasses.field(default_factory=OpenPIOptions)
     api_key_file: str | None = None  # one key a line; None: the key in the variable ACRLPD_API_KEY, if it is set
+    platform: Platform | None = None  # defaults of the production table: flow steps, candidates, requests, timeout
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = tyro.cli(ServeArguments, args=argv, prog="acrlpd serve", config=(tyro.conf.OmitArgPrefixes,))
+    arguments = _parse(argv, None)
+    if arguments.platform is not None:  # its numbers are defaults: what stands on the command line wins
+        arguments = _parse(argv, arguments.platform)
     config, api_keys = arguments.server, _api_keys(arguments.api_key_file)
     refresh = None
     if deploy.is_ours(arguments.checkpoint):
@@ -46,6 +50,19 @@ def main(argv: Sequence[str]) -> int:
 
     asyncio.run(serve())
     return 0
+
+
+def _parse(argv: Sequence[str], platform: Platform | None) -> ServeArguments:
+    default: ServeArguments = ServeArguments(checkpoint=tyro.MISSING)
+    if platform is not None:
+        table = PRODUCTION_SERVING_CONFIG[platform]
+        limits = ServerConfig(
+            max_concurrent_requests=table["max_concurrent_requests"], request_timeout_s=table["request_timeout"]
+        )
+        acting = ActingOptions(num_samples=table["best_of_n_samples"], num_steps=table["num_diffusion_steps"])
+        default = ServeArguments(tyro.MISSING, limits, acting)
+    config = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(ServeArguments, args=argv, default=default, prog="acrlpd serve", config=config)
 
 
 def _api_keys(path: str | None) -> tuple[str, ...]:

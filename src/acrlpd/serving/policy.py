@@ -106,11 +106,11 @@ class AgentSampler:
     def __call__(self, observation: Observation, draws: Draws, plan: Plan) -> tuple[Float[Array, "b h a"], Metrics]:
         if draws.noise is not None:
             raise ValueError("an agent draws many chunks and takes no noise of one; serve its flow alone for that")
-        return _best_chunk(self._agent, observation, draws, plan=plan, alone=self._alone)
+        return best_chunk(self._agent, observation, draws, plan=plan, alone=self._alone)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "alone"))
-def _best_chunk(
+def best_chunk(
     agent: ACRLPDAgent, observation: Observation, draws: Draws, *, plan: Plan, alone: bool
 ) -> tuple[Float[Array, "b h a"], Metrics]:
     config = agent.config

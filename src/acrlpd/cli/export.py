@@ -1,0 +1,36 @@
+"""``acrlpd export --checkpoint PATH --output_dir OUT``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import tyro
+
+from acrlpd.deploy import OptimizationLevel, export_acrlpd_model
+from acrlpd.serving.production import Platform
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportArguments:
+    """A trained agent for production: a checkpoint to serve, a function for XLA, weights for openpi's PyTorch port."""
+
+    checkpoint: str  # a run (runs/demo), its checkpoints folder, or one step
+    output_dir: str  # a new folder
+    optimization_level: OptimizationLevel = "standard"  # fast: 3 critics, 10 flow steps; accurate: all, 50
+    platform: Platform | None = None  # flow steps, candidates and critics of the production table instead
+    data: str | None = None  # episodes to compare critics on, best some that were not trained on; None: the run's
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = tyro.cli(ExportArguments, args=argv, prog="acrlpd export")
+    print(
+        export_acrlpd_model(
+            arguments.checkpoint,
+            arguments.output_dir,
+            arguments.optimization_level,
+            platform=arguments.platform,
+            data=arguments.data,
+        )
+    )
+    return 0

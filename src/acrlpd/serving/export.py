@@ -1,0 +1,147 @@
+"""A trained agent as files that need none of this code: the whole inference function, and the weights beside it.
+
+inference.stablehlo     the function, for ``jax.export.deserialize``
+weights.safetensors     its first argument, a dictionary of arrays
+inputs.json             its second argument: name, shape and dtype of each input; and what comes out
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from acrlpd.agents import acrlpd, losses, sampling
+from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.data.normalize import NormStats
+from acrlpd.serving.budget import Plan
+from acrlpd.serving.policy import Draws, best_chunk
+from acrlpd.types import ChunkBatch, Observation
+
+FUNCTION, WEIGHTS, INPUTS = "inference.stablehlo", "weights.safetensors", "inputs.json"
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Interface:
+    """How the exported function meets the robot."""
+
+    stats: Mapping[str, NormStats]
+    quantiles: bool  # how they normalize
+    spec: Observation  # the model's observation, without a batch axis
+    plan: Plan
+    greedy: bool = True  # False: the policy alone, without the critic's choice
+
+
+def write_stablehlo(folder: Path, agent: ACRLPDAgent, interface: Interface, *, batch_size: int = 1) -> None:
+    """Writes the three files. The function takes raw states, pictures of the model's size and prompt tokens, and gives
+    actions in the robot's units; seeds decide the draws as in ``Policy.infer``."""
+    from safetensors.numpy import save_file
+
+    acting = dataclasses.replace(agent, opt_state={}, target_critic=nnx.State({}))
+    weights, rebuild = _flat(acting)
+    inputs = _inputs(interface, batch_size)
+
+    def infer(weights: dict[str, Array], inputs: dict[str, Array]) -> dict[str, Array]:
+        return _infer(rebuild(weights), interface, inputs)
+
+    shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in weights.items()}
+    exported = jax.export.export(jax.jit(infer), platforms=PLATFORMS)(shapes, inputs)
+    folder.mkdir(parents=True)
+    (folder / FUNCTION).write_bytes(exported.serialize())
+    save_file({name: np.asarray(value) for name, value in weights.items()}, folder / WEIGHTS)
+    described = {name: {"shape": list(each.shape), "dtype": str(each.dtype)} for name, each in inputs.items()}
+    outputs = {"actions": "[b h a], robot units", "q": "[b], value of the chunk; absent without a critic's choice"}
+    (folder / INPUTS).write_text(json.dumps({"inputs": described, "outputs": outputs}, indent=2), encoding="utf-8")
+
+
+def _flat(agent: ACRLPDAgent) -> tuple[dict[str, Array], Any]:
+    """The agent's arrays by name, and the way back: structure without arrays."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(agent)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+
+    def rebuild(weights: Mapping[str, Array]) -> ACRLPDAgent:
+        return jax.tree.unflatten(structure, [weights[name] for name in names])
+
+    return dict(zip(names, (leaf for _, leaf in leaves), strict=True)), rebuild
+
+
+def _inputs(interface: Interface, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    spec, state_dim = interface.spec, len(interface.stats["state"].mean)
+    assert spec.tokenized_prompt is not None and spec.tokenized_prompt_mask is not None  # noqa: PT018
+    shapes = {
+        "state": ((state_dim,), jnp.float32),
+        "tokenized_prompt": (spec.tokenized_prompt.shape, jnp.int32),
+        "tokenized_prompt_mask": (spec.tokenized_prompt_mask.shape, jnp.bool_),
+        "seed": ((), jnp.uint32),
+    }
+    shapes |= {f"image/{camera}": (image.shape, jnp.uint8) for camera, image in spec.images.items()}
+    return {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def _infer(agent: ACRLPDAgent, interface: Interface, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    stats, quantiles = interface.stats, interface.quantiles
+    offset, scale = _affine(stats["state"], quantiles)
+    state = (inputs["state"] - offset[None]) / scale[None]
+    missing = interface.spec.state.shape[-1] - state.shape[-1]
+    seed = inputs["seed"]
+    cameras = {camera: inputs[f"image/{camera}"] for camera in interface.spec.images}
+    observation = Observation(
+        state=jnp.pad(state, ((0, 0), (0, missing))),
+        images=cameras,
+        image_masks={camera: jnp.ones(len(seed), bool) for camera in cameras},
+        tokenized_prompt=inputs["tokenized_prompt"],
+        tokenized_prompt_mask=inputs["tokenized_prompt_mask"],
+    )
+    draws = Draws(jnp.stack([jnp.zeros_like(seed), seed], axis=-1))
+    chunk, values = best_chunk(agent, observation, draws, plan=interface.plan, alone=not interface.greedy)
+    offset, scale = _affine(stats["actions"], quantiles)
+    actions = chunk[..., : len(offset)] * scale[None, None] + offset[None, None]
+    return {"actions": actions} | ({"q": values["q"]} if "q" in values else {})
+
+
+def _affine(stats: NormStats, quantiles: bool) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
+    """Normalized is (x - offset) / scale, by ``data.normalize``'s two formulas."""
+    if not quantiles:
+        return jnp.float32(stats.mean), jnp.float32(stats.std + 1e-6)
+    assert stats.q01 is not None and stats.q99 is not None  # noqa: PT018  # Normalize has refused others
+    half = (stats.q99 - stats.q01 + 1e-6) / 2
+    return jnp.float32(stats.q01 + half), jnp.float32(half)
+
+
+# -- a smaller ensemble ------------------------------------------------------------------------------------------------
+
+
+@jax.jit
+def member_td_errors(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -> Float[Array, " e"]:
+    """Mean absolute TD error of each critic on a batch, against the target of the whole ensemble."""
+    config = agent.config
+    noise_rng, subset_rng = jax.random.split(rng)
+    modules = agent.acting_modules()
+    prefix, next_prefix = modules.policy.encode(batch.observations), modules.policy.encode(batch.next_observations)
+    shape = (config.candidates_in_target, len(batch.rewards), *agent.nets.action_shape)
+    steps = config.target_flow_steps or config.flow_steps
+    candidates, scores = acrlpd.propose(modules, config, next_prefix, jax.random.normal(noise_rng, shape), steps)
+    chunk, _ = sampling.select(candidates, scores)
+    target_critic = nnx.merge(agent.nets.critic_def, agent.target_critic)
+    next_q = target_critic.aggregate(
+        target_critic(next_prefix.features, next_prefix.state, chunk[None])[:, 0], subset_rng
+    )
+    target = losses.td_target(batch.rewards, batch.valid, batch.bootstrap_mask, next_q, discount=config.discount)
+    q = modules.critic(prefix.features, prefix.state, batch.actions[None])[:, 0]
+    errors = jnp.abs(q - target[None]) * batch.sequence_mask[None]
+    return errors.sum(axis=1) / jnp.maximum(batch.sequence_mask.sum(), 1.0)
+
+
+def keep_critics(critic: nnx.State, members: np.ndarray) -> nnx.State:
+    """An ensemble's parameters, of these members alone; all are stacked along the first axis."""
+    return jax.tree.map(functools.partial(jnp.take, indices=jnp.asarray(members), axis=0), critic)

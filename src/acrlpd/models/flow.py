@@ -152,6 +152,7 @@ class Guided:
         self.action_dim = policy.action_dim
         self.action_horizon = policy.action_horizon
         self.feature_dim = policy.feature_dim
+        self.cache_batch_axis = policy.cache_batch_axis
         self.is_suffix_param = policy.is_suffix_param
 
     def encode(self, observation: Observation) -> Prefix:

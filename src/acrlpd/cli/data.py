@@ -30,6 +30,7 @@ class ReadArguments:
     default_task: str | None = None  # the instruction of episodes that have none
     cameras: tuple[str, ...] | None = None
     state_keys: tuple[str, ...] | None = None
+    action_keys: tuple[str, ...] | None = None
     filter_key: str | None = None  # robomimic's name for a subset of the demos
     num_workers: int = os.cpu_count() or 1  # processes that read many HDF5 episodes; 0: this one alone
 

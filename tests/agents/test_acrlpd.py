@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from jax.extend import core
 
-from acrlpd.agents import acrlpd, sampling
+from acrlpd.agents import acrlpd, candidates, sampling
 from acrlpd.agents.config import AgentConfig, TemperatureConfig
 from acrlpd.agents.draws import Draws
 from acrlpd.agents.losses import LossWeights
@@ -416,13 +416,13 @@ def test_strategies_choose_alike(strategy, block, agents, toys):
         modules = agent.nets.modules(agent.params, agent.frozen)
         prefix = modules.policy.encode(toys.batch().observations)
         noise = jax.random.normal(toys.key(5), (7, 6, 3, 2))
-        return acrlpd.propose(modules, config, prefix, noise, 3)
+        return candidates.propose(modules, config, prefix, noise, 3)
 
-    candidates, scores = toys.jit(lambda: proposed(agent.config))()
+    chunks, scores = toys.jit(lambda: proposed(agent.config))()
     in_blocks, block_scores = toys.jit(lambda: proposed(config))()
-    np.testing.assert_allclose(in_blocks, candidates, atol=1e-6)
+    np.testing.assert_allclose(in_blocks, chunks, atol=1e-6)
     np.testing.assert_allclose(block_scores, scores, atol=1e-5)
-    expected, actual = sampling.select(candidates, scores)[1], sampling.select(in_blocks, block_scores)[1]
+    expected, actual = sampling.select(chunks, scores)[1], sampling.select(in_blocks, block_scores)[1]
     np.testing.assert_array_equal(actual, expected)
 
 

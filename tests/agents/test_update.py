@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from acrlpd.agents import acrlpd, sampling
+from acrlpd.agents import acrlpd, candidates, sampling
 from acrlpd.agents.draws import Draws, deal
 from acrlpd.agents.losses import LossWeights
 from acrlpd.models import flow
@@ -31,8 +31,8 @@ def assert_close(one, other, **tolerance):
 def test_micro_batches_are_dealt():
     """Rows 0, 2, 4 and 1, 3, 5: two devices with three rows each give both micro-batches work."""
     np.testing.assert_array_equal(deal(jnp.arange(6), 2), [[0, 2, 4], [1, 3, 5]])
-    candidates = jnp.arange(12).reshape(2, 6)
-    np.testing.assert_array_equal(deal(candidates, 3, axis=1)[1], [[1, 4], [7, 10]])
+    noise = jnp.arange(12).reshape(2, 6)
+    np.testing.assert_array_equal(deal(noise, 3, axis=1)[1], [[1, 4], [7, 10]])
     with pytest.raises(ValueError, match="a batch of 6 does not divide into 4 micro-batches"):
         deal(jnp.arange(6), 4)
 
@@ -126,7 +126,7 @@ def test_auto_chooses_as_the_others_do(toys):
     modules = agent.nets.modules(agent.params, agent.frozen)
     prefix = modules.policy.encode(toys.batch().observations)
     noise = jax.random.normal(toys.key(5), (5, 6, 3, 2))
-    chunks, _ = acrlpd.propose(modules, config, prefix, noise, 3)
+    chunks, _ = candidates.propose(modules, config, prefix, noise, 3)
     np.testing.assert_allclose(chunks, flow.sample(modules.policy, prefix, noise, num_steps=3), atol=1e-5)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,7 @@ import optax
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from acrlpd.agents import extraction as extractions
-from acrlpd.agents import flow_bc, losses, rlpd_ac, sampling
+from acrlpd.agents import candidates, flow_bc, losses, rlpd_ac, sampling
 from acrlpd.agents.config import AgentConfig
 from acrlpd.agents.draws import Draws, deal
 from acrlpd.agents.extraction import Modules
@@ -25,8 +24,7 @@ from acrlpd.agents.health import Health, judge, keep_if
 from acrlpd.agents.losses import LossWeights
 from acrlpd.models import flow
 from acrlpd.models.critic import CriticNetworks
-from acrlpd.models.flow import FlowPolicy, Prefix
-from acrlpd.models.gaussian import ChunkGaussian
+from acrlpd.models.flow import FlowPolicy
 from acrlpd.types import ChunkBatch, Metrics, Observation
 
 ActingMode = Literal["greedy", "explore", "bc"]
@@ -291,9 +289,10 @@ def joint_loss(
     next_prefix = flow.encode(constant.policy, batch.next_observations)
 
     # Section 2: the critic, at the dataset's chunk.
-    candidates, scores = propose(constant, config, next_prefix, draws.candidates, config.steps_in_target)
-    _, best = sampling.select(candidates, scores)
-    next_chunk = finish(constant, config, next_prefix, draws.candidates, candidates, best, config.steps_in_target)
+    noise, num_steps = draws.candidates, config.steps_in_target
+    chunks, scores = candidates.propose(constant, config, next_prefix, noise, num_steps)
+    _, best = sampling.select(chunks, scores)
+    next_chunk = candidates.finish(constant, config, next_prefix, noise, chunks, best, num_steps)
     target_critic = nnx.merge(nets.critic_def, agent.target_critic)
     next_q_members = target_critic(next_prefix.features, next_prefix.state, next_chunk[None])[:, 0]  # [e b]
     next_q = target_critic.aggregate(next_q_members, draws.pair_rng)
@@ -315,7 +314,7 @@ def joint_loss(
     )
 
     # Section 4: the temperature, from the spread of the candidates already drawn.
-    robot_candidates = candidates[..., : nets.action_dim]
+    robot_candidates = chunks[..., : nets.action_dim]
     entropy = losses.gaussian_entropy(robot_candidates)
     alpha_loss = jnp.zeros(())
     if config.temperature.adaptive:
@@ -329,7 +328,7 @@ def joint_loss(
         + weights.actor_weight * actor_loss
         + weights.alpha_weight * alpha_loss
     )
-    spread = jnp.sqrt(jnp.var(robot_candidates, axis=0, ddof=min(1, len(candidates) - 1)).sum(axis=(1, 2)))
+    spread = jnp.sqrt(jnp.var(robot_candidates, axis=0, ddof=min(1, len(chunks) - 1)).sum(axis=(1, 2)))
     metrics = {
         "total_loss": total,
         "critic_loss": critic_loss,
@@ -347,59 +346,6 @@ def joint_loss(
         "action_diversity": jnp.sqrt(2.0) * spread.mean(),  # root mean squared distance between two candidates
     }
     return total, metrics | dict(actor_metrics)
-
-
-def propose(
-    modules: Modules, config: AgentConfig, prefix: Prefix, noise: Float[Array, "n b h a"], num_steps: int
-) -> tuple[Float[Array, "n b h a"], Float[Array, "n b"]]:
-    """N candidate chunks on one prefix and their aggregated value, as the extraction makes them."""
-    extraction = config.make_extraction(_steps_to_rank(config, noise, num_steps))
-
-    def draw(noise: Float[Array, "n b h a"]) -> tuple[Float[Array, "n b h a"], Float[Array, "n b"]]:
-        chunks = extraction.propose(modules, prefix, noise)
-        return chunks, modules.critic.aggregate(modules.critic(prefix.features, prefix.state, chunks))
-
-    block_size = {
-        "parallel": lambda: None,
-        "chunked": lambda: config.best_of_n_block,
-        "sequential": lambda: 1,
-        "auto": lambda: sampling.fitting_block(draw, noise, config.best_of_n_bytes),
-    }[config.best_of_n_strategy]()
-    return sampling.in_blocks(draw, noise, block_size=block_size)
-
-
-def finish(
-    modules: Modules,
-    config: AgentConfig,
-    prefix: Prefix,
-    noise: Float[Array, "n b h a"],
-    candidates: Float[Array, "n b h a"],
-    best: Int[Array, " b"],
-    num_steps: int,
-) -> Float[Array, "b h a"]:
-    """The chosen candidate. One that was ranked after few Euler steps is drawn again from its noise, in all of them:
-    the same trajectory of the flow, followed more closely."""
-    if _steps_to_rank(config, noise, num_steps) == num_steps:
-        return sampling.take(candidates, best)
-    extraction = config.make_extraction(num_steps)
-    return extraction.propose(modules, prefix, sampling.take(noise, best)[None])[0]
-
-
-def _steps_to_rank(config: AgentConfig, noise: Float[Array, "n b h a"], num_steps: int) -> int:
-    """A single candidate needs no rank."""
-    if config.candidate_flow_steps is None or noise.shape[0] == 1:
-        return num_steps
-    return min(config.candidate_flow_steps, num_steps)
-
-
-def unchosen(
-    modules: Modules, config: AgentConfig, prefix: Prefix, noise: Float[Array, "1 b h a"], num_steps: int
-) -> Float[Array, "b h a"]:
-    """The policy's own chunk, whatever a critic would say."""
-    if config.algorithm == "rlpd_ac":
-        return cast(ChunkGaussian, modules.policy).sample(prefix, noise)[0][0]
-    chunks = flow.sample(modules.policy, prefix, noise, num_steps=num_steps)
-    return extractions.clip(chunks, config.action_clip)[0]
 
 
 def _bc_sample_weights(
@@ -438,11 +384,11 @@ def act(
     n = 1 if alone else num_samples or config.best_of_n_samples
     noise = jax.random.normal(noise_rng, (n, prefix.state.shape[0], *agent.nets.action_shape))
     if alone:
-        return unchosen(modules, config, prefix, noise, num_steps), {}
-    candidates, scores = propose(modules, config, prefix, noise, num_steps)
+        return candidates.unchosen(modules, config, prefix, noise, num_steps), {}
+    chunks, scores = candidates.propose(modules, config, prefix, noise, num_steps)
     if mode == "explore":
         _, best = sampling.select(
-            candidates[..., : agent.nets.action_dim],  # the diversity of the padding would be no diversity
+            chunks[..., : agent.nets.action_dim],  # the diversity of the padding would be no diversity
             scores,
             choice_rng,
             temperature=agent.temperature,
@@ -450,6 +396,6 @@ def act(
             diversity_bonus=config.diversity_bonus,
         )
     else:
-        _, best = sampling.select(candidates, scores)
+        _, best = sampling.select(chunks, scores)
     values = {"q": sampling.take(scores, best), "q_mean": scores.mean(axis=0), "q_std": scores.std(axis=0)}
-    return finish(modules, config, prefix, noise, candidates, best, num_steps), values
+    return candidates.finish(modules, config, prefix, noise, chunks, best, num_steps), values

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
-from acrlpd.agents import acrlpd, sampling
+from acrlpd.agents import candidates, sampling
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.data.transforms import Data, Transform, to_observation
 from acrlpd.models import flow
@@ -127,9 +127,9 @@ def best_chunk(
 
     noise = jax.vmap(draw, out_axes=1)(_keys(draws))  # [n b h a]
     if alone:
-        return acrlpd.unchosen(modules, config, prefix, noise[:1], plan.num_steps), {}
-    candidates, scores = acrlpd.propose(modules, config, prefix, noise, plan.num_steps)
-    _, best = sampling.select(candidates, scores)
+        return candidates.unchosen(modules, config, prefix, noise[:1], plan.num_steps), {}
+    chunks, scores = candidates.propose(modules, config, prefix, noise, plan.num_steps)
+    _, best = sampling.select(chunks, scores)
     values = {
         "q": sampling.take(scores, best),
         "q_mean": scores.mean(axis=0),
@@ -137,7 +137,7 @@ def best_chunk(
         "q_candidates": scores.T,
         "chosen": best,
     }
-    return acrlpd.finish(modules, config, prefix, noise, candidates, best, plan.num_steps), values
+    return candidates.finish(modules, config, prefix, noise, chunks, best, plan.num_steps), values
 
 
 def _guided(policy: FlowPolicy, draws: Draws) -> FlowPolicy:

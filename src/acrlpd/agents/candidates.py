@@ -1,0 +1,68 @@
+"""The chunks an agent chooses among, and the chosen one: the same for the TD target, for acting and for serving."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from jaxtyping import Array, Float, Int
+
+from acrlpd.agents import extraction as extractions
+from acrlpd.agents import sampling
+from acrlpd.agents.config import AgentConfig
+from acrlpd.agents.extraction import Modules
+from acrlpd.models import flow
+from acrlpd.models.flow import Prefix
+from acrlpd.models.gaussian import ChunkGaussian
+
+
+def propose(
+    modules: Modules, config: AgentConfig, prefix: Prefix, noise: Float[Array, "n b h a"], num_steps: int
+) -> tuple[Float[Array, "n b h a"], Float[Array, "n b"]]:
+    """N candidate chunks on one prefix and their aggregated value, as the extraction makes them."""
+    extraction = config.make_extraction(_steps_to_rank(config, noise, num_steps))
+
+    def draw(noise: Float[Array, "n b h a"]) -> tuple[Float[Array, "n b h a"], Float[Array, "n b"]]:
+        chunks = extraction.propose(modules, prefix, noise)
+        return chunks, modules.critic.aggregate(modules.critic(prefix.features, prefix.state, chunks))
+
+    block_size = {
+        "parallel": lambda: None,
+        "chunked": lambda: config.best_of_n_block,
+        "sequential": lambda: 1,
+        "auto": lambda: sampling.fitting_block(draw, noise, config.best_of_n_bytes),
+    }[config.best_of_n_strategy]()
+    return sampling.in_blocks(draw, noise, block_size=block_size)
+
+
+def finish(
+    modules: Modules,
+    config: AgentConfig,
+    prefix: Prefix,
+    noise: Float[Array, "n b h a"],
+    chunks: Float[Array, "n b h a"],
+    best: Int[Array, " b"],
+    num_steps: int,
+) -> Float[Array, "b h a"]:
+    """The chosen candidate. One that was ranked after few Euler steps is drawn again from its noise, in all of them:
+    the same trajectory of the flow, followed more closely."""
+    if _steps_to_rank(config, noise, num_steps) == num_steps:
+        return sampling.take(chunks, best)
+    extraction = config.make_extraction(num_steps)
+    return extraction.propose(modules, prefix, sampling.take(noise, best)[None])[0]
+
+
+def _steps_to_rank(config: AgentConfig, noise: Float[Array, "n b h a"], num_steps: int) -> int:
+    """A single candidate needs no rank."""
+    if config.candidate_flow_steps is None or noise.shape[0] == 1:
+        return num_steps
+    return min(config.candidate_flow_steps, num_steps)
+
+
+def unchosen(
+    modules: Modules, config: AgentConfig, prefix: Prefix, noise: Float[Array, "1 b h a"], num_steps: int
+) -> Float[Array, "b h a"]:
+    """The policy's own chunk, whatever a critic would say."""
+    if config.algorithm == "rlpd_ac":
+        return cast(ChunkGaussian, modules.policy).sample(prefix, noise)[0][0]
+    chunks = flow.sample(modules.policy, prefix, noise, num_steps=num_steps)
+    return extractions.clip(chunks, config.action_clip)[0]

@@ -99,6 +99,27 @@ def get_demo_cube_config() -> TrainConfig:
     )
 
 
+# acrlpd train demo-aloha
+# gym-aloha hands over a cube: two arms, a 64 px camera from above, language. What to expect has not been measured.
+def get_demo_aloha_config() -> TrainConfig:
+    config = get_demo_config()
+    return dataclasses.replace(
+        config,
+        name="demo-aloha",
+        env=EnvConfig("aloha/transfer_cube", cameras=("top",), image_size=64),
+        policy=dataclasses.replace(NANO, action_horizon=20),  # 0.4 s: an episode is 15 chunks
+        agent=dataclasses.replace(config.agent, action_clip=None),  # z-scores go beyond 1
+        data=DataConfig(
+            collect=CollectConfig(episodes=100, noise_range=(0.0, 0.05)),  # rad; the expert solves about half
+            batch_size=64,
+            action_normalization="z_score",  # joint limits are far from where the arms go
+        ),
+        offline_steps=6000,
+        online_steps=12_000,
+        utd_ratio=0.25,
+    )
+
+
 # acrlpd train debug
 # Everything once, in a minute: for tests and for a look at the files a run leaves.
 def get_debug_config() -> TrainConfig:
@@ -237,6 +258,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "demo": get_demo_config,
     "demo-vision": get_demo_vision_config,
     "demo-cube": get_demo_cube_config,
+    "demo-aloha": get_demo_aloha_config,
     "debug": get_debug_config,
     "droid": get_droid_config,
     "aloha": get_aloha_config,

@@ -5,25 +5,77 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
+from acrlpd.agents.acrlpd import ActingMode
 from acrlpd.config import CollectConfig
 from acrlpd.envs.env import EnvConfig
 from acrlpd.training import setup
+from acrlpd.training.collection import collect_by_agent, collect_prior
 
 
 @dataclasses.dataclass(frozen=True)
 class CollectArguments:
-    """Episodes of a scripted expert with noise, successes and failures, into one HDF5 file each."""
+    """Episodes, successes and failures, into one HDF5 file each. Those already in the folder are kept."""
 
-    output: str  # the folder; episodes already in it are kept
-    env: EnvConfig = dataclasses.field(default_factory=EnvConfig)
-    collect: CollectConfig = dataclasses.field(default_factory=CollectConfig)
+    output: str  # the folder
+    env: EnvConfig = dataclasses.field(default_factory=EnvConfig)  # with a checkpoint: that of its run
+    episodes: int = 100
+    policy: Literal["expert", "random", "checkpoint"] = "expert"
+    noise_range: tuple[float, float] | None = None  # of the expert's smooth noise, in action units; None: 0 to 0.8
+    checkpoint: str | None = None  # a run or the folder of one step
+    mode: ActingMode = "explore"  # of a checkpoint: as online; greedy: the best by its critic; bc: imitation
+    num_envs: int = 8  # of a checkpoint: environments with one policy call
+    num_workers: int = 1  # processes
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.policy == "checkpoint") != (self.checkpoint is not None):
+            raise ValueError("--policy checkpoint and --checkpoint PATH belong together")
+        if self.noise_range is not None and self.policy != "expert":
+            raise ValueError(f"--noise_range is the expert's; --policy {self.policy} has no use for it")
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = tyro.cli(CollectArguments, args=argv, prog="acrlpd collect", config=(tyro.conf.OmitArgPrefixes,))
-    setup.collect_prior(arguments.env, arguments.collect, Path(arguments.output), seed=arguments.seed)
+    arguments = _parse(argv)
+    if arguments.checkpoint is None:
+        return _by_script(arguments)
+    loaded = setup.load_checkpoint(arguments.checkpoint)
+    config = loaded.config
+    if config.env is not None:  # the run's environment, with what was said on the command line changed
+        arguments = _parse(argv, default=CollectArguments(arguments.output, env=config.env))
+    collect_by_agent(
+        loaded.agent,
+        loaded.transform,
+        arguments.env,
+        Path(arguments.output),
+        checkpoint=f"{arguments.checkpoint}, step {loaded.step}",
+        mode=arguments.mode,
+        execute_horizon=config.execute_horizon or config.policy.action_horizon,
+        episodes=arguments.episodes,
+        num_envs=arguments.num_envs,
+        num_workers=arguments.num_workers,
+        seed=arguments.seed,
+    )
+    return 0
+
+
+def _parse(argv: Sequence[str], default: CollectArguments | None = None) -> CollectArguments:
+    form = (tyro.conf.OmitArgPrefixes,)
+    if default is None:
+        return tyro.cli(CollectArguments, args=argv, prog="acrlpd collect", config=form)
+    return tyro.cli(CollectArguments, args=argv, prog="acrlpd collect", default=default, config=form)
+
+
+def _by_script(arguments: CollectArguments) -> int:
+    assert arguments.policy != "checkpoint", "a checkpoint was not given"
+    wanted = CollectConfig(
+        episodes=arguments.episodes,
+        policy=arguments.policy,
+        noise_range=arguments.noise_range or CollectConfig().noise_range,
+        num_workers=arguments.num_workers,
+    )
+    collect_prior(arguments.env, wanted, Path(arguments.output), seed=arguments.seed)
     return 0

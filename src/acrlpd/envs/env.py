@@ -201,7 +201,7 @@ def make(config: EnvConfig) -> SimulatedEnvironment:
     >>> make(EnvConfig("metaworld/drawer-open-v3", max_episode_steps=150))
     """
     family, _, task = config.name.partition("/")
-    simulators = {"metaworld": _metaworld, "ogbench": _ogbench, "custom": _custom}
+    simulators = {"metaworld": _metaworld, "ogbench": _ogbench, "aloha": _aloha, "custom": _custom}
     if family not in simulators:
         raise ValueError(_unknown(config.name, [f"{name}/" for name in simulators]))
     return SimulatedEnvironment(simulators[family](config.name, task), config)
@@ -230,6 +230,14 @@ def _ogbench(name: str, task: str) -> Simulator:
     if task not in ogbench.task_names():
         raise ValueError(_unknown(name, [f"ogbench/{known}" for known in ogbench.task_names()]))
     return ogbench.OGBench(task)
+
+
+def _aloha(name: str, task: str) -> Simulator:
+    from acrlpd.envs import aloha
+
+    if task not in aloha.task_names():
+        raise ValueError(_unknown(name, [f"aloha/{known}" for known in aloha.task_names()]))
+    return aloha.Aloha(task)
 
 
 def _custom(name: str, task: str) -> Simulator:

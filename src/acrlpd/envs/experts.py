@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 from jaxtyping import Float
 
+from acrlpd.envs.aloha import Aloha, TransferCubeExpert
 from acrlpd.envs.env import EnvSpec, Obs, SimulatedEnvironment
 from acrlpd.envs.metaworld import MetaWorld
 from acrlpd.envs.ogbench import OGBench
@@ -33,6 +34,8 @@ def make_expert(environment: SimulatedEnvironment, kind: PolicyKind, rng: np.ran
         return MetaWorldExpert(environment.simulator.task)
     if isinstance(environment.simulator, OGBench) and environment.simulator.task.startswith("cube-"):
         return CubeExpert(environment.simulator, rng)
+    if isinstance(environment.simulator, Aloha) and environment.simulator.task == "transfer_cube":
+        return TransferCubeExpert(environment.simulator)
     raise ValueError(f"there is no scripted expert for {environment.spec.name}; collect with policy='random'")
 
 

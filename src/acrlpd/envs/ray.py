@@ -55,7 +55,7 @@ class RayVectorEnv:
                 self._deaths_in_a_row[number] = 0
             except self._ray.exceptions.GetTimeoutError:
                 answers |= self._replace(number, commands, f"actor {number} hung: no answer in {self._timeout_s:g} s")
-            except self._ray.exceptions.ActorError as error:
+            except self._ray.exceptions.RayActorError as error:
                 answers |= self._replace(number, commands, f"actor {number} died: {error}")
             except self._ray.exceptions.RayTaskError as error:
                 raise error.cause from error

@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 
 from acrlpd.agents.acrlpd import ACRLPDAgent
-from acrlpd.config import CollectConfig, PolicyConfig, TrainConfig, from_dict, to_dict
-from acrlpd.data import hdf5, normalize, npz, windows
+from acrlpd.config import PolicyConfig, TrainConfig, from_dict, to_dict
+from acrlpd.data import normalize, npz, windows
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.frame_cache import FrameCache
 from acrlpd.data.loader import ChunkLoader
@@ -27,9 +27,8 @@ from acrlpd.data.replay import ReplayJournal
 from acrlpd.data.sources import Dataset, open_episodes
 from acrlpd.data.tokenizer import PromptTokenizer
 from acrlpd.data.transforms import Compose, Normalize, PadToModel, ResizeImages, TokenizePrompt, Transform
-from acrlpd.envs import collect, rollout
-from acrlpd.envs.env import EnvConfig, EnvSpec
-from acrlpd.envs.episodes import Rollout
+from acrlpd.envs import rollout
+from acrlpd.envs.env import EnvSpec
 from acrlpd.envs.vector import VectorEnv, make_vector
 from acrlpd.models import weights as policy_weights
 from acrlpd.models.flow import FlowPolicy
@@ -40,6 +39,7 @@ from acrlpd.models.recognize import recognize
 from acrlpd.overrides import differences
 from acrlpd.training import prefixes
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
+from acrlpd.training.collection import collect_prior
 from acrlpd.training.guards import LOCK_FILE, RunLock
 from acrlpd.training.loop import ACRLPDTrainer, Interaction, Progress, RunFiles
 from acrlpd.training.optimizer import make_optimizers
@@ -299,29 +299,6 @@ def _reader_options(config: TrainConfig) -> dict[str, Any]:
         size = config.policy.image_size
         options["frame_cache"] = FrameCache(Path(data.frame_cache), size, size)
     return options
-
-
-def collect_prior(env: EnvConfig, wanted: CollectConfig, directory: Path, *, seed: int) -> None:
-    """Makes the episodes that are not in ``directory`` yet; episode k depends on the seed and k alone."""
-    done = {number for path in directory.glob("*.hdf5") if (number := hdf5.episode_number(path)) is not None}
-    missing = [number for number in range(wanted.episodes) if number not in done]
-    if not missing:
-        return
-
-    def write(result: Rollout) -> None:
-        path = hdf5.episode_path(directory, result.number)
-        hdf5.write_episode(path, result.episode, {"env": env.name, "seed": result.seed})
-
-    directory.mkdir(parents=True, exist_ok=True)
-    collect.collect(
-        env,
-        missing,
-        policy=wanted.policy,
-        noise_range=wanted.noise_range,
-        seed=seed,
-        num_workers=wanted.num_workers,
-        on_episode=write,
-    )
 
 
 def make_norm_stats(

@@ -1,0 +1,114 @@
+"""Environment steps a second: with worker processes, with one policy call for all environments, during updates.
+
+    python benchmarks/rollout.py [--workers 0 1 2 4] [--steps 2000] [--json]
+
+The policy is the demo's (nano pi0, best of 16), the task MetaWorld's drawer. Three comparisons: environments in this
+process or in workers, with actions that cost nothing; N environments with one policy call, or with N calls; and an
+online phase in step with its updates, or overlapping with them. Workers and overlap need cores to pay off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from typing import Any
+
+import jax
+import machine
+import numpy as np
+
+from acrlpd.config import CollectConfig, EvalConfig, TrainConfig
+from acrlpd.data.normalize import bounds_stats
+from acrlpd.envs.rollout import Act, OnlineCollector
+from acrlpd.envs.vector import RolloutConfig, make_vector
+from acrlpd.presets import get_preset
+from acrlpd.training import setup
+from acrlpd.training.evaluate import chunk_policy
+
+HORIZON = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4], help="0: in this process")
+    parser.add_argument("--num_envs", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=2000, help="environment steps of each measurement")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    about = machine.describe()
+    config = get_preset("demo")
+    rows = [
+        {"what": f"{count} workers", "steps_per_s": stepping(config, count, arguments)} for count in arguments.workers
+    ]
+    act = demo_policy(config)
+    rows.append({"what": "one call for all", "steps_per_s": acting(config, act, arguments)})
+    rows.append({"what": "a call for each", "steps_per_s": acting(config, one_by_one(act), arguments)})
+    for overlap in (False, True):
+        name = "online, overlapping" if overlap else "online, in step"
+        rows.append({"what": name, "steps_per_s": training(config, overlap, arguments)})
+    result = {**about, "load_after": machine.describe()["load_average"], "num_envs": arguments.num_envs, "rows": rows}
+    machine.show(
+        result, as_json=arguments.json, table="\n".join(f"{r['what']:24}{r['steps_per_s']:10.1f}" for r in rows)
+    )
+
+
+def stepping(config: TrainConfig, num_workers: int, arguments: argparse.Namespace) -> float:
+    rng = np.random.default_rng(0)
+    act = lambda observations, numbers: rng.uniform(-1, 1, (len(observations), HORIZON, 4))  # noqa: E731
+    return _steps_per_s(config, act, arguments, RolloutConfig(num_workers=num_workers))
+
+
+def acting(config: TrainConfig, act: Act, arguments: argparse.Namespace) -> float:
+    return _steps_per_s(config, act, arguments, RolloutConfig())
+
+
+def _steps_per_s(config: TrainConfig, act: Act, arguments: argparse.Namespace, rollout: RolloutConfig) -> float:
+    assert config.env is not None, "the demo has an environment"
+    environments = make_vector(config.env, arguments.num_envs, rollout)
+    collector = OnlineCollector(environments, seed=0, execute_horizon=HORIZON)
+    collector.collect(act)  # compiles, and brings every worker up
+    steps, start = 0, time.perf_counter()
+    while steps < arguments.steps:
+        steps += collector.collect(act).num_steps
+    elapsed = time.perf_counter() - start
+    collector.close()
+    return steps / elapsed
+
+
+def demo_policy(config: TrainConfig) -> Act:
+    dims = setup.Dims(state=39, action=4)
+    stats = {name: bounds_stats(-np.ones(size), np.ones(size)) for name, size in (("state", 39), ("actions", 4))}
+    agent = setup.make_agent(config, dims, ())
+    return chunk_policy(agent, setup.make_transform(config, stats, dims), jax.random.key(0), mode="greedy")
+
+
+def one_by_one(act: Act) -> Act:
+    def each(observations: list[Any], numbers: np.ndarray) -> np.ndarray:
+        return np.concatenate([act([one], numbers[row : row + 1]) for row, one in enumerate(observations)])
+
+    return each
+
+
+def training(config: TrainConfig, overlap: bool, arguments: argparse.Namespace) -> float:
+    """Of the online phase as the run's own clocks have it: updates, choices and simulator, without compilation."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = dataclasses.replace(
+            config,
+            run_dir=folder,
+            data=dataclasses.replace(config.data, collect=CollectConfig(episodes=5, policy="random")),
+            eval=EvalConfig(episodes=1, frequency=10**9, num_envs=1),
+            offline_steps=1,
+            online_steps=arguments.steps,
+            online_envs=arguments.num_envs,
+            rollout=RolloutConfig(num_workers=1),
+            overlap_rollouts=overlap,
+        )
+        summary = setup.make_trainer(config).train()
+    spent = summary["breakdown"]
+    return summary["env_steps"] / sum(spent.get(f"{name}_s", 0.0) for name in ("update", "act", "simulator", "data"))
+
+
+if __name__ == "__main__":
+    main()

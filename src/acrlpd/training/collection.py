@@ -1,0 +1,118 @@
+"""Prior data made on the spot: one HDF5 file an episode, successes and failures alike, as far as they are missing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from acrlpd.agents.acrlpd import ACRLPDAgent, ActingMode
+from acrlpd.config import CollectConfig, to_dict
+from acrlpd.data import hdf5
+from acrlpd.data.transforms import Transform
+from acrlpd.envs import collect
+from acrlpd.envs.env import EnvConfig
+from acrlpd.envs.episodes import Rollout
+from acrlpd.envs.rollout import episode_seed, rollout
+from acrlpd.envs.vector import RolloutConfig, make_vector
+from acrlpd.training.evaluate import chunk_policy
+
+
+def collect_prior(env: EnvConfig, wanted: CollectConfig, directory: Path, *, seed: int) -> None:
+    """By a scripted expert or at random. Episode k depends on the seed and k alone."""
+    noise_range = wanted.noise_range if wanted.policy == "expert" else None
+    folder = _Folder(
+        directory, {"env": to_dict(env), "policy": wanted.policy, "noise_range": noise_range, "seed": seed}
+    )
+    missing = folder.missing(wanted.episodes)
+    if missing:
+        collect.collect(
+            env,
+            missing,
+            policy=wanted.policy,
+            noise_range=wanted.noise_range,
+            seed=seed,
+            num_workers=wanted.num_workers,
+            on_episode=folder.write,
+        )
+
+
+def collect_by_agent(
+    agent: ACRLPDAgent,
+    transform: Transform,
+    env: EnvConfig,
+    directory: Path,
+    *,
+    checkpoint: str,
+    mode: ActingMode,
+    execute_horizon: int,
+    episodes: int,
+    num_envs: int,
+    num_workers: int,
+    seed: int,
+) -> None:
+    """By a trained policy, all environments with one call. An episode whose worker dies stays missing."""
+    folder = _Folder(directory, {"env": to_dict(env), "policy": checkpoint, "mode": mode, "seed": seed})
+    missing = folder.missing(episodes)
+    if not missing:
+        return
+    environments = make_vector(env, min(num_envs, len(missing)), RolloutConfig(num_workers=num_workers))
+    progress = tqdm(desc=f"collect {env.name}", total=len(missing), unit="episode")
+
+    def write(result: Rollout) -> None:
+        folder.write(dataclasses.replace(result, number=missing[result.number]))
+        progress.update()
+
+    try:
+        rollout(
+            environments,
+            chunk_policy(agent, transform, jax.random.key(seed), mode=mode),
+            [episode_seed(seed, number) for number in missing],
+            execute_horizon=execute_horizon,
+            on_episode=write,
+            record_images=bool(env.cameras),
+        )
+    finally:
+        progress.close()
+        environments.close()
+
+
+class _Folder:
+    """Of episodes made in one way, which each file states."""
+
+    def __init__(self, directory: Path, made_by: Mapping[str, Any]):
+        self.directory = directory
+        self.made_by = made_by
+
+    def missing(self, episodes: int) -> list[int]:
+        """Numbers that have no file yet.
+
+        Raises:
+            ValueError: the files that are there were made in another way.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        numbered = {hdf5.episode_number(path): path for path in self.directory.glob("*.hdf5")}
+        done = {number: path for number, path in numbered.items() if number is not None}
+        for path in list(done.values())[:1]:
+            before = hdf5.read_metadata(path).get("made_by", self.made_by)
+            changed = [key for key in self.made_by if before.get(key) != _plain(self.made_by[key])]
+            if before is not self.made_by and changed:
+                raise ValueError(
+                    f"{self.directory} has episodes made with another {', '.join(changed)} ({path.name}): collect into "
+                    "another folder, or with the same settings to go on with this one"
+                )
+        return [number for number in range(episodes) if number not in done]
+
+    def write(self, result: Rollout) -> None:
+        path = hdf5.episode_path(self.directory, result.number)
+        metadata = {"env": self.made_by["env"]["name"], "seed": result.seed, "made_by": dict(self.made_by)}
+        hdf5.write_episode(path, result.episode, metadata)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value

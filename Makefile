@@ -48,7 +48,7 @@ format: $(INSTALLED)
 ## make lock         resolve requirements.lock anew (needs uv)
 lock:
 	uv pip compile pyproject.toml --universal --python-version 3.11 --fork-strategy fewest \
-		--extra metaworld --extra ogbench --extra report --extra lerobot --extra fast --extra serving --group dev \
+		--extra metaworld --extra ogbench --extra aloha --extra report --extra lerobot --extra fast --extra serving --group dev \
 		--generate-hashes --no-emit-index-url --no-annotate --no-header -o requirements.lock
 
 clean:

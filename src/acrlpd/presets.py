@@ -107,7 +107,7 @@ def get_demo_aloha_config() -> TrainConfig:
         config,
         name="demo-aloha",
         env=EnvConfig("aloha/transfer_cube", cameras=("top",), image_size=64),
-        policy=dataclasses.replace(NANO, action_horizon=20),  # 0.4 s: an episode is 15 chunks
+        policy=dataclasses.replace(NANO, action_horizon=20, max_token_len=12),  # 0.4 s: an episode is 15 chunks
         agent=dataclasses.replace(config.agent, action_clip=None),  # z-scores go beyond 1
         data=DataConfig(
             collect=CollectConfig(episodes=100, noise_range=(0.0, 0.05)),  # rad; the expert solves about half

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,7 @@ CASES: dict[str, Callable[[Path, float], dict[str, Any]]] = {
     "video": lambda folder, seconds: video(folder, seconds),
     "video-batches": lambda folder, seconds: video_batches(folder, seconds, num_workers=0),
     "video-batches-2-workers": lambda folder, seconds: video_batches(folder, seconds, num_workers=2),
+    "video-batches-cached": lambda folder, seconds: video_batches(folder, seconds, cached=True),
     "demo-waiting": lambda folder, seconds: demo_waiting(folder, seconds),
 }
 
@@ -173,6 +175,7 @@ def video(folder: Path, seconds: float) -> dict[str, Any]:
     """Random frames of a LeRobot data set (AV1, 240x320) at 224x224, a frame at a time."""
     root = make_video(folder)
     source = LeRobotSource(root)
+    shutil.rmtree(folder / "frames", ignore_errors=True)
     cache = FrameCache(folder / "frames", SIZE, SIZE)
     _, build_s = timed(lambda: cache.build(source))
     cached = LeRobotSource(root, frame_cache=cache)
@@ -189,9 +192,13 @@ def video(folder: Path, seconds: float) -> dict[str, Any]:
     return {"build_s": build_s} | rates
 
 
-def video_batches(folder: Path, seconds: float, *, num_workers: int) -> dict[str, Any]:
+def video_batches(folder: Path, seconds: float, *, num_workers: int = 0, cached: bool = False) -> dict[str, Any]:
     """Batches from the videos of the case above, hardly any frame of which is kept in memory."""
-    source = LeRobotSource(make_video(folder))
+    root = make_video(folder)
+    cache = FrameCache(folder / "frames", SIZE, SIZE) if cached else None
+    source = LeRobotSource(root, frame_cache=cache)
+    if cache is not None:
+        cache.build(source)
     store = open_store(source, memory_bytes=16 << 20, num_workers=num_workers)
     return {"batch_size": IMAGE_BATCH_SIZE} | batches(store, IMAGE_BATCH_SIZE, seconds)
 

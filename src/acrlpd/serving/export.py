@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from acrlpd.agents import acrlpd, losses, sampling
+from acrlpd.agents import candidates, losses, sampling
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.data.normalize import NormStats
 from acrlpd.serving.budget import Plan
@@ -130,8 +130,8 @@ def member_td_errors(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -
     prefix, next_prefix = modules.policy.encode(batch.observations), modules.policy.encode(batch.next_observations)
     shape = (config.candidates_in_target, len(batch.rewards), *agent.nets.action_shape)
     steps = config.target_flow_steps or config.flow_steps
-    candidates, scores = acrlpd.propose(modules, config, next_prefix, jax.random.normal(noise_rng, shape), steps)
-    chunk, _ = sampling.select(candidates, scores)
+    proposed, scores = candidates.propose(modules, config, next_prefix, jax.random.normal(noise_rng, shape), steps)
+    chunk, _ = sampling.select(proposed, scores)
     target_critic = nnx.merge(agent.nets.critic_def, agent.target_critic)
     next_q = target_critic.aggregate(
         target_critic(next_prefix.features, next_prefix.state, chunk[None])[:, 0], subset_rng

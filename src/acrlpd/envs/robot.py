@@ -1,0 +1,107 @@
+"""A real robot, or anything else that speaks openpi's runtime interface, as one of our environments.
+
+openpi describes a robot by four methods (``openpi_client.runtime.environment.Environment``), which is all that is asked
+of it here: the object may drive the robot itself or stand for one that is served elsewhere. Name a function of yours
+that makes a ``RobotSimulator`` of it in ``EnvConfig.name`` (``custom/my_robot.py:make``), with one environment and no
+worker processes: there is one robot.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from acrlpd.envs.env import Outcome
+
+
+class RuntimeEnvironment(Protocol):
+    """openpi's interface."""
+
+    def reset(self) -> None: ...
+
+    def is_episode_complete(self) -> bool: ...
+
+    def get_observation(self) -> dict: ...
+
+    def apply_action(self, action: dict) -> None: ...
+
+
+class RobotSimulator:
+    """The robot behind our interface.
+
+    Args:
+        environment: the robot.
+        instruction: the task in words.
+        state: from an observation to the numbers that the policy sees.
+        action_low, action_high: what may be commanded; actions are clipped to it.
+        outcome: from an observation and ``is_episode_complete()`` to what became of the task: a sensor, a classifier, a
+            person at a key.
+        cameras: by name, from an observation to its picture (uint8 [h, w, 3]).
+        fps: control rate; a step returns no earlier than its time is over, as openpi's ``Runtime`` does it.
+        time_limit: steps of an episode.
+
+    A robot has no seeds: episodes differ by how the scene was laid, so two policies cannot be compared seed by seed.
+    """
+
+    def __init__(
+        self,
+        environment: RuntimeEnvironment,
+        *,
+        instruction: str,
+        state: Callable[[Mapping[str, Any]], Float[np.ndarray, " s"]],
+        action_low: Float[np.ndarray, " a"],
+        action_high: Float[np.ndarray, " a"],
+        outcome: Callable[[Mapping[str, Any], bool], Outcome],
+        cameras: Mapping[str, Callable[[Mapping[str, Any]], UInt8[np.ndarray, "h w 3"]]],
+        fps: float,
+        time_limit: int,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
+        if fps <= 0:
+            raise ValueError(f"fps must be positive, got {fps}")
+        self._environment = environment
+        self._read_state = state
+        self._outcome = outcome
+        self._pictures = dict(cameras)
+        self._clock, self._sleep = clock, sleep
+        self._next_step = 0.0  # when the coming step may return
+        self.instruction = instruction
+        self.time_limit = time_limit
+        self.fps = fps
+        self.action_low = np.asarray(action_low, np.float32)
+        self.action_high = np.asarray(action_high, np.float32)
+        self.cameras = tuple(self._pictures)
+        self.default_camera = next(iter(self._pictures), "none")
+        self._observation: Mapping[str, Any] = environment.get_observation()
+        self.state_dim = len(self._state())
+
+    def reset(self, seed: int) -> Float[np.ndarray, " s"]:
+        self._environment.reset()
+        self._observation = self._environment.get_observation()
+        self._next_step = self._clock() + 1 / self.fps
+        return self._state()
+
+    def step(self, action: Float[np.ndarray, " a"]) -> tuple[Float[np.ndarray, " s"], Outcome]:
+        self._environment.apply_action({"actions": action})
+        self._sleep(max(0.0, self._next_step - self._clock()))
+        self._next_step = max(self._next_step, self._clock()) + 1 / self.fps  # time lost to a policy is not made up for
+        self._observation = self._environment.get_observation()
+        return self._state(), self._outcome(self._observation, self._environment.is_episode_complete())
+
+    def render(self, camera: str, size: int) -> UInt8[np.ndarray, "h w 3"]:
+        if camera not in self._pictures:
+            raise RuntimeError(f"this robot has no camera {camera!r}; it has {list(self._pictures)}")
+        picture = Image.fromarray(np.asarray(self._pictures[camera](self._observation), np.uint8))
+        return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
+
+    def close(self) -> None:
+        """The robot is its owner's to switch off."""
+
+    def _state(self) -> Float[np.ndarray, " s"]:
+        return np.asarray(self._read_state(self._observation))

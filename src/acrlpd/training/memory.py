@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh
+from jax.stages import Lowered
 
 from acrlpd.agents import acrlpd
 from acrlpd.agents.acrlpd import ACRLPDAgent
@@ -169,6 +170,12 @@ def batch_shapes(config: TrainConfig, dims: Dims, cameras: tuple[str, ...], size
     )
 
 
+def lower_update(agent: ACRLPDAgent, batch: ChunkBatch) -> Lowered:
+    """The agent's update for shapes alone."""
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    return acrlpd._update.lower(agent, batch, rng, agent.config.loss_weights)
+
+
 def _local_batch(config: TrainConfig, machine: Machine) -> int:
     size = config.data.batch_size
     if size % machine.devices:
@@ -188,9 +195,7 @@ def _dims(config: TrainConfig) -> Dims:
 
 def _compiled(agent: ACRLPDAgent, batch: ChunkBatch) -> tuple[int, int]:
     """Bytes of temporaries of one update, and of results that take no argument's place."""
-    rng = jax.eval_shape(lambda: jax.random.key(0))
-    program = acrlpd._update.lower(agent, batch, rng, agent.config.loss_weights).compile(QUICKLY)
-    analysis = program.memory_analysis()
+    analysis = lower_update(agent, batch).compile(QUICKLY).memory_analysis()
     if analysis is None:
         raise RuntimeError("this backend's compiler does not say how much memory a program needs")
     return analysis.temp_size_in_bytes, max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)

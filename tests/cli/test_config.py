@@ -1,0 +1,125 @@
+"""acrlpd config, the founding design's script, and --resume with other values."""
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from acrlpd import presets
+from acrlpd.cli import train
+from acrlpd.cli.configured import starting_point, take
+from acrlpd.cli.main import main
+from acrlpd.overrides import load_yaml
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train_acrlpd_pi0.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_acrlpd_pi0", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_preset_then_yaml_then_flags(tmp_path, capsys):
+    file = tmp_path / "changes.yaml"
+    file.write_text("agent:\n  discount: 0.9\nlog_frequency: 7\n")
+    assert main(["config", "show", "demo", "--config", str(file), "--log-frequency", "3", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["agent"]["discount"], shown["log_frequency"], shown["utd_ratio"]) == (0.9, 3, 0.5)
+
+
+def test_save_and_diff(tmp_path, capsys):
+    target = tmp_path / "saved.yaml"
+    assert main(["config", "save", "demo", str(target), "--agent.best_of_n_samples", "5"]) == 0
+    assert load_yaml(target, presets.get_preset).agent.best_of_n_samples == 5
+    assert main(["config", "save", "demo", str(target)]) == 2
+    capsys.readouterr()
+    assert main(["config", "diff", "demo", str(target)]) == 0
+    assert capsys.readouterr().out == "agent.best_of_n_samples: was 16, now 5\n"
+    assert main(["config", "dif", "demo", str(target)]) == 2
+    assert main(["config", "diff", "demo"]) == 2
+
+
+def test_words_taken_from_the_flags():
+    assert take(["--a", "1", "--config", "x.yaml", "--b"], "config") == ("x.yaml", ["--a", "1", "--b"])
+    assert take(["--config=x.yaml"], "config") == ("x.yaml", [])
+    assert take(["--configs", "1"], "config") == (None, ["--configs", "1"])
+    with pytest.raises(ValueError, match="--config needs a value"):
+        take(["--config"], "config")
+    config, rest = starting_point("droid", ["--environment", "development", "--seed", "1"])
+    assert (config.offline_steps, rest) == (500_000, ["--seed", "1"])
+
+
+def test_what_a_resumed_run_may_change():
+    parsed = train._parse(presets.get_preset("demo"), "demo", ["--resume", "--override_lr_schedule"])
+    assert parsed.may_differ() == train.LR_FIELDS
+    assert train._parse(presets.get_preset("demo"), "demo", ["--resume", "--override"]).may_differ() == ("*",)
+    assert train._parse(presets.get_preset("demo"), "demo", ["--resume"]).may_differ() == ()
+
+
+FLAGS = {
+    "--data_dir /d": ("data", "path", "/d"),
+    "--lerobot_repo_id lerobot/pusht": ("data", "path", "lerobot/pusht"),
+    "--checkpoint_dir c": ("run_dir", "c"),
+    "--experiment_name e": ("name", "e"),
+    "--pretrained_weights w": ("policy", "weights", "w"),
+    "--bc_weight 0.5": ("agent", "loss_weights", "bc_weight", 0.5),
+    "--pi0_peak_lr 1e-6": ("optimizers", "policy", "schedule", "peak_lr", 1e-6),
+    "--critic_peak_lr 1e-6": ("optimizers", "temperature", "schedule", "peak_lr", 1e-6),
+    "--discount 0.5": ("agent", "discount", 0.5),
+    "--max_grad_norm 3": ("optimizers", "critic", "clip_gradient_norm", 3.0),
+    "--offline_steps 3": ("offline_steps", 3),
+    "--online_steps 3": ("online_steps", 3),
+    "--batch_size 3": ("data", "batch_size", 3),
+    "--best_of_n_samples 3": ("agent", "best_of_n_samples", 3),
+    "--gradient_accumulation_steps 4": ("agent", "gradient_accumulation_steps", 4),
+    "--fsdp_devices 3": ("fsdp_devices", 3),
+    "--seed 3": ("seed", 3),
+    "--log_frequency 3": ("log_frequency", 3),
+    "--eval_frequency 3": ("eval", "frequency", 3),
+    "--save_frequency 3": ("save_frequency", 3),
+    "--num_eval_episodes 3": ("eval", "episodes", 3),
+    "--freeze_pi0_backbone": ("policy", "freeze_pi0_backbone", True),
+    "--debug_mode": ("max_skipped_updates", 1),
+    "--environment debug": ("offline_steps", 1000),
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_every_flag_of_the_script_has_its_effect(script, flag):
+    *path, expected = FLAGS[flag]
+    base = presets.get_preset("droid")
+    found, before = script.configuration(script.parser().parse_args(flag.split()), base), base
+    for name in path:
+        found, before = getattr(found, name), getattr(before, name)
+    assert found == expected
+    assert before != expected
+
+
+def test_no_flag_is_forgotten(script):
+    known = {flag.split()[0] for flag in FLAGS} | {"--config", "--resume", "--overwrite", "--override_lr_schedule"}
+    actions = [action for action in script.parser()._actions if not isinstance(action, argparse._HelpAction)]
+    assert {action.option_strings[0] for action in actions} == known
+
+
+def test_how_the_script_starts_a_run(script, monkeypatch, tmp_path, capsys):
+    started = []
+    monkeypatch.setattr(train, "run", lambda config, **how: started.append((config, how)) or 0)
+    assert script.main(["--config", "droid", "--overwrite"]) == 0
+    assert started[-1][1]["overwrite"]
+    run = tmp_path / "mine"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"data": {"path": "d"}, "online_steps": 0}))
+    words = ["--resume", str(run), "--override_lr_schedule", "--bc_weight", "0.25"]
+    assert script.main(words) == 0
+    config, how = started[-1]
+    assert (config.name, config.run_dir, config.agent.loss_weights.bc_weight) == ("mine", str(tmp_path), 0.25)
+    assert how["resume"]
+    assert how["override"] == (*train.LR_FIELDS, "agent.loss_weights.bc_weight")
+    assert script.main(["--resume", str(tmp_path)]) == 2
+    assert "no run there" in capsys.readouterr().err
+    assert script.main([]) == 2

@@ -33,11 +33,12 @@ KILLS = int(os.environ.get("ACRLPD_FAULTS", "6"))
 KINDS = ("random", "save", "journal-file", "random", "save", "journal-line")
 
 
-def start(run_dir, fault=""):
+def start(run_dir, fault="", devices=1):
     run_dir.mkdir(exist_ok=True)
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        f" --xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(run_dir.parent / "xla"),  # a job is started often, and compiles once
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -138,6 +139,23 @@ def test_sigterm_and_a_full_disk_leave_a_run_that_goes_on(uninterrupted, tmp_pat
     code, errors = finish(start(tmp_path))
     assert code == 0, errors
     check(tmp_path, reference)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_devices(uninterrupted, tmp_path):
+    """From 1 to 4 and back, at the end of the offline phase: what was saved is read bit by bit, whoever reads it."""
+    whole, _ = uninterrupted
+    reference = arrays(whole)
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    checkpoints = tmp_path / "job" / "checkpoints"
+    for devices in (4, 2, 1):
+        for path in checkpoints.iterdir():
+            if path.name.isdigit() and int(path.name) > int(OFFLINE_STEPS):
+                shutil.rmtree(path)  # so that the whole online phase is left to do
+        code, errors = finish(start(tmp_path, devices=devices))
+        assert code == 0, errors
+        assert f"resumed at update {OFFLINE_STEPS}" in errors
+        jax.tree.map(np.testing.assert_array_equal, arrays(tmp_path), reference)
 
 
 def test_a_damaged_newest_checkpoint_is_moved_away_loudly(finished, copied_run, caplog):

@@ -1,0 +1,70 @@
+"""A plan allocates nothing and counts what a run will hold."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from acrlpd.cli.main import main
+from acrlpd.training import memory, setup
+from acrlpd.training.memory import Machine
+from acrlpd.training.setup import Dims
+
+DIMS = Dims(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("80GB", 80 * 10**9), ("24GiB", 24 * 2**30), ("1.5 kb", 1500), ("7", 7), ("2G", 2 * 10**9)]
+)
+def test_sizes(text, expected):
+    assert memory.parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["much", "3 apples", "GB"])
+def test_what_is_no_size(text):
+    with pytest.raises(ValueError, match="is not a size"):
+        memory.parse_bytes(text)
+
+
+def nbytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def test_a_plan_counts_what_the_agent_holds(tiny_config):
+    found = memory.plan(tiny_config, Machine(1), dims=DIMS)
+    agent = setup.make_agent(tiny_config, DIMS, ())
+    assert found.parameter_bytes == nbytes((agent.params, agent.frozen, agent.target_critic))
+    assert found.optimizer_bytes == nbytes(agent.opt_state)
+    assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(agent.params["policy"]))
+    assert found.activation_bytes > 0
+    assert found.fits
+
+
+def test_a_plan_that_does_not_fit_says_what_to_change(tiny_config):
+    found = memory.plan(tiny_config, Machine(2, device_memory=1000), dims=DIMS)
+    assert (found.fits, found.local_batch) == (False, 4)
+    assert any("--fsdp_devices 2" in line for line in memory.advice(tiny_config, found))
+    assert any("chunked" in line for line in memory.advice(tiny_config, found))
+    with pytest.raises(ValueError, match="must be a multiple of the number of devices"):
+        memory.plan(dataclasses.replace(tiny_config), Machine(3), dims=DIMS)
+
+
+def test_large_arrays_are_split_over_the_fsdp_axis(tiny_config, monkeypatch):
+    monkeypatch.setattr("acrlpd.training.sharding.MIN_SHARDED_BYTES", 1)
+    config = dataclasses.replace(tiny_config, fsdp_devices=2)
+    tree = {"kernel": jax.ShapeDtypeStruct((8, 3), "float32"), "bias": jax.ShapeDtypeStruct((3,), "float32")}
+    assert memory._local_bytes(config, Machine(4), tree) == 8 * 3 * 4 // 2 + 3 * 4
+
+
+def test_the_command(tmp_path, capsys, tiny_config):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(
+        "base_config: droid\npolicy: {kind: mlp_flow, action_dim: null, hidden_dims: [8], action_horizon: 2}\n"
+        "agent: {best_of_n_samples: 2, flow_steps: 1, critic: {num_critics: 2, hidden_dims: [8]}}\n"
+    )
+    assert main(["plan", str(file), "--devices", "8", "--device_memory", "1GB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["local_batch"], found["fits"], found["advice"]) == (8, True, [])
+    assert main(["plan", str(file), "--device_memory", "1KB"]) == 1
+    assert "it does not fit" in capsys.readouterr().out

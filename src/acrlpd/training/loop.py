@@ -172,7 +172,7 @@ class ACRLPDTrainer:
         self._lock = lock
         self._skipped = SkippedUpdates(files.skipped, limit=config.max_skipped_updates)
         self._started = time.perf_counter(), time.process_time()
-        self._compiled: set[int] = set()  # by the number of updates in a call
+        self._compiled: set[tuple[int, bool]] = set()  # by the number of updates in a call, and what batches hold
         self._has_acted = False
         self._chosen_at = 0  # update whose policy chose the chunks under way
         self._ages: list[int] = []  # in updates, of the policies whose chunks were executed since the last log point
@@ -229,7 +229,8 @@ class ACRLPDTrainer:
         with self._watch.span("data", behind="update", busy=self._is_updating):
             own = [self._make_batch(draw, online=phase == "online") for draw in draws]
             batch = put_batch(own, self._mesh)
-        with self._watch.span("update" if len(steps) in self._compiled else "compile"):
+        program = (len(steps), own[0].observations.prefix is None)
+        with self._watch.span("update" if program in self._compiled else "compile"):
             if len(steps) == 1:
                 rng = jax.random.fold_in(self._update_rng, draws[0])
                 self.agent, metrics = self.agent.update(batch, rng, self.loss_weights(self._step))
@@ -239,9 +240,9 @@ class ACRLPDTrainer:
                 self.agent, metrics = self.agent.updates(batch, rngs, weights)
             self._skipped.watch(self._step, own, metrics)
             self._step = steps.stop
-            if len(steps) not in self._compiled:
+            if program not in self._compiled:
                 jax.block_until_ready(metrics)
-                self._compiled.add(len(steps))
+                self._compiled.add(program)
         self._average.add(metrics)
         self._newest = metrics["total_loss"]
 

@@ -38,12 +38,21 @@ STATS = {
 OBS = {"state": np.array([0.5, 1.5, 0.0], np.float32)}
 
 
-def save(run: Path, step: int, *, seed: int = 0, config: TrainConfig = CONFIG, cameras: tuple[str, ...] = ()) -> None:
+def save(
+    run: Path,
+    step: int,
+    *,
+    seed: int = 0,
+    config: TrainConfig = CONFIG,
+    cameras: tuple[str, ...] = (),
+    stats: dict[str, NormStats] = STATS,
+) -> None:
     """A checkpoint of an agent as it was made."""
-    agent = setup.make_agent(dataclasses.replace(config, seed=seed), setup.Dims(3, 2), cameras)
+    dims = setup.Dims(len(stats["state"].mean), len(stats["actions"].mean))
+    agent = setup.make_agent(dataclasses.replace(config, seed=seed), dims, cameras)
     agent = dataclasses.replace(agent, step=agent.step + step)
     manager = ACRLPDCheckpointManager(run / "checkpoints")
-    manager.save(agent, asset_id="tiny", norm_stats=STATS, run={"config": to_dict(config), "cameras": list(cameras)})
+    manager.save(agent, asset_id="tiny", norm_stats=stats, run={"config": to_dict(config), "cameras": list(cameras)})
     manager.wait()
     manager.close()
 

@@ -1,6 +1,9 @@
 """The server as its clients meet it: openpi's protocol, the same actions as the agent, limits, reload, drain."""
 
 import contextlib
+import shutil
+import ssl
+import subprocess
 import sys
 import threading
 import time
@@ -11,7 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus
+from websockets.sync.client import connect
 
 from acrlpd import deploy
 from acrlpd.data.transforms import to_observation
@@ -149,6 +153,21 @@ def test_an_address_that_others_reach_needs_a_key(policy):
     with pytest.raises(ValueError, match="anyone may move the robot"):
         PolicyServer(policy, ServerConfig(host="0.0.0.0"))
     PolicyServer(policy, ServerConfig(host="0.0.0.0"), api_keys=["key"])
+
+
+def test_tls(policy, tmp_path):
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl, which makes the test's certificate, is not installed")
+    names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run([*make, *names], check=True, capture_output=True)
+    trusting = ssl.create_default_context(cafile=str(cert))
+    with running(policy, tls_cert=str(cert), tls_key=str(key), max_batch_size=1) as server:
+        secure = connect(f"wss://localhost:{server.port}", ssl=trusting, compression=None, max_size=None, legacy=True)
+        assert Client(secure).infer(OBS)["actions"].shape == (5, 2)
+        with pytest.raises((InvalidMessage, OSError, EOFError)):
+            server.connect(open_timeout=5)  # without TLS
 
 
 def test_limits_refuse_with_a_reason(policy):

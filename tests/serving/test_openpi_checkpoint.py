@@ -1,0 +1,48 @@
+"""A checkpoint that openpi's training wrote: served as it is, one sample an answer."""
+
+import json
+
+import numpy as np
+import pytest
+
+from acrlpd import deploy
+from acrlpd.models import gemma, siglip
+from acrlpd.models.pi0 import Pi0Config
+from acrlpd.serving.request import OPTIONS_KEY
+
+
+@pytest.mark.golden
+@pytest.mark.slow
+def test_openpis_checkpoint_is_served(shared):
+    folder = shared / "golden"
+    sizes = json.loads((folder / "meta.json").read_text())["config"]
+    tower = dict(sizes["vit"])
+    model = Pi0Config(
+        action_dim=sizes["action_dim"],
+        action_horizon=sizes["action_horizon"],
+        max_token_len=sizes["max_token_len"]["pi0"],
+        paligemma_variant=gemma.Config(**sizes["gemma"]["tiny"]),
+        action_expert_variant=gemma.Config(**sizes["gemma"]["tiny_expert"]),
+        vision_variant=siglip.Config(image_size=tower.pop("image"), patch_size=tower.pop("patch"), **tower),
+        vocab_size=sizes["vocab"],
+        dtype="float32",
+        remat=False,
+    )
+    checkpoint = folder / "pi0_ema_checkpoint" / "2"
+    assert not deploy.is_ours(checkpoint)
+    options = deploy.OpenPIOptions(robot="libero", tokenizer=str(folder / "tiny_sentencepiece.model"))
+    policy = deploy.openpi_policy(checkpoint, options, deploy.ActingOptions(num_steps=3), model=model)
+    picture = np.zeros((64, 48, 3), np.uint8)
+    obs = {
+        "observation/state": np.zeros(8, np.float32),
+        "observation/image": picture,
+        "observation/wrist_image": picture,
+        "prompt": "pick up the cup",
+        OPTIONS_KEY: {"seed": 3},
+    }
+    first, again = policy.infer(obs), policy.infer(obs)
+    assert sorted(first) == ["actions", "policy_timing"]
+    assert first["actions"].shape == (5, 7)
+    np.testing.assert_array_equal(first["actions"], again["actions"])
+    with pytest.raises(ValueError, match="say whose it is with --robot aloha"):
+        deploy.openpi_policy(checkpoint, deploy.OpenPIOptions(), deploy.ActingOptions(), model=model)

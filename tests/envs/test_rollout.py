@@ -1,7 +1,11 @@
 import dataclasses
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
+from tests.envs.test_custom import CAR
 
 from acrlpd.envs.collect import collect
 from acrlpd.envs.env import EnvConfig
@@ -212,6 +216,22 @@ def test_an_episode_depends_on_seed_and_number_alone(policy):
 def test_workers_make_the_same_episodes():
     pytest.importorskip("metaworld")
     assert_same(collected(range(5), seed=1), collected(range(5), seed=1, num_workers=2))
+
+
+@pytest.mark.slow
+def test_a_killed_collecting_process_leaves_what_is_finished():
+    car = EnvConfig(CAR, max_episode_steps=5)
+    kept = []
+
+    def keep(result):
+        kept.append(result.number)
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+
+    with pytest.raises(ChildProcessError, match="the same command makes those that are missing"):
+        collect(car, range(50), policy="random", num_workers=2, on_episode=keep)
+    assert 1 <= len(kept) < 50
+    assert kept == list(range(len(kept)))
 
 
 @pytest.mark.slow

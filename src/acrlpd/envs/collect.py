@@ -7,6 +7,7 @@ import dataclasses
 import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from tqdm import tqdm
@@ -82,14 +83,20 @@ def _in_processes(job: _CollectJob, numbers: list[int], num_workers: int) -> Ite
     executor = concurrent.futures.ProcessPoolExecutor(
         num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(job,)
     )
+    waiting: deque[concurrent.futures.Future[Rollout]] = deque()
     with executor:
-        waiting: deque[concurrent.futures.Future[Rollout]] = deque()
-        for number in numbers:
-            if len(waiting) == 2 * num_workers:
+        try:
+            for number in numbers:
+                if len(waiting) == 2 * num_workers:
+                    yield waiting.popleft().result()
+                waiting.append(executor.submit(_run_in_worker, number))
+            while waiting:
                 yield waiting.popleft().result()
-            waiting.append(executor.submit(_run_in_worker, number))
-        while waiting:
-            yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a collecting process died (out of memory, or killed). Finished episodes are kept: the same command "
+                "makes those that are missing."
+            ) from error
 
 
 _worker: tuple[_CollectJob, SimulatedEnvironment] | None = (

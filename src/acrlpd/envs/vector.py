@@ -200,7 +200,8 @@ class _Worker:
     def _answer(self, timeout_s: float) -> Any:
         try:
             if not self._connection.poll(timeout_s):
-                raise _GoneError(f"worker {self.pid} hung: no answer in {self._timeout_s:g} s")
+                limit = STARTUP_TIMEOUT_S if self._spec is None else self._timeout_s
+                raise _GoneError(f"worker {self.pid} hung: no answer in {limit:g} s")
             answer = self._connection.recv()
         except (EOFError, ConnectionResetError) as error:
             self._process.join(timeout=5)

@@ -44,6 +44,7 @@ _HOMES = {
     "acrlpd.serving.policy": ("Policy",),
     "acrlpd.serving.production": ("PRODUCTION_SERVING_CONFIG",),
     "acrlpd.serving.server": ("PolicyServer", "ServerConfig"),
+    "acrlpd.regression": ("ACRLPDRegressionTester",),
     "acrlpd.training.checkpoint": ("ACRLPDCheckpointManager",),
     "acrlpd.training.guides": (
         *("HYPERPARAMETER_TUNING_PROTOCOL", "PERFORMANCE_OPTIMIZATION_STRATEGIES", "TROUBLESHOOTING_GUIDE"),

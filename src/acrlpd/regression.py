@@ -1,0 +1,93 @@
+"""Whether a checkpoint still does what it did: for an update of this package, or of what it stands on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import acrlpd
+from acrlpd.data.normalize import NormStats
+from acrlpd.models import weights
+from acrlpd.training import memory, setup
+from acrlpd.training.checkpoint import ACRLPDCheckpointManager
+from acrlpd.training.evaluate import evaluate
+from acrlpd.training.setup import Dims
+
+
+@dataclasses.dataclass(frozen=True)
+class ACRLPDRegressionTester:
+    """Checks by name; ``performance_regression`` only for runs that have an environment and a recorded evaluation."""
+
+    episodes: int = 50
+
+    def run_regression_suite(self, checkpoint_path: str | Path) -> dict[str, bool]:
+        results = {
+            "api_compatibility": self.test_api_compatibility(),
+            "numerical_stability": self.test_numerical_stability(checkpoint_path),
+            "openpi_integration": self.test_openpi_compatibility(checkpoint_path),
+        }
+        loaded = setup.load_checkpoint(checkpoint_path)
+        if loaded.config.env is not None and self._recorded(checkpoint_path) is not None:
+            results["performance_regression"] = self.test_performance_metrics(checkpoint_path)
+        return results
+
+    def test_api_compatibility(self) -> bool:
+        """Every public name can be imported."""
+        return all(getattr(acrlpd, name) is not None for name in acrlpd.__all__)
+
+    def test_numerical_stability(self, checkpoint_path: str | Path) -> bool:
+        """The same observation and key give the same finite chunk twice."""
+        loaded = setup.load_checkpoint(checkpoint_path)
+        stats = _norm_stats(checkpoint_path)
+        dims = Dims(len(stats["state"].mean), len(stats["actions"].mean))
+        manager, step = _manager(checkpoint_path)
+        cameras = tuple(manager.read_run(step)["cameras"])
+        shapes = memory.batch_shapes(loaded.config, dims, cameras, 2).observations
+        observation = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
+        one, other = (np.asarray(loaded.agent.sample_actions(observation, jax.random.key(0))) for _ in range(2))
+        return bool(np.isfinite(one).all() and (one == other).all())
+
+    def test_openpi_compatibility(self, checkpoint_path: str | Path) -> bool:
+        """The policy and its statistics lie where openpi's tools look for them, and every number is finite."""
+        manager, step = _manager(checkpoint_path)
+        step = manager.steps()[-1] if step is None else step
+        arrays = weights.read_params(str(manager.directory / str(step) / "params"))
+        finite = all(np.isfinite(np.asarray(array, np.float32)).all() for array in arrays.values())
+        return bool(finite and set(_norm_stats(checkpoint_path)) >= {"state", "actions"})
+
+    def test_performance_metrics(self, checkpoint_path: str | Path) -> bool:
+        """Success on the run's own seeds does not lie below the interval that was recorded."""
+        loaded = setup.load_checkpoint(checkpoint_path)
+        config, recorded = loaded.config, self._recorded(checkpoint_path)
+        if recorded is None:
+            raise ValueError(f"{checkpoint_path} has no recorded evaluation to compare with")
+        first = config.eval.first_seed
+        environments = setup.make_environments(config, min(self.episodes, config.eval.num_envs))
+        result, _ = evaluate(
+            loaded.agent,
+            loaded.transform,
+            environments,
+            range(first, first + self.episodes),
+            mode="greedy",
+            rng=jax.random.key(0),
+            execute_horizon=config.execute_horizon or config.policy.action_horizon,
+        )
+        return result.high >= recorded["low"]
+
+    def _recorded(self, checkpoint_path: str | Path) -> dict[str, float] | None:
+        manager, step = _manager(checkpoint_path)
+        results = manager.read_run(step)["progress"]["results"]
+        return results.get("online", results.get("offline"))
+
+
+def _manager(checkpoint_path: str | Path) -> tuple[ACRLPDCheckpointManager, int | None]:
+    directory, step = setup.locate_checkpoint(Path(checkpoint_path))
+    return ACRLPDCheckpointManager(directory), step
+
+
+def _norm_stats(checkpoint_path: str | Path) -> dict[str, NormStats]:
+    manager, step = _manager(checkpoint_path)
+    return manager.read_norm_stats(step)

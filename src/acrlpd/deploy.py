@@ -8,7 +8,7 @@ import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ from acrlpd.data.transforms import (
     make_bool_mask,
 )
 from acrlpd.models import torch_names, weights
-from acrlpd.models.pi0 import Pi0Config
+from acrlpd.models.pi0 import Pi0, Pi0Config
 from acrlpd.models.recognize import recognize
 from acrlpd.serving import export
 from acrlpd.serving.budget import Plan
@@ -278,8 +278,7 @@ def export_acrlpd_model(
         partial = Path(folder) / output.name
         _write_checkpoint(partial, small)
         export.write_stablehlo(partial / "stablehlo", small.agent, _interface(small))
-        if small.config.policy.kind in ("pi0", "pi05"):
-            _write_pytorch(partial / "pytorch", small)
+        _write_pytorch(partial / "pytorch", small)
         partial.rename(output)
     logger.info("%s: %d critics, %d flow steps", output, agent_config.critic.num_critics, agent_config.flow_steps)
     return str(output)
@@ -333,9 +332,12 @@ def _write_checkpoint(folder: Path, trained: Trained) -> None:
 
 
 def _write_pytorch(folder: Path, trained: Trained) -> None:
-    """As openpi's converter leaves it: the model, its statistics and its sizes."""
-    modules = trained.agent.acting_modules()
-    flat = weights.flatten(cast(nnx.Module, modules.policy))
+    """As openpi's converter leaves it: the model, its statistics and its sizes; nothing for what the port is not."""
+    model = trained.agent.acting_modules().policy
+    if not isinstance(model, Pi0) or model.config.paligemma.has_lora or model.config.action_expert.has_lora:
+        logger.info("nothing for PyTorch: openpi's port knows pi0 and pi0.5 without adapters")
+        return
+    flat = weights.flatten(model)
     folder.mkdir()
     renamed = torch_names.to_torch({path: np.asarray(value) for path, value in flat.items()})
     weights.write_safetensors(folder / MODEL_FILE, renamed)
@@ -374,12 +376,17 @@ def openpi_policy(
 
     ``model`` is read off the arrays if it is one of the named variants.
     """
+    if openpi.robot is None:
+        raise ValueError(
+            f"{path} is no run or checkpoint of this project; if it is one of openpi's, say whose: --robot "
+            + " | ".join(ROBOTS)
+        )
+    if options.num_samples not in (None, 1):
+        raise ValueError(f"{path} has no critic to choose among num_samples={options.num_samples}: leave it out")
     arrays = weights.read_params(path)
     local = weights.fetch(path)
     model = model or _recognized(path, arrays, openpi)
     stats = read_norm_stats(_assets(local))
-    if openpi.robot is None:
-        raise ValueError(f"{path} is a checkpoint of openpi's: say whose it is with --robot {' | '.join(ROBOTS)}")
     policy = nnx.eval_shape(lambda: model.create(nnx.Rngs(0)))
     weights.load_into(policy, arrays)
     steps: list[Transform] = [

@@ -44,5 +44,5 @@ def test_openpis_checkpoint_is_served(shared):
     assert sorted(first) == ["actions", "policy_timing"]
     assert first["actions"].shape == (5, 7)
     np.testing.assert_array_equal(first["actions"], again["actions"])
-    with pytest.raises(ValueError, match="say whose it is with --robot aloha"):
+    with pytest.raises(ValueError, match="say whose: --robot aloha"):
         deploy.openpi_policy(checkpoint, deploy.OpenPIOptions(), deploy.ActingOptions(), model=model)

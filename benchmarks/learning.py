@@ -7,7 +7,7 @@ on where it was, so the work can be done in pieces: ``--seconds`` stops the run 
 The table is written from whatever is finished. All methods of one task and seed learn from the same episodes, which are
 collected first. Full budget: 100 episodes of prior data, 1500 updates offline, 12000 environment steps online at one
 update for two, flow MLP and critics of 2 x 256; at 24 ms an update about 10 minutes a run on one core.
-``--episodes``, ``--offline_steps`` and ``--online_steps`` shrink it.
+``--episodes``, ``--offline_steps``, ``--online_steps`` and ``--eval_episodes`` shrink it.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--offline_steps", type=int, default=1500)
     parser.add_argument("--online_steps", type=int, default=12_000)
+    parser.add_argument("--eval_episodes", type=int, default=50)
     parser.add_argument("--run_dir", type=Path, default=Path("runs/learning"))
     parser.add_argument("--results", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--seconds", type=float, help="stop after so long; the same command goes on")
@@ -106,6 +107,7 @@ def train(task: str, method: str, seed: int, arguments: argparse.Namespace, end:
     command += ["--env.name", TASKS[task], "--policy.hidden_dims", "256", "256", "--seed", str(seed)]
     command += ["--offline_steps", str(offline), "--online_steps", str(online)]
     command += ["--agent.critic.hidden_dims", "256", "256", "--data.path", str(data)]
+    command += ["--eval.episodes", str(arguments.eval_episodes)]
     command += ["--run_dir", str(arguments.run_dir), "--name", directory.name]
     command += ["--resume"] if (directory / "config.json").exists() else []
     process = subprocess.Popen(command, stdout=sys.stderr)

@@ -145,3 +145,22 @@ def test_checkpoint_that_is_not_there(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no checkpoint"):
         setup.load_checkpoint(tmp_path / "empty")
+
+
+def test_resume_with_another_learning_rate_when_asked_and_from_an_older_step(copied_run, caplog):
+    schedule = dataclasses.replace(copied_run.optimizers.policy.schedule, peak_lr=1e-6)
+    policy = dataclasses.replace(copied_run.optimizers.policy, schedule=schedule)
+    other = dataclasses.replace(copied_run, optimizers=dataclasses.replace(copied_run.optimizers, policy=policy))
+    with pytest.raises(ValueError, match=r"peak_lr: was 2\.5e-05, now 1e-06"):
+        setup.make_trainer(other, resume=True)
+    trainer = setup.make_trainer(other, resume=True, override=("optimizers.*.schedule.*",), from_step=4)
+    assert int(trainer.agent.step) == 4
+    assert "peak_lr: was 2.5e-05, now 1e-06" in caplog.text
+    assert trainer._checkpoints.steps() == [4]
+
+
+def test_which_checkpoints_stay(tiny_config):
+    config = dataclasses.replace(tiny_config, save_frequency=1, max_to_keep=1, keep_period=3)
+    trainer = setup.make_trainer(config)
+    trainer.train()
+    assert trainer._checkpoints.steps() == [3, 6, 8]

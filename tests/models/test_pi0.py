@@ -504,6 +504,23 @@ def test_what_is_masked_cannot_matter(run, seed, camera, length):
     assert not np.allclose(run(observation, x_t, time)[0][1], run(unmasked, x_t, time)[0][1], atol=1e-5)
 
 
+def test_a_camera_that_nobody_has_needs_no_tokens(policy, run, fill, jit):
+    """Masked in every sample it is worth as much as not being in the config, which is cheaper."""
+    config = dataclasses.replace(policy.config, cameras=("front",))
+    smaller = fill(lambda: config.create(nnx.Rngs(0)))
+    observation, (x_t, time) = draw_observation(0), draw_actions(0)
+    masks = {"front": jnp.ones(BATCH, bool), "wrist": jnp.zeros(BATCH, bool)}
+
+    def features_and_velocity(observation):
+        prefix = smaller.encode(observation)
+        return prefix.mask, prefix.features, smaller.velocity(prefix, x_t, time)
+
+    mask, *ours = jit(features_and_velocity)(observation)
+    assert mask.shape[1] == config.vision.num_tokens + config.max_token_len
+    for value, expected in zip(ours, run(observation.replace(image_masks=masks), x_t, time), strict=True):
+        np.testing.assert_allclose(value, expected, atol=1e-5)
+
+
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 99), sample=st.integers(0, BATCH - 1))
 def test_samples_of_a_batch_are_independent(run, seed, sample):

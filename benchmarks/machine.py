@@ -7,6 +7,8 @@ import os
 import platform
 import statistics
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +33,13 @@ def _processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
+
+
+def seconds(call: Callable[[], Any]) -> tuple[float, float]:
+    """Wall and CPU time until the arrays that ``call`` returns are there."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    jax.block_until_ready(call())
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def spread(values: list[float]) -> dict[str, float]:

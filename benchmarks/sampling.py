@@ -3,14 +3,14 @@
     python benchmarks/sampling.py [--candidates 1 8 32] [--steps 10] [--repeats 5] [--json]
 
 A mid-size pi0 (image tower 384x6, first expert 512x6, action expert 256), three 224 px cameras, horizon 50, float32.
-FLOPs are counted from the sizes (two per multiply-add of every matrix product); the rate is set beside that of a plain
-1024 x 1024 matrix product in the same process.
+FLOPs are counted from the sizes (two per multiply-add of every matrix product); the rate is set beside that of plain
+1024 x 1024 matrix products before and after each call, in the same process. Shares and ratios are medians over the
+repeats, by wall time and by CPU time: the latter says more on a machine that others use as well.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -43,76 +43,93 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     about = machine.describe()
-    policy = CONFIG.create(nnx.Rngs(0))
-    timer = Timer(arguments.repeats)
-    rows = []
+    policy, steps = CONFIG.create(nnx.Rngs(0)), arguments.steps
+    calls = {}
     for n in arguments.candidates:
-        rows.append(timer.row(f"best of {n}", best_of(policy, n, arguments.steps), sampling_flops(n, arguments.steps)))
-        tiled = n * sampling_flops(1, arguments.steps)
-        rows.append(timer.row(f"{n} tiled", tiled_samples(policy, n, arguments.steps), tiled))
+        calls[f"best of {n}"] = best_of(policy, n, steps), sampling_flops(n, steps)
+        calls[f"{n} tiled"] = tiled_samples(policy, n, steps), n * sampling_flops(1, steps)
     for batch in arguments.batches:
-        rows.append(timer.row(f"gradient, batch {batch}", loss_gradient(policy, batch), 3 * batch * loss_flops()))
+        calls[f"gradient, batch {batch}"] = loss_gradient(policy, batch), 3 * batch * loss_flops()
+    rows = Timer(arguments.repeats).rows(calls)
     result = {**about, "load_after": machine.describe()["load_average"], "rows": rows} | ratios(rows, arguments)
     machine.show(result, as_json=arguments.json, table=table(result))
 
 
 class Timer:
-    """Times calls beside plain matrix products, in turn, so that both meet the same machine."""
+    """Times calls in turn, each between plain matrix products, so that all of them meet the same machine."""
 
     def __init__(self, repeats: int):
         self._repeats = repeats
-        self._matrix = jnp.asarray(np.random.default_rng(0).normal(size=(1024, 1024)), jnp.float32)
-        self._product = jax.jit(lambda a: a @ a)  # of an argument: the compiler computes a constant's product itself
-        self._product(self._matrix)
+        self._square = jnp.asarray(np.random.default_rng(0).normal(size=(1024, 1024)), jnp.float32)
+        self._product = jax.jit(lambda a, b: a @ b)  # arguments: a constant product would be computed by the compiler
+        self._matmul_rate()
 
-    def row(self, name: str, call: Callable[[], Any], flops: float) -> dict[str, Any]:
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        first = time.perf_counter() - start
-        wall, cpu, rate = [], [], []
+    def rows(self, calls: dict[str, tuple[Callable[[], Any], float]]) -> list[dict[str, Any]]:
+        """A row for each name's call and its FLOPs."""
+        first = {name: machine.seconds(call)[0] for name, (call, _) in calls.items()}
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+        shares: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
         for _ in range(self._repeats):
-            rate.append(self._matmul_rate())
-            start = time.perf_counter(), time.process_time()
-            jax.block_until_ready(call())
-            wall.append(time.perf_counter() - start[0])
-            cpu.append(time.process_time() - start[1])
-        walls, cpus, rates = machine.spread(wall), machine.spread(cpu), machine.spread(rate)
+            before = self._matmul_rate()
+            for name, (call, flops) in calls.items():
+                spent, after = machine.seconds(call), self._matmul_rate()
+                seconds[name].append(spent)
+                shares[name].append(
+                    tuple(2 * flops / s / (r0 + r1) for s, r0, r1 in zip(spent, before, after, strict=True))
+                )
+                before = after
+        return [self._row(name, flops, first[name], seconds[name], shares[name]) for name, (_, flops) in calls.items()]
+
+    @staticmethod
+    def _row(
+        name: str, flops: float, first: float, seconds: list[tuple[float, float]], shares: list[tuple[float, float]]
+    ) -> dict[str, Any]:
+        (wall, cpu), (share_wall, share_cpu) = map(_spreads, (seconds, shares))
         return {
             "name": name,
-            "wall_s": walls,
-            "cpu_s": cpus,
-            "compile_s": first - walls["median"],
+            "wall_s": wall,
+            "cpu_s": cpu,
+            "compile_s": first - wall["median"],
             "gflop": flops / 1e9,
-            "gflop_per_s": flops / walls["median"] / 1e9,
-            "matmul_gflop_per_s": rates["median"] / 1e9,
-            "share_of_matmul": flops / walls["median"] / rates["median"],
+            "share_of_matmul_wall": share_wall,
+            "share_of_matmul_cpu": share_cpu,
         }
 
-    def _matmul_rate(self, count: int = 20) -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            product = self._product(self._matrix)
-        jax.block_until_ready(product)
-        return count * 2 * 1024**3 / (time.perf_counter() - start)
+    def _matmul_rate(self, count: int = 20) -> tuple[float, float]:
+        """FLOPs per second of wall and of CPU time."""
+
+        def products() -> jax.Array:
+            for _ in range(count):
+                product = self._product(self._square, self._square)
+            return product
+
+        wall, cpu = machine.seconds(products)
+        return count * 2 * 1024**3 / wall, count * 2 * 1024**3 / cpu
 
 
-def observation(batch: int) -> Observation:
+def _spreads(pairs: list[tuple[float, float]]) -> tuple[dict[str, float], dict[str, float]]:
+    wall, cpu = zip(*pairs, strict=True)
+    return machine.spread(list(wall)), machine.spread(list(cpu))
+
+
+def observation(batch: int, config: Pi0Config = CONFIG) -> Observation:
+    """Random pictures and prompts, nothing masked."""
     rng = np.random.default_rng(0)
-    side = CONFIG.image_size
-    images = {name: rng.random((batch, side, side, 3), np.float32) * 2 - 1 for name in CONFIG.cameras}
-    tokens = (batch, CONFIG.max_token_len)
+    side = config.image_size
+    images = {name: rng.random((batch, side, side, 3), np.float32) * 2 - 1 for name in config.cameras}
+    tokens = (batch, config.max_token_len)
     made = Observation(
-        state=rng.normal(size=(batch, CONFIG.state_dim)).astype(np.float32),
+        state=rng.normal(size=(batch, config.state_dim)).astype(np.float32),
         images=images,
         image_masks={name: np.ones(batch, bool) for name in images},
-        tokenized_prompt=rng.integers(0, CONFIG.vocab_size, tokens).astype(np.int32),
+        tokenized_prompt=rng.integers(0, config.vocab_size, tokens).astype(np.int32),
         tokenized_prompt_mask=np.ones(tokens, bool),
     )
     return jax.device_put(made)
 
 
-def noise_of(*lead: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(1), (*lead, CONFIG.action_horizon, CONFIG.action_dim))
+def noise_of(*lead: int, config: Pi0Config = CONFIG) -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (*lead, config.action_horizon, config.action_dim))
 
 
 def best_of(policy: Pi0, n: int, steps: int) -> Callable[[], Any]:
@@ -192,25 +209,31 @@ def ratios(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[st
     found = {}
     for n in arguments.candidates:
         best, tiled = by_name[f"best of {n}"], by_name[f"{n} tiled"]
-        wall = best["wall_s"]["median"]
-        growth = wall / first["wall_s"]["median"] / (best["gflop"] / first["gflop"])
-        found[str(n)] = {"time_growth_over_flop_growth": growth, "faster_than_tiled": tiled["wall_s"]["median"] / wall}
+        found[str(n)] = {}
+        for clock in ("wall", "cpu"):
+            one, many, apart = (row[f"{clock}_s"]["median"] for row in (first, best, tiled))
+            found[str(n)][f"time_growth_over_flop_growth_{clock}"] = many / one / (best["gflop"] / first["gflop"])
+            found[str(n)][f"faster_than_tiled_{clock}"] = apart / many
     return {"ratios": found}
 
 
 def table(result: dict[str, Any]) -> str:
     lines = [f"{result['command']} on {result['processor']}, load {result['load_average']}", ""]
-    lines.append(f"{'':20}{'wall ms':>10}{'cpu ms':>10}{'compile s':>10}{'GFLOP':>9}{'GFLOP/s':>9}{'of matmul':>10}")
+    lines.append(f"{'':20}{'wall ms':>10}{'cpu ms':>10}{'compile s':>10}{'GFLOP':>9}{'of matmul: wall':>17}{'cpu':>7}")
     for row in result["rows"]:
         wall, cpu = row["wall_s"]["median"], row["cpu_s"]["median"]
         lines.append(
             f"{row['name']:20}{wall * 1e3:10.1f}{cpu * 1e3:10.1f}{row['compile_s']:10.1f}{row['gflop']:9.1f}"
-            f"{row['gflop_per_s']:9.1f}{row['share_of_matmul']:10.2f}"
+            f"{row['share_of_matmul_wall']['median']:17.2f}{row['share_of_matmul_cpu']['median']:7.2f}"
         )
     for n, each in result["ratios"].items():
+        faster, growth = (
+            [each[f"{name}_{clock}"] for clock in ("wall", "cpu")]
+            for name in ("faster_than_tiled", "time_growth_over_flop_growth")
+        )
         lines.append(
-            f"N={n}: {each['faster_than_tiled']:.2f} x as fast as tiled; time grows "
-            f"{each['time_growth_over_flop_growth']:.2f} x as much as FLOPs"
+            f"N={n}: {faster[0]:.2f} ({faster[1]:.2f} by cpu) x as fast as tiled; time grows {growth[0]:.2f} "
+            f"({growth[1]:.2f}) x as much as FLOPs"
         )
     return "\n".join(lines)
 

@@ -80,6 +80,10 @@ class Timer:
                 before = after
         return [self._row(name, flops, first[name], seconds[name], shares[name]) for name, (_, flops) in calls.items()]
 
+    def row(self, name: str, call: Callable[[], Any], flops: float) -> dict[str, Any]:
+        """The row of one call alone."""
+        return self.rows({name: (call, flops)})[0]
+
     @staticmethod
     def _row(
         name: str, flops: float, first: float, seconds: list[tuple[float, float]], shares: list[tuple[float, float]]
@@ -91,6 +95,7 @@ class Timer:
             "cpu_s": cpu,
             "compile_s": first - wall["median"],
             "gflop": flops / 1e9,
+            "share_of_matmul": share_wall["median"],
             "share_of_matmul_wall": share_wall,
             "share_of_matmul_cpu": share_cpu,
         }

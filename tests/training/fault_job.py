@@ -93,6 +93,23 @@ def fill_disk_at(trainer, step: int) -> None:
     trainer.loader.batch = full
 
 
+def announce_training(trainer):
+    """Prints a line at the first batch: by then signals are handled."""
+    batch, said = trainer.loader.batch, []
+
+    def announce():
+        if not said:
+            said.append(True)
+            print("training", flush=True)
+
+    def announced(draw, **options):
+        announce()
+        return batch(draw, **options)
+
+    trainer.loader.batch = announced
+    return announce
+
+
 def note_used_episodes(file: Path) -> None:
     """Beside the run's own files: which episodes the trainer has taken over."""
     keep = Interaction.keep
@@ -112,9 +129,10 @@ def main(run_dir: str, fault: str = "") -> int:
     arm(fault)
     if fault == "disk-full":
         fill_disk_at(trainer, 22)
-    print("training", flush=True)
+    announce = announce_training(trainer)
     try:
         trainer.train()
+        announce()  # a run that had nothing left to do
     except RunFault as error:
         print(error, file=sys.stderr)
         return EXIT_FAULT

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from acrlpd.agents.config import AgentConfig
 from acrlpd.agents.losses import LossWeights
 from acrlpd.data.rewards import RewardConfig
+from acrlpd.data.robots.mapping import Robot
 from acrlpd.envs.env import EnvConfig
 from acrlpd.envs.vector import RolloutConfig
 from acrlpd.models import gemma
@@ -85,6 +86,8 @@ class DataConfig:
 
     path: str | None = None  # episodes in any format we read; None: collected into the run's own folder
     action_dim: int | None = None  # the robot's; data of another is refused. None: whatever the data has
+    robot: Robot | None = None  # see the data as openpi's checkpoints for this robot do; None: as it is
+    delta_mask: tuple[int, ...] | None = None  # 6 -1: six actions relative to the state, one not; None: the robot's
     cameras: tuple[str, ...] = ()  # of the data, those to use; empty: all
     state_keys: tuple[str, ...] = ()  # the format's names of what makes the state; empty: the usual ones
     action_keys: tuple[str, ...] = ()  # likewise for the actions
@@ -112,6 +115,11 @@ class DataConfig:
         for name in ("sequence_ratio", "online_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} must lie in [0, 1], got {getattr(self, name)}")
+        if (self.robot or self.delta_mask) and self.action_normalization == "bounds":
+            raise ValueError(
+                "data.action_normalization='bounds' is of actions as the environment takes them, which data.robot and "
+                "data.delta_mask change: use 'z_score' (openpi's for pi0) or 'quantile' (for pi0.5)"
+            )
         if self.cube_goal and self.button_goal:
             raise ValueError("data.cube_goal and data.button_goal exclude each other")
 

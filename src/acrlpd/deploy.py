@@ -15,23 +15,18 @@ import numpy as np
 from flax import nnx
 
 from acrlpd.agents.acrlpd import ACRLPDAgent, AgentConfig
-from acrlpd.config import PolicyConfig, TrainConfig, from_dict, to_dict
+from acrlpd.config import TrainConfig, from_dict, to_dict
 from acrlpd.data import normalize, windows
 from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.normalize import NormStats
-from acrlpd.data.robots import aloha, droid, libero
+from acrlpd.data.robots.mapping import ROBOTS, Robot, before_normalization, unseen
 from acrlpd.data.tokenizer import PromptTokenizer
 from acrlpd.data.transforms import (
     Compose,
     Data,
     DefaultPrompt,
-    DeltaActions,
-    Normalize,
-    PadToModel,
-    ResizeImages,
-    TokenizePrompt,
     Transform,
-    make_bool_mask,
+    to_model,
 )
 from acrlpd.models import torch_names, weights
 from acrlpd.models.pi0 import Pi0, Pi0Config
@@ -47,9 +42,6 @@ from acrlpd.training.sharding import make_mesh, parameter_sharding
 from acrlpd.types import Observation
 
 logger = logging.getLogger(__name__)
-
-Robot = Literal["aloha", "droid", "libero"]
-ROBOTS: dict[str, Transform] = {"aloha": aloha.Aloha(), "droid": droid.Droid(), "libero": libero.Libero()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +72,7 @@ class OpenPIOptions:
     robot: Robot | None = None  # whose observations and actions
     action_horizon: int = 50  # as trained; the parameters do not tell
     tokenizer: str | None = None  # PaliGemma's SentencePiece model
-    delta_mask: tuple[int, ...] = ()  # joints trained relative to the state: 6 -1 is six of them and one absolute
+    delta_mask: tuple[int, ...] | None = None  # 6 -1: six joints relative to the state, one not; None: the robot's
     max_token_len: int | None = None  # None: 48 for pi0, 200 for pi0.5
     discrete_state_input: bool | None = None  # the state written into the prompt; None: for pi0.5
     quantiles: bool | None = None  # how state and actions are normalized; None: quantiles for pi0.5
@@ -174,7 +166,7 @@ def trained_policy(trained: Trained, options: ActingOptions) -> Policy:
     return Policy(
         sampler,
         transform,
-        spec=_spec(config.policy, trained.dims, trained.cameras),
+        spec=_spec(trained),
         real_time=options.real_time,
         budget_s=options.budget_s,
         rng=jax.random.key(options.seed),
@@ -189,7 +181,9 @@ def _default_prompt(prompt: str | None, *, needed: bool) -> list[Transform]:
     return [DefaultPrompt(prompt or "")]
 
 
-def _spec(policy: PolicyConfig, dims: setup.Dims, cameras: tuple[str, ...]) -> Observation:
+def _spec(trained: Trained) -> Observation:
+    policy, dims = trained.config.policy, trained.dims
+    cameras = setup.model_cameras(trained.config, trained.cameras)
     if policy.kind == "mlp_flow":
         return _observation_spec(dims.state, (), 0, policy.max_token_len)
     return _observation_spec(policy.action_dim or dims.state, cameras, policy.image_size, policy.max_token_len)
@@ -357,12 +351,16 @@ def _interface(trained: Trained) -> Interface:
     config = trained.config
     quantiles = config.policy.kind == "pi05" or config.data.action_normalization == "quantile"
     num_samples = config.agent.best_of_n_samples if trained.agent.chooses else 1
+    robot = config.data.robot
     return Interface(
         trained.stats,
         quantiles,
-        _spec(config.policy, trained.dims, trained.cameras),
+        _spec(trained),
         Plan(num_samples, config.agent.flow_steps),
         greedy=trained.agent.chooses,
+        robot=ROBOTS[robot] if robot else None,
+        delta_mask=setup.delta_mask(config),
+        unseen=unseen(robot, trained.cameras) if robot else (),
     )
 
 
@@ -389,21 +387,19 @@ def openpi_policy(
     stats = read_norm_stats(_assets(local))
     policy = nnx.eval_shape(lambda: model.create(nnx.Rngs(0)))
     weights.load_into(policy, arrays)
-    steps: list[Transform] = [
-        *_default_prompt(options.default_prompt, needed=True),
-        ROBOTS[openpi.robot],
-        *([DeltaActions(make_bool_mask(*openpi.delta_mask))] if openpi.delta_mask else []),
-        Normalize(stats, model.pi05 if openpi.quantiles is None else openpi.quantiles),
-        ResizeImages(model.image_size, model.image_size),
-        TokenizePrompt(
-            PromptTokenizer(openpi.tokenizer, max_length=model.max_token_len),
-            discrete_state_input=model.discrete_state_input,
-        ),
-        PadToModel(model.action_dim),
-    ]
+    before = before_normalization(openpi.robot, openpi.delta_mask, pi05=model.pi05)
+    transform = to_model(
+        [*_default_prompt(options.default_prompt, needed=True), *before],
+        stats,
+        PromptTokenizer(openpi.tokenizer, max_length=model.max_token_len),
+        quantiles=model.pi05 if openpi.quantiles is None else openpi.quantiles,
+        image_size=model.image_size,
+        discrete_state_input=model.discrete_state_input,
+        action_dim=model.action_dim,
+    )
     return Policy(
         FlowSampler(policy, num_steps=options.num_steps or 10),
-        Compose(steps),
+        transform,
         spec=_observation_spec(model.action_dim, model.cameras, model.image_size, model.max_token_len),
         real_time=options.real_time,
         budget_s=options.budget_s,

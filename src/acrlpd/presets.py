@@ -173,7 +173,12 @@ def get_droid_config() -> TrainConfig:
             target_update_tau=0.005,
         ),
         data=DataConfig(
-            path="data/droid", action_dim=8, batch_size=64, sequence_ratio=0.7, action_normalization="z_score"
+            path="data/droid",
+            action_dim=8,
+            robot="droid",
+            batch_size=64,
+            sequence_ratio=0.7,
+            action_normalization="z_score",
         ),
         optimizers=OptimizersConfig(
             policy=_cosine(5000, 3e-5, 100_000, 3e-6),
@@ -208,7 +213,12 @@ def get_aloha_config() -> TrainConfig:
             target_update_tau=0.01,
         ),
         data=DataConfig(
-            path="data/aloha", action_dim=14, batch_size=128, sequence_ratio=0.8, action_normalization="z_score"
+            path="data/aloha",
+            action_dim=14,
+            robot="aloha",
+            batch_size=128,
+            sequence_ratio=0.8,
+            action_normalization="z_score",
         ),
         optimizers=OptimizersConfig(
             policy=_cosine(2000, 5e-6, 30_000, 1e-6),
@@ -238,7 +248,12 @@ def get_libero_config() -> TrainConfig:
             target_update_tau=0.01,
         ),
         data=DataConfig(
-            path="data/libero", action_dim=7, batch_size=256, sequence_ratio=0.6, action_normalization="z_score"
+            path="data/libero",
+            action_dim=7,
+            robot="libero",
+            batch_size=256,
+            sequence_ratio=0.6,
+            action_normalization="z_score",
         ),
         optimizers=OptimizersConfig(
             policy=_cosine(3000, 3e-4, 50_000, 3e-5),

@@ -5,6 +5,7 @@ from acrlpd.data.chunks import gather
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.normalize import load
 from acrlpd.data.robots import aloha, droid, libero
+from acrlpd.data.robots.mapping import ToRobot, delta_mask, unseen
 from acrlpd.data.transforms import Compose, DeltaActions, Normalize, PadToModel, ResizeImages, to_observation
 from acrlpd.types import Episode
 
@@ -123,14 +124,14 @@ def test_aloha_gripper_angles_at_the_ends():
 
 
 @pytest.mark.parametrize(
-    ("robot", "repack", "cameras", "state_dim"),
+    ("robot", "cameras", "state_dim"),
     [
-        (libero.Libero(), libero.REPACK, ["image", "wrist_image"], 8),
-        (droid.Droid(), droid.REPACK, ["exterior_image_1_left", "exterior_image_2_left", "wrist_image_left"], 8),
-        (aloha.Aloha(), aloha.REPACK, ["cam_high", "cam_left_wrist"], 14),
+        ("libero", ["image", "wrist_image"], 8),
+        ("droid", ["exterior_image_1_left", "exterior_image_2_left", "wrist_image_left"], 8),
+        ("aloha", ["top", "cam_left_wrist", "angle"], 14),
     ],
 )
-def test_from_a_store_to_an_observation(robot, repack, cameras, state_dim):
+def test_from_a_store_to_an_observation(robot, cameras, state_dim):
     store = EpisodeStore.from_episodes(
         [
             Episode(
@@ -144,7 +145,7 @@ def test_from_a_store_to_an_observation(robot, repack, cameras, state_dim):
         ]
     )
     raw = gather(store, np.array([0, 3]), 2)
-    transforms = Compose((repack, robot, ResizeImages(4, 4)))
+    transforms = Compose((ToRobot(robot), ResizeImages(4, 4)))
     data = transforms({key: raw[key] for key in ("state", "actions", "image", "prompt")})
     observation = to_observation(data)
     assert observation.state.shape == (2, state_dim)
@@ -154,6 +155,25 @@ def test_from_a_store_to_an_observation(robot, repack, cameras, state_dim):
     assert data["prompt"].tolist() == ["fold", "fold"]
     without_actions = transforms({key: raw[key] for key in ("state", "image", "prompt")})
     assert "actions" not in without_actions
+    without_pictures = transforms({key: raw[key] for key in ("state", "actions", "prompt")} | {"image": {}})
+    assert to_observation(without_pictures).images == {}
+    np.testing.assert_array_equal(without_pictures["state"], data["state"])
+    np.testing.assert_array_equal(without_pictures["actions"], data["actions"])
+    assert unseen(robot, cameras) == ("right_wrist_0_rgb",)
+    with pytest.raises(ValueError, match=rf"{robot} has a state of {state_dim} numbers, got 3"):
+        transforms({"state": np.zeros(3), "image": {}})
+
+
+def test_which_actions_are_relative():
+    """openpi's configurations: ALOHA's joints; LIBERO's arm for pi0 alone; DROID's are velocities."""
+    masks = {
+        (robot, pi05): sum(delta_mask(robot, None, pi05=pi05))
+        for robot in ("aloha", "droid", "libero")
+        for pi05 in (False, True)
+    }
+    assert list(masks.values()) == [12, 12, 0, 0, 6, 0]
+    assert delta_mask("aloha", (), pi05=False) == ()
+    assert delta_mask("droid", (7, -1), pi05=False) == (True,) * 7 + (False,)
 
 
 @pytest.mark.golden

@@ -14,7 +14,14 @@ from acrlpd.data.rewards import RewardConfig
 from acrlpd.training import report, setup
 from acrlpd.types import Episode
 
-ELSEWHERE = {"collect", "max_replay_bytes", "online_ratio", "prefix_bytes"}  # tested with what they belong to
+ELSEWHERE = {
+    "collect",
+    "max_replay_bytes",
+    "online_ratio",
+    "prefix_bytes",
+    "robot",
+    "delta_mask",
+}  # tested with what they belong to
 CUBE = (0.425, 0.1, 0.02)
 
 

@@ -16,6 +16,7 @@ from acrlpd.data import normalize
 from acrlpd.data.episodes import EpisodeSource
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.robots import aloha
+from acrlpd.data.robots.mapping import ToRobot
 from acrlpd.data.sources import open_episodes
 from acrlpd.data.transforms import Compose, DeltaActions, Transform, make_bool_mask
 
@@ -49,7 +50,6 @@ def main(argv: Sequence[str]) -> int:
             _before_normalization(arguments, source),
             horizon=arguments.horizon,
             num_episodes=arguments.num_episodes,
-            cameras=("cam_high",) if arguments.robot == "aloha" else (),
             min_std=arguments.min_std,
         )
     messages = [str(warning.message) for warning in caught]
@@ -76,7 +76,7 @@ def _before_normalization(arguments: NormStatsArguments, source: EpisodeSource) 
     mask = make_bool_mask(*arguments.delta)
     if len(mask) > min(dims.values()):
         raise ValueError(f"--delta names {len(mask)} dimensions, but {arguments.data_path} has {dims}")
-    steps: list[Transform] = [aloha.REPACK, aloha.Aloha()] if arguments.robot == "aloha" else []
+    steps: list[Transform] = [ToRobot("aloha")] if arguments.robot == "aloha" else []
     return Compose([*steps, DeltaActions(mask)] if mask else steps)
 
 

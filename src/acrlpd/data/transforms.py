@@ -245,6 +245,27 @@ class PadToModel:
         return np.concatenate([x, np.zeros((*x.shape[:-1], missing), x.dtype)], axis=-1)
 
 
+def to_model(
+    before: Sequence[Transform],
+    stats: Mapping[str, NormStats],
+    tokenizer: PromptTokenizer,
+    *,
+    quantiles: bool,
+    image_size: int,
+    discrete_state_input: bool,
+    action_dim: int | None,
+    robot_action_dim: int | None = None,
+) -> Compose:
+    """All of it in openpi's order: ``before``, then normalization and what follows; None as width pads nothing."""
+    steps: list[Transform] = [
+        *before,
+        Normalize(stats, quantiles),
+        ResizeImages(image_size, image_size),
+        TokenizePrompt(tokenizer, discrete_state_input),
+    ]
+    return Compose(steps if action_dim is None else [*steps, PadToModel(action_dim, robot_action_dim)])
+
+
 @typed
 def to_image(image: Shaped[np.ndarray, "*batch _ _ _"]) -> UInt8[np.ndarray, "*batch _ _ _"]:
     """A camera's picture as uint8 (h, w, 3): floats are 0..1, cut to whole levels; (3, h, w) is turned."""

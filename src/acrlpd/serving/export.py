@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from acrlpd.agents import candidates, losses, sampling
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.data.normalize import NormStats
+from acrlpd.data.robots.mapping import Platform
 from acrlpd.serving.budget import Plan
 from acrlpd.serving.policy import Draws, best_chunk
 from acrlpd.types import ChunkBatch, Observation
@@ -40,6 +41,9 @@ class Interface:
     spec: Observation  # the model's observation, without a batch axis
     plan: Plan
     greedy: bool = True  # False: the policy alone, without the critic's choice
+    robot: Platform | None = None  # whose numbers go in and come out; None: those of the data
+    delta_mask: tuple[bool, ...] = ()  # actions that the policy has relative to the state
+    unseen: tuple[str, ...] = ()  # the model's cameras that the robot does not have
 
 
 def write_stablehlo(folder: Path, agent: ACRLPDAgent, interface: Interface, *, batch_size: int = 1) -> None:
@@ -84,21 +88,30 @@ def _inputs(interface: Interface, batch_size: int) -> dict[str, jax.ShapeDtypeSt
         "tokenized_prompt_mask": (spec.tokenized_prompt_mask.shape, jnp.bool_),
         "seed": ((), jnp.uint32),
     }
-    shapes |= {f"image/{camera}": (image.shape, jnp.uint8) for camera, image in spec.images.items()}
+    shapes |= {
+        f"image/{camera}": (image.shape, jnp.uint8)
+        for camera, image in spec.images.items()
+        if camera not in interface.unseen
+    }
     return {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
 
 def _infer(agent: ACRLPDAgent, interface: Interface, inputs: Mapping[str, Array]) -> dict[str, Array]:
     stats, quantiles = interface.stats, interface.quantiles
+    raw = inputs["state"] if interface.robot is None else interface.robot.state_map(inputs["state"])
     offset, scale = _affine(stats["state"], quantiles)
-    state = (inputs["state"] - offset[None]) / scale[None]
+    state = (raw - offset[None]) / scale[None]
     missing = interface.spec.state.shape[-1] - state.shape[-1]
     seed = inputs["seed"]
-    cameras = {camera: inputs[f"image/{camera}"] for camera in interface.spec.images}
+    images, masks = {}, {}
+    for camera, image in interface.spec.images.items():
+        seen = camera not in interface.unseen
+        images[camera] = inputs[f"image/{camera}"] if seen else jnp.zeros((len(seed), *image.shape), jnp.uint8)
+        masks[camera] = jnp.full(len(seed), seen)
     observation = Observation(
         state=jnp.pad(state, ((0, 0), (0, missing))),
-        images=cameras,
-        image_masks={camera: jnp.ones(len(seed), bool) for camera in cameras},
+        images=images,
+        image_masks=masks,
         tokenized_prompt=inputs["tokenized_prompt"],
         tokenized_prompt_mask=inputs["tokenized_prompt_mask"],
     )
@@ -106,6 +119,11 @@ def _infer(agent: ACRLPDAgent, interface: Interface, inputs: Mapping[str, Array]
     chunk, values = best_chunk(agent, observation, draws, plan=interface.plan, alone=not interface.greedy)
     offset, scale = _affine(stats["actions"], quantiles)
     actions = chunk[..., : len(offset)] * scale[None, None] + offset[None, None]
+    if any(interface.delta_mask):
+        relative = np.flatnonzero(interface.delta_mask)
+        actions = actions.at[..., relative].add(raw[:, None, relative])
+    if interface.robot is not None:
+        actions = interface.robot.action_map(actions)
     return {"actions": actions} | ({"q": values["q"]} if "q" in values else {})
 
 

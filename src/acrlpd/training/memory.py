@@ -88,6 +88,7 @@ def plan(config: TrainConfig, machine: Machine | None = None, *, dims: Dims | No
     local_batch = _local_batch(config, machine)
     dims = _dims(config) if dims is None else dims
     cameras = config.data.cameras or (config.env.cameras if config.env else CAMERAS)
+    cameras = setup.model_cameras(config, cameras)
     agent = jax.eval_shape(lambda: setup.create_agent(config, dims, cameras))
     batch = batch_shapes(config, dims, cameras, local_batch)
     temporary, aliased_output = _compiled(agent, batch)

@@ -24,9 +24,10 @@ from acrlpd.data.frame_cache import FrameCache
 from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.replay import ReplayJournal
+from acrlpd.data.robots import mapping
 from acrlpd.data.sources import Dataset, open_episodes
 from acrlpd.data.tokenizer import PromptTokenizer
-from acrlpd.data.transforms import Compose, Normalize, PadToModel, ResizeImages, TokenizePrompt, Transform
+from acrlpd.data.transforms import Compose, Transform, to_model
 from acrlpd.envs import rollout
 from acrlpd.envs.env import EnvSpec
 from acrlpd.envs.vector import VectorEnv, make_vector
@@ -34,7 +35,7 @@ from acrlpd.models import weights as policy_weights
 from acrlpd.models.flow import FlowPolicy
 from acrlpd.models.gaussian import ChunkGaussianConfig
 from acrlpd.models.mlp_flow import MLPFlowConfig
-from acrlpd.models.pi0 import Pi0, Pi0Config
+from acrlpd.models.pi0 import CAMERAS, Pi0, Pi0Config
 from acrlpd.models.recognize import recognize
 from acrlpd.overrides import differences
 from acrlpd.training import prefixes
@@ -85,6 +86,13 @@ def make_trainer(
             f"data.action_dim is {config.data.action_dim}, but the actions in {config.data.path} have {dims.action} "
             "dimensions: this is data of another robot, or another choice of its keys"
         )
+    mapping.check(
+        config.data.robot,
+        delta_mask(config),
+        where=str(prior_path(config)),
+        dims=(dims.state, dims.action),
+        cameras=prior.cameras if config.policy.kind in ("pi0", "pi05") else None,
+    )
     if config.env is None and config.online_steps:
         logger.warning("no online phase: online_steps is %d, but env.name names no environment", config.online_steps)
     checkpoints = ACRLPDCheckpointManager(
@@ -304,11 +312,15 @@ def _reader_options(config: TrainConfig) -> dict[str, Any]:
 def make_norm_stats(
     config: TrainConfig, store: EpisodeStore, source: Dataset, spec: EnvSpec | None
 ) -> dict[str, NormStats]:
-    """Statistics of the prior data; a bounded action space speaks for itself."""
+    """Statistics of the prior data, as it comes to normalization; a bounded action space speaks for itself."""
+    before = before_normalization(config)
     in_memory = isinstance(store.state, np.ndarray) and isinstance(store.actions, np.ndarray)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        if in_memory:
+        if before:
+            horizon = config.policy.action_horizon
+            stats = normalize.from_source(source, Compose(before), horizon=horizon, min_std=config.data.min_std)
+        elif in_memory:
             stats = normalize.from_store(store, min_std=config.data.min_std)
         else:
             stats = normalize.from_source(source, min_std=config.data.min_std)
@@ -327,16 +339,31 @@ def make_norm_stats(
 def make_transform(config: TrainConfig, stats: Mapping[str, NormStats], dims: Dims) -> Transform:
     """From raw observations to the model's, in openpi's order; serving uses the same list."""
     policy = config.policy
-    quantiles = policy.kind == "pi05" or config.data.action_normalization == "quantile"
-    tokenizer = PromptTokenizer(policy.tokenizer, max_length=policy.max_token_len)
-    steps: list[Transform] = [
-        Normalize(stats, quantiles),
-        ResizeImages(policy.image_size, policy.image_size),
-        TokenizePrompt(tokenizer, discrete_state_input=policy.kind == "pi05"),
-    ]
-    if policy.action_dim is not None:
-        steps.append(PadToModel(policy.action_dim, dims.action))
-    return Compose(steps)
+    return to_model(
+        before_normalization(config),
+        stats,
+        PromptTokenizer(policy.tokenizer, max_length=policy.max_token_len),
+        quantiles=policy.kind == "pi05" or config.data.action_normalization == "quantile",
+        image_size=policy.image_size,
+        discrete_state_input=policy.kind == "pi05",
+        action_dim=policy.action_dim,
+        robot_action_dim=dims.action,
+    )
+
+
+def before_normalization(config: TrainConfig) -> list[Transform]:
+    """What the data passes first; nothing where it is used as it is."""
+    return mapping.before_normalization(config.data.robot, config.data.delta_mask, pi05=config.policy.kind == "pi05")
+
+
+def delta_mask(config: TrainConfig) -> tuple[bool, ...]:
+    """Which actions the policy has relative to the state."""
+    return mapping.delta_mask(config.data.robot, config.data.delta_mask, pi05=config.policy.kind == "pi05")
+
+
+def model_cameras(config: TrainConfig, cameras: tuple[str, ...]) -> tuple[str, ...]:
+    """The model's names of its cameras, where ``cameras`` are the data's."""
+    return cameras if config.data.robot is None else CAMERAS
 
 
 def make_policy(config: PolicyConfig, dims: Dims, cameras: tuple[str, ...], rngs: nnx.Rngs) -> FlowPolicy:
@@ -379,7 +406,7 @@ def create_agent(
 ) -> ACRLPDAgent:
     """A fresh agent where JAX puts it; without weights it may be traced, to see shapes without memory for them."""
     policy_rng, agent_rng = jax.random.split(jax.random.key(config.seed))
-    policy = make_policy(config.policy, dims, cameras, nnx.Rngs(params=policy_rng))
+    policy = make_policy(config.policy, dims, model_cameras(config, cameras), nnx.Rngs(params=policy_rng))
     if weights is not None:
         load_weights(policy, weights)
     trainable = trainable_part(config.policy, policy)

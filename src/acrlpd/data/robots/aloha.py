@@ -11,19 +11,23 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
-from acrlpd.data.transforms import Data, Repack, make_bool_mask, to_image
+from acrlpd.data.transforms import Data, make_bool_mask, to_image
 from acrlpd.types import typed
 
-ACTION_DIM = 14
+STATE_DIM = ACTION_DIM = 14
 DELTA_MASK = make_bool_mask(6, -1, 6, -1)  # joints relative, grippers absolute
-REPACK = Repack({"state": "state", "images": "image", "actions": "actions", "prompt": "prompt"})
-"""From a store whose cameras have ALOHA's names; the simulation's ``top`` needs a Repack that calls it ``cam_high``."""
+CAMERAS = {
+    "cam_high": ("cam_high", "top"),  # the simulation's name
+    "cam_left_wrist": ("cam_left_wrist", "left_wrist"),
+    "cam_right_wrist": ("cam_right_wrist", "right_wrist"),
+}
+"""The robot's names of its cameras: those in data sets."""
 
 _SLOTS = {"base_0_rgb": "cam_high", "left_wrist_0_rgb": "cam_left_wrist", "right_wrist_0_rgb": "cam_right_wrist"}
 _UNUSED = ("cam_low",)
-_GRIPPERS = [6, 13]
+_GRIPPERS = np.array([6, 13])
 _SIGNS = np.array([1.0, -1, -1, 1, 1, 1, 1, 1, -1, -1, 1, 1, 1, 1])  # pi0's joint directions
 
 _FINGER_CLOSED, _FINGER_OPEN = 0.01844, 0.05800  # finger position, m
@@ -67,30 +71,41 @@ class Aloha:
         return {"actions": actions_from_pi0(actions) if self.adapt_to_pi else actions}
 
 
+# The three below take numpy's arrays and JAX's, of which exported policies are made.
+
+Numbers = Float[np.ndarray, "*batch 14"] | Float[Array, "*batch 14"]
+
+
 @typed
-def state_to_pi0(state: Float[np.ndarray, "*batch 14"]) -> Float[np.ndarray, "*batch 14"]:
+def state_to_pi0(state: Numbers) -> Numbers:
     """Joint signs turned; gripper from finger travel (0 closed, 1 open) to the angle of its motor in pi0's range."""
     finger = state[..., _GRIPPERS] * (_FINGER_OPEN - _FINGER_CLOSED) + _FINGER_CLOSED
     sine = (_HORN**2 + finger**2 - _ARM**2) / (2 * _HORN * finger)
-    angle = np.arcsin(np.clip(sine, -1.0, 1.0))
+    xp = _namespace(state)
+    angle = xp.asin(xp.clip(sine, -1.0, 1.0))
     return _with_grippers(state, (angle - _PI0_CLOSED) / (_PI0_OPEN - _PI0_CLOSED))
 
 
 @typed
-def actions_to_pi0(actions: Float[np.ndarray, "*batch 14"]) -> Float[np.ndarray, "*batch 14"]:
+def actions_to_pi0(actions: Numbers) -> Numbers:
     """Joint signs turned; gripper from the leader's range to an angle, counted from where pi0 has it closed."""
     angle = actions[..., _GRIPPERS] * (_LEADER_OPEN - _LEADER_CLOSED) + _LEADER_CLOSED
     return _with_grippers(actions, angle - _PI0_CLOSED)
 
 
 @typed
-def actions_from_pi0(actions: Float[np.ndarray, "*batch 14"]) -> Float[np.ndarray, "*batch 14"]:
+def actions_from_pi0(actions: Numbers) -> Numbers:
     """Inverse of ``actions_to_pi0``."""
     angle = actions[..., _GRIPPERS] + _PI0_CLOSED
     return _with_grippers(actions, (angle - _LEADER_CLOSED) / (_LEADER_OPEN - _LEADER_CLOSED))
 
 
-def _with_grippers(x: np.ndarray, grippers: np.ndarray) -> np.ndarray:
-    turned = x * _SIGNS.astype(x.dtype)
-    turned[..., _GRIPPERS] = grippers
-    return turned
+def _with_grippers(x: Any, grippers: Any) -> Any:
+    turned = x * _SIGNS.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    left, right = grippers[..., :1].astype(x.dtype), grippers[..., 1:].astype(x.dtype)
+    return _namespace(x).concat([turned[..., :6], left, turned[..., 7:13], right], axis=-1)
+
+
+def _namespace(x: Any) -> Any:
+    """``numpy`` or ``jax.numpy``."""
+    return x.__array_namespace__()

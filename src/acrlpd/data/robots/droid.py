@@ -6,19 +6,14 @@ import dataclasses
 
 import numpy as np
 
-from acrlpd.data.transforms import Data, Repack, to_image
+from acrlpd.data.transforms import Data, to_image
 
-ACTION_DIM = 8
-REPACK = Repack(
-    {
-        "observation/state": "state",
-        "observation/exterior_image_1_left": "image/exterior_image_1_left",
-        "observation/wrist_image_left": "image/wrist_image_left",
-        "actions": "actions",
-        "prompt": "prompt",
-    }
-)
-"""From a store that has joints and gripper in one state, and cameras named as in openpi's DROID data set."""
+STATE_DIM = ACTION_DIM = 8
+CAMERAS = {
+    "exterior_image_1_left": ("exterior_image_1_left", "exterior_1_left"),
+    "wrist_image_left": ("wrist_image_left", "wrist_left"),
+}
+"""The robot's names of its cameras: those in data sets."""
 
 
 @dataclasses.dataclass(frozen=True)

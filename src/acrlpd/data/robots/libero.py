@@ -6,19 +6,14 @@ import dataclasses
 
 import numpy as np
 
-from acrlpd.data.transforms import Data, Repack, to_image
+from acrlpd.data.transforms import Data, to_image
 
-ACTION_DIM = 7
-REPACK = Repack(
-    {
-        "observation/state": "state",
-        "observation/image": "image/image",
-        "observation/wrist_image": "image/wrist_image",
-        "actions": "actions",
-        "prompt": "prompt",
-    }
-)
-"""From a store whose cameras are called ``image`` and ``wrist_image``, as in openpi's LIBERO data set."""
+STATE_DIM, ACTION_DIM = 8, 7
+CAMERAS = {
+    "image": ("image", "agentview_rgb"),
+    "wrist_image": ("wrist_image", "image2", "eye_in_hand_rgb"),
+}
+"""The robot's names of its cameras: those in openpi's data set, in LeRobot's and in the demonstrations."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,168 @@
+"""The robots that openpi's checkpoints know: all that comes before normalization, for recorded data and for a client's.
+
+A store or a simulator gives ``state`` and ``image`` {camera: ...}, with camera names that differ from data set to data
+set; openpi's clients send the robot's own keys. Both become what the robot's transform takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from acrlpd.data.robots import aloha, droid, libero
+from acrlpd.data.transforms import Data, DeltaActions, Transform, make_bool_mask
+
+Robot = Literal["aloha", "droid", "libero"]
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Platform:
+    """One robot as openpi has it."""
+
+    transform: Transform
+    state_dim: int
+    action_dim: int
+    cameras: Mapping[str, tuple[str, ...]]  # its own names: those in data sets, of which the first found is used
+    prefix: str  # of its own keys for pictures
+    optional: tuple[str, ...] = ()  # cameras that may be missing
+    delta_mask: tuple[bool, ...] = ()  # of pi0's checkpoints
+    delta_mask_pi05: tuple[bool, ...] = ()
+    state_map: Callable[[Any], Any] = _same  # what ``transform`` makes of a state, numpy's or JAX's array
+    action_map: Callable[[Any], Any] = _same  # and its inverse of actions
+
+    def names(self, cameras: Sequence[str]) -> dict[str, str]:
+        """The robot's own name of a camera: that in the data. Cameras that openpi does not use are left out.
+
+        Raises:
+            ValueError: one that openpi needs is not there.
+        """
+        found = {own: next((name for name in names if name in cameras), None) for own, names in self.cameras.items()}
+        for own, name in found.items():
+            if name is None and own not in self.optional:
+                raise ValueError(
+                    f"expected a camera {' or '.join(self.cameras[own])}, got {', '.join(cameras) or 'no pictures'}"
+                )
+        return {own: name for own, name in found.items() if name is not None}
+
+    def named(self, state: Any, pictures: Mapping[str, Any]) -> Data:
+        """State and pictures under the robot's own keys."""
+        if self.prefix == "images":
+            return {"state": state, "images": dict(pictures)}
+        return {f"{self.prefix}state": state} | {self.prefix + own: picture for own, picture in pictures.items()}
+
+
+ROBOTS: dict[str, Platform] = {
+    "aloha": Platform(
+        aloha.Aloha(),
+        *(aloha.STATE_DIM, aloha.ACTION_DIM, aloha.CAMERAS, "images"),
+        optional=("cam_left_wrist", "cam_right_wrist"),
+        delta_mask=aloha.DELTA_MASK,
+        delta_mask_pi05=aloha.DELTA_MASK,
+        state_map=aloha.state_to_pi0,
+        action_map=aloha.actions_from_pi0,
+    ),
+    # joint velocities: as relative as actions can be
+    "droid": Platform(droid.Droid(), droid.STATE_DIM, droid.ACTION_DIM, droid.CAMERAS, "observation/"),
+    # relative, too; but openpi trained pi0, and not pi0.5, with the state taken off once more
+    "libero": Platform(
+        libero.Libero(),
+        *(libero.STATE_DIM, libero.ACTION_DIM, libero.CAMERAS, "observation/"),
+        delta_mask=make_bool_mask(6, -1),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ToRobot:
+    """A robot's transform, for recorded data as well as for what its openpi client sends.
+
+    Of recorded data without pictures (statistics, stored prefixes) the numbers alone are mapped.
+    """
+
+    robot: Robot
+
+    def __call__(self, data: Data) -> Data:
+        platform = ROBOTS[self.robot]
+        if any(key.startswith(platform.prefix) for key in data):
+            return platform.transform(data)
+        state = np.asarray(data["state"])
+        if state.shape[-1] != platform.state_dim:
+            raise ValueError(f"{self.robot} has a state of {platform.state_dim} numbers, got {state.shape[-1]}")
+        given = data.get("image", {})
+        if given:
+            pictures = {own: given[name] for own, name in platform.names(tuple(given)).items()}
+        else:
+            pictures = dict.fromkeys(platform.cameras, np.zeros((*state.shape[:-1], 1, 1, 3), np.uint8))
+        rest = {key: data[key] for key in ("actions", "prompt") if key in data}
+        there = platform.transform(platform.named(state, pictures) | rest)
+        return there if given else {key: value for key, value in there.items() if key not in ("image", "image_mask")}
+
+    def inverse(self, data: Data) -> Data:
+        return ROBOTS[self.robot].transform.inverse(data)
+
+
+def before_normalization(robot: Robot | None, deltas: Sequence[int] | None, *, pi05: bool) -> list[Transform]:
+    """The robot's transform and relative actions, as far as there are any; ``deltas`` as in ``delta_mask``."""
+    mask = delta_mask(robot, deltas, pi05=pi05)
+    steps: list[Transform] = [] if robot is None else [ToRobot(robot)]
+    return [*steps, DeltaActions(mask)] if any(mask) else steps
+
+
+def delta_mask(robot: Robot | None, deltas: Sequence[int] | None, *, pi05: bool) -> tuple[bool, ...]:
+    """Which actions are relative to the state: ``deltas`` in openpi's notation; None: as openpi trained the robot."""
+    if deltas is not None:
+        return make_bool_mask(*deltas)
+    if robot is None:
+        return ()
+    return ROBOTS[robot].delta_mask_pi05 if pi05 else ROBOTS[robot].delta_mask
+
+
+def unseen(robot: Robot, cameras: Sequence[str]) -> tuple[str, ...]:
+    """The model's cameras for which data with ``cameras`` has no picture: they are black and masked out."""
+    picture = np.zeros((1, 1, 3), np.uint8)
+    there = ToRobot(robot)({"state": np.zeros(ROBOTS[robot].state_dim), "image": dict.fromkeys(cameras, picture)})
+    return tuple(camera for camera, mask in there.get("image_mask", {}).items() if not mask)
+
+
+def check(
+    robot: Robot | None,
+    mask: Sequence[bool],
+    *,
+    where: str,
+    dims: tuple[int, int],
+    cameras: Sequence[str] | None,
+) -> None:
+    """Refuses data of another robot before anything is read of it.
+
+    Args:
+        mask: actions that will be relative to the state.
+        where: the data's path, for messages.
+        dims: of state and actions.
+        cameras: of the data; None: pictures are not needed.
+    """
+    platform = None if robot is None else ROBOTS[robot]
+    if platform is not None and dims != (platform.state_dim, platform.action_dim):
+        raise ValueError(
+            f"{where}: data.robot={robot!r} needs {platform.state_dim} state and {platform.action_dim} action "
+            f"dimensions, as openpi has them, got {dims[0]} and {dims[1]}. Choose the keys that make them with "
+            "data.state_keys and data.action_keys, or leave robot out (--data.robot None) to use the data as it is"
+        )
+    if len(mask) > min(dims):
+        raise ValueError(
+            f"{where}: data.delta_mask names {len(mask)} dimensions, but state and actions have {dims[0]} and {dims[1]}"
+        )
+    if platform is not None and cameras is not None:
+        try:
+            platform.names(cameras)
+        except ValueError as error:
+            raise ValueError(
+                f"{where}: data.robot={robot!r}: {error}. Rename the data's cameras, choose with data.cameras, or "
+                "leave robot out (--data.robot None) to use the data as it is"
+            ) from None

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from acrlpd import deploy
+from acrlpd.agents import acrlpd
 from acrlpd.config import PolicyConfig, TrainConfig
 from acrlpd.data import hdf5, normalize
 from acrlpd.data.episodes import EpisodeStore
@@ -14,9 +15,9 @@ from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.robots import aloha, mapping
 from acrlpd.data.transforms import Normalize
-from acrlpd.presets import get_preset
+from acrlpd.presets import NANO, get_preset
 from acrlpd.serving import export
-from acrlpd.training import setup
+from acrlpd.training import memory, setup
 from acrlpd.training.evaluate import chunk_policy
 from acrlpd.types import Episode
 
@@ -120,19 +121,22 @@ def test_a_batch_of_droid(tiny_config):
     assert [mask[0] for mask in visible(batch.observations).values()] == [True, True, False]
 
 
+def make_aloha(seed, state_dim=14):
+    rng = np.random.default_rng(seed)
+    length = 8 + seed
+    return Episode(
+        state=rng.uniform(0.1, 0.9, (length, state_dim)).astype(np.float32),
+        actions=rng.uniform(0.1, 0.9, (length, 14)).astype(np.float32),
+        rewards=-np.ones(length, np.float32),
+        terminals=np.zeros(length, bool),
+        task="fold",
+        images={"top": rng.integers(0, 256, (length, 4, 4, 3), np.uint8)},
+    )
+
+
 def write_aloha(folder, state_dim=14):
-    rng = np.random.default_rng(0)
     for number in range(3):
-        length = 8 + number
-        episode = Episode(
-            state=rng.uniform(0.1, 0.9, (length, state_dim)).astype(np.float32),
-            actions=rng.uniform(0.1, 0.9, (length, 14)).astype(np.float32),
-            rewards=-np.ones(length, np.float32),
-            terminals=np.zeros(length, bool),
-            task="fold",
-            images={"top": rng.integers(0, 256, (length, 4, 4, 3), np.uint8)},
-        )
-        hdf5.write_episode(hdf5.episode_path(folder, number), episode, {})
+        hdf5.write_episode(hdf5.episode_path(folder, number), make_aloha(number, state_dim), {})
     return str(folder)
 
 
@@ -171,6 +175,29 @@ def test_a_run_of_aloha_acts_the_same_wherever_it_is_loaded(tiny_config, tmp_pat
     }
     exported = export._infer(trained.agent, deploy._interface(trained), jax.device_put(inputs))
     np.testing.assert_allclose(exported["actions"][0], answers[0], atol=1e-4)
+
+
+def test_a_pi0_fits_the_robots_cameras_in_training_and_export(tiny_config, tmp_path):
+    """By shapes alone: the data names its cameras, and the model has openpi's."""
+    config = with_robot(tiny_config, "aloha", path=write_aloha(tmp_path / "aloha"))
+    config = dataclasses.replace(config, policy=dataclasses.replace(NANO, action_dim=32))
+    dims, stats = setup.Dims(14, 14), {"state": IDENTITY, "actions": IDENTITY}
+    agent = jax.eval_shape(lambda: setup.create_agent(config, dims, ("top",)))
+    store = EpisodeStore.from_episodes([make_aloha(0)])
+    transform = setup.make_transform(config, stats, dims)
+    batch = ChunkLoader(store, transform, batch_size=2, horizon=5, sequence_ratio=1.0, seed=0, prefetch=0).batch(0)
+    shapes = memory.batch_shapes(config, dims, setup.model_cameras(config, ("top",)), 2)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), batch) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype.name), shapes
+    )
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    jax.eval_shape(acrlpd._update, agent, batch, rng, config.agent.loss_weights)
+    trained = deploy.Trained(agent, config, stats, ("top",), 0, None)
+    interface = deploy._interface(trained)
+    inputs = export._inputs(interface, 1)
+    assert [name for name in inputs if name.startswith("image/")] == ["image/base_0_rgb"]
+    found = jax.eval_shape(lambda agent, inputs: export._infer(agent, interface, inputs), agent, inputs)
+    assert found["actions"].shape == (1, 5, 14)
 
 
 def test_data_of_another_robot_is_refused(tiny_config, tmp_path):

@@ -21,7 +21,7 @@ from acrlpd.envs.env import EnvConfig, Outcome, SimulatedEnvironment
 from acrlpd.models.critic import CriticConfig
 from acrlpd.training import setup
 from acrlpd.training.faults import EXIT_FAULT, EXIT_INTERRUPTED, Interrupted, RunFault
-from acrlpd.training.loop import Interaction
+from acrlpd.training.run import Interaction
 
 OFFLINE_STEPS = 30
 

@@ -1,8 +1,7 @@
 import jax.numpy as jnp
 import pytest
 
-from acrlpd.training.loop import breakdown
-from acrlpd.training.metrics import MetricAverage, Stopwatch
+from acrlpd.training.metrics import MetricAverage, Stopwatch, breakdown
 
 
 def test_average_is_over_the_steps_since_the_last_fetch():

@@ -19,10 +19,10 @@ from acrlpd.training import report
 from acrlpd.training.agreement import Choice, agreement
 from acrlpd.training.comparison import compare
 from acrlpd.training.evaluate import Evaluation, summarize, wilson
-from acrlpd.training.loop import RunFiles, breakdown, save_rollouts
-from acrlpd.training.metrics import JsonlWriter, write_json
+from acrlpd.training.metrics import JsonlWriter, breakdown, write_json
 from acrlpd.training.protocol import Findings, Trial
 from acrlpd.training.report import headline, improved_seed, load_outcomes, read_run, write_report
+from acrlpd.training.run import RunFiles, save_rollouts
 from acrlpd.types import Episode
 
 BC_SOLVED = (False, True, False, False)  # of the seeds 100, 101, 102, 103

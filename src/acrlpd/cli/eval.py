@@ -15,9 +15,9 @@ from acrlpd.envs.env import make
 from acrlpd.training import setup
 from acrlpd.training.comparison import compare
 from acrlpd.training.evaluate import Evaluation, summarize
-from acrlpd.training.loop import RunFiles
 from acrlpd.training.metrics import write_json
 from acrlpd.training.protocol import ACRLPDEvaluationProtocol, Findings, ProtocolConfig
+from acrlpd.training.run import RunFiles
 from acrlpd.training.setup import Loaded
 from acrlpd.training.videos import save_videos
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -19,10 +17,8 @@ from tqdm import tqdm
 from acrlpd.agents.acrlpd import ACRLPDAgent, ActingMode
 from acrlpd.agents.losses import LossWeights
 from acrlpd.config import TrainConfig, to_dict
-from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.normalize import NormStats
-from acrlpd.data.replay import ReplayJournal
 from acrlpd.data.transforms import Transform
 from acrlpd.envs.rollout import OnlineCollector, Rollout
 from acrlpd.envs.vector import VectorEnv
@@ -32,8 +28,9 @@ from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.evaluate import Evaluation, chunk_policy, evaluate
 from acrlpd.training.faults import DataFault, Diverged, Interrupted, RunFault
 from acrlpd.training.guards import RunLock, SkippedUpdates, StopRequest
-from acrlpd.training.metrics import MetricAverage, Stopwatch, write_json
+from acrlpd.training.metrics import MetricAverage, Stopwatch, breakdown, write_json
 from acrlpd.training.monitor import ACRLPDTrainingMonitor
+from acrlpd.training.run import Interaction, Progress, RunFiles, save_rollouts
 from acrlpd.training.sharding import make_mesh, put_batch
 from acrlpd.training.writers import make_writers
 from acrlpd.types import ChunkBatch
@@ -45,88 +42,6 @@ BAR_SECONDS = 1.0 if sys.stderr.isatty() else 30.0  # a log file needs no animat
 PHASES: tuple[Phase, ...] = ("offline", "online")
 _fold_in_each = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
 ROLLBACK_STRIDE = 2**30  # after a rollback, batches and noise are those of other, far away steps
-
-
-@dataclasses.dataclass
-class Progress:
-    """What a run has done, saved with every checkpoint. The number of updates is the agent's step."""
-
-    env_steps: int = 0
-    finished: list[str] = dataclasses.field(default_factory=list)  # phases
-    results: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # "bc", "offline", "online"
-    best_success: float = -1.0
-    evaluations_since_best: int = 0
-    best_step: int | None = None  # whose checkpoint is kept, and what it reached
-    best_step_success: float = -1.0
-    rollbacks: int = 0
-    lost_episodes: int = 0  # online, with a worker that died or hung
-    wall_s: float = 0.0
-    cpu_s: float = 0.0
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Interaction:
-    """The online side of a run: where episodes come from and where they go."""
-
-    collector: OnlineCollector
-    journal: ReplayJournal
-    replay: EpisodeStore
-
-    def keep(self, finished: Rollout) -> None:
-        """To the journal first: an episode that is used is on disk."""
-        self.journal.append(finished.episode, {"seed": finished.seed, "episode": finished.number})
-        self.replay.append(finished.episode)
-
-
-@dataclasses.dataclass(frozen=True)
-class RunFiles:
-    """What a run leaves behind, under ``run_dir/name``."""
-
-    directory: Path
-
-    @property
-    def metrics(self) -> Path:
-        return self.directory / "metrics.jsonl"
-
-    @property
-    def skipped(self) -> Path:
-        """The updates that were refused, with the episodes in their batches."""
-        return self.directory / "skipped_updates.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        return self.directory / "summary.json"
-
-    @property
-    def best(self) -> Path:
-        """The step of the best evaluation on the way, whose checkpoint is kept."""
-        return self.directory / "best.json"
-
-    @property
-    def config(self) -> Path:
-        return self.directory / "config.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.directory / "checkpoints"
-
-    @property
-    def replay(self) -> Path:
-        return self.directory / "replay"
-
-    @property
-    def full_evaluation(self) -> Path:
-        """What ``acrlpd eval --full`` found."""
-        return self.directory / "evaluations" / "full.json"
-
-    @property
-    def videos(self) -> Path:
-        return self.directory / "videos"
-
-    def evaluation(self, policy: str) -> Path:
-        """Seeds, outcomes and executed actions of an evaluation at the end of a phase."""
-        return self.directory / "evaluations" / f"{policy}.npz"
 
 
 class ACRLPDTrainer:
@@ -538,31 +453,3 @@ class ACRLPDTrainer:
         }
         write_json(self._files.summary, summary)
         return summary
-
-
-def breakdown(seconds: Mapping[str, float], wall_s: float) -> dict[str, float]:
-    """Seconds by what they were spent on, and the share of training time outside the update and the simulator.
-
-    Training time is everything but evaluation and the compiler; ``other`` is what no span measured.
-    """
-    other = max(0.0, wall_s - sum(seconds.values()))
-    training = wall_s - seconds.get("evaluation", 0.0) - seconds.get("compile", 0.0)
-    useful = seconds.get("update", 0.0) + seconds.get("simulator", 0.0)
-    outside = 1 - useful / training if training > 0 else math.nan
-    return {**{f"{name}_s": value for name, value in seconds.items()}, "other_s": other, "outside_share": outside}
-
-
-def save_rollouts(path: Path, rollouts: list[Rollout]) -> None:
-    """Outcomes and executed actions, from which an episode can be played again with pictures."""
-    longest = max(each.length for each in rollouts)
-    actions = np.zeros((len(rollouts), longest, rollouts[0].episode.actions.shape[1]), np.float32)
-    for row, each in zip(actions, rollouts, strict=True):
-        row[: each.length] = each.episode.actions
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        path,
-        seed=[each.seed for each in rollouts],
-        success=[each.success for each in rollouts],
-        length=[each.length for each in rollouts],
-        actions=actions,
-    )

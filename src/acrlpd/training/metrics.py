@@ -109,3 +109,15 @@ class Stopwatch:
         """Books part of a span elsewhere: of a call whose inside someone else has measured."""
         self.add(source, -seconds)
         self.add(target, seconds)
+
+
+def breakdown(seconds: Mapping[str, float], wall_s: float) -> dict[str, float]:
+    """Seconds by what they were spent on, and the share of training time outside the update and the simulator.
+
+    Training time is everything but evaluation and the compiler; ``other`` is what no span measured.
+    """
+    other = max(0.0, wall_s - sum(seconds.values()))
+    training = wall_s - seconds.get("evaluation", 0.0) - seconds.get("compile", 0.0)
+    useful = seconds.get("update", 0.0) + seconds.get("simulator", 0.0)
+    outside = 1 - useful / training if training > 0 else math.nan
+    return {**{f"{name}_s": value for name, value in seconds.items()}, "other_s": other, "outside_share": outside}

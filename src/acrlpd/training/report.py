@@ -28,8 +28,8 @@ from acrlpd.config import TrainConfig, from_dict
 from acrlpd.envs.env import EnvConfig, Environment, PhysicsError, make
 from acrlpd.training import charts
 from acrlpd.training.charts import POLICIES, Evaluated
-from acrlpd.training.loop import RunFiles
 from acrlpd.training.metrics import read_jsonl
+from acrlpd.training.run import RunFiles
 
 NUM_FRAMES = 8  # of one filmstrip
 FRAME_SIZE = 192  # pixels

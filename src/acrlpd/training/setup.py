@@ -42,8 +42,9 @@ from acrlpd.training import prefixes
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.collection import collect_prior
 from acrlpd.training.guards import LOCK_FILE, RunLock
-from acrlpd.training.loop import ACRLPDTrainer, Interaction, Progress, RunFiles
+from acrlpd.training.loop import ACRLPDTrainer
 from acrlpd.training.optimizer import make_optimizers
+from acrlpd.training.run import Interaction, Progress, RunFiles
 from acrlpd.training.sharding import make_mesh, parameter_sharding
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,110 @@
+"""What a run has beside its agent: its folder, its counters, its own episodes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from acrlpd.data.episodes import EpisodeStore
+from acrlpd.data.replay import ReplayJournal
+from acrlpd.envs.rollout import OnlineCollector, Rollout
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run has done, saved with every checkpoint. The number of updates is the agent's step."""
+
+    env_steps: int = 0
+    finished: list[str] = dataclasses.field(default_factory=list)  # phases
+    results: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # "bc", "offline", "online"
+    best_success: float = -1.0
+    evaluations_since_best: int = 0
+    best_step: int | None = None  # whose checkpoint is kept, and what it reached
+    best_step_success: float = -1.0
+    rollbacks: int = 0
+    lost_episodes: int = 0  # online, with a worker that died or hung
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Interaction:
+    """The online side of a run: where episodes come from and where they go."""
+
+    collector: OnlineCollector
+    journal: ReplayJournal
+    replay: EpisodeStore
+
+    def keep(self, finished: Rollout) -> None:
+        """To the journal first: an episode that is used is on disk."""
+        self.journal.append(finished.episode, {"seed": finished.seed, "episode": finished.number})
+        self.replay.append(finished.episode)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFiles:
+    """What a run leaves behind, under ``run_dir/name``."""
+
+    directory: Path
+
+    @property
+    def metrics(self) -> Path:
+        return self.directory / "metrics.jsonl"
+
+    @property
+    def skipped(self) -> Path:
+        """The updates that were refused, with the episodes in their batches."""
+        return self.directory / "skipped_updates.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.directory / "summary.json"
+
+    @property
+    def best(self) -> Path:
+        """The step of the best evaluation on the way, whose checkpoint is kept."""
+        return self.directory / "best.json"
+
+    @property
+    def config(self) -> Path:
+        return self.directory / "config.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    @property
+    def replay(self) -> Path:
+        return self.directory / "replay"
+
+    @property
+    def full_evaluation(self) -> Path:
+        """What ``acrlpd eval --full`` found."""
+        return self.directory / "evaluations" / "full.json"
+
+    @property
+    def videos(self) -> Path:
+        return self.directory / "videos"
+
+    def evaluation(self, policy: str) -> Path:
+        """Seeds, outcomes and executed actions of an evaluation at the end of a phase."""
+        return self.directory / "evaluations" / f"{policy}.npz"
+
+
+def save_rollouts(path: Path, rollouts: list[Rollout]) -> None:
+    """Outcomes and executed actions, from which an episode can be played again with pictures."""
+    longest = max(each.length for each in rollouts)
+    actions = np.zeros((len(rollouts), longest, rollouts[0].episode.actions.shape[1]), np.float32)
+    for row, each in zip(actions, rollouts, strict=True):
+        row[: each.length] = each.episode.actions
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(
+        path,
+        seed=[each.seed for each in rollouts],
+        success=[each.success for each in rollouts],
+        length=[each.length for each in rollouts],
+        actions=actions,
+    )

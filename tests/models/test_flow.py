@@ -21,6 +21,7 @@ class Field:
     action_dim: int = 2
     action_horizon: int = 3
     feature_dim: int = 0
+    cache_batch_axis: int = 0
 
     def encode(self, observation):
         raise AssertionError("the prefix is given")

@@ -45,7 +45,7 @@ def outputs() -> dict[str, str]:
         episode_id=np.arange(4, dtype=np.int32), step_id=np.zeros(4, np.int32),
     )  # fmt: skip
     agent = ACRLPDAgent.create(
-        AgentConfig(CriticConfig(2, (8,)), best_of_n_samples=3, flow_steps=3),
+        AgentConfig(critic=CriticConfig(2, (8,)), best_of_n_samples=3, flow_steps=3),
         policy,
         dict.fromkeys(("policy", "critic", "temperature"), optax.adam(1e-2)),
         state_dim=2,

@@ -5,6 +5,7 @@ is written down, ``disk-full`` lets no file grow beyond 2 kB from update 22 on.
 """
 
 import json
+import logging
 import os
 import resource
 import signal
@@ -123,6 +124,8 @@ def note_used_episodes(file: Path) -> None:
 
 
 def main(run_dir: str, fault: str = "") -> int:
+    logging.basicConfig()
+    logging.getLogger("acrlpd").setLevel(logging.INFO)
     vector.make = collect.make = lambda config: SimulatedEnvironment(Point(), config)
     note_used_episodes(Path(run_dir) / "used.jsonl")
     trainer = setup.make_trainer(make_config(Path(run_dir)), resume=True)

@@ -53,8 +53,9 @@ def finish(process):
 
 
 def wait_for_training(process):
-    line = process.stdout.readline()
-    assert line == "training\n", process.communicate()[1]
+    """A job that resumes at the end of a phase evaluates first, and says so."""
+    lines = iter(process.stdout.readline, "")
+    assert "training\n" in lines, process.communicate()[1]
 
 
 def kill_while_saving(process, run_dir):

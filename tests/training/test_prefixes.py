@@ -77,7 +77,7 @@ def test_a_run_with_stored_prefixes_is_the_run_without(frozen, tmp_path):
     np.testing.assert_array_equal(again.loader.batch(0).observations.prefix[0], stored.prefix[0])
     assert written == [(path.name, path.stat().st_mtime_ns) for path in sorted(made.iterdir())]
 
-    agent, stats = again.agent, again._norm_stats
+    agent, stats = again.agent, again.norm_stats
     key = prefixes.key(frozen, agent, stats, tmp_path / "data")
     assert key == made.name
     other_weights = dataclasses.replace(agent, frozen=jax.tree.map(lambda x: x + 1, agent.frozen))

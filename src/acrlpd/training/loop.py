@@ -25,7 +25,7 @@ from acrlpd.envs.vector import VectorEnv
 from acrlpd.overrides import differences
 from acrlpd.training import guards
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
-from acrlpd.training.evaluate import Evaluation, chunk_policy, evaluate
+from acrlpd.training.evaluate import Evaluation, chunk_policy, evaluate, fold_in
 from acrlpd.training.faults import DataFault, Diverged, Interrupted, RunFault
 from acrlpd.training.guards import RunLock, SkippedUpdates, StopRequest
 from acrlpd.training.metrics import MetricAverage, Stopwatch, breakdown, write_json
@@ -216,7 +216,7 @@ class ACRLPDTrainer:
         with self._watch.span("update"):
             jax.block_until_ready(self.agent.step)  # the policy that acts is the newest: wait for it
         with self._watch.span("act" if self._has_acted else "compile"):
-            rng = jax.random.fold_in(self._act_rng, self.progress.env_steps)
+            rng = fold_in(self._act_rng, self.progress.env_steps)
             collector.begin(chunk_policy(self.agent, self._transform, rng, mode="explore"))
         self._has_acted = True
         self._chosen_at = self._step

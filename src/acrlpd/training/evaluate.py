@@ -140,6 +140,7 @@ def chunk_policy(
     ``action_noise`` is the deviation of Gaussian noise on every executed action, in normalized units. ``on_choice`` is
     told the numbers of the episodes and the values by which their chunks were chosen; imitation (bc) has none.
     """
+    agent = dataclasses.replace(agent, opt_state={})  # acting needs none, and a call walks through all it is given
     calls = 0
 
     def act(observations: list[Obs], numbers: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n h a"]:

@@ -47,7 +47,7 @@ def _constant(learning_rate: float, *, warmup_steps: int = 0) -> OptimizerConfig
 
 
 # acrlpd train demo            (make demo)
-# A small pi0 opens MetaWorld's drawer: 0 to 28 % by imitation, 90 to 100 % after online training; 7 minutes, two cores.
+# A small pi0 opens MetaWorld's drawer: 0 to 28 % by imitation, 94 to 100 % after online training; 7 minutes, two cores.
 def get_demo_config() -> TrainConfig:
     return TrainConfig(
         name="demo",
@@ -80,7 +80,7 @@ def get_demo_config() -> TrainConfig:
 
 
 # acrlpd train demo-vision     (make demo-vision)
-# The same with a 64 px camera beside the state; rendering takes most of the additional time.
+# The same with a 64 px camera beside the state: 8 % by imitation, 100 % after online training (one seed); 20 CPU-min.
 def get_demo_vision_config() -> TrainConfig:
     env = dataclasses.replace(DRAWER, cameras=("corner2",), image_size=64)
     return dataclasses.replace(get_demo_config(), name="demo-vision", env=env)

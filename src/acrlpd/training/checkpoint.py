@@ -274,14 +274,17 @@ def versions() -> dict[str, str]:
 
 def checksum(tree: Any) -> int:
     """Sum of all bits as unsigned integers: the same however the arrays are spread over devices."""
-    return sum(int(each) for each in jax.device_get([_bit_sum(leaf) for leaf in jax.tree.leaves(tree)])) % 2**32
+    return int(_bit_sum(jax.tree.leaves(tree)))
 
 
 @jax.jit
-def _bit_sum(x: Array) -> UInt32[Array, ""]:
+def _bit_sum(leaves: list[Array]) -> UInt32[Array, ""]:
     kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-    bits = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, kinds[x.dtype.itemsize])
-    return jnp.sum(bits, dtype=jnp.uint32)
+    total = jnp.uint32(0)
+    for x in leaves:
+        bits = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, kinds[x.dtype.itemsize])
+        total += jnp.sum(bits, dtype=jnp.uint32)
+    return total
 
 
 def _restore_args(tree: Any, *, partial_restore: bool = False) -> Any:

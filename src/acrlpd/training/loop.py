@@ -119,7 +119,8 @@ class ACRLPDTrainer:
         total, done = self._extent(phase)
         with tqdm(total=total, initial=done, desc=phase, unit="step", mininterval=BAR_SECONDS) as bar:
             while not self._finished(phase):
-                with guards.if_out_of_memory(self._lighten):
+                loop = self._watch.span("loop", behind="update", busy=self._is_updating)
+                with loop, guards.if_out_of_memory(self._lighten):
                     if phase == "online":
                         self._interact()
                     self._update(phase)
@@ -129,7 +130,7 @@ class ACRLPDTrainer:
                     self._evaluate_on_the_way(phase)
                     if self._step % self.config.save_frequency == 0:
                         self.save()
-                bar.update(self._extent(phase)[1] - bar.n)
+                    bar.update(self._extent(phase)[1] - bar.n)
                 if stop:
                     self.save()
                     raise Interrupted(f"{stop.signal_name}: saved step {self._step} in {self._files.directory}")
@@ -147,7 +148,7 @@ class ACRLPDTrainer:
         program = (len(steps), own[0].observations.prefix is None)
         with self._watch.span("update" if program in self._compiled else "compile"):
             if len(steps) == 1:
-                rng = jax.random.fold_in(self._update_rng, draws[0])
+                rng = fold_in(self._update_rng, np.uint32(draws[0]))
                 self.agent, metrics = self.agent.update(batch, rng, self.loss_weights(self._step))
             else:
                 weights = jax.tree.map(lambda *x: np.array(x, np.float32), *map(self.loss_weights, steps))
@@ -379,7 +380,7 @@ class ACRLPDTrainer:
                 self._eval_environments,
                 range(first, first + episodes),
                 mode=mode,
-                rng=jax.random.fold_in(self._eval_rng, self._step),
+                rng=fold_in(self._eval_rng, self._step),
                 execute_horizon=self.config.execute_horizon or self.config.policy.action_horizon,
             )
         record = {"step": self._step, "phase": name, "env_steps": self.progress.env_steps, "wall_s": self._wall()}

@@ -78,24 +78,13 @@ def make_trainer(
     files = run_files(config)
     lock = RunLock(files.directory) if jax.process_index() == 0 else None
     claim_directory(config, files, resume=resume, overwrite=overwrite, override=override)
+    if config.env is None and config.online_steps:
+        logger.warning("no online phase: online_steps is %d, but env.name names no environment", config.online_steps)
     environments = make_environments(config, config.eval.num_envs) if config.env else None
     source = open_prior(config)
     prior = windows.open_store(source, memory_bytes=config.data.memory_bytes, num_workers=config.data.num_workers)
     dims = Dims(prior.state.shape[1], prior.actions.shape[1])
-    if config.data.action_dim not in (None, dims.action):
-        raise ValueError(
-            f"data.action_dim is {config.data.action_dim}, but the actions in {config.data.path} have {dims.action} "
-            "dimensions: this is data of another robot, or another choice of its keys"
-        )
-    mapping.check(
-        config.data.robot,
-        delta_mask(config),
-        where=str(prior_path(config)),
-        dims=(dims.state, dims.action),
-        cameras=prior.cameras if config.policy.kind in ("pi0", "pi05") else None,
-    )
-    if config.env is None and config.online_steps:
-        logger.warning("no online phase: online_steps is %d, but env.name names no environment", config.online_steps)
+    check_prior(config, prior, dims)
     checkpoints = ACRLPDCheckpointManager(
         files.checkpoints,
         max_to_keep=config.max_to_keep,
@@ -103,42 +92,18 @@ def make_trainer(
         keep=(config.offline_steps,),
         writer=True,
     )
-    is_resumed = bool(checkpoints.steps())
 
     def fresh_agent() -> ACRLPDAgent:
         return make_agent(config, dims, prior.cameras, weights=config.policy.weights)
 
-    agent = make_agent(config, dims, prior.cameras) if is_resumed else fresh_agent()
-    progress = Progress()
-    if is_resumed:
-        if from_step is not None:
-            checkpoints.discard_after(from_step)
-        restored = checkpoints.restore_newest(agent)
-        agent, progress = restored.agent, Progress(**restored.run["progress"])
-        checkpoints.keep |= {step for step in (progress.best_step,) if step is not None}
-        stats = checkpoints.read_norm_stats(restored.step)
-        logger.info("resumed at update %d", restored.step)
+    if checkpoints.steps():
+        agent, progress, stats = resume_from(checkpoints, make_agent(config, dims, prior.cameras), from_step)
     else:
+        agent, progress = fresh_agent(), Progress()
         stats = make_norm_stats(config, prior, source, environments.spec if environments else None)
     transform = make_transform(config, stats, dims)
     interaction = make_interaction(config, files, progress) if config.env and config.online_steps else None
-    stored = None
-    if prefixes.is_legal(config) and prior_path(config).exists():
-        folder = Path(config.run_dir) / "prefixes"
-        stored = prefixes.open_prefixes(config, agent, prior, transform, stats, data=prior_path(config), folder=folder)
-    loader = ChunkLoader(
-        prior,
-        transform,
-        prefixes=stored,
-        batch_size=config.data.batch_size,
-        horizon=config.policy.action_horizon,
-        sequence_ratio=config.data.sequence_ratio,
-        seed=config.seed,
-        replay=interaction.replay if interaction else None,
-        online_ratio=config.data.online_ratio,
-        host_index=jax.process_index(),
-        num_hosts=jax.process_count(),
-    )
+    loader = make_loader(config, prior, transform, interaction, agent, stats)
     return ACRLPDTrainer(
         agent,
         loader,
@@ -152,6 +117,64 @@ def make_trainer(
         eval_environments=environments,
         fresh_agent=fresh_agent,
         lock=lock,
+    )
+
+
+def check_prior(config: TrainConfig, prior: EpisodeStore, dims: Dims) -> None:
+    """Refuses data of another robot than the configuration speaks of."""
+    if config.data.action_dim not in (None, dims.action):
+        raise ValueError(
+            f"data.action_dim is {config.data.action_dim}, but the actions in {config.data.path} have {dims.action} "
+            "dimensions: this is data of another robot, or another choice of its keys"
+        )
+    mapping.check(
+        config.data.robot,
+        delta_mask(config),
+        where=str(prior_path(config)),
+        dims=(dims.state, dims.action),
+        cameras=prior.cameras if config.policy.kind in ("pi0", "pi05") else None,
+    )
+
+
+def resume_from(
+    checkpoints: ACRLPDCheckpointManager, template: ACRLPDAgent, from_step: int | None
+) -> tuple[ACRLPDAgent, Progress, dict[str, NormStats]]:
+    """What the newest whole checkpoint holds, after those behind ``from_step`` are deleted."""
+    if from_step is not None:
+        checkpoints.discard_after(from_step)
+    restored = checkpoints.restore_newest(template)
+    progress = Progress(**restored.run["progress"])
+    if progress.best_step is not None:
+        checkpoints.keep.add(progress.best_step)
+    logger.info("resumed at update %d", restored.step)
+    return restored.agent, progress, checkpoints.read_norm_stats(restored.step)
+
+
+def make_loader(
+    config: TrainConfig,
+    prior: EpisodeStore,
+    transform: Transform,
+    interaction: Interaction | None,
+    agent: ACRLPDAgent,
+    stats: Mapping[str, NormStats],
+) -> ChunkLoader:
+    """Batches of this process, from prior data and own episodes; with the stored prefixes of a frozen backbone."""
+    stored, data = None, prior_path(config)
+    if prefixes.is_legal(config) and data.exists():
+        folder = Path(config.run_dir) / "prefixes"
+        stored = prefixes.open_prefixes(config, agent, prior, transform, stats, data=data, folder=folder)
+    return ChunkLoader(
+        prior,
+        transform,
+        prefixes=stored,
+        batch_size=config.data.batch_size,
+        horizon=config.policy.action_horizon,
+        sequence_ratio=config.data.sequence_ratio,
+        seed=config.seed,
+        replay=interaction.replay if interaction else None,
+        online_ratio=config.data.online_ratio,
+        host_index=jax.process_index(),
+        num_hosts=jax.process_count(),
     )
 
 

@@ -73,6 +73,7 @@ def get_demo_config() -> TrainConfig:
         offline_steps=1500,
         online_steps=4000,
         utd_ratio=0.5,
+        online_envs=2,  # one choice for both costs less than two
         log_frequency=100,
         save_frequency=1000,
         early_stopping_patience=4,

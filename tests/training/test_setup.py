@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from acrlpd.config import CollectConfig
 from acrlpd.data import hdf5
@@ -121,8 +121,8 @@ def abstract_agent(config, **policy):
     return jax.eval_shape(lambda: setup.create_agent(config, setup.Dims(4, 2), ("top",)))
 
 
-def paths(state):
-    return {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)}
+def paths(params):
+    return {"/".join(map(str, path)) for path in flatten_dict(params)}
 
 
 FREEZING = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,13 @@ from acrlpd.agents.draws import Draws, deal
 from acrlpd.agents.extraction import Modules
 from acrlpd.agents.health import Health, judge, keep_if
 from acrlpd.agents.losses import LossWeights
-from acrlpd.models import flow
+from acrlpd.models import flow, parameters
 from acrlpd.models.critic import CriticNetworks
 from acrlpd.models.flow import FlowPolicy
+from acrlpd.models.parameters import Params
 from acrlpd.types import ChunkBatch, Metrics, Observation
 
 ActingMode = Literal["greedy", "explore", "bc"]
-Params = dict[str, Any]  # by group: "policy", "critic", "temperature", and "student" under distill
 _HELD = optax.set_to_zero()  # one object, so that networks with it can be equal
 
 
@@ -56,12 +56,12 @@ class Networks:
         optimizers = frozenset(self.optimizers.items())
         return hash((self.config, self.policy_def, self.critic_def, self.action_shape, self.action_dim, optimizers))
 
-    def modules(self, params: Params, frozen: nnx.State) -> Modules:
+    def modules(self, params: dict[str, Params], frozen: Params) -> Modules:
         student = None
         if "student" in params:
-            student = nnx.merge(self.policy_def, nnx.merge_state(params["policy"], frozen, params["student"]))
+            student = nnx.merge(self.policy_def, parameters.join(params["policy"], frozen, params["student"]))
         return Modules(
-            policy=nnx.merge(self.policy_def, params["policy"], frozen),
+            policy=nnx.merge(self.policy_def, parameters.join(params["policy"], frozen)),
             critic=nnx.merge(self.critic_def, params["critic"]),
             student=student,
         )
@@ -75,11 +75,11 @@ class Networks:
 class ACRLPDAgent:
     """Policy, critics, temperature and their optimisers as one immutable pytree."""
 
-    params: Params
-    frozen: nnx.State  # the policy's frozen part; no optimiser state exists for it
-    target_critic: nnx.State
+    params: dict[str, Params]  # by group: "policy", "critic", "temperature", and "student" under distill
+    frozen: Params  # the policy's frozen part; no optimiser state exists for it
+    target_critic: Params
     opt_state: dict[str, optax.OptState]
-    ema: Params  # moving averages of what acts: "policy", "student"; empty unless ``policy_ema_decay`` asks for them
+    ema: dict[str, Params]  # of what acts ("policy", "student"), where ``policy_ema_decay`` asks for moving averages
     health: Health
     step: Int[Array, ""]  # counts skipped updates too, as batches do
     nets: Networks = struct.field(pytree_node=False)
@@ -103,8 +103,8 @@ class ACRLPDAgent:
         ``trainable`` takes a policy parameter's path, joined by '/', and says whether it may change.
         """
 
-        policy_def, policy_state = nnx.split(policy)
-        policy_params, frozen = nnx.split_state(policy_state, _by_path(trainable), ...)
+        policy_def, policy_params = parameters.split(cast(nnx.Module, policy))
+        policy_params, frozen = parameters.divide(policy_params, trainable)
         action_dim = policy.action_dim if action_dim is None else action_dim
         critic = CriticNetworks(
             config.critic,
@@ -114,8 +114,8 @@ class ACRLPDAgent:
             action_dim=action_dim,
             rngs=nnx.Rngs(params=rng),
         )
-        critic_def, critic_params = nnx.split(critic)
-        params: Params = {
+        critic_def, critic_params = parameters.split(critic)
+        params: dict[str, Params] = {
             "policy": policy_params,
             "critic": critic_params,
             "temperature": {"log_temperature": jnp.log(jnp.float32(config.temperature.initial_temp))},
@@ -124,7 +124,7 @@ class ACRLPDAgent:
         if not config.temperature.adaptive:
             optimizers["temperature"] = _HELD  # no gradient, and no weight decay either
         if config.extraction == "distill":
-            suffix = nnx.filter_state(policy_params, _by_path(policy.is_suffix_param))  # frozen parts are shared
+            suffix, _ = parameters.divide(policy_params, policy.is_suffix_param)  # frozen parts are shared
             params["student"] = jax.tree.map(jnp.copy, suffix)  # at first, the flow's own single Euler step
             optimizers["student"] = optimizers["policy"]
         action_shape = (policy.action_horizon, policy.action_dim)
@@ -184,12 +184,7 @@ class ACRLPDAgent:
         return act(self, observations, rng, mode=mode, num_samples=num_samples, num_steps=num_steps)[0]
 
 
-def _by_path(chosen: Callable[[str], bool]) -> Callable[[tuple[Any, ...], Any], bool]:
-    """A filter of parameters from a condition on their path, joined by '/'."""
-    return lambda path, _: chosen("/".join(map(str, path)))
-
-
-def _acting(params: Params) -> Params:
+def _acting(params: dict[str, Params]) -> dict[str, Params]:
     """The groups that make chunks."""
     return {group: params[group] for group in ("policy", "student") if group in params}
 
@@ -236,7 +231,7 @@ def _updates(
 
 def _gradients(
     agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray, weights: LossWeights
-) -> tuple[Params, dict[str, Array]]:
+) -> tuple[dict[str, Params], dict[str, Array]]:
     """Of the joint loss, by group, with its metrics; the mean over micro-batches, which run one after the other.
 
     Every loss is a mean over the batch, so this is the gradient of the whole, but for three things: what is normalised
@@ -249,7 +244,7 @@ def _gradients(
     if parts == 1:
         return gradient(agent.params, agent, batch, draws, weights)
 
-    def of_part(part: tuple[ChunkBatch, Draws]) -> tuple[Params, dict[str, Array]]:
+    def of_part(part: tuple[ChunkBatch, Draws]) -> tuple[dict[str, Params], dict[str, Array]]:
         return gradient(agent.params, agent, *part, weights)
 
     def add(total: Any, part: tuple[ChunkBatch, Draws]) -> tuple[Any, None]:
@@ -277,7 +272,7 @@ def _draw(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -> Draws:
 
 
 def joint_loss(
-    params: Params, agent: ACRLPDAgent, batch: ChunkBatch, draws: Draws, weights: LossWeights
+    params: dict[str, Params], agent: ACRLPDAgent, batch: ChunkBatch, draws: Draws, weights: LossWeights
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Critic + behaviour cloning + actor + temperature, with one prefix pass each at s and s'."""
     config, nets = agent.config, agent.nets

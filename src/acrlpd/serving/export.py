@@ -24,6 +24,7 @@ from acrlpd.agents import candidates, losses, sampling
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.robots.mapping import Platform
+from acrlpd.models.parameters import Params
 from acrlpd.serving.budget import Plan
 from acrlpd.serving.policy import Draws, best_chunk
 from acrlpd.types import ChunkBatch, Observation
@@ -51,7 +52,7 @@ def write_stablehlo(folder: Path, agent: ACRLPDAgent, interface: Interface, *, b
     actions in the robot's units; seeds decide the draws as in ``Policy.infer``."""
     from safetensors.numpy import save_file
 
-    acting = dataclasses.replace(agent, opt_state={}, target_critic=nnx.State({}))
+    acting = dataclasses.replace(agent, opt_state={}, target_critic={})
     weights, rebuild = _flat(acting)
     inputs = _inputs(interface, batch_size)
 
@@ -160,6 +161,6 @@ def member_td_errors(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -
     return errors.sum(axis=1) / jnp.maximum(batch.sequence_mask.sum(), 1.0)
 
 
-def keep_critics(critic: nnx.State, members: np.ndarray) -> nnx.State:
+def keep_critics(critic: Params, members: np.ndarray) -> Params:
     """An ensemble's parameters, of these members alone; all are stacked along the first axis."""
     return jax.tree.map(functools.partial(jnp.take, indices=jnp.asarray(members), axis=0), critic)

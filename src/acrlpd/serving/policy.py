@@ -101,7 +101,7 @@ class AgentSampler:
         self._alone = mode == "bc" or not agent.chooses
         self.plan = Plan(1 if self._alone else wanted, num_steps or config.flow_steps)
         self.action_shape = agent.nets.action_shape
-        self._agent = dataclasses.replace(agent, opt_state={}, target_critic=nnx.State({}))
+        self._agent = dataclasses.replace(agent, opt_state={}, target_critic={})
 
     def __call__(self, observation: Observation, draws: Draws, plan: Plan) -> tuple[Float[Array, "b h a"], Metrics]:
         if draws.noise is not None:

@@ -19,12 +19,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, UInt32
 
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.data import normalize
 from acrlpd.data.normalize import NormStats
+from acrlpd.models import parameters
+from acrlpd.models.parameters import Params
 from acrlpd.training.faults import RunFault
 
 logger = logging.getLogger(__name__)
@@ -132,7 +134,7 @@ class ACRLPDCheckpointManager:
         if step in self._manager.all_steps():
             return step
         policy, rest = _split(agent)
-        sums = {"params": checksum(policy), "acrlpd": checksum(rest)}
+        sums = checksums(agent)
         try:
             self._manager.save(
                 step,
@@ -272,6 +274,12 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("acrlpd", "jax", "jaxlib", "flax", "optax", "numpy")}
 
 
+def checksums(agent: ACRLPDAgent) -> dict[str, int]:
+    """Of the two parts of a checkpoint that hold arrays. The first call for an agent of its shapes compiles."""
+    policy, rest = _split(agent)
+    return {"params": checksum(policy), "acrlpd": checksum(rest)}
+
+
 def checksum(tree: Any) -> int:
     """Sum of all bits as unsigned integers: the same however the arrays are spread over devices."""
     return int(_bit_sum(jax.tree.leaves(tree)))
@@ -303,9 +311,9 @@ def _key(key: Any) -> Any:
     return next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name))
 
 
-def _split(agent: ACRLPDAgent) -> tuple[nnx.State, dict[str, Any]]:
-    """The whole policy that acts (trainable and frozen), and everything else."""
-    policy = nnx.merge_state((agent.params | agent.ema)["policy"], agent.frozen)
+def _split(agent: ACRLPDAgent) -> tuple[Params, dict[str, Any]]:
+    """The whole policy that acts (trainable and frozen) as openpi stores it, and everything else."""
+    policy = parameters.join((agent.params | agent.ema)["policy"], agent.frozen)
     averages = {group: value for group, value in agent.ema.items() if group != "policy"}
     rest: dict[str, Any] = {
         "params": {group: value for group, value in agent.params.items() if group != "policy" or agent.ema},
@@ -314,24 +322,20 @@ def _split(agent: ACRLPDAgent) -> tuple[nnx.State, dict[str, Any]]:
         "step": agent.step,
     }
     rest |= {"opt_state": agent.opt_state} if agent.opt_state else {}
-    return policy, rest | ({"ema": averages} if averages else {})
+    return jax.tree.map(lambda array: {"value": array}, policy), rest | ({"ema": averages} if averages else {})
 
 
-def _join(template: ACRLPDAgent, policy: nnx.State, rest: Mapping[str, Any]) -> ACRLPDAgent:
-    flat = nnx.to_flat_state(policy)
-    trainable = {path for path, _ in nnx.to_flat_state(template.params["policy"])}
-    acting = {"policy": _pick(flat, lambda path: path in trainable)}
+def _join(template: ACRLPDAgent, policy: Params, rest: Mapping[str, Any]) -> ACRLPDAgent:
+    arrays = {path[:-1]: array for path, array in flatten_dict(policy).items()}  # without "value"
+    trainable = set(flatten_dict(template.params["policy"]))
+    acting = {"policy": unflatten_dict({path: array for path, array in arrays.items() if path in trainable})}
     return dataclasses.replace(
         template,
         params=acting | rest["params"],  # beside an average lies its source
-        frozen=_pick(flat, lambda path: path not in trainable),
+        frozen=unflatten_dict({path: array for path, array in arrays.items() if path not in trainable}),
         target_critic=rest["target_critic"],
         opt_state=rest["opt_state"] if template.opt_state else {},
         health=rest["health"],
         ema=acting | rest.get("ema", {}) if template.ema else {},
         step=rest["step"],
     )
-
-
-def _pick(flat: Any, keep: Any) -> nnx.State:
-    return nnx.from_flat_state([(path, value) for path, value in flat if keep(path)])

@@ -24,7 +24,7 @@ from acrlpd.envs.rollout import OnlineCollector, Rollout
 from acrlpd.envs.vector import VectorEnv
 from acrlpd.overrides import differences
 from acrlpd.training import guards
-from acrlpd.training.checkpoint import ACRLPDCheckpointManager
+from acrlpd.training.checkpoint import ACRLPDCheckpointManager, checksums
 from acrlpd.training.evaluate import Evaluation, chunk_policy, evaluate, fold_in
 from acrlpd.training.faults import DataFault, Diverged, Interrupted, RunFault
 from acrlpd.training.guards import RunLock, SkippedUpdates, StopRequest
@@ -88,7 +88,7 @@ class ACRLPDTrainer:
         self._skipped = SkippedUpdates(files.skipped, limit=config.max_skipped_updates)
         self._started = time.perf_counter(), time.process_time()
         self._compiled: set[tuple[int, bool]] = set()  # by the number of updates in a call, and what batches hold
-        self._has_acted = False
+        self._has_acted = self._has_saved = False
         self._chosen_at = 0  # update whose policy chose the chunks under way
         self._ages: list[int] = []  # in updates, of the policies whose chunks were executed since the last log point
         self._newest: Any = None  # an array of the last update, perhaps still being computed
@@ -405,6 +405,10 @@ class ACRLPDTrainer:
         """Starts a checkpoint of this moment; training goes on while it is written."""
         with self._watch.span("update"):
             jax.block_until_ready(self.agent.step)
+        if not self._has_saved:
+            with self._watch.span("compile"):
+                checksums(self.agent)
+            self._has_saved = True
         with self._watch.span("checkpoint"):
             self._settle_clocks()
             self._checkpoints.save(

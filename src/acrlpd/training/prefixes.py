@@ -36,7 +36,8 @@ from acrlpd.data.loader import read_observations
 from acrlpd.data.metadata_cache import fingerprint
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.transforms import Transform
-from acrlpd.models import flow
+from acrlpd.models import flow, parameters
+from acrlpd.models.parameters import Params
 from acrlpd.types import Observation
 
 logger = logging.getLogger(__name__)
@@ -104,14 +105,14 @@ def key(config: TrainConfig, agent: ACRLPDAgent, stats: Mapping[str, NormStats],
 
 
 def _encoder(agent: ACRLPDAgent) -> tuple[Any, Any]:
-    """A compiled function of the policy's state and an observation, and that state."""
+    """A compiled function of the policy's parameters and an observation, and those parameters."""
 
     @jax.jit
-    def encode(state: nnx.State, observation: Observation) -> Any:
-        policy = nnx.merge(agent.nets.policy_def, state)
+    def encode(params: Params, observation: Observation) -> Any:
+        policy = nnx.merge(agent.nets.policy_def, params)
         return flow.portable(policy, policy.encode(observation))
 
-    return encode, nnx.merge_state(agent.params["policy"], agent.frozen)
+    return encode, parameters.join(agent.params["policy"], agent.frozen)
 
 
 def _computed(

@@ -126,8 +126,10 @@ def attend(
         parts = [(*cache, mask[..., :num_cached]), (keys, values, mask[..., num_cached:])]
 
     def masked_scores(keys, mask):
+        # Added, not selected: beside so large a number a score vanishes, and a sum stays inside the compiler's product.
+        bias = jnp.where(mask, 0.0, MASKED_SCORE)[:, None, :, None]
         scores = jnp.einsum("bkqh,bskh->bkqs", rows, keys, preferred_element_type=jnp.float32)
-        return jnp.where(mask[:, None, :, None], scores.reshape(b, k, t, n // k, -1), MASKED_SCORE)
+        return scores.reshape(b, k, t, n // k, -1) + bias
 
     scores = [masked_scores(part_keys, part_mask) for part_keys, _, part_mask in parts]
     highest = functools.reduce(jnp.maximum, [part.max(axis=-1, keepdims=True) for part in scores])
@@ -213,9 +215,9 @@ class Attention(nnx.Module):
         for i, config in enumerate(configs):
             n, k, h, d = config.num_heads, config.num_kv_heads, config.head_dim, config.width
             einsums: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
-                "q_einsum": ("BTD,NDH->BTNH", (n, d, h), {"in_axis": -2, "batch_axis": (0,)}),
-                "kv_einsum": ("BSD,CKDH->CBSKH", (2, k, d, h), {"in_axis": -2, "batch_axis": (0, 1)}),
-                "attn_vec_einsum": ("BTNH,NHD->BTD", (n, h, d), {"in_axis": (-3, -2)}),
+                "q_einsum": ("TD,NDH->TNH", (n, d, h), {"in_axis": -2, "batch_axis": (0,)}),
+                "kv_einsum": ("SD,CKDH->CSKH", (2, k, d, h), {"in_axis": -2, "batch_axis": (0, 1)}),
+                "attn_vec_einsum": ("TNH,NHD->TD", (n, h, d), {"in_axis": (-3, -2)}),
             }
             for name, (equation, shape, fans) in einsums.items():
                 init = nnx.initializers.lecun_normal(out_axis=-1, **fans)
@@ -224,7 +226,7 @@ class Attention(nnx.Module):
 
     def keys_values(self, xs: Tokens, positions: Int[Array, "b s"]) -> KeysValues:
         """Keys and values of all present experts, side by side."""
-        keys, values = jnp.concatenate(self._project("kv_einsum", xs), axis=2)
+        keys, values = jnp.concatenate(self._project("kv_einsum", xs, token_axis=1), axis=2)
         return rotate(keys, positions), values
 
     def __call__(
@@ -235,14 +237,20 @@ class Attention(nnx.Module):
         mask: Bool[Array, "b t p_and_s"],
         cache: KeysValues | None,
     ) -> list[Float[Array, "b t d"] | None]:
-        queries = jnp.concatenate(self._project("q_einsum", xs), axis=1)
+        queries = jnp.concatenate(self._project("q_einsum", xs, token_axis=0), axis=1)
         if self.float32_queries:
             queries = queries.astype(jnp.float32)
         attended = attend(rotate(queries, positions) * self.head_dim**-0.5, *new, mask, cache)
         return self._project_back(attended, xs)
 
-    def _project(self, name: str, xs: Tokens) -> list[jax.Array]:
-        return [getattr(self, expert_name(name, i))(x) for i, x in enumerate(xs) if x is not None]
+    def _project(self, name: str, xs: Tokens, *, token_axis: int) -> list[jax.Array]:
+        """Of all present experts. The layer sees the tokens of the whole batch as the rows of one matrix."""
+
+        def project(layer: lora.Einsum, x: Float[Array, "b t d"]) -> jax.Array:
+            y = layer(x.reshape(-1, x.shape[-1]))
+            return y.reshape(*y.shape[:token_axis], *x.shape[:2], *y.shape[token_axis + 1 :])
+
+        return [project(getattr(self, expert_name(name, i)), x) for i, x in enumerate(xs) if x is not None]
 
     def _project_back(self, attended: Float[Array, "b t n h"], xs: Tokens) -> list[Float[Array, "b t d"] | None]:
         outputs: list[jax.Array | None] = []
@@ -251,9 +259,10 @@ class Attention(nnx.Module):
             if x is None:
                 outputs.append(None)
                 continue
-            stop = start + x.shape[1]
-            outputs.append(getattr(self, expert_name("attn_vec_einsum", i))(attended[:, start:stop]))
-            start = stop
+            own = attended[:, start : start + x.shape[1]]
+            start += x.shape[1]
+            layer = getattr(self, expert_name("attn_vec_einsum", i))
+            outputs.append(layer(own.reshape(-1, *own.shape[2:])).reshape(x.shape))
         return outputs
 
 

@@ -100,8 +100,9 @@ class FeedForward(nnx.Module):
             self.linear_lora_b = adapter_param(adapter.rank, width)
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        gate, value = self._project(x, "gating_einsum", 0), self._project(x, "gating_einsum", 1)
-        return self._project(nnx.gelu(gate, approximate=True) * value, "linear")
+        rows = x.reshape(-1, x.shape[-1])  # of one matrix: a batch of small ones costs a backward pass a transposition
+        gate, value = self._project(rows, "gating_einsum", 0), self._project(rows, "gating_einsum", 1)
+        return self._project(nnx.gelu(gate, approximate=True) * value, "linear").reshape(x.shape)
 
     def _project(self, x: jax.Array, name: str, index: int | None = None) -> jax.Array:
         def weight(name: str) -> jax.Array:

@@ -74,7 +74,7 @@ class SelfAttention(nnx.Module):
     """Multi-head attention over all patches, with biases; scores and softmax in the compute dtype."""
 
     def __init__(self, config: Config, *, dtype: str, param_dtype: str, rngs: nnx.Rngs):
-        heads = (config.num_heads, config.width // config.num_heads)
+        self.heads = heads = (config.num_heads, config.width // config.num_heads)
 
         def linear(inputs: Any, outputs: Any, axis: Any) -> nnx.LinearGeneral:
             return nnx.LinearGeneral(
@@ -93,10 +93,14 @@ class SelfAttention(nnx.Module):
         self.out = linear(heads, config.width, (-2, -1))
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        query, key, value = self.query(x), self.key(x), self.value(x)
+        rows = x.reshape(-1, x.shape[-1])  # the dense layers see the tokens of the whole batch as one matrix
+        query, key, value = (
+            layer(rows).reshape(*x.shape[:2], *self.heads) for layer in (self.query, self.key, self.value)
+        )
         query = query / jnp.asarray(math.sqrt(query.shape[-1]), query.dtype)
         weights = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", query, key), axis=-1)
-        return self.out(jnp.einsum("bnts,bsnh->btnh", weights, value))
+        attended = jnp.einsum("bnts,bsnh->btnh", weights, value)
+        return self.out(attended.reshape(-1, *self.heads)).reshape(x.shape)
 
 
 class MlpBlock(nnx.Module):
@@ -116,7 +120,8 @@ class MlpBlock(nnx.Module):
         self.Dense_1 = linear(config.mlp_dim, config.width)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        return self.Dense_1(nnx.gelu(self.Dense_0(x), approximate=True))
+        rows = x.reshape(-1, x.shape[-1])
+        return self.Dense_1(nnx.gelu(self.Dense_0(rows), approximate=True)).reshape(x.shape)
 
 
 class EncoderBlock(nnx.Module):

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, cast
 
 import jax
@@ -28,6 +28,7 @@ from acrlpd.serving.budget import Budget, Plan, smaller_plans
 from acrlpd.serving.request import OPTIONS_KEY, Options, Request, conform, outline
 from acrlpd.types import AnyArray, Metrics, Observation
 
+KEYS_AT_A_TIME = 256  # a split alone costs as much as all else that is done with a small observation
 MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)  # of transforms, about strange data
 
 
@@ -144,6 +145,22 @@ def _guided(policy: FlowPolicy, draws: Draws) -> FlowPolicy:
     return policy if draws.guidance is None else cast(FlowPolicy, flow.Guided(policy, draws.guidance))
 
 
+def _drawing_keys(rng: PRNGKeyArray) -> Iterator[UInt32[np.ndarray, " 2"]]:
+    """The second half of each split, the first of which is split again; a block of them is one compiled call."""
+    while True:
+        rng, block = _split_often(rng)
+        yield from np.asarray(block)
+
+
+@jax.jit
+def _split_often(rng: PRNGKeyArray) -> tuple[PRNGKeyArray, UInt32[Array, "n 2"]]:
+    def split(rng: PRNGKeyArray, _: None) -> tuple[PRNGKeyArray, UInt32[Array, " 2"]]:
+        rng, sample_rng = jax.random.split(rng)
+        return rng, jax.random.key_data(sample_rng)
+
+    return jax.lax.scan(split, rng, length=KEYS_AT_A_TIME)
+
+
 def _keys(draws: Draws) -> PRNGKeyArray:
     return jax.random.wrap_key_data(jnp.asarray(draws.keys), impl="threefry2x32")
 
@@ -179,8 +196,8 @@ class Policy:
         self._real_time = real_time
         self._budget_s = budget_s
         self._budget = None if budget_s is None else Budget(smaller_plans(self._sampler.plan))
-        self._rng = jax.random.key(0) if rng is None else rng
-        self._rng_lock = threading.Lock()
+        self._keys = _drawing_keys(jax.random.key(0) if rng is None else rng)
+        self._keys_lock = threading.Lock()
         self.metadata = dict(metadata or {})
 
     @property
@@ -219,9 +236,8 @@ class Policy:
         if self._spec is not None:
             observation = conform(observation, self._spec)
         if options.seed is None:
-            with self._rng_lock:
-                self._rng, sample_rng = jax.random.split(self._rng)
-            key = np.asarray(jax.random.key_data(sample_rng))
+            with self._keys_lock:
+                key = next(self._keys)
         else:
             key = np.array([0, options.seed], np.uint32)  # as jax.random.key
         return Request(
@@ -270,16 +286,22 @@ class Policy:
         rows = [*requests, *[requests[-1]] * ((size or 0) - len(requests))]
         start = time.monotonic()
         plan = plan or self._plan_for(rows, start)
-        chunks, values = jax.device_get(self._sampler(*_stacked(rows), plan))
+        chunks, values = self._sampler(*_stacked(rows), plan)
+        if not any(request.options.statistics for request in requests):
+            values = {}  # not worth the way from the device
+        chunks, values = jax.device_get((chunks, values))
         infer_s = time.monotonic() - start
         if self._budget is not None:
             self._budget.took(plan, len(rows), infer_s)
-        if not np.isfinite(chunks[: len(requests)]).all():
+        chunks = chunks[: len(requests)]
+        if not np.isfinite(chunks).all():
             raise FloatingPointError("the policy returned actions that are not finite; none of them is sent to a robot")
+        states = np.stack([request.observation.state for request in requests])
+        batch = self._transform.inverse({"state": states, "actions": chunks})
         answers = []
         for row, request in enumerate(requests):
-            answer = self._transform.inverse({"state": request.observation.state, "actions": np.asarray(chunks[row])})
-            answer = answer | {"policy_timing": {"infer_ms": infer_s * 1000}}
+            answer = {name: value[row] for name, value in batch.items()}
+            answer["policy_timing"] = {"infer_ms": infer_s * 1000}
             if request.options.statistics:  # plain numbers: a client's chunk broker would cut arrays into steps
                 chosen = {name: np.asarray(value[row]).tolist() for name, value in values.items()}
                 answer["policy_statistics"] = chosen | dataclasses.asdict(plan)

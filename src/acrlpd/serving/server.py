@@ -5,8 +5,9 @@ with ``server_timing`` (``codec.py`` has the encoding). What goes wrong is told 
 raise as an error. After a refusal (``busy``, ``rate limit``, ``timeout``) the connection stays open; after a request
 that makes no sense, or a fault of the server, it is closed with code 1011, as openpi does.
 
-The event loop never computes: messages are decoded and transformed in a small thread pool, and the model runs in a
-thread of its own, many requests in one call (``batching.py``).
+The event loop never waits for computation: messages with pictures are decoded and transformed in a small thread pool
+(a state and a prompt on the spot, within a tenth of a millisecond), and the model runs in a thread of its own, many
+requests in one call (``batching.py``).
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_HANDSHAKES = 64  # connections that have not said yet what they want
+SMALL_MESSAGE_BYTES = 4096  # a state and a prompt: handing them to a thread takes longer than preparing them
 MAX_COMPLAINT = 1000  # characters of a TEXT frame
 INTERNAL_ERROR = 1011
 
@@ -377,7 +379,10 @@ class PolicyServer:
         start = time.monotonic()
         try:
             async with asyncio.timeout(config.request_timeout_s):
-                request = await asyncio.get_running_loop().run_in_executor(self._pool, self._prepared, message)
+                if len(message) <= SMALL_MESSAGE_BYTES:
+                    request = self._prepared(message)
+                else:
+                    request = await asyncio.get_running_loop().run_in_executor(self._pool, self._prepared, message)
                 answer = await self.batcher.infer(request)
         except TimeoutError as error:
             raise RefusedError(f"timeout: no answer within {config.request_timeout_s:g} s; try again later") from error

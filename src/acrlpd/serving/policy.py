@@ -318,6 +318,7 @@ class Policy:
         """Compiles the model for batches of these sizes, so that no request waits; measures it under a budget."""
         if self._spec is None:
             raise ValueError("a policy without a spec does not know which shapes to compile")
+        jax.block_until_ready(_split_often(jax.random.key(0)))
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._spec)
         plain = Request(zeros, np.zeros(2, np.uint32))
         for request in (

@@ -9,11 +9,15 @@ checkpoints/<step>/params/      the policy's parameters in openpi's layout; thei
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import logging
 import os
+import sys
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -105,6 +109,8 @@ class ACRLPDCheckpointManager:
         keep: Collection[int] = (),
         writer: bool = False,
     ):
+        if writer:
+            _tell_failed_writes_once()
         self.directory = Path(directory).absolute()
         self.keep = set(keep)
         policies = [ocp.checkpoint_managers.LatestN(max_to_keep), _Named(self.keep)]
@@ -267,6 +273,23 @@ class ACRLPDCheckpointManager:
         if step is not None and step not in steps:
             raise ValueError(f"{self.directory} holds no checkpoint of step {step}; there are {steps}")
         return steps[-1] if step is None else step
+
+
+@functools.cache
+def _tell_failed_writes_once() -> None:
+    """What is raised in ``save`` and ``wait`` is not printed besides, by each of the threads that it went through.
+
+    Orbax logs it there with a traceback, and TensorStore prints one for every write that ends after Orbax gave up.
+    """
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    show = sys.excepthook
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        if not late or threading.current_thread() is threading.main_thread():
+            show(kind, error, trace)
+
+    sys.excepthook = excepthook
 
 
 def versions() -> dict[str, str]:

@@ -292,6 +292,7 @@ def _tell_failed_writes_once() -> None:
     sys.excepthook = excepthook
 
 
+@functools.cache  # a look at each package's files, while no update can run
 def versions() -> dict[str, str]:
     """Of the libraries whose change can change numbers."""
     return {name: importlib.metadata.version(name) for name in ("acrlpd", "jax", "jaxlib", "flax", "optax", "numpy")}

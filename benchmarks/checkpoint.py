@@ -1,6 +1,6 @@
 """What an asynchronous checkpoint adds to the updates around it.
 
-    python benchmarks/checkpoint.py [--size nano|mid] [--updates 50] [--repeats 5] [--json]
+    python benchmarks/checkpoint.py [--size nano|mid] [--updates 50] [--repeats 20] [--json]
 
 Pairs of windows of as many updates, one after the other: in one of the two a checkpoint starts before the first update,
 and its files are written beside the others. The window ends with its last update, or when the files lie on disk, if
@@ -53,7 +53,8 @@ class Windows:
     def __init__(self, config: TrainConfig, folder: Path):
         self.agent: ACRLPDAgent = setup.make_agent(config, DIMS, ())
         shapes = memory.batch_shapes(config, DIMS, (), config.data.batch_size)
-        self._batch: ChunkBatch = jax.tree.map(lambda shape: np.zeros(shape.shape, shape.dtype), shapes)
+        rng = np.random.default_rng(0)  # of zeros little would be learned, and little were to be written
+        self._batch: ChunkBatch = jax.tree.map(lambda x: (rng.random(x.shape) * 2).astype(x.dtype), shapes)
         self._manager = ACRLPDCheckpointManager(folder, max_to_keep=1, writer=True)
         self.update()
         checksums(self.agent)  # compiles, as the trainer does before its first checkpoint
@@ -122,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("nano", "mid"), default="nano")
     parser.add_argument("--updates", type=int, default=50, help="in a window")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     found = measure(arguments.size, arguments.updates, arguments.repeats)

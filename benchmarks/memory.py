@@ -62,7 +62,7 @@ def resident_bytes() -> int:
 def measure(name: str) -> dict[str, float]:
     config = CONFIGURATIONS[name]
     cameras = config.data.cameras
-    planned = memory.plan(config, memory.Machine(1), dims=DIMS, cameras=cameras)
+    planned = memory.plan(config, memory.Machine(1), dims=DIMS, cameras=cameras).total_bytes
     program = compiled(config)
     run(config, program, updates=1)
     gc.collect()
@@ -78,8 +78,7 @@ def measure(name: str) -> dict[str, float]:
     run(config, program, updates=3)
     stop.set()
     watcher.join()
-    print(planned, program.memory_analysis(), before, file=sys.stderr)
-    return {"planned": planned.total_bytes, "measured": peak[0] - before}
+    return {"planned": planned, "measured": peak[0] - before}
 
 
 def run(config: TrainConfig, program: Compiled, *, updates: int) -> None:

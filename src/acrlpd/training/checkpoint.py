@@ -14,10 +14,8 @@ import importlib.metadata
 import logging
 import os
 import sys
-import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -282,14 +280,13 @@ def _tell_failed_writes_once() -> None:
     Orbax logs it there with a traceback, and TensorStore prints one for every write that ends after Orbax gave up.
     """
     logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
-    show = sys.excepthook
+    show = sys.unraisablehook
 
-    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
-        if not late or threading.current_thread() is threading.main_thread():
-            show(kind, error, trace)
+    def unraisablehook(args: sys.UnraisableHookArgs) -> None:
+        if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"):
+            show(args)
 
-    sys.excepthook = excepthook
+    sys.unraisablehook = unraisablehook
 
 
 @functools.cache  # a look at each package's files, while no update can run

@@ -1,95 +1,134 @@
-"""What a checkpoint costs the updates around it, and how long it takes to lie on disk.
+"""What an asynchronous checkpoint adds to the updates around it.
 
-    python benchmarks/checkpoint.py [--json] [--width 1024] [--steps 60] [--every 20]
+    python benchmarks/checkpoint.py [--size nano|mid] [--updates 50] [--repeats 20] [--json]
 
-Updates are timed one by one, waiting for each. The share is what saving adds to the time of all of them, against the
-same number of updates without a save; writing goes on beside them.
+Pairs of windows of as many updates, one after the other: in one of the two a checkpoint starts before the first update,
+and its files are written beside the others. The window ends with its last update, or when the files lie on disk, if
+that is later. The share is what the window with the checkpoint takes longer; which of a pair comes first alternates.
+``blocked`` is the part of it in which no update could run. "nano" is the demo's agent on its batch of 64; "mid" has a
+pi0 of half a gigabyte with its optimiser.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
+import machine
 import numpy as np
 
-from acrlpd.agents.config import AgentConfig
-from acrlpd.config import DataConfig, PolicyConfig, TrainConfig
+from acrlpd import presets
+from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.config import DataConfig, TrainConfig
 from acrlpd.data.normalize import NormStats
-from acrlpd.models.critic import CriticConfig
 from acrlpd.training import memory, setup
-from acrlpd.training.checkpoint import ACRLPDCheckpointManager
+from acrlpd.training.checkpoint import ACRLPDCheckpointManager, checksums
 from acrlpd.training.setup import Dims
+from acrlpd.types import ChunkBatch
 
 DIMS = Dims(state=32, action=8)
 STATS = {name: NormStats(np.zeros(dim), np.ones(dim)) for name, dim in (("state", 32), ("actions", 8))}
 
 
-def configuration(width: int, batch_size: int) -> TrainConfig:
-    return TrainConfig(
-        policy=PolicyConfig(kind="mlp_flow", action_horizon=10, hidden_dims=(width,) * 4),
-        agent=AgentConfig(critic=CriticConfig(num_critics=4), best_of_n_samples=8, flow_steps=4),
-        data=DataConfig(path="none", batch_size=batch_size, action_dim=DIMS.action),
-    )
+def configuration(size: str) -> TrainConfig:
+    demo = presets.get_preset("demo")
+    data = DataConfig(path="none", batch_size=64 if size == "nano" else 8, action_dim=DIMS.action)
+    config = dataclasses.replace(demo, env=None, online_steps=0, data=data)
+    if size == "nano":
+        return config
+    variants = {"paligemma_variant": "mid", "action_expert_variant": "mid_expert", "vision_variant": "mid"}
+    return dataclasses.replace(config, policy=dataclasses.replace(config.policy, image_size=112, **variants))
 
 
-def measure(width: int, batch_size: int, steps: int, every: int) -> dict[str, float]:
-    config = configuration(width, batch_size)
-    agent = setup.make_agent(config, DIMS, ())
-    shapes = memory.batch_shapes(config, DIMS, (), batch_size)
-    batch = jax.tree.map(lambda shape: np.zeros(shape.shape, shape.dtype), shapes)
+class Windows:
+    """An agent that learns from one batch, and a folder for its checkpoints."""
+
+    def __init__(self, config: TrainConfig, folder: Path):
+        self.agent: ACRLPDAgent = setup.make_agent(config, DIMS, ())
+        shapes = memory.batch_shapes(config, DIMS, (), config.data.batch_size)
+        rng = np.random.default_rng(0)  # of zeros little would be learned, and little were to be written
+        self._batch: ChunkBatch = jax.tree.map(lambda x: (rng.random(x.shape) * 2).astype(x.dtype), shapes)
+        self._manager = ACRLPDCheckpointManager(folder, max_to_keep=1, writer=True)
+        self.update()
+        checksums(self.agent)  # compiles, as the trainer does before its first checkpoint
+        self.save()
+        self._manager.wait()
+
+    def update(self) -> None:
+        self.agent, metrics = self.agent.update(self._batch, jax.random.key(0))
+        jax.block_until_ready((self.agent, metrics))
+
+    def save(self) -> None:
+        self._manager.save(self.agent, asset_id="benchmark", norm_stats=STATS, run={})
+
+    def seconds(self, updates: int, *, saving: bool) -> tuple[float, float, float]:
+        """Of the window, of the call that saves, and from its last update until all is on disk."""
+        start = time.perf_counter()
+        if saving:
+            self.save()
+        blocked = time.perf_counter() - start
+        for _ in range(updates):
+            self.update()
+        trained = time.perf_counter()
+        self._manager.wait()
+        end = time.perf_counter()
+        return end - start, blocked, end - trained
+
+
+def measure(size: str, updates: int, repeats: int) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp())
-    manager = ACRLPDCheckpointManager(folder / "checkpoints", max_to_keep=1, writer=True)
-    agent, _ = agent.update(batch, jax.random.key(0))
-    manager.save(agent, asset_id="benchmark", norm_stats=STATS, run={})  # the first compiles the checksums
-    manager.wait()
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    waits = []
-    for saving in (False, True):
-        for step in range(steps):
-            started = time.perf_counter()
-            agent, metrics = agent.update(batch, jax.random.key(step))
-            jax.block_until_ready(metrics)
-            if saving and step % every == 0:
-                manager.save(agent, asset_id="benchmark", norm_stats=STATS, run={})
-                waits.append(time.perf_counter())
-            seconds[saving].append(time.perf_counter() - started)
-    started = time.perf_counter()
-    manager.wait()
-    last = time.perf_counter() - started
-    size = sum(file.stat().st_size for file in (folder / "checkpoints").rglob("*") if file.is_file())
-    manager.close()
+    windows = Windows(configuration(size), folder)
+    windows.seconds(updates, saving=True)  # not counted: the first files of a folder
+    rows = []
+    for repeat in range(repeats):
+        pair = {saving: windows.seconds(updates, saving=saving) for saving in (bool(repeat % 2), not repeat % 2)}
+        rows.append((pair[False][0], *pair[True]))
+    written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     shutil.rmtree(folder)
-    without, beside = sum(seconds[False]), sum(seconds[True])
     return {
-        "checkpoint_bytes": size,
-        "update_s": statistics.median(seconds[False]),
-        "saves": len(waits),
-        "added_share": beside / without - 1,
-        "added_s_per_save": (beside - without) / len(waits),
-        "wait_for_last_s": last,
+        "size": size,
+        "updates": updates,
+        "agent_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(windows.agent) if hasattr(leaf, "nbytes")),
+        "checkpoint_bytes": written,
+        "update_s": statistics.median(without for without, *_ in rows) / updates,
+        "added_share": machine.spread([beside / without - 1 for without, beside, _, _ in rows]),
+        "added_s": machine.spread([beside - without for without, beside, _, _ in rows]),
+        "blocked_s": machine.spread([blocked for _, _, blocked, _ in rows]),
+        "written_after_s": max(after for *_, after in rows),
     }
 
 
-def main() -> int:
+def table(found: dict[str, Any]) -> str:
+    share, added, blocked = found["added_share"], found["added_s"], found["blocked_s"]
+    return "\n".join(
+        (
+            f"{found['size']}: {found['agent_bytes'] / 1e6:.1f} MB, {found['checkpoint_bytes'] / 1e6:.1f} MB on disk; "
+            f"an update takes {found['update_s'] * 1000:.0f} ms",
+            f"a checkpoint adds {share['median']:.1%} to {found['updates']} updates "
+            f"({share['min']:.1%} to {share['max']:.1%} in {share['repeats']} pairs), {added['median']:.3f} s",
+            f"in {blocked['median']:.3f} s of them ({blocked['min']:.3f} to {blocked['max']:.3f}) no update could run",
+            f"the last file was written at most {found['written_after_s']:.3f} s after the last update",
+        )
+    )
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=1024, help="of the four hidden layers")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--every", type=int, default=20, help="updates between saves")
+    parser.add_argument("--size", choices=("nano", "mid"), default="nano")
+    parser.add_argument("--updates", type=int, default=50, help="in a window")
+    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    found = measure(arguments.width, arguments.batch_size, arguments.steps, arguments.every)
-    print(json.dumps(found) if arguments.json else "\n".join(f"{name:18} {value:g}" for name, value in found.items()))
-    return 0
+    found = measure(arguments.size, arguments.updates, arguments.repeats)
+    machine.show({**machine.describe(), **found}, as_json=arguments.json, table=table(found))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

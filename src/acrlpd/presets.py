@@ -40,9 +40,7 @@ NANO = PolicyConfig(
 
 def _constant(learning_rate: float, *, warmup_steps: int = 0) -> OptimizerConfig:
     """Adam at one learning rate, as QC and RLPD have it."""
-    schedule = CosineDecaySchedule(
-        warmup_steps=warmup_steps, peak_lr=learning_rate, decay_steps=10**9, decay_lr=learning_rate
-    )
+    schedule = CosineDecaySchedule(warmup_steps=warmup_steps, peak_lr=learning_rate, decay_lr=learning_rate)
     return OptimizerConfig(schedule=schedule, b2=0.999, clip_gradient_norm=10.0)
 
 

@@ -33,6 +33,17 @@ def test_the_example_maps_a_gymnasium_environment():
     assert (number, step.truncated, step.success) == (20, True, False)
 
 
+def test_a_file_may_define_dataclasses(tmp_path):
+    """They look for their module by its name."""
+    file = tmp_path / "mine.py"
+    text = (
+        "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass Mine:\n    x: int = 0\n"
+    )
+    file.write_text(text)
+    with pytest.raises(ValueError, match="has no function 'make'"):
+        make(EnvConfig(f"custom/{file}:make"))
+
+
 class Pixels(gymnasium.Env):
     """Observes a picture and a number; fails below -1, renders nothing."""
 

@@ -130,6 +130,7 @@ def test_sigterm_and_a_full_disk_leave_a_run_that_goes_on(uninterrupted, tmp_pat
     assert code == EXIT_FAULT, errors
     assert "make room" in errors.lower()
     assert "--resume" in errors
+    assert "Traceback" not in errors  # Orbax has one for each of its threads
     steps = [int(path.name) for path in (tmp_path / "job" / "checkpoints").iterdir() if path.name.isdigit()]
     assert max(steps) in (10, 20)  # the save of step 20 may still be under way when the disk is full
     asked = start(tmp_path)

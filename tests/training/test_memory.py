@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -11,6 +15,7 @@ from acrlpd.training import memory, setup
 from acrlpd.training.memory import Machine
 from acrlpd.training.setup import Dims
 
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory.py"
 DIMS = Dims(4, 2)
 
 
@@ -68,3 +73,15 @@ def test_the_command(tmp_path, capsys, tiny_config):
     assert (found["local_batch"], found["fits"], found["advice"]) == (8, True, [])
     assert main(["plan", str(file), "--device_memory", "1KB"]) == 1
     assert "it does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["parameters", "nano pi0"])
+def test_a_plan_is_near_what_a_run_takes(name):
+    """Measured by the benchmark in a process of its own, on one device, with a program as a run compiles it."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, str(BENCHMARK), "--only", name, "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)[name]
+    assert 0.75 <= found["planned_over_measured"] <= 1.25, found

@@ -1,7 +1,11 @@
 """What a run's numbers say, and who else gets them."""
 
+import functools
 import json
 import math
+import sqlite3
+import sys
+import types
 
 import pytest
 
@@ -106,7 +110,33 @@ def test_wandb_offline(tmp_path, monkeypatch):
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
+def test_trackio_is_told_every_step(tmp_path, monkeypatch):
+    told = []
+    calls = {name: functools.partial(lambda *what, **how: told.append((*what, how)), name) for name in TRACKIO}
+    monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(**calls))
+    written(tmp_path, "trackio", project="mine")
+    assert told == [
+        ("init", {"project": "mine", "name": "job", "config": {"seed": 1}, "resume": "allow"}),
+        ("log", {"train/total_loss": 0.5}, {"step": 1}),
+        ("log", {"train/total_loss": 1.0}, {"step": 2}),
+        ("finish", {}),
+    ]
+
+
+TRACKIO = ("init", "log", "finish")
+
+
+def test_trackios_data_base_has_every_step(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when the package is imported
+    pytest.importorskip("trackio")
+    written(tmp_path, "trackio", project="mine")
+    with sqlite3.connect(tmp_path / "trackio" / "mine.db") as found:
+        rows = found.execute("select run_name, step, metrics from metrics order by step").fetchall()
+    values = [(name, step, json.loads(metrics)["train/total_loss"]) for name, step, metrics in rows]
+    assert values == [("job", 1, 0.5), ("job", 2, 1.0)]
+
+
 def test_a_missing_logger_names_its_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "trackio", None)
+    monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(ImportError, match=r"pip install 'acrlpd\[trackio\]'"):
         make_writers(tmp_path / "m.jsonl", LoggerConfig(("trackio",)), name="job", run_config={})

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from acrlpd.cli.configured import starting_point
+from acrlpd.cli.configured import changed, starting_point
 from acrlpd.config import TrainConfig, from_dict, to_dict
 from acrlpd.overrides import differences, to_yaml
 
@@ -75,7 +75,7 @@ def _save(words: list[str]) -> None:
 def _parsed(word: str, flags: list[str]) -> ShowArguments:
     stored = Path(word) / "config.json"
     if stored.is_file():
-        config = from_dict(TrainConfig, json.loads(stored.read_text(encoding="utf-8")))
+        config, flags = changed(from_dict(TrainConfig, json.loads(stored.read_text(encoding="utf-8"))), flags)
     else:
         config, flags = starting_point(word, flags)
     return tyro.cli(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from acrlpd import platforms, presets
-from acrlpd.config import TrainConfig
+from acrlpd.config import TrainConfig, from_dict, to_dict
 from acrlpd.overrides import apply_config_overrides, load_yaml
 
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -44,7 +44,14 @@ def changed(config: TrainConfig, flags: Sequence[str]) -> tuple[TrainConfig, lis
         config = apply_config_overrides(config, platforms.environment_overrides(config, environment))
     if file is not None:
         config = load_yaml(file, presets.get_preset, config)
-    return config, rest
+    return _with_parts(config, rest), rest
+
+
+def _with_parts(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:
+    """``config`` with the defaults of a part that it lacks (``env``, ``online_loss_weights``) and a flag speaks of."""
+    said = {flag.removeprefix("--").replace("-", "_").split(".")[0] for flag in flags if "." in flag.split("=")[0]}
+    absent = [name for name, value in to_dict(config).items() if value is None and name in said]
+    return from_dict(TrainConfig, {name: {} for name in absent}, base=config) if absent else config
 
 
 def is_yaml(word: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -108,9 +109,10 @@ def _from_file(path: Path) -> ModuleType:
         raise ValueError(
             f"custom/{path}: there is no such file; the path starts at the working directory, {Path.cwd()}"
         )
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"custom_{path.stem}", path)  # shadows no module of that name
     assert spec is not None, "a path that ends in .py has a loader"
     assert spec.loader is not None, "a path that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look there for the module they are defined in
     spec.loader.exec_module(module)
     return module

@@ -9,9 +9,11 @@ checkpoints/<step>/params/      the policy's parameters in openpi's layout; thei
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import logging
 import os
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,8 @@ class ACRLPDCheckpointManager:
         keep: Collection[int] = (),
         writer: bool = False,
     ):
+        if writer:
+            _tell_failed_writes_once()
         self.directory = Path(directory).absolute()
         self.keep = set(keep)
         policies = [ocp.checkpoint_managers.LatestN(max_to_keep), _Named(self.keep)]
@@ -269,6 +273,23 @@ class ACRLPDCheckpointManager:
         return steps[-1] if step is None else step
 
 
+@functools.cache
+def _tell_failed_writes_once() -> None:
+    """What is raised in ``save`` and ``wait`` is not printed besides, by each of the threads that it went through.
+
+    Orbax logs it there with a traceback, and TensorStore prints one for every write that ends after Orbax gave up.
+    """
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    show = sys.unraisablehook
+
+    def unraisablehook(args: sys.UnraisableHookArgs) -> None:
+        if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"):
+            show(args)
+
+    sys.unraisablehook = unraisablehook
+
+
+@functools.cache  # a look at each package's files, while no update can run
 def versions() -> dict[str, str]:
     """Of the libraries whose change can change numbers."""
     return {name: importlib.metadata.version(name) for name in ("acrlpd", "jax", "jaxlib", "flax", "optax", "numpy")}

@@ -77,17 +77,24 @@ class Plan:
         return dataclasses.asdict(self) | {"total_bytes": self.total_bytes, "fits": self.fits}
 
 
-def plan(config: TrainConfig, machine: Machine | None = None, *, dims: Dims | None = None) -> Plan:
+def plan(
+    config: TrainConfig,
+    machine: Machine | None = None,
+    *,
+    dims: Dims | None = None,
+    cameras: tuple[str, ...] | None = None,
+) -> Plan:
     """Sizes of ``config`` on ``machine`` (by default the devices that are here).
 
-    ``dims`` are the data's own widths; None takes the configuration's, and the environment's where it has one.
+    ``dims`` and ``cameras`` are the data's own; None takes the configuration's, and the environment's where it has one.
     """
     machine = Machine(jax.device_count()) if machine is None else machine
     if machine.devices % config.fsdp_devices:
         raise ValueError(f"fsdp_devices ({config.fsdp_devices}) must divide the number of devices ({machine.devices})")
     local_batch = _local_batch(config, machine)
     dims = _dims(config) if dims is None else dims
-    cameras = config.data.cameras or (config.env.cameras if config.env else CAMERAS)
+    if cameras is None:
+        cameras = config.data.cameras or (config.env.cameras if config.env else CAMERAS)
     cameras = setup.model_cameras(config, cameras)
     agent = jax.eval_shape(lambda: setup.create_agent(config, dims, cameras))
     batch = batch_shapes(config, dims, cameras, local_batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ from jax.extend import core
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from acrlpd.types import typed
+
+CPU_CACHE_BYTES = 40 * 1024**2  # about what one program has of the last level on a server; of 8 to 128 MiB the fastest
 
 
 def in_blocks(draw: Callable[[jax.Array], Any], noise: Float[Array, "n b h a"], *, block_size: int | None) -> Any:
@@ -34,11 +37,16 @@ def fitting_block(draw: Callable[[jax.Array], Any], noise: Float[Array, "n b h a
     """How many candidates at a time ``draw`` may handle for its intermediate arrays to fit; at least one.
 
     Decided from shapes while the caller is traced: intermediates of one candidate, times their number. The compiler
-    fuses some of them away, so the true need is lower.
+    fuses some of them away, so the true need is lower. On a CPU they are to fit into its cache too: there a block
+    after the other is several times faster than all candidates at once. Blocks are as even as n allows.
     """
+    if jax.default_backend() == "cpu":
+        max_bytes = min(max_bytes, CPU_CACHE_BYTES)
+    n = noise.shape[0]
     one = jax.ShapeDtypeStruct((1, *noise.shape[1:]), noise.dtype)
     program = jax.make_jaxpr(draw)(one).jaxpr
-    return min(noise.shape[0], max(1, max_bytes // max(1, intermediate_bytes(program))))
+    fitting = min(n, max(1, max_bytes // max(1, intermediate_bytes(program))))
+    return math.ceil(n / math.ceil(n / fitting))
 
 
 def intermediate_bytes(program: core.Jaxpr) -> int:

@@ -14,11 +14,12 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from acrlpd.models import lora, stacked
-from acrlpd.types import typed
+from acrlpd.types import AnyArray, typed
 
 NORM_EPSILON = 1e-6
 MASKED_SCORE = -2.3819763e38  # finite, so that a query which may see nothing looks at everything instead of giving NaN
@@ -127,9 +128,8 @@ def attend(
 
     def masked_scores(keys, mask):
         # Added, not selected: beside so large a number a score vanishes, and a sum stays inside the compiler's product.
-        bias = jnp.where(mask, 0.0, MASKED_SCORE)[:, None, :, None]
-        scores = jnp.einsum("bkqh,bskh->bkqs", rows, keys, preferred_element_type=jnp.float32)
-        return scores.reshape(b, k, t, n // k, -1) + bias
+        bias = jnp.repeat(jnp.where(mask, 0.0, MASKED_SCORE), n // k, axis=1)[:, None]
+        return jnp.einsum("bkqh,bskh->bkqs", rows, keys, preferred_element_type=jnp.float32) + bias
 
     scores = [masked_scores(part_keys, part_mask) for part_keys, _, part_mask in parts]
     highest = functools.reduce(jnp.maximum, [part.max(axis=-1, keepdims=True) for part in scores])
@@ -137,15 +137,15 @@ def attend(
     attended = [
         jnp.einsum(
             "bkqs,bskh->bkqh",
-            part.astype(values.dtype).reshape(b, k, rows.shape[2], -1),
+            part.astype(values.dtype),
             part_values,
             preferred_element_type=jnp.float32,
         )
         for part, (_, part_values, _) in zip(weights, parts, strict=True)
     ]
     total = sum(part.sum(axis=-1, keepdims=True) for part in weights)
-    joined = (sum(attended[1:], start=attended[0]).reshape(b, k, t, n // k, h) / total).astype(values.dtype)
-    return jnp.moveaxis(joined, 2, 1).reshape(b, t, n, h)
+    joined = (sum(attended[1:], start=attended[0]) / total).astype(values.dtype)
+    return jnp.moveaxis(joined.reshape(b, k, t, n // k, h), 2, 1).reshape(b, t, n, h)
 
 
 class RMSNorm(nnx.Module):
@@ -294,11 +294,11 @@ class Block(nnx.Module):
         mask: Bool[Array, "b t p_and_s"],
         conditions: Sequence[Float[Array, "b d"] | None],
         cache: KeysValues | None,
-        keys_values_only: Bool[Array, ""] | None = None,
+        keys_values_only: Bool[AnyArray, ""] | bool = False,
     ) -> tuple[list[Float[Array, "b t d"] | None], KeysValues]:
         """The tokens after this layer, and their keys and values in it.
 
-        Where ``keys_values_only`` is true (a value on the device), the tokens come back as they were.
+        Where ``keys_values_only`` is true, on the device or before, the tokens come back as they were.
         """
         normed, gates = self._norm("pre_attention_norm", xs, conditions)
         new = self.attn.keys_values(normed, positions)
@@ -310,8 +310,8 @@ class Block(nnx.Module):
             outputs = [None if x is None else getattr(self, expert_name("mlp", i))(x) for i, x in enumerate(inputs)]
             return [add_residual(*branch) for branch in zip(xs, outputs, mlp_gates, strict=True)]
 
-        if keys_values_only is None:
-            return finish(list(xs)), new
+        if not isinstance(keys_values_only, jax.Array):
+            return (list(xs) if keys_values_only else finish(list(xs))), new
         return jax.lax.cond(keys_values_only, lambda xs: xs, finish, list(xs)), new
 
     def _norm(self, name: str, xs: Tokens, conditions: Sequence[jax.Array | None]) -> tuple[list, list]:
@@ -405,7 +405,7 @@ class Gemma(nnx.Module):
         def step(block, xs, is_last):
             return block(xs, positions, mask, (None,), None, keys_values_only=is_last)
 
-        return self._scan(step, [tokens], jnp.arange(self.depth) == self.depth - 1)[1]
+        return self._scan(step, [tokens], np.arange(self.depth) == self.depth - 1)[1]
 
     def _scan(
         self, step: Callable[..., Any], tokens: Tokens, xs: Any

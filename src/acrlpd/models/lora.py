@@ -8,6 +8,7 @@ openpi's and kept, since its checkpoints depend on it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -102,7 +103,7 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         rows = x.reshape(-1, x.shape[-1])  # of one matrix: a batch of small ones costs a backward pass a transposition
         gate, value = self._project(rows, "gating_einsum", 0), self._project(rows, "gating_einsum", 1)
-        return self._project(nnx.gelu(gate, approximate=True) * value, "linear").reshape(x.shape)
+        return self._project(gated(gate, value), "linear").reshape(x.shape)
 
     def _project(self, x: jax.Array, name: str, index: int | None = None) -> jax.Array:
         def weight(name: str) -> jax.Array:
@@ -113,6 +114,12 @@ class FeedForward(nnx.Module):
         if not self.has_adapter:
             return result
         return result + jnp.dot(jnp.dot(x, weight(f"{name}_lora_a")), weight(f"{name}_lora_b"))
+
+
+@jax.checkpoint
+def gated(gate: Float[Array, "rows m"], value: Float[Array, "rows m"]) -> Float[Array, "rows m"]:
+    """``gelu(gate) * value``. A backward pass keeps the two alone and forms the rest again: it is waiting for memory."""
+    return nnx.gelu(gate, approximate=True) * value
 
 
 def is_frozen(path: str, *, first_expert: bool, action_expert: bool) -> bool:

@@ -94,13 +94,15 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         rows = x.reshape(-1, x.shape[-1])  # the dense layers see the tokens of the whole batch as one matrix
-        query, key, value = (
-            layer(rows).reshape(*x.shape[:2], *self.heads) for layer in (self.query, self.key, self.value)
-        )
+        query, key, value = (self._by_head(layer(rows), x.shape) for layer in (self.query, self.key, self.value))
         query = query / jnp.asarray(math.sqrt(query.shape[-1]), query.dtype)
-        weights = jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", query, key), axis=-1)
-        attended = jnp.einsum("bnts,bsnh->btnh", weights, value)
-        return self.out(attended.reshape(-1, *self.heads)).reshape(x.shape)
+        weights = jax.nn.softmax(jnp.einsum("gth,gsh->gts", query, key), axis=-1)
+        attended = jnp.einsum("gts,gsh->gth", weights, value).reshape(x.shape[0], self.heads[0], -1, self.heads[1])
+        return self.out(jnp.moveaxis(attended, 1, 2).reshape(-1, *self.heads)).reshape(x.shape)
+
+    def _by_head(self, rows: Float[Array, "bt n h"], shape: tuple[int, ...]) -> Float[Array, "bn t h"]:
+        """One matrix per picture and head: products of such a stack are the fastest everywhere."""
+        return jnp.moveaxis(rows.reshape(*shape[:2], *self.heads), 2, 1).reshape(-1, shape[1], self.heads[1])
 
 
 class MlpBlock(nnx.Module):

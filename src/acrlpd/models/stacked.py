@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -32,7 +34,8 @@ def scan(
     """Runs ``step(layer, carry, x) -> (carry, y)`` over all layers; ``xs`` has one slice per layer, as have the ``y``.
 
     ``remat`` keeps only the carry between layers and computes the rest again in a backward pass. ``unroll`` writes the
-    layers one after the other: slower to compile, faster for layers so small that the loop itself costs time.
+    layers one after the other: slower to compile, faster for few layers, which then need no copy of their activations
+    into one array of all. NumPy arrays in ``xs`` stay NumPy's there, so a ``step`` may branch on them.
     """
     graphdef, state = nnx.split(layers)
 
@@ -43,4 +46,17 @@ def scan(
     if remat:
         # Inside a loop the compiler cannot merge the recomputation with the forward pass; in an unrolled one it could.
         body = jax.checkpoint(body, prevent_cse=unroll)
-    return jax.lax.scan(body, carry, (state, xs), unroll=unroll)
+    if not unroll:
+        return jax.lax.scan(body, carry, (state, xs))
+    results = []
+    for layer in _unstack((state, xs)):
+        carry, y = body(carry, layer)
+        results.append(y)
+    return carry, jax.tree.map(lambda *each: jnp.stack(each), *results)
+
+
+def _unstack(tree: Any) -> list[Any]:
+    """One tree per layer of a tree of arrays that lead with the layers."""
+    leaves, structure = jax.tree.flatten(tree)
+    rows = [leaf if isinstance(leaf, np.ndarray) else jnp.unstack(leaf) for leaf in leaves]
+    return [structure.unflatten(layer) for layer in zip(*rows, strict=True)]

@@ -310,6 +310,18 @@ class EpisodeStore:
         """Rows of a key by number, whose episodes (by position) the caller knows."""
         return self._column(key).take(rows, episodes)
 
+    def stretches(
+        self, key: str, rows: Int[np.ndarray, " b"], episodes: Int[np.ndarray, " b"], length: int
+    ) -> Shaped[np.ndarray, "b h *shape"]:
+        """``length`` rows of a key from each of ``rows`` on, where an episode's last row stands for those behind it."""
+        column = self._column(key)
+        last = self.ends[episodes] - 1
+        found = column.stretches(rows, episodes, last, length)
+        past = rows + length - 1 > last
+        if past.any():
+            found[past] = column.take(steps_until(last[past], rows[past], length), episodes[past][:, None])
+        return found
+
     def _rows(self, key: str) -> np.ndarray:
         return self._column(key).rows
 
@@ -396,6 +408,29 @@ class Rows(Protocol):
         """Rows by number, with the position of the episode of each."""
         ...
 
+    def stretches(
+        self, rows: Int[np.ndarray, " b"], episodes: Int[np.ndarray, " b"], last: Int[np.ndarray, " b"], length: int
+    ) -> Shaped[np.ndarray, "b h *shape"]:
+        """``length`` rows from each of ``rows`` on; those behind ``last``, its episode's last row, mean nothing."""
+        ...
+
+
+def steps_until(last: Int[np.ndarray, " b"], rows: Int[np.ndarray, " b"], length: int) -> Int[np.ndarray, "b h"]:
+    """``length`` row numbers from each of ``rows`` on, none greater than its ``last``."""
+    return np.minimum(rows[:, None] + np.arange(length)[None, :], last[:, None])
+
+
+def _stretches(
+    array: Shaped[np.ndarray, "r *shape"], rows: Int[np.ndarray, " b"], last: Int[np.ndarray, " b"], length: int
+) -> Shaped[np.ndarray, "b h *shape"]:
+    """As ``Rows.stretches``. As bytes, a stretch is one item to numpy: less than half the time of its rows."""
+    size = array[:1].nbytes
+    if len(array) < length or not size or not array.flags.c_contiguous:
+        return array[steps_until(last, rows, length)]
+    items = np.ndarray((len(array) - length + 1,), np.dtype((np.void, length * size)), array, strides=(size,))
+    found = items[np.minimum(rows, len(items) - 1)]
+    return found[:, None].view(array.dtype).reshape(len(rows), length, *array.shape[1:])
+
 
 class RowReader(Protocol):
     """What fetches rows that lie elsewhere."""
@@ -416,6 +451,11 @@ class _FixedColumn:
 
     def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
         return self.rows[rows] if isinstance(self.rows, np.ndarray) else self.rows.take(rows, episodes)
+
+    def stretches(self, rows: Any, episodes: Any, last: Any, length: int) -> np.ndarray:
+        if isinstance(self.rows, np.ndarray):
+            return _stretches(self.rows, rows, last, length)
+        return self.rows.stretches(rows, episodes, last, length)
 
     def append(self, rows: np.ndarray) -> None:
         raise ValueError("this EpisodeStore reads its rows from a source and cannot grow; append to a store of its own")
@@ -442,6 +482,9 @@ class _Column:
 
     def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
         return self.rows[rows]
+
+    def stretches(self, rows: Any, episodes: Any, last: Any, length: int) -> np.ndarray:
+        return _stretches(self.rows, rows, last, length)
 
     def append(self, rows: np.ndarray) -> None:
         if self._end + len(rows) > len(self._buffer):

@@ -161,7 +161,7 @@ class EpisodeStore:
 
     @classmethod
     def of_columns(
-        cls, columns: Mapping[str, Rows], infos: Sequence[EpisodeInfo], reader: RowReader | None = None
+        cls, columns: Mapping[str, Rows | np.ndarray], infos: Sequence[EpisodeInfo], reader: RowReader | None = None
     ) -> EpisodeStore:
         """A store of rows that lie elsewhere, which cannot grow. Keys are those of an ``EpisodeSource``."""
         store = cls()

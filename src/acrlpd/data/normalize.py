@@ -156,7 +156,8 @@ def _cut(file: Path, key: str, stats: NormStats, dim: int, *, quantiles: bool) -
         raise ValueError(
             f"{file}: {key}: expected q01 and q99, which quantile normalization (pi0.5) needs, found mean and std alone"
         )
-    return NormStats(**{name: None if each is None else each[:dim] for name, each in vars(stats).items()})
+    q01, q99 = (None if each is None else each[:dim] for each in (stats.q01, stats.q99))
+    return NormStats(stats.mean[:dim], stats.std[:dim], q01, q99)
 
 
 def _as_list(value: np.ndarray | None) -> list[float] | None:

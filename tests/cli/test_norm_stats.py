@@ -1,10 +1,11 @@
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from acrlpd.cli.main import main
-from acrlpd.data import hdf5, normalize
+from acrlpd.data import convert, hdf5, normalize
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.sources import open_episodes
 from acrlpd.data.transforms import DeltaActions
@@ -142,6 +143,18 @@ def test_aloha_has_pi0s_units_and_relative_joints(tmp_path, capsys):
     np.testing.assert_allclose(actions[joints], relative[joints] * signs, rtol=1e-4)
     angle = actions[6] + 0.5476  # absolute, counted from where pi0 has the gripper closed
     np.testing.assert_allclose(angle, episode.actions[:, 6].mean() * (1.4910 + 0.6213) - 0.6213, rtol=1e-4)
+
+
+def test_no_video_is_opened(tmp_path, capsys):
+    """What is there in their places cannot be opened."""
+    rng = np.random.default_rng(0)
+    pictures = {"top": rng.integers(0, 256, (50, 64, 64, 3), np.uint8)}
+    episode = dataclasses.replace(walk_of(8, 7), images=pictures)
+    convert.to_lerobot(EpisodeStore.from_episodes([episode, episode]), tmp_path / "set", fps=10.0)
+    for video in (tmp_path / "set").rglob("*.mp4"):
+        video.write_bytes(b"no video")
+    state, _ = printed_means(capsys, tmp_path / "set", "--robot", "libero")
+    np.testing.assert_allclose(state, episode.state.mean(axis=0), rtol=1e-4)
 
 
 def walk_of(state_dim, action_dim):

@@ -37,17 +37,16 @@ def gather(store: EpisodeStore, rows: Int[np.ndarray, " b"], horizon: int, *, im
         raise ValueError(f"horizon must be at least 1, got {horizon}")
     episodes = store.episode_index(rows)
     start, end = store.starts[episodes], store.ends[episodes]
-    real = rows[:, None] + np.arange(horizon)[None, :] < end[:, None]  # [b h]
+    steps = rows[:, None] + np.arange(horizon)[None, :]  # [b h]
+    real = steps < end[:, None]
+    steps = np.minimum(steps, end[:, None] - 1)
     next_rows = np.minimum(rows + horizon, end - 1)
 
-    def take(key: str, wanted: Int[np.ndarray, " b"]) -> np.ndarray:
-        return store.take(key, wanted, episodes)
-
-    def stretch(key: str) -> np.ndarray:
-        return store.stretches(key, rows, episodes, horizon)
+    def take(key: str, wanted: Int[np.ndarray, "*shape"]) -> np.ndarray:
+        return store.take(key, wanted, episodes if wanted.ndim == 1 else episodes[:, None])
 
     cameras = store.cameras if images else ()
-    terminals = stretch("terminals") & real
+    terminals = take("terminals", steps) & real
     terminal_before = np.cumsum(terminals, axis=1) > terminals  # strictly before: the terminal step itself is valid
     terminated = terminals.any(axis=1)
     return {
@@ -55,8 +54,8 @@ def gather(store: EpisodeStore, rows: Int[np.ndarray, " b"], horizon: int, *, im
         "next_state": take("state", next_rows),
         "image": {name: take(IMAGE_PREFIX + name, rows) for name in cameras},
         "next_image": {name: take(IMAGE_PREFIX + name, next_rows) for name in cameras},
-        "actions": stretch("actions"),
-        "rewards": stretch("rewards") * real,
+        "actions": store.take_stretches("actions", steps, episodes),
+        "rewards": take("rewards", steps) * real,
         "terminals": terminals.astype(np.float32),
         "valid": (real & ~terminal_before).astype(np.float32),
         "bootstrap_mask": (~terminated).astype(np.float32),

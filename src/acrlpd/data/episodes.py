@@ -310,16 +310,15 @@ class EpisodeStore:
         """Rows of a key by number, whose episodes (by position) the caller knows."""
         return self._column(key).take(rows, episodes)
 
-    def stretches(
-        self, key: str, rows: Int[np.ndarray, " b"], episodes: Int[np.ndarray, " b"], length: int
+    def take_stretches(
+        self, key: str, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]
     ) -> Shaped[np.ndarray, "b h *shape"]:
-        """``length`` rows of a key from each of ``rows`` on, where an episode's last row stands for those behind it."""
+        """As ``take``, where the steps of a stretch count up until its episode's last row, which is repeated."""
         column = self._column(key)
-        last = self.ends[episodes] - 1
-        found = column.stretches(rows, episodes, last, length)
-        past = rows + length - 1 > last
-        if past.any():
-            found[past] = column.take(steps_until(last[past], rows[past], length), episodes[past][:, None])
+        found = column.stretches(steps, episodes)
+        past = np.flatnonzero(steps[:, -1] - steps[:, 0] < steps.shape[1] - 1)
+        if len(past):
+            found[past] = column.take(steps[past], episodes[past][:, None])
         return found
 
     def _rows(self, key: str) -> np.ndarray:
@@ -409,27 +408,22 @@ class Rows(Protocol):
         ...
 
     def stretches(
-        self, rows: Int[np.ndarray, " b"], episodes: Int[np.ndarray, " b"], last: Int[np.ndarray, " b"], length: int
+        self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]
     ) -> Shaped[np.ndarray, "b h *shape"]:
-        """``length`` rows from each of ``rows`` on; those behind ``last``, its episode's last row, mean nothing."""
+        """As many rows as there are steps, from each first one on. Where steps do not count up, rows mean nothing."""
         ...
 
 
-def steps_until(last: Int[np.ndarray, " b"], rows: Int[np.ndarray, " b"], length: int) -> Int[np.ndarray, "b h"]:
-    """``length`` row numbers from each of ``rows`` on, none greater than its ``last``."""
-    return np.minimum(rows[:, None] + np.arange(length)[None, :], last[:, None])
-
-
 def _stretches(
-    array: Shaped[np.ndarray, "r *shape"], rows: Int[np.ndarray, " b"], last: Int[np.ndarray, " b"], length: int
+    array: Shaped[np.ndarray, "r *shape"], steps: Int[np.ndarray, "b h"]
 ) -> Shaped[np.ndarray, "b h *shape"]:
-    """As ``Rows.stretches``. As bytes, a stretch is one item to numpy: less than half the time of its rows."""
-    size = array[:1].nbytes
+    """As ``Rows.stretches``. As bytes, a stretch is one item to numpy: a fraction of the time of its rows."""
+    length, size = steps.shape[1], array[:1].nbytes
     if len(array) < length or not size or not array.flags.c_contiguous:
-        return array[steps_until(last, rows, length)]
+        return array[steps]
     items = np.ndarray((len(array) - length + 1,), np.dtype((np.void, length * size)), array, strides=(size,))
-    found = items[np.minimum(rows, len(items) - 1)]
-    return found[:, None].view(array.dtype).reshape(len(rows), length, *array.shape[1:])
+    found = items[np.minimum(steps[:, 0], len(items) - 1)]
+    return found[:, None].view(array.dtype).reshape(*steps.shape, *array.shape[1:])
 
 
 class RowReader(Protocol):
@@ -452,10 +446,9 @@ class _FixedColumn:
     def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
         return self.rows[rows] if isinstance(self.rows, np.ndarray) else self.rows.take(rows, episodes)
 
-    def stretches(self, rows: Any, episodes: Any, last: Any, length: int) -> np.ndarray:
-        if isinstance(self.rows, np.ndarray):
-            return _stretches(self.rows, rows, last, length)
-        return self.rows.stretches(rows, episodes, last, length)
+    def stretches(self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]) -> np.ndarray:
+        array = isinstance(self.rows, np.ndarray)
+        return _stretches(self.rows, steps) if array else self.rows.stretches(steps, episodes)
 
     def append(self, rows: np.ndarray) -> None:
         raise ValueError("this EpisodeStore reads its rows from a source and cannot grow; append to a store of its own")
@@ -483,8 +476,8 @@ class _Column:
     def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
         return self.rows[rows]
 
-    def stretches(self, rows: Any, episodes: Any, last: Any, length: int) -> np.ndarray:
-        return _stretches(self.rows, rows, last, length)
+    def stretches(self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]) -> np.ndarray:
+        return _stretches(self.rows, steps)
 
     def append(self, rows: np.ndarray) -> None:
         if self._end + len(rows) > len(self._buffer):

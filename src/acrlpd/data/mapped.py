@@ -58,11 +58,11 @@ class MappedRows:
         return values.astype(self.dtype, copy=False).reshape(*rows.shape, *self.row_shape)
 
     def stretches(
-        self, rows: Int[np.ndarray, " b"], episodes: Int[np.ndarray, " b"], last: Int[np.ndarray, " b"], length: int
+        self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]
     ) -> Shaped[np.ndarray, "b h *shape"]:
-        blocks = [part.stretches(rows, episodes, length) for part in self.parts]
+        blocks = [part.stretches(steps, episodes) for part in self.parts]
         values = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=-1, dtype=self.dtype)
-        return values.astype(self.dtype, copy=False).reshape(len(rows), length, *self.row_shape)
+        return values.astype(self.dtype, copy=False).reshape(*steps.shape, *self.row_shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +77,11 @@ class _Part:
     def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
         return self._items(1)[self.origins[episodes] + rows * self.width][..., None].view(self.dtype)
 
-    def stretches(self, rows: Int[np.ndarray, " b"], episodes: Int[np.ndarray, " b"], length: int) -> np.ndarray:
-        items = self._items(length)
-        places = np.minimum(self.origins[episodes] + rows * self.width, len(items) - 1)  # behind the end of the files
-        return items[places][:, None].view(self.dtype).reshape(len(rows), length, self.width)
+    def stretches(self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]) -> np.ndarray:
+        items = self._items(steps.shape[1])
+        places = self.origins[episodes] + steps[:, 0] * self.width
+        found = items[np.minimum(places, len(items) - 1)]  # a stretch may leave the last file, too
+        return found[:, None].view(self.dtype).reshape(*steps.shape, self.width)
 
     def _items(self, num_rows: int) -> Shaped[np.ndarray, " m"]:
         """For each number of the files, the bytes of the rows that would begin there.

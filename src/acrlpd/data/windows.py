@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from acrlpd.data import processes
-from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeSource, EpisodeStore, Rows, steps_until
+from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeSource, EpisodeStore, Rows
 
 COPIED_BYTES = 64 << 20  # so few are safe from whoever writes to the files meanwhile, and cost nothing
 NUMBERS = ("state", "actions", "rewards", "terminals")
@@ -106,9 +106,9 @@ class SourceRows:
         return self[rows]
 
     def stretches(
-        self, rows: Int[np.ndarray, " b"], episodes: Int[np.ndarray, " b"], last: Int[np.ndarray, " b"], length: int
+        self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]
     ) -> Shaped[np.ndarray, "b h *shape"]:
-        return self[steps_until(last, rows, length)]
+        return self[steps]
 
 
 class WindowReader:

@@ -57,6 +57,7 @@ CASES: dict[str, Callable[[Path, float], dict[str, Any]]] = {
     "statistics-100": lambda folder, seconds: statistics(folder, seconds),
     "state-1M": lambda folder, seconds: states(folder, seconds, num_episodes=1000),
     "state-10M": lambda folder, seconds: states(folder, seconds, num_episodes=10_000),
+    "state-10M-to-1M": lambda folder, seconds: states_in_turn(folder, seconds),
     "images": lambda folder, seconds: images(folder, seconds),
     "images-compressed": lambda folder, seconds: images(folder, seconds, compression="lzf"),
     "images-compressed-2-workers": lambda folder, seconds: images(folder, seconds, compression="lzf", num_workers=2),
@@ -166,6 +167,21 @@ def statistics(folder: Path, seconds: float) -> dict[str, Any]:
 
 def states(folder: Path, seconds: float, *, num_episodes: int) -> dict[str, Any]:
     """Batches without pictures."""
+    store, found = open_states(folder, num_episodes)
+    return found | batches(store, BATCH_SIZE, seconds)
+
+
+def states_in_turn(folder: Path, seconds: float, *, rounds: int = 9) -> dict[str, Any]:
+    """Both sizes in one process, one behind the other: what else the machine does meanwhile slows either."""
+    small, large = (open_states(folder, num_episodes)[0] for num_episodes in (1000, 10_000))
+    if not seconds:
+        return {}
+    pairs = [[batches(store, BATCH_SIZE, seconds / 5) for store in (small, large)] for _ in range(rounds)]
+    ratios = [after["batches_per_s"] / before["batches_per_s"] for before, after in pairs]
+    return {"ratio": round(float(np.median(ratios)), 3), "ratios": [round(ratio, 3) for ratio in sorted(ratios)]}
+
+
+def open_states(folder: Path, num_episodes: int) -> tuple[EpisodeStore, dict[str, float]]:
     root = folder / f"state-{num_episodes}"
     make(root, num_episodes, lambda number: episode(number, EPISODE_STEPS))
     cache = MetadataCache(folder / "metadata")
@@ -173,7 +189,7 @@ def states(folder: Path, seconds: float, *, num_episodes: int) -> dict[str, Any]
     store, map_s = timed(lambda: open_store(source))
     for first in range(0, store.num_rows, WARM_UP_ROWS):  # into the page cache: what is measured is no disk
         store.state[np.arange(first, min(first + WARM_UP_ROWS, store.num_rows), 8)]
-    return {"open_again_s": open_s, "map_s": map_s} | batches(store, BATCH_SIZE, seconds)
+    return store, {"open_again_s": open_s, "map_s": map_s}
 
 
 def images(folder: Path, seconds: float, *, compression: str | None = None, num_workers: int = 0) -> dict[str, Any]:

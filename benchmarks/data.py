@@ -28,7 +28,7 @@ import av
 import machine
 import numpy as np
 
-from acrlpd.data import convert, hdf5
+from acrlpd.data import convert, hdf5, normalize
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.frame_cache import FrameCache
 from acrlpd.data.hdf5 import H5DatasetReader
@@ -44,7 +44,7 @@ from acrlpd.types import Episode
 
 BATCH_SIZE, HORIZON = 256, 5
 IMAGE_BATCH_SIZE = 32
-WARM_UP = 5  # batches
+WARM_UP, WARM_UP_ROWS = 5, 1 << 18  # batches; rows at once
 STATE_DIM, ACTION_DIM, EPISODE_STEPS = 32, 8, 1000
 CAMERAS, SIZE = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"), 224
 VIDEO_SIZE, VIDEO_STEPS, FPS = (240, 320), 250, 25.0
@@ -53,8 +53,11 @@ DEMO_SIZES, DEMO_STEPS, DEMO_UPDATES_PER_S = (39, 4), 150, 20
 
 CASES: dict[str, Callable[[Path, float], dict[str, Any]]] = {
     "open-10k": lambda folder, seconds: opening(folder, seconds),
+    "open-10k-lerobot": lambda folder, seconds: opening_lerobot(folder, seconds),
+    "statistics-100": lambda folder, seconds: statistics(folder, seconds),
     "state-1M": lambda folder, seconds: states(folder, seconds, num_episodes=1000),
     "state-10M": lambda folder, seconds: states(folder, seconds, num_episodes=10_000),
+    "state-10M-to-1M": lambda folder, seconds: states_in_turn(folder, seconds),
     "images": lambda folder, seconds: images(folder, seconds),
     "images-compressed": lambda folder, seconds: images(folder, seconds, compression="lzf"),
     "images-compressed-2-workers": lambda folder, seconds: images(folder, seconds, compression="lzf", num_workers=2),
@@ -129,15 +132,64 @@ def opening(folder: Path, seconds: float) -> dict[str, Any]:
     return {"first_s": first_s, f"first_{workers}_workers_s": parallel_s, "again_s": again_s}
 
 
+def opening_lerobot(folder: Path, seconds: float) -> dict[str, Any]:
+    """The same episodes as a LeRobot v3.0 data set."""
+    root, raw = folder / "many-lerobot", folder / "many"
+    if not root.exists():
+        opening(folder, 0.0)
+        convert.to_lerobot(H5DatasetReader(raw), root, fps=FPS)
+    if not seconds:
+        return {}
+    with tempfile.TemporaryDirectory() as empty:
+        cache = MetadataCache(Path(empty))
+        _, first_s = timed(lambda: LeRobotSource(root, metadata_cache=cache))
+        _, again_s = timed(lambda: LeRobotSource(root, metadata_cache=cache))
+    return {"first_s": first_s, "again_s": again_s}
+
+
+def statistics(folder: Path, seconds: float) -> dict[str, Any]:
+    """Of the chunks of 100 episodes with video, opening included. Empty files stand for the videos: none is read."""
+    root = folder / "statistics"
+    if not root.exists():
+        raw = folder / "statistics-raw"
+        make(raw, 100, lambda number: episode(number, VIDEO_STEPS, {"top": moving(number)[:, :64, :64]}))
+        convert.to_lerobot(H5DatasetReader(raw), root, fps=FPS)
+        for path in root.rglob("*.mp4"):
+            path.write_bytes(b"")
+    if not seconds:
+        return {}
+    found = {}
+    for horizon in (1, 50):
+        _, taken_s = timed(lambda: normalize.from_source(LeRobotSource(root), Compose(()), horizon=horizon))  # noqa: B023
+        found[f"horizon_{horizon}_s"] = taken_s
+    return {"steps": 100 * VIDEO_STEPS} | found
+
+
 def states(folder: Path, seconds: float, *, num_episodes: int) -> dict[str, Any]:
     """Batches without pictures."""
+    store, found = open_states(folder, num_episodes)
+    return found | batches(store, BATCH_SIZE, seconds)
+
+
+def states_in_turn(folder: Path, seconds: float, *, rounds: int = 9) -> dict[str, Any]:
+    """Both sizes in one process, one behind the other: what else the machine does meanwhile slows either."""
+    small, large = (open_states(folder, num_episodes)[0] for num_episodes in (1000, 10_000))
+    if not seconds:
+        return {}
+    pairs = [[batches(store, BATCH_SIZE, seconds / 5) for store in (small, large)] for _ in range(rounds)]
+    ratios = [after["batches_per_s"] / before["batches_per_s"] for before, after in pairs]
+    return {"ratio": round(float(np.median(ratios)), 3), "ratios": [round(ratio, 3) for ratio in sorted(ratios)]}
+
+
+def open_states(folder: Path, num_episodes: int) -> tuple[EpisodeStore, dict[str, float]]:
     root = folder / f"state-{num_episodes}"
     make(root, num_episodes, lambda number: episode(number, EPISODE_STEPS))
     cache = MetadataCache(folder / "metadata")
     source, open_s = timed(lambda: H5DatasetReader(root, metadata_cache=cache))
     store, map_s = timed(lambda: open_store(source))
-    store.state[np.arange(0, store.num_rows, 8)]  # into the page cache: what is measured is no disk
-    return {"open_again_s": open_s, "map_s": map_s} | batches(store, BATCH_SIZE, seconds)
+    for first in range(0, store.num_rows, WARM_UP_ROWS):  # into the page cache: what is measured is no disk
+        store.state[np.arange(first, min(first + WARM_UP_ROWS, store.num_rows), 8)]
+    return store, {"open_again_s": open_s, "map_s": map_s}
 
 
 def images(folder: Path, seconds: float, *, compression: str | None = None, num_workers: int = 0) -> dict[str, Any]:

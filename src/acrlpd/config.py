@@ -106,6 +106,7 @@ class DataConfig:
     sequence_ratio: float = 0.5  # share of a batch that starts where a whole chunk fits
     online_ratio: float = 0.5  # share of an online batch that comes from replay (RLPD)
     max_replay_bytes: int = 2 * 1024**3
+    norm_stats: str | None = None  # openpi's norm_stats.json, its folder, or a checkpoint with assets; None: made
     min_std: float = 1e-2  # floor of a state dimension's standard deviation when statistics are made
     action_normalization: Literal["bounds", "z_score", "quantile"] = "bounds"  # bounds: of the action space
 
@@ -119,6 +120,11 @@ class DataConfig:
             raise ValueError(
                 "data.action_normalization='bounds' is of actions as the environment takes them, which data.robot and "
                 "data.delta_mask change: use 'z_score' (openpi's for pi0) or 'quantile' (for pi0.5)"
+            )
+        if self.norm_stats is not None and self.action_normalization == "bounds":
+            raise ValueError(
+                "data.action_normalization='bounds' is of the environment's action space, but data.norm_stats brings "
+                "statistics of the actions, too: use 'z_score' (openpi's for pi0) or 'quantile' (for pi0.5)"
             )
         if self.cube_goal and self.button_goal:
             raise ValueError("data.cube_goal and data.button_goal exclude each other")

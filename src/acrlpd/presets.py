@@ -156,7 +156,8 @@ def _cosine(warmup_steps: int, peak_lr: float, decay_steps: int, decay_lr: float
     return OptimizerConfig(schedule=schedule, weight_decay=1e-4)
 
 
-# acrlpd train droid --data.path /path/to/droid --policy.weights /path/to/pi0_droid/params
+# acrlpd train droid --data.path /path/to/droid --policy.weights /path/to/pi0_droid/params \
+#     --data.norm_stats /path/to/pi0_droid
 # Offline, on the large DROID set: conservative rates, long phases. Needs accelerators.
 def get_droid_config() -> TrainConfig:
     return TrainConfig(

@@ -1,10 +1,11 @@
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from acrlpd.cli.main import main
-from acrlpd.data import hdf5, normalize
+from acrlpd.data import convert, hdf5, normalize
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.sources import open_episodes
 from acrlpd.data.transforms import DeltaActions
@@ -88,7 +89,7 @@ def test_table_names_every_dimension(folder, capsys):
 
 def test_chunks_and_relative_actions(folder, episodes, capsys):
     """As the training's own exact statistics of the same chunks, repeated last actions included."""
-    arguments = ["--horizon", "3", "--delta", "1", "-1", "--min_std", "0", "--json"]
+    arguments = ["--horizon", "3", "--delta_mask", "1", "-1", "--min_std", "0", "--json"]
     assert main(["norm-stats", str(folder), *arguments]) == 0
     printed = json.loads(capsys.readouterr().out)["norm_stats"]
     store = EpisodeStore.from_episodes(episodes)
@@ -105,14 +106,79 @@ def test_part_of_the_episodes(folder, episodes, capsys):
     np.testing.assert_allclose(printed["state"]["mean"], ends.mean(axis=0), rtol=1e-9)
 
 
+def printed_means(capsys, *arguments):
+    assert main(["norm-stats", *map(str, arguments), "--min_std", "0", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)["norm_stats"]
+    return tuple(np.array(printed[key]["mean"]) for key in KEYS)
+
+
+@pytest.mark.parametrize(
+    ("robot", "sizes", "num_relative"),
+    [
+        (["--robot", "droid"], (8, 8), 0),
+        (["--robot", "libero"], (8, 7), 6),
+        (["--robot", "libero", "--pi05"], (8, 7), 0),
+        (["--robot", "libero", "--delta_mask", "2"], (8, 7), 2),
+        (["--robot", "droid", "--delta", "7", "-1"], (8, 8), 7),
+    ],
+)
+def test_robots_have_the_actions_that_openpi_trained_with(robot, sizes, num_relative, tmp_path, capsys):
+    """Their numbers stay as they are, but for the state that is taken off."""
+    episode = walk_of(*sizes)
+    hdf5.write_episode(hdf5.episode_path(tmp_path, 0), episode, {})
+    state, actions = printed_means(capsys, tmp_path, *robot)
+    np.testing.assert_allclose(state, episode.state.mean(axis=0), rtol=1e-4)
+    relative = episode.actions.copy()
+    relative[:, :num_relative] -= episode.state[:, :num_relative]
+    np.testing.assert_allclose(actions, relative.mean(axis=0), rtol=1e-4)
+
+
+def test_aloha_has_pi0s_units_and_relative_joints(tmp_path, capsys):
+    episode = walk_of(14, 14)
+    hdf5.write_episode(hdf5.episode_path(tmp_path, 0), episode, {})
+    state, actions = printed_means(capsys, tmp_path, "--robot", "aloha")
+    joints, signs = [0, 1, 2, 7, 8, 9], [1, -1, -1, 1, -1, -1]
+    np.testing.assert_allclose(state[joints], episode.state.mean(axis=0)[joints] * signs, rtol=1e-4)
+    relative = (episode.actions - episode.state).mean(axis=0)
+    np.testing.assert_allclose(actions[joints], relative[joints] * signs, rtol=1e-4)
+    angle = actions[6] + 0.5476  # absolute, counted from where pi0 has the gripper closed
+    np.testing.assert_allclose(angle, episode.actions[:, 6].mean() * (1.4910 + 0.6213) - 0.6213, rtol=1e-4)
+
+
+def test_no_video_is_opened(tmp_path, capsys):
+    """What is there in their places cannot be opened."""
+    rng = np.random.default_rng(0)
+    pictures = {"top": rng.integers(0, 256, (50, 64, 64, 3), np.uint8)}
+    episode = dataclasses.replace(walk_of(8, 7), images=pictures)
+    convert.to_lerobot(EpisodeStore.from_episodes([episode, episode]), tmp_path / "set", fps=10.0)
+    for video in (tmp_path / "set").rglob("*.mp4"):
+        video.write_bytes(b"no video")
+    state, _ = printed_means(capsys, tmp_path / "set", "--robot", "libero")
+    np.testing.assert_allclose(state, episode.state.mean(axis=0), rtol=1e-4)
+
+
+def walk_of(state_dim, action_dim):
+    rng = np.random.default_rng(0)
+    length = 50
+    return Episode(
+        state=rng.uniform(0.1, 0.9, (length, state_dim)).astype(np.float32),
+        actions=rng.uniform(1.1, 1.9, (length, action_dim)).astype(np.float32),
+        rewards=np.zeros(length, np.float32),
+        terminals=np.zeros(length, bool),
+        task="walk",
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["{tmp}/nowhere"], "no such file or folder"),
         (["{tmp}"], "an empty folder"),
-        (["{folder}", "--delta", "3"], "--delta names 3 dimensions, but"),
+        (["{folder}", "--delta", "3"], "delta_mask names 3 dimensions, but state and actions have 3 and 2"),
         (["{folder}", "--horizon", "0"], "horizon must be at least 1"),
-        (["{folder}", "--robot", "aloha"], "--robot aloha needs 14 dimensions"),
+        (["{folder}", "--robot", "aloha"], "robot='aloha' needs 14 state and 14 action dimensions"),
+        (["{folder}", "--robot", "droid"], "robot='droid' needs 8 state and 8 action dimensions"),
+        (["{folder}", "--robot", "libero"], "or leave robot out (--robot None)"),
     ],
 )
 def test_mistakes_are_explained(arguments, complaint, folder, tmp_path, capsys):
@@ -157,10 +223,11 @@ def test_aloha_in_pi0s_units(lerobot_sets, capsys):
         if open_episodes(path).window(0, "state", 0, 1).shape[1] != 14:
             continue
         stats = {}
-        for robot in ("none", "aloha"):
-            assert main(["norm-stats", str(path), "--robot", robot, "--min_std", "0", "--json"]) == 0
+        for robot in ("None", "aloha"):
+            arguments = ["--robot", robot, "--delta_mask", "0", "--min_std", "0", "--json"]
+            assert main(["norm-stats", str(path), *arguments]) == 0
             stats[robot] = json.loads(capsys.readouterr().out)["norm_stats"]
         for key in KEYS:
-            ours, pi0s = (np.array(stats[robot][key]["mean"]) for robot in ("none", "aloha"))
+            ours, pi0s = (np.array(stats[robot][key]["mean"]) for robot in ("None", "aloha"))
             np.testing.assert_allclose(pi0s[[0, 1, 2]], ours[[0, 1, 2]] * [1, -1, -1], rtol=1e-5, atol=1e-7)
             assert abs(pi0s[6] - ours[6]) > 1e-3

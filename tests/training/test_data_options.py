@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from acrlpd.config import DataConfig, TrainConfig, from_dict, to_dict
-from acrlpd.data import chunks, hdf5, windows
+from acrlpd.data import chunks, hdf5, normalize, windows
 from acrlpd.data.frame_cache import FrameCache
+from acrlpd.data.normalize import NormStats
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.training import report, setup
 from acrlpd.types import Episode
@@ -23,6 +24,7 @@ ELSEWHERE = {
     "delta_mask",
 }  # tested with what they belong to
 CUBE = (0.425, 0.1, 0.02)
+STATE_DIM, ACTION_DIM = 4, 2  # of the tiny run
 
 
 def with_data(config: TrainConfig, **changes) -> TrainConfig:
@@ -64,7 +66,7 @@ def play(tmp_path):
 COVERED = {
     *("path", "cameras", "state_keys", "action_keys", "default_task", "filter_key", "rewards", "cube_goal"),
     *("button_goal", "frame_cache", "on_bad_episode", "memory_bytes", "num_workers", "batch_size", "sequence_ratio"),
-    *("min_std", "action_normalization", "action_dim"),
+    *("min_std", "action_normalization", "action_dim", "norm_stats"),
 }
 
 
@@ -166,3 +168,92 @@ def test_skipped_episodes_are_counted_and_told(tiny_config):
     page = report.write_report(run.files.directory).read_text(encoding="utf-8")
     assert "1 of 4 episodes of the prior data could not be used" in page
     assert bad.name in page
+
+
+def given_stats(state_dim, action_dim, *, padding=0, quantiles=True):
+    """Of somebody's robot, unlike any that the data would give."""
+
+    def one(dim):
+        numbers = np.arange(1.0, dim + 1)
+        padded = {
+            name: np.append(values, np.zeros(padding))
+            for name, values in {"mean": 10 * numbers, "std": numbers, "q01": -numbers, "q99": numbers}.items()
+            if quantiles or name in ("mean", "std")
+        }
+        return NormStats(**padded)
+
+    return {"state": one(state_dim), "actions": one(action_dim)}
+
+
+@pytest.mark.parametrize("place", ["norm_stats.json", "", "checkpoint", "checkpoint/params", "checkpoint/assets"])
+def test_a_run_takes_over_statistics(tiny_config, tmp_path, place):
+    """From the file, its folder, or a checkpoint of openpi's by either of its usual paths; padding is cut off."""
+    stats = given_stats(STATE_DIM, ACTION_DIM, padding=2)
+    folder = tmp_path / "checkpoint/assets/lab/robot" if place.startswith("checkpoint") else tmp_path
+    normalize.save(folder / normalize.FILE_NAME, stats)
+    (tmp_path / "checkpoint/params").mkdir(parents=True, exist_ok=True)
+    trainer = setup.make_trainer(with_data(tiny_config, norm_stats=str(tmp_path / place)))
+    for key, dim in {"state": STATE_DIM, "actions": ACTION_DIM}.items():
+        np.testing.assert_array_equal(trainer.norm_stats[key].mean, stats[key].mean[:dim])
+        np.testing.assert_array_equal(trainer.norm_stats[key].q99, stats[key].q99[:dim])
+    rows = np.array([0])
+    raw = chunks.gather(loaded(tiny_config), rows, 3)
+    transform = setup.make_transform(trainer.config, trainer.norm_stats, setup.Dims(STATE_DIM, ACTION_DIM))
+    found = transform({key: raw[key] for key in ("state", "actions", "image", "prompt")})
+    by_hand = (raw["state"][0] - 10 * np.arange(1.0, STATE_DIM + 1)) / (np.arange(1.0, STATE_DIM + 1) + 1e-6)
+    np.testing.assert_allclose(found["state"][0], by_hand, rtol=1e-5)
+
+
+def test_a_checkpoint_saves_the_statistics_it_was_given(tiny_config, tmp_path):
+    stats = given_stats(STATE_DIM, ACTION_DIM)
+    normalize.save(tmp_path / "stats" / normalize.FILE_NAME, stats)
+    trainer = setup.make_trainer(with_data(tiny_config, norm_stats=str(tmp_path / "stats")))
+    trainer.train()
+    restored = setup.load_checkpoint(setup.run_files(tiny_config).directory)
+    start = {"state": np.zeros(STATE_DIM), "actions": np.zeros((3, ACTION_DIM))}
+    np.testing.assert_allclose(
+        restored.transform.inverse(start)["actions"][0], stats["actions"].mean, rtol=1e-6
+    )  # 0 is the mean
+
+
+@pytest.mark.parametrize(
+    ("stats", "changes", "error", "complaint"),
+    [
+        (None, {}, FileNotFoundError, "no normalization statistics at"),
+        ({}, {}, ValueError, r"expected statistics of state and actions, found none"),
+        (
+            {"state": given_stats(4, 2)["state"]},
+            {},
+            ValueError,
+            "expected statistics of state and actions, found state",
+        ),
+        (given_stats(30, 2), {}, ValueError, r"state: expected \d+ dimensions, as the data has, found 30\. These are"),
+        (given_stats(1, 2), {}, ValueError, r"state: expected \d+ dimensions, as the data has, found 1\. These are"),
+        (
+            given_stats(STATE_DIM, ACTION_DIM, quantiles=False),
+            {"action_normalization": "quantile"},
+            ValueError,
+            "state: expected q01 and q99, which quantile normalization",
+        ),
+    ],
+)
+def test_statistics_of_something_else_are_refused(tiny_config, tmp_path, stats, changes, error, complaint):
+    file = tmp_path / "given" / normalize.FILE_NAME
+    if stats is not None:
+        normalize.save(file, stats)
+    with pytest.raises(error, match=complaint) as caught:
+        setup.make_trainer(with_data(tiny_config, norm_stats=str(file.parent), **changes))
+    assert "given" in str(caught.value)
+
+
+def test_one_of_several_statistics_must_be_named(tiny_config, tmp_path):
+    """pi0_base has those of many robots."""
+    for robot in ("droid", "trossen"):
+        normalize.save(tmp_path / "base/assets" / robot / normalize.FILE_NAME, given_stats(STATE_DIM, ACTION_DIM))
+    with pytest.raises(ValueError, match=r"found 2\. Name one of .*droid/norm_stats\.json, .*trossen/norm_stats\.json"):
+        setup.make_trainer(with_data(tiny_config, norm_stats=str(tmp_path / "base")))
+
+
+def test_statistics_exclude_bounds(tiny_config):
+    with pytest.raises(ValueError, match=r"data\.norm_stats brings"):
+        with_data(tiny_config, norm_stats="somewhere", action_normalization="bounds")

@@ -8,17 +8,17 @@ import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from acrlpd.data import normalize
 from acrlpd.data.episodes import EpisodeSource
 from acrlpd.data.normalize import NormStats
-from acrlpd.data.robots import aloha
-from acrlpd.data.robots.mapping import ToRobot
+from acrlpd.data.robots import mapping
+from acrlpd.data.robots.mapping import Robot
 from acrlpd.data.sources import open_episodes
-from acrlpd.data.transforms import Compose, DeltaActions, Transform, make_bool_mask
+from acrlpd.data.transforms import Compose, Transform
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,12 @@ class NormStatsArguments:
     out: str | None = None  # folder for openpi's norm_stats.json; None: print only
     json: bool = False  # print one JSON object instead of a table
     horizon: int = 1  # statistics are taken over all steps of the chunk at every row; give the policy's
-    delta: tuple[int, ...] = ()  # actions relative to the state: 6 -1 6 -1 is six that are, one that is not, ...
-    robot: Literal["none", "aloha"] = "none"  # aloha: pi0's joint signs and gripper angles; DROID, LIBERO need none
+    robot: Robot | None = None  # as a run with data.robot has it: its numbers in openpi's conventions
+    delta_mask: Annotated[tuple[int, ...] | None, tyro.conf.arg(aliases=("--delta",))] = None
+    """6 -1: six actions relative to the state, one not; None: the robot's"""
+    pi05: bool = False  # the robot's relative actions as pi0.5 has them: none in LIBERO
     state_keys: tuple[str, ...] = ()  # the format's names of what makes the state; empty: the usual ones
+    action_keys: tuple[str, ...] = ()  # likewise for the actions
     num_episodes: int | None = None  # only so many, evenly spread
     min_std: float = normalize.MIN_STD  # floor for dimensions that hardly move, in raw units; 0: openpi's bare numbers
     on_bad_episode: Literal["error", "skip"] = "error"
@@ -41,7 +44,7 @@ class NormStatsArguments:
 
 def main(argv: Sequence[str]) -> int:
     arguments = tyro.cli(NormStatsArguments, args=argv, prog="acrlpd norm-stats")
-    options: dict[str, Any] = {"state_keys": arguments.state_keys} if arguments.state_keys else {}
+    options = {name: keys for name in ("state_keys", "action_keys") if (keys := getattr(arguments, name))}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         source = open_episodes(arguments.data_path, on_bad_episode=arguments.on_bad_episode, **options)
@@ -70,14 +73,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _before_normalization(arguments: NormStatsArguments, source: EpisodeSource) -> Transform:
-    dims = {key: source.window(0, key, 0, 1).shape[1] for key in ("state", "actions")}
-    if arguments.robot == "aloha" and set(dims.values()) != {aloha.ACTION_DIM}:
-        raise ValueError(f"--robot aloha needs {aloha.ACTION_DIM} dimensions, but {arguments.data_path} has {dims}")
-    mask = make_bool_mask(*arguments.delta)
-    if len(mask) > min(dims.values()):
-        raise ValueError(f"--delta names {len(mask)} dimensions, but {arguments.data_path} has {dims}")
-    steps: list[Transform] = [ToRobot("aloha")] if arguments.robot == "aloha" else []
-    return Compose([*steps, DeltaActions(mask)] if mask else steps)
+    """What a run with these options has there."""
+    robot, deltas, pi05 = arguments.robot, arguments.delta_mask, arguments.pi05
+    state_dim, action_dim = (source.window(0, key, 0, 1).shape[1] for key in ("state", "actions"))
+    mask = mapping.delta_mask(robot, deltas, pi05=pi05)
+    mapping.check(robot, mask, where=arguments.data_path, dims=(state_dim, action_dim), cameras=None, prefix="")
+    return Compose(mapping.before_normalization(robot, deltas, pi05=pi05))
 
 
 def _print_table(stats: dict[str, NormStats]) -> None:

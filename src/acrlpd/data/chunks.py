@@ -54,7 +54,7 @@ def gather(store: EpisodeStore, rows: Int[np.ndarray, " b"], horizon: int, *, im
         "next_state": take("state", next_rows),
         "image": {name: take(IMAGE_PREFIX + name, rows) for name in cameras},
         "next_image": {name: take(IMAGE_PREFIX + name, next_rows) for name in cameras},
-        "actions": take("actions", steps),
+        "actions": store.take_stretches("actions", steps, episodes),
         "rewards": take("rewards", steps) * real,
         "terminals": terminals.astype(np.float32),
         "valid": (real & ~terminal_before).astype(np.float32),

@@ -161,7 +161,7 @@ class EpisodeStore:
 
     @classmethod
     def of_columns(
-        cls, columns: Mapping[str, Rows], infos: Sequence[EpisodeInfo], reader: RowReader | None = None
+        cls, columns: Mapping[str, Rows | np.ndarray], infos: Sequence[EpisodeInfo], reader: RowReader | None = None
     ) -> EpisodeStore:
         """A store of rows that lie elsewhere, which cannot grow. Keys are those of an ``EpisodeSource``."""
         store = cls()
@@ -310,6 +310,17 @@ class EpisodeStore:
         """Rows of a key by number, whose episodes (by position) the caller knows."""
         return self._column(key).take(rows, episodes)
 
+    def take_stretches(
+        self, key: str, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]
+    ) -> Shaped[np.ndarray, "b h *shape"]:
+        """As ``take``, where the steps of a stretch count up until its episode's last row, which is repeated."""
+        column = self._column(key)
+        found = column.stretches(steps, episodes)
+        past = np.flatnonzero(steps[:, -1] - steps[:, 0] < steps.shape[1] - 1)
+        if len(past):
+            found[past] = column.take(steps[past], episodes[past][:, None])
+        return found
+
     def _rows(self, key: str) -> np.ndarray:
         return self._column(key).rows
 
@@ -396,6 +407,24 @@ class Rows(Protocol):
         """Rows by number, with the position of the episode of each."""
         ...
 
+    def stretches(
+        self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]
+    ) -> Shaped[np.ndarray, "b h *shape"]:
+        """As many rows as there are steps, from each first one on. Where steps do not count up, rows mean nothing."""
+        ...
+
+
+def _stretches(
+    array: Shaped[np.ndarray, "r *shape"], steps: Int[np.ndarray, "b h"]
+) -> Shaped[np.ndarray, "b h *shape"]:
+    """As ``Rows.stretches``. As bytes, a stretch is one item to numpy: a fraction of the time of its rows."""
+    length, size = steps.shape[1], array[:1].nbytes
+    if len(array) < length or not size or not array.flags.c_contiguous:
+        return array[steps]
+    items = np.ndarray((len(array) - length + 1,), np.dtype((np.void, length * size)), array, strides=(size,))
+    found = items[np.minimum(steps[:, 0], len(items) - 1)]
+    return found[:, None].view(array.dtype).reshape(*steps.shape, *array.shape[1:])
+
 
 class RowReader(Protocol):
     """What fetches rows that lie elsewhere."""
@@ -416,6 +445,10 @@ class _FixedColumn:
 
     def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
         return self.rows[rows] if isinstance(self.rows, np.ndarray) else self.rows.take(rows, episodes)
+
+    def stretches(self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]) -> np.ndarray:
+        array = isinstance(self.rows, np.ndarray)
+        return _stretches(self.rows, steps) if array else self.rows.stretches(steps, episodes)
 
     def append(self, rows: np.ndarray) -> None:
         raise ValueError("this EpisodeStore reads its rows from a source and cannot grow; append to a store of its own")
@@ -442,6 +475,9 @@ class _Column:
 
     def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
         return self.rows[rows]
+
+    def stretches(self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]) -> np.ndarray:
+        return _stretches(self.rows, steps)
 
     def append(self, rows: np.ndarray) -> None:
         if self._end + len(rows) > len(self._buffer):

@@ -199,7 +199,7 @@ class H5DatasetReader:
         cached = self._frame_cache.read(camera, self._origin(index, columns[key]), length, start, stop)
         return self._frame_cache.resize(columns[key].read(start, stop)) if cached is None else cached
 
-    def mapped(self) -> dict[str, Rows]:
+    def mapped(self) -> dict[str, Rows | np.ndarray]:
         """All rows of what needs no reading: what lies in files as in memory, and what opening found out."""
 
         def episodes() -> Iterator[dict[str, Column | None]]:

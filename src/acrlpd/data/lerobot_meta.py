@@ -9,6 +9,7 @@ Errors found here concern the set as a whole.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -229,14 +230,16 @@ def _episodes_of(file: Path, root: Path, info: Mapping[str, Any], cameras: Seque
     if missing:
         raise ValueError(f"{file}: column {missing[0]!r} is missing; the table has {', '.join(table)}")
 
+    @functools.cache  # ten thousand episodes lie in few files, and a path takes longer than the rest of a row
+    def path_of(kind: str, chunk: int, number: int, key: str = "") -> Path:
+        return root / info[kind].format(chunk_index=chunk, file_index=number, video_key=key)
+
     def span(at: int, key: str) -> VideoSpan:
         chunk, number, start, stop = (table[f"videos/{key}/{field}"][at] for field in fields)
-        path = info["video_path"].format(video_key=key, chunk_index=chunk, file_index=number)
-        return VideoSpan(root / path, start, stop)
+        return VideoSpan(path_of("video_path", chunk, number, key), start, stop)
 
     def row(at: int) -> EpisodeRow:
-        chunk, number = table["data/chunk_index"][at], table["data/file_index"][at]
-        path = root / info["data_path"].format(chunk_index=chunk, file_index=number)
+        path = path_of("data_path", table["data/chunk_index"][at], table["data/file_index"][at])
         indices = (table["dataset_from_index"][at], table["dataset_to_index"][at])
         videos = {key: span(at, key) for key in cameras}
         return EpisodeRow(table["episode_index"][at], table["length"][at], path, indices, videos)

@@ -57,19 +57,40 @@ class MappedRows:
         values = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=-1, dtype=self.dtype)
         return values.astype(self.dtype, copy=False).reshape(*rows.shape, *self.row_shape)
 
+    def stretches(
+        self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]
+    ) -> Shaped[np.ndarray, "b h *shape"]:
+        blocks = [part.stretches(steps, episodes) for part in self.parts]
+        values = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=-1, dtype=self.dtype)
+        return values.astype(self.dtype, copy=False).reshape(*steps.shape, *self.row_shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
     """A data set of every episode. Row r of episode n begins at number ``origins[n] + r * width`` of the files."""
 
-    numbers: Shaped[np.ndarray, " m"]  # for each number of the files, the bytes of a row that would begin there
+    files: mmap.mmap
     dtype: np.dtype
     width: int
     origins: Int[np.ndarray, " n"]  # r counts over all episodes, so this may be negative
 
     def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
-        # as bytes, a row is one item to numpy: half the time of a gather of its numbers
-        return self.numbers[self.origins[episodes] + rows * self.width][..., None].view(self.dtype)
+        return self._items(1)[self.origins[episodes] + rows * self.width][..., None].view(self.dtype)
+
+    def stretches(self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]) -> np.ndarray:
+        items = self._items(steps.shape[1])
+        places = self.origins[episodes] + steps[:, 0] * self.width
+        found = items[np.minimum(places, len(items) - 1)]  # a stretch may leave the last file, too
+        return found[:, None].view(self.dtype).reshape(*steps.shape, self.width)
+
+    def _items(self, num_rows: int) -> Shaped[np.ndarray, " m"]:
+        """For each number of the files, the bytes of the rows that would begin there.
+
+        As bytes they are one item to numpy: a fraction of the time of a gather of their numbers.
+        """
+        size = self.dtype.itemsize
+        item = np.dtype((np.void, num_rows * self.width * size))
+        return np.ndarray(((len(self.files) - item.itemsize) // size + 1,), item, self.files, strides=(size,))
 
 
 def map_rows(episodes: Iterable[Mapping[str, Column | None]], lengths: Int[np.ndarray, " n"]) -> dict[str, MappedRows]:
@@ -143,11 +164,8 @@ class _MappedFiles:
 
     def _part(self, episodes: Sequence[StoredRows], first_rows: Int[np.ndarray, " n"]) -> _Part:
         dtype, width = episodes[0].dtype, math.prod(episodes[0].row_shape)
-        row = np.dtype((np.void, width * dtype.itemsize))
-        count = (len(self._reserved) - row.itemsize) // dtype.itemsize + 1
-        numbers = np.ndarray((count,), row, self._reserved, strides=(dtype.itemsize,))
         offsets = np.array([self._start(stored) for stored in episodes])
-        return _Part(numbers, dtype, width, offsets // dtype.itemsize - first_rows * width)
+        return _Part(self._reserved, dtype, width, offsets // dtype.itemsize - first_rows * width)
 
     def _start(self, stored: StoredRows) -> int:
         assert stored.offset is not None, "is_aligned was asked"

@@ -114,6 +114,52 @@ def load(path: Path | str) -> dict[str, NormStats]:
         ) from error
 
 
+def load_for(path: Path | str, dims: Mapping[str, int], *, quantiles: bool) -> dict[str, NormStats]:
+    """Somebody's statistics of ``state`` and ``actions`` for data of these dimensions, cut to them.
+
+    ``path`` is a file, its folder, an ``assets`` folder with one file somewhere below, or a checkpoint that has such a
+    folder. Files longer than the data are right if the rest describes padding: zeros.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: there are several, or they are not of such data; says which key and what it has.
+    """
+    file = _find(Path(path))
+    stats = load(file)
+    missing = dims.keys() - stats.keys()
+    if missing:
+        raise ValueError(f"{file}: expected statistics of {' and '.join(dims)}, found {', '.join(stats) or 'none'}")
+    return {key: _cut(file, key, stats[key], dim, quantiles=quantiles) for key, dim in dims.items()}
+
+
+def _find(path: Path) -> Path:
+    if path.is_file() or (path / FILE_NAME).is_file():
+        return path
+    beside = path.parent if path.name == "params" else path  # openpi's checkpoints have both in one folder
+    assets = beside / "assets" if (beside / "assets").is_dir() else path
+    files = sorted(assets.rglob(FILE_NAME))
+    if len(files) > 1:
+        raise ValueError(
+            f"{path}: expected one {FILE_NAME}, found {len(files)}. Name one of {', '.join(map(str, files[:8]))}"
+        )
+    return files[0] if files else path
+
+
+def _cut(file: Path, key: str, stats: NormStats, dim: int, *, quantiles: bool) -> NormStats:
+    known = len(stats.mean)
+    if known < dim or stats.mean[dim:].any() or (stats.q99 is not None and stats.q99[dim:].any()):
+        raise ValueError(
+            f"{file}: {key}: expected {dim} dimensions, as the data has, found {known}. These are statistics of "
+            "another robot, or of another choice of its keys"
+        )
+    if quantiles and (stats.q01 is None or stats.q99 is None):
+        raise ValueError(
+            f"{file}: {key}: expected q01 and q99, which quantile normalization (pi0.5) needs, found mean and std alone"
+        )
+    q01, q99 = (None if each is None else each[:dim] for each in (stats.q01, stats.q99))
+    return NormStats(stats.mean[:dim], stats.std[:dim], q01, q99)
+
+
 def _as_list(value: np.ndarray | None) -> list[float] | None:
     return None if value is None else value.tolist()
 

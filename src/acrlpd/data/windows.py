@@ -52,7 +52,7 @@ def _stored(source: EpisodeSource, limit: int, num_workers: int) -> EpisodeStore
     kept, limit = _kept(needed, limit)
     reader = WindowReader(source, cache_bytes=limit, num_workers=num_workers) if kept < needed.keys() else None
 
-    def rows(key: str) -> Rows:
+    def rows(key: str) -> Rows | np.ndarray:
         if key in mapped:
             return mapped[key]
         if key in kept or reader is None:
@@ -81,7 +81,7 @@ def keys(source: EpisodeSource) -> list[str]:
 
 @runtime_checkable
 class MappableSource(Protocol):
-    def mapped(self) -> Mapping[str, Rows]:
+    def mapped(self) -> Mapping[str, Rows | np.ndarray]:
         """All rows of those keys that need not be read."""
         ...
 
@@ -104,6 +104,11 @@ class SourceRows:
 
     def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
         return self[rows]
+
+    def stretches(
+        self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]
+    ) -> Shaped[np.ndarray, "b h *shape"]:
+        return self[steps]
 
 
 class WindowReader:

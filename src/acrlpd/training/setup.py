@@ -336,7 +336,13 @@ def _reader_options(config: TrainConfig) -> dict[str, Any]:
 def make_norm_stats(
     config: TrainConfig, store: EpisodeStore, source: Dataset, spec: EnvSpec | None
 ) -> dict[str, NormStats]:
-    """Statistics of the prior data, as it comes to normalization; a bounded action space speaks for itself."""
+    """Statistics of the prior data, as it comes to normalization, unless the configuration names some.
+
+    A bounded action space speaks for itself.
+    """
+    if config.data.norm_stats is not None:
+        dims = {"state": store.state.shape[1], "actions": store.actions.shape[1]}
+        return normalize.load_for(config.data.norm_stats, dims, quantiles=_has_quantiles(config))
     before = before_normalization(config)
     in_memory = isinstance(store.state, np.ndarray) and isinstance(store.actions, np.ndarray)
     with warnings.catch_warnings(record=True) as caught:
@@ -367,12 +373,16 @@ def make_transform(config: TrainConfig, stats: Mapping[str, NormStats], dims: Di
         before_normalization(config),
         stats,
         PromptTokenizer(policy.tokenizer, max_length=policy.max_token_len),
-        quantiles=policy.kind == "pi05" or config.data.action_normalization == "quantile",
+        quantiles=_has_quantiles(config),
         image_size=policy.image_size,
         discrete_state_input=policy.kind == "pi05",
         action_dim=policy.action_dim,
         robot_action_dim=dims.action,
     )
+
+
+def _has_quantiles(config: TrainConfig) -> bool:
+    return config.policy.kind == "pi05" or config.data.action_normalization == "quantile"
 
 
 def before_normalization(config: TrainConfig) -> list[Transform]:

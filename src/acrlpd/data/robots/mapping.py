@@ -138,6 +138,7 @@ def check(
     where: str,
     dims: tuple[int, int],
     cameras: Sequence[str] | None,
+    prefix: str = "data.",
 ) -> None:
     """Refuses data of another robot before anything is read of it.
 
@@ -146,23 +147,26 @@ def check(
         where: the data's path, for messages.
         dims: of state and actions.
         cameras: of the data; None: pictures are not needed.
+        prefix: of the options' names, for messages.
     """
     platform = None if robot is None else ROBOTS[robot]
     if platform is not None and dims != (platform.state_dim, platform.action_dim):
         raise ValueError(
-            f"{where}: data.robot={robot!r} needs {platform.state_dim} state and {platform.action_dim} action "
+            f"{where}: {prefix}robot={robot!r} needs {platform.state_dim} state and {platform.action_dim} action "
             f"dimensions, as openpi has them, got {dims[0]} and {dims[1]}. Choose the keys that make them with "
-            "data.state_keys and data.action_keys, or leave robot out (--data.robot None) to use the data as it is"
+            f"{prefix}state_keys and {prefix}action_keys, or leave robot out (--{prefix}robot None) to use the data as "
+            "it is"
         )
     if len(mask) > min(dims):
         raise ValueError(
-            f"{where}: data.delta_mask names {len(mask)} dimensions, but state and actions have {dims[0]} and {dims[1]}"
+            f"{where}: {prefix}delta_mask names {len(mask)} dimensions, but state and actions have {dims[0]} and "
+            f"{dims[1]}"
         )
     if platform is not None and cameras is not None:
         try:
             platform.names(cameras)
         except ValueError as error:
             raise ValueError(
-                f"{where}: data.robot={robot!r}: {error}. Rename the data's cameras, choose with data.cameras, or "
-                "leave robot out (--data.robot None) to use the data as it is"
+                f"{where}: {prefix}robot={robot!r}: {error}. Rename the data's cameras, choose with {prefix}cameras, "
+                f"or leave robot out (--{prefix}robot None) to use the data as it is"
             ) from None

@@ -32,6 +32,7 @@ from acrlpd.training import memory, setup
 from acrlpd.training.setup import Dims
 
 DIMS = Dims(state=32, action=8)
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # glibc's malloc.h
 
 
 def _mlp(width: int, batch: int, candidates: int) -> TrainConfig:
@@ -61,12 +62,15 @@ def resident_bytes() -> int:
 
 def measure(name: str) -> dict[str, float]:
     config = CONFIGURATIONS[name]
+    library = ctypes.CDLL("libc.so.6")
+    library.mallopt(M_MMAP_THRESHOLD, 64 * 1024)  # every array a mapping of its own, which ends when it is freed
+    library.mallopt(M_ARENA_MAX, 1)
     cameras = config.data.cameras
     planned = memory.plan(config, memory.Machine(1), dims=DIMS, cameras=cameras).total_bytes
     program = compiled(config)
     run(config, program, updates=1)
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    library.malloc_trim(0)
     before, peak, stop = resident_bytes(), [0], threading.Event()
 
     def watch() -> None:

@@ -2,7 +2,8 @@
 
     python benchmarks/sampling.py [--candidates 1 8 32] [--steps 10] [--repeats 5] [--json]
 
-A mid-size pi0 (image tower 384x6, first expert 512x6, action expert 256), three 224 px cameras, horizon 50, float32.
+A mid-size pi0 (image tower 384x6, first expert 512x6, action expert 256), three 224 px cameras, horizon 50, float32,
+layers unrolled; candidates in the blocks that ``best_of_n_strategy="auto"`` makes of them.
 FLOPs are counted from the sizes (two per multiply-add of every matrix product); the rate is set beside that of plain
 1024 x 1024 matrix products before and after each call, in the same process. Shares and ratios are medians over the
 repeats, by wall time and by CPU time: the latter says more on a machine that others use as well.
@@ -20,6 +21,8 @@ import machine
 import numpy as np
 from flax import nnx
 
+from acrlpd.agents import sampling
+from acrlpd.agents.config import AgentConfig
 from acrlpd.models import flow
 from acrlpd.models.pi0 import Pi0, Pi0Config
 from acrlpd.types import Observation
@@ -31,6 +34,7 @@ CONFIG = Pi0Config(
     vision_variant="mid",
     vocab_size=1024,
     remat=False,
+    unroll=True,
 )
 
 
@@ -141,7 +145,13 @@ def best_of(policy: Pi0, n: int, steps: int) -> Callable[[], Any]:
     @jax.jit
     def call(state, seen, noise):
         policy = nnx.merge(graph, state)
-        return flow.sample(policy, policy.encode(seen), noise, num_steps=steps)
+        prefix = policy.encode(seen)
+
+        def draw(noise: jax.Array) -> jax.Array:
+            return flow.sample(policy, prefix, noise, num_steps=steps)
+
+        block_size = sampling.fitting_block(draw, noise, AgentConfig().best_of_n_bytes)
+        return sampling.in_blocks(draw, noise, block_size=block_size)
 
     graph, state = nnx.split(policy)
     seen, noise = observation(1), noise_of(n, 1)

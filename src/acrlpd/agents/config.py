@@ -43,9 +43,9 @@ class AgentConfig:
     gradient_accumulation_steps: int = 1  # micro-batches of one update, which bounds its activations
     best_of_n_samples: int = 32  # candidates while acting
     target_samples: int | None = None  # candidates in the TD target; None: as while acting
-    best_of_n_strategy: BestOfNStrategy = "parallel"
+    best_of_n_strategy: BestOfNStrategy = "auto"
     best_of_n_block: int = 8  # candidates at a time under "chunked"
-    best_of_n_bytes: int = 2 * 1024**3  # under "auto": as many candidates at a time as fit
+    best_of_n_bytes: int = 2 * 1024**3  # under "auto": as many candidates at a time as fit, on a CPU into its cache
     top_k: int | None = None  # explore among this many best candidates; None: among all
     diversity_bonus: float = 0.0  # added to Q while exploring, times the mean distance to the other candidates
     flow_steps: int = 10  # Euler steps while acting

@@ -78,7 +78,7 @@ def if_out_of_memory(lighten: Callable[[str], None]) -> Iterator[None]:
 
 def lighter(config: AgentConfig, batch_size: int, num_devices: int) -> AgentConfig | None:
     """The next thing to try: candidates in blocks, then the batch in twice as many pieces; None: nothing is left."""
-    if config.best_of_n_strategy == "parallel" and config.candidates_in_target > config.best_of_n_block:
+    if config.best_of_n_strategy in ("parallel", "auto") and config.candidates_in_target > config.best_of_n_block:
         return dataclasses.replace(config, best_of_n_strategy="chunked")
     parts = 2 * config.gradient_accumulation_steps
     if batch_size % parts or batch_size // parts < num_devices:

@@ -28,6 +28,7 @@ from acrlpd.types import ChunkBatch, Observation
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # of openpi's models
+_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 QUICKLY: dict[str, str | bool] = {
     "xla_backend_optimization_level": "0",
     "xla_llvm_disable_expensive_passes": True,
@@ -125,7 +126,7 @@ def advice(config: TrainConfig, found: Plan) -> list[str]:
     if found.activation_bytes >= found.total_bytes // 4 and found.local_batch > 1:
         parts = 2 * config.agent.gradient_accumulation_steps
         lines.append(f"--agent.gradient_accumulation_steps {parts}: the same batch in smaller pieces")
-    if config.agent.best_of_n_strategy == "parallel" and config.agent.candidates_in_target > 1:
+    if config.agent.best_of_n_strategy in ("parallel", "auto") and config.agent.candidates_in_target > 1:
         lines.append("--agent.best_of_n_strategy chunked: the candidates of the target in blocks")
     if found.machine.devices > config.fsdp_devices:
         lines.append(f"--fsdp_devices {found.machine.devices}: parameters and optimiser split over all devices")
@@ -203,10 +204,23 @@ def _dims(config: TrainConfig) -> Dims:
 
 def _compiled(agent: ACRLPDAgent, batch: ChunkBatch) -> tuple[int, int]:
     """Bytes of temporaries of one update, and of results that take no argument's place."""
-    analysis = lower_update(agent, batch).compile(QUICKLY).memory_analysis()
+    program = lower_update(agent, batch).compile(QUICKLY)
+    analysis = program.memory_analysis()
     if analysis is None:
         raise RuntimeError("this backend's compiler does not say how much memory a program needs")
-    return analysis.temp_size_in_bytes, max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
+    temporary = analysis.temp_size_in_bytes + _library_bytes(program.as_text() or "")
+    return temporary, max(analysis.output_size_in_bytes - analysis.alias_size_in_bytes, 0)
+
+
+def _library_bytes(program: str) -> int:
+    """What the CPU's matrix library sets aside by itself, which the compiler's figure lacks.
+
+    Of a product that it was given together with what follows (bias, norm, activation): three results, as measured.
+    """
+    found = re.findall(r"= (\w+)\[([\d,]+)\]\S* fusion\(([^)]*)\).*__ynn_fusion", program)
+    joined = [(dtype, shape) for dtype, shape, operands in found if operands.count("%") > 2]
+    sizes = [math.prod(map(int, shape.split(","))) * _BYTES.get(dtype, 4) for dtype, shape in joined]
+    return 3 * max(sizes, default=0)
 
 
 def _local_bytes(config: TrainConfig, machine: Machine, tree: Any) -> int:

@@ -117,7 +117,7 @@ class FeedForward(nnx.Module):
 
 @jax.checkpoint
 def gated(gate: Float[Array, "rows m"], value: Float[Array, "rows m"]) -> Float[Array, "rows m"]:
-    """``gelu(gate) * value``. A backward pass keeps these two and forms the rest again: it is waiting for memory."""
+    """``gelu(gate) * value``. A backward pass keeps the two alone and forms the rest again: it waits for memory."""
     return nnx.gelu(gate, approximate=True) * value
 
 

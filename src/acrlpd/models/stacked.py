@@ -59,4 +59,4 @@ def _unstack(tree: Any) -> list[Any]:
     """One tree per layer of a tree of arrays that lead with the layers."""
     leaves, structure = jax.tree.flatten(tree)
     rows = [leaf if isinstance(leaf, np.ndarray) else jnp.unstack(leaf) for leaf in leaves]
-    return [structure.unflatten(layer) for layer in zip(*rows, strict=True)]
+    return [jax.tree.unflatten(structure, layer) for layer in zip(*rows, strict=True)]

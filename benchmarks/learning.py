@@ -50,6 +50,7 @@ METHODS: dict[str, list[str]] = {
     "ours, subset": [*MLP, "--agent.critic.q_aggregation", "subset"],
 }
 SUCCESS = 0.8  # of the time to success
+HEADING = "## What each method learns"  # the last part of the results, which is replaced
 
 
 def main() -> None:
@@ -75,7 +76,8 @@ def main() -> None:
     text = document(found, about, arguments)
     if found:
         arguments.results.parent.mkdir(parents=True, exist_ok=True)
-        arguments.results.write_text(text, encoding="utf-8")
+        before = arguments.results.read_text(encoding="utf-8") if arguments.results.exists() else "# Results\n\n"
+        arguments.results.write_text(before.partition(HEADING)[0] + text, encoding="utf-8")
     machine.show({**about, "rows": found}, as_json=arguments.json, table=text)
 
 
@@ -163,14 +165,14 @@ def cpu_to_success(directory: Path) -> float | None:
 
 
 def document(rows: list[dict[str, Any]], about: dict[str, Any], arguments: argparse.Namespace) -> str:
-    lines = ["# Results", "", f"Made by `{about['command']}` on {about['cpu_count']} cores of {about['processor']}."]
+    lines = [HEADING, "", f"Made by `{about['command']}` on {about['cpu_count']} cores of {about['processor']}."]
     lines.append(
         f"A run: {arguments.offline_steps} updates offline, {arguments.online_steps} environment steps online, on "
         f"{arguments.episodes} scripted episodes with noise (`demo-cube`), networks of 2 x 256. Success with "
         "Wilson's 95 % interval over the evaluation episodes of all seeds."
     )
     for task in dict.fromkeys(row["task"] for row in rows):
-        lines += ["", f"## {TASKS[task]}", ""]
+        lines += ["", f"### {TASKS[task]}", ""]
         lines.append("| method | seeds | imitation | after offline | after online | CPU s | CPU s to 80 % |")
         lines.append("| --- " * 7 + "|")
         for row in rows:

@@ -182,6 +182,7 @@ SEEN: dict[str, tuple[Any, Any] | tuple[Any, Any, dict[str, Any]]] = {
 
 ELSEWHERE = {
     "policy.weights": "tests/training/test_setup.py::test_training_starts_from_the_weights_asked_for",
+    "data.norm_stats": DATA + "test_a_run_takes_over_statistics",
     "data.action_dim": DATA + "test_batches_are_drawn_as_asked",
     "data.cameras": DATA + "test_what_is_read",
     "data.state_keys": DATA + "test_what_is_read",

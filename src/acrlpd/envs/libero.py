@@ -85,6 +85,8 @@ class Libero:
     def reset(self, seed: int) -> Float[np.ndarray, " s"]:
         with _numpy_seed(seed):
             self._env.reset()
+        for robot in self._env.robots:
+            robot.gripper.current_action = np.zeros_like(robot.gripper.current_action)  # a reset keeps it
         self._env.set_init_state(self._initial_states[seed % len(self._initial_states)])
         for _ in range(SETTLE_STEPS):
             state, _ = self.step(WAIT)

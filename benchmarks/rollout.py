@@ -1,10 +1,11 @@
 """Environment steps a second: with worker processes, with one policy call for all environments, during updates.
 
-    python benchmarks/rollout.py [--workers 0 1 2 4] [--steps 2000] [--json]
+    python benchmarks/rollout.py [--workers 0 1 2 4] [--steps 2000] [--online_preset demo-vision] [--json]
 
 The policy is the demo's (nano pi0, best of 16), the task MetaWorld's drawer. Three comparisons: environments in this
 process or in workers, with actions that cost nothing; N environments with one policy call, or with N calls; and an
-online phase in step with its updates, or overlapping with them. Workers and overlap need cores to pay off.
+online phase in step with its updates, or overlapping with them. Workers and overlap need cores to pay off, and overlap
+a simulator that takes a good part of the time: of ``--online_preset demo-vision`` it does, as it renders every step.
 """
 
 from __future__ import annotations
@@ -35,23 +36,33 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4], help="0: in this process")
     parser.add_argument("--num_envs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2000, help="environment steps of each measurement")
+    parser.add_argument("--online_preset", default="demo", help="of the online phase")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     about = machine.describe()
     config = get_preset("demo")
-    rows = [
-        {"what": f"{count} workers", "steps_per_s": stepping(config, count, arguments)} for count in arguments.workers
-    ]
+    speeds = {f"{count} workers": stepping(config, count, arguments) for count in arguments.workers}
     act = demo_policy(config)
-    rows.append({"what": "one call for all", "steps_per_s": acting(config, act, arguments)})
-    rows.append({"what": "a call for each", "steps_per_s": acting(config, one_by_one(act), arguments)})
-    for overlap in (False, True):
-        name = "online, overlapping" if overlap else "online, in step"
-        rows.append({"what": name, "steps_per_s": training(config, overlap, arguments)})
-    result = {**about, "load_after": machine.describe()["load_average"], "num_envs": arguments.num_envs, "rows": rows}
-    machine.show(
-        result, as_json=arguments.json, table="\n".join(f"{r['what']:24}{r['steps_per_s']:10.1f}" for r in rows)
-    )
+    speeds["one call for all"] = acting(config, act, arguments)
+    speeds["a call for each"] = acting(config, one_by_one(act), arguments)
+    online = get_preset(arguments.online_preset)
+    in_step, waited = training(online, False, arguments)
+    overlapping, still_waited = training(online, True, arguments)
+    speeds |= {"online, in step": in_step, "online, overlapping": overlapping}
+    result = {
+        **about,
+        "load_after": machine.describe()["load_average"],
+        "num_envs": arguments.num_envs,
+        "online_preset": arguments.online_preset,
+        "steps_per_s": speeds,
+        "batching_gain": speeds["one call for all"] / speeds["a call for each"],
+        "overlap_gain": overlapping / in_step,
+        "waiting_for_the_simulator": {"in step": waited, "overlapping": still_waited},  # share of the time
+    }
+    lines = [f"{what:24}{speed:10.1f}" for what, speed in speeds.items()]
+    lines += [f"{name:24}{result[name]:10.2f}" for name in ("batching_gain", "overlap_gain")]
+    lines += [f"waiting, {when:15}{share:10.0%}" for when, share in result["waiting_for_the_simulator"].items()]
+    machine.show(result, as_json=arguments.json, table="\n".join(lines))
 
 
 def stepping(config: TrainConfig, num_workers: int, arguments: argparse.Namespace) -> float:
@@ -91,8 +102,9 @@ def one_by_one(act: Act) -> Act:
     return each
 
 
-def training(config: TrainConfig, overlap: bool, arguments: argparse.Namespace) -> float:
-    """Of the online phase as the run's own clocks have it: updates, choices and simulator, without compilation."""
+def training(config: TrainConfig, overlap: bool, arguments: argparse.Namespace) -> tuple[float, float]:
+    """Steps a second of the online phase as the run's own clocks have it: updates, choices and waiting for the
+    simulator, without compilation; and the share of that waiting."""
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(
             config,
@@ -107,7 +119,8 @@ def training(config: TrainConfig, overlap: bool, arguments: argparse.Namespace) 
         )
         summary = setup.make_trainer(config).train()
     spent = summary["breakdown"]
-    return summary["env_steps"] / sum(spent.get(f"{name}_s", 0.0) for name in ("update", "act", "simulator", "data"))
+    total = sum(spent.get(f"{name}_s", 0.0) for name in ("update", "act", "simulator", "data"))
+    return summary["env_steps"] / total, spent["simulator_s"] / total
 
 
 if __name__ == "__main__":

@@ -133,8 +133,8 @@ def get_demo_libero_config() -> TrainConfig:
         policy=dataclasses.replace(NANO, action_horizon=10, max_token_len=32),
         data=DataConfig(collect=CollectConfig(episodes=40, noise_range=(0.0, 0.4)), batch_size=64),
         eval=EvalConfig(episodes=20, frequency=1000, progress_episodes=10, num_envs=5),
-        offline_steps=1500,
-        online_steps=2000,
+        offline_steps=1000,
+        online_steps=1000,
         online_envs=1,
     )
 

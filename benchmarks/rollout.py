@@ -1,11 +1,11 @@
 """Environment steps a second: with worker processes, with one policy call for all environments, during updates.
 
-    python benchmarks/rollout.py [--workers 0 1 2 4] [--steps 2000] [--online_preset demo-vision] [--json]
+    python benchmarks/rollout.py [--workers 0 1 2 4] [--steps 2000] [--preset demo-vision] [--paced] [--json]
 
 The policy is the demo's (nano pi0, best of 16), the task MetaWorld's drawer. Three comparisons: environments in this
 process or in workers, with actions that cost nothing; N environments with one policy call, or with N calls; and an
-online phase in step with its updates, or overlapping with them. Workers and overlap need cores to pay off, and overlap
-a simulator that takes a good part of the time: of ``--online_preset demo-vision`` it does, as it renders every step.
+online phase in step with its updates, or overlapping with them. Workers and overlap need cores to pay off, unless, as
+a robot does, the environment takes time and no processor: ``--paced`` has one environment of 20 steps a second.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import dataclasses
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ import numpy as np
 
 from acrlpd.config import CollectConfig, EvalConfig, TrainConfig
 from acrlpd.data.normalize import bounds_stats
+from acrlpd.envs.env import EnvConfig
 from acrlpd.envs.rollout import Act, OnlineCollector
 from acrlpd.envs.vector import RolloutConfig, make_vector
 from acrlpd.presets import get_preset
@@ -31,6 +33,7 @@ from acrlpd.training import setup
 from acrlpd.training.evaluate import chunk_policy
 
 HORIZON = 5
+PACED = Path(__file__).with_name("paced.py")
 
 
 def main() -> None:
@@ -39,23 +42,31 @@ def main() -> None:
     parser.add_argument("--num_envs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2000, help="environment steps of each measurement")
     parser.add_argument("--online_steps", type=int, default=1000, help="of each online phase; 0: none")
-    parser.add_argument("--online_preset", default="demo", help="of the online phase")
+    parser.add_argument("--preset", default="demo", help="whose environment is stepped, and of the online phase")
+    parser.add_argument("--paced", action="store_true", help="online in real time, by an environment that only waits")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     about = machine.describe()
     config = get_preset("demo")
-    speeds = {f"{count} workers": stepping(config, count, arguments) for count in arguments.workers}
+    online = get_preset(arguments.preset)
+    speeds = {f"{count} workers": stepping(online, count, arguments) for count in arguments.workers}
     act = demo_policy(config)
     speeds["one call for all"] = acting(config, act, arguments)
     speeds["a call for each"] = acting(config, one_by_one(act), arguments)
-    result: dict[str, Any] = {**about, "num_envs": arguments.num_envs, "steps_per_s": speeds}
+    result: dict[str, Any] = {
+        **about,
+        "preset": arguments.preset,
+        "paced": arguments.paced,
+        "num_envs": arguments.num_envs,
+        "steps_per_s": speeds,
+    }
     result["batching_gain"] = speeds["one call for all"] / speeds["a call for each"]
     if arguments.online_steps:
-        online = get_preset(arguments.online_preset)
+        if arguments.paced:
+            online = dataclasses.replace(online, env=EnvConfig(f"custom/{PACED}:make"))
         speeds["online, in step"], waited = training(online, False, arguments)
         speeds["online, overlapping"], still_waited = training(online, True, arguments)
         result |= {
-            "online_preset": arguments.online_preset,
             "overlap_gain": speeds["online, overlapping"] / speeds["online, in step"],
             "share_waiting_in_step": waited,  # for the simulator
             "share_waiting_overlapping": still_waited,
@@ -116,7 +127,7 @@ def training(config: TrainConfig, overlap: bool, arguments: argparse.Namespace) 
             eval=EvalConfig(episodes=1, frequency=10**9, num_envs=1),
             offline_steps=1,
             online_steps=arguments.online_steps,
-            online_envs=arguments.num_envs,
+            online_envs=1 if arguments.paced else arguments.num_envs,
             rollout=RolloutConfig(num_workers=1),
             overlap_rollouts=overlap,
         )

@@ -209,9 +209,10 @@ def test_the_expert_sets_the_bowl_on_the_plate_and_noise_makes_it_fail():
 
 
 @needs_libero
-def test_there_is_no_expert_for_other_suites():
-    with pytest.raises(ValueError, match="no scripted expert for libero_goal/0"):
-        collect(EnvConfig("libero_goal/0"), [0], on_episode=lambda result: None)
+@pytest.mark.parametrize("name", ["libero_goal/0", "libero_spatial/4"])
+def test_what_no_expert_solves_says_so(name):
+    with pytest.raises(ValueError, match=f"no scripted expert for {name}: .*--policy random"):
+        collect(EnvConfig(name), [0], on_episode=lambda result: None)
 
 
 @needs_libero

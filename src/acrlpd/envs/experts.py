@@ -37,12 +37,13 @@ def make_expert(environment: SimulatedEnvironment, kind: PolicyKind, rng: np.ran
         return CubeExpert(environment.simulator, rng)
     if isinstance(environment.simulator, Aloha) and environment.simulator.task == "transfer_cube":
         return TransferCubeExpert(environment.simulator)
-    if isinstance(environment.simulator, Libero) and environment.simulator.suite == "libero_spatial":
+    if isinstance(environment.simulator, Libero) and environment.simulator.is_bowl_in_reach:
         return BowlExpert(environment.simulator)
     raise ValueError(
         f"there is no scripted expert for {environment.spec.name}: collect at random (--policy random) or with a "
         "trained policy (--policy checkpoint --checkpoint RUN), or train on recorded demonstrations (--data.path "
-        "FOLDER). There are experts for metaworld, ogbench's cubes, aloha/transfer_cube and libero_spatial"
+        "FOLDER). There are experts for metaworld, ogbench's cubes, aloha/transfer_cube and libero_spatial (not for 4, "
+        "where the bowl stands in a drawer)"
     )
 
 

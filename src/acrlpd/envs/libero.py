@@ -106,6 +106,11 @@ class Libero:
         self._renderers.close()
         self._env.close()
 
+    @property
+    def is_bowl_in_reach(self) -> bool:
+        """Whether the task is ``BowlExpert``'s: from above, the hand does not fit into the drawer."""
+        return self.suite == "libero_spatial" and "drawer" not in self.task
+
     def position(self, name: str) -> Float[np.ndarray, " 3"]:
         """Of an object, which the policy does not see."""
         inner = self._env.env
@@ -213,7 +218,7 @@ class Waypoint(NamedTuple):
 
 
 class BowlExpert:
-    """Lifts the black bowl by its rim and sets it on the plate: libero_spatial's tasks.
+    """Lifts the black bowl by its rim and sets it on the plate: libero_spatial's tasks, apart from the drawer.
 
     Straight from waypoint to waypoint, the gripper as level as at the start; from the beginning, with the rim's other
     side, when the bowl did not come along. It corrects at every step what noise does to it.

@@ -123,7 +123,8 @@ def get_demo_aloha_config() -> TrainConfig:
 
 
 # acrlpd train demo-libero     (needs acrlpd[libero])
-# A bowl onto a plate in LIBERO: one arm, two 64 px cameras, language.
+# A bowl onto a plate in LIBERO: one arm, two 64 px cameras, language. 20 % by imitation, 15 % after online training
+# (one seed, 20 episodes): a budget to see that everything works. 23 CPU-min.
 def get_demo_libero_config() -> TrainConfig:
     config = get_demo_config()
     return dataclasses.replace(

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -175,9 +176,9 @@ def _set_robosuite_macros() -> None:
     macros: Any = importlib.util.module_from_spec(macros_spec)
     macros_spec.loader.exec_module(macros)
     macros.FILE_LOGGING_LEVEL = None
-    macros.CONSOLE_LOGGING_LEVEL = "ERROR"
     macros.MUJOCO_GPU_RENDERING = False
     sys.modules["robosuite.macros"] = macros
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it warns that it has no private macros
 
 
 def _answer_libero() -> None:

@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LIBERO := .venv-libero
 
-.PHONY: demo demo-vision demo-cube test test-slow test-faults lint format lock clean help
+.PHONY: demo demo-vision demo-cube test test-slow test-faults test-libero lint format lock clean help
 
 help:
 	@grep -E '^## ' $(MAKEFILE_LIST) | sed 's/^## //'
@@ -24,15 +25,19 @@ demo-cube: $(INSTALLED)
 
 ## make test         parity, formats, the update, a whole run with kill and resume: under 8 minutes on two cores
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow or golden"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "(not slow or golden) and not libero"
 
 ## make test-slow    the longer ones: kills at random moments, hostile messages, thousands of episodes
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not golden"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not golden and not libero"
 
 ## make test-faults  kill a run fifty times at random moments, and see that nothing is lost
 test-faults: $(INSTALLED)
 	ACRLPD_FAULTS=50 $(BIN)/python -m pytest tests/training/test_faults.py
+
+## make test-libero  the tests that need LIBERO, in .venv-libero: 2.7 GB, built from requirements-libero.lock
+test-libero: $(LIBERO)/.installed
+	$(LIBERO)/bin/python -m pytest -m libero tests/envs
 
 ## make lint         style, types and the import ladder
 lint: $(INSTALLED)
@@ -45,21 +50,27 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-## make lock         resolve requirements.lock anew (needs uv)
+## make lock         resolve both lock files anew (needs uv)
 lock:
-	uv pip compile pyproject.toml --universal --python-version 3.11 --fork-strategy fewest \
-		--extra metaworld --extra ogbench --extra aloha --extra report --extra lerobot --extra fast --extra serving --group dev \
-		--generate-hashes --no-emit-index-url --no-annotate --no-header -o requirements.lock
+	$(COMPILE) -o requirements.lock \
+		--extra metaworld --extra ogbench --extra aloha --extra report --extra lerobot --extra fast --extra serving
+	$(COMPILE) -o requirements-libero.lock --extra libero --extra report --extra video
+
+COMPILE := uv pip compile pyproject.toml --universal --python-version 3.11 --fork-strategy fewest --group dev \
+	--generate-hashes --no-emit-index-url --no-annotate --no-header
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) $(LIBERO) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 $(INSTALLED): requirements.lock pyproject.toml
+$(LIBERO)/.installed: requirements-libero.lock pyproject.toml
+
+%/.installed:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "acrlpd needs Python 3.11 to 3.13, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing). Say: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "'$(PYTHON)' cannot make virtual environments. On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	@touch $(INSTALLED)
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,18 +1,22 @@
 """Environment steps a second: with worker processes, with one policy call for all environments, during updates.
 
-    python benchmarks/rollout.py [--workers 0 1 2 4] [--steps 2000] [--json]
+    python benchmarks/rollout.py [--workers 0 1 2 4] [--steps 2000] [--preset demo-vision] [--paced] [--json]
 
 The policy is the demo's (nano pi0, best of 16), the task MetaWorld's drawer. Three comparisons: environments in this
 process or in workers, with actions that cost nothing; N environments with one policy call, or with N calls; and an
-online phase in step with its updates, or overlapping with them. Workers and overlap need cores to pay off.
+online phase in step with its updates, or overlapping with them. Workers and overlap need cores to pay off, unless, as
+a robot does, the environment takes time and no processor: ``--paced`` has one environment of 20 steps a second.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +25,7 @@ import numpy as np
 
 from acrlpd.config import CollectConfig, EvalConfig, TrainConfig
 from acrlpd.data.normalize import bounds_stats
+from acrlpd.envs.env import EnvConfig
 from acrlpd.envs.rollout import Act, OnlineCollector
 from acrlpd.envs.vector import RolloutConfig, make_vector
 from acrlpd.presets import get_preset
@@ -28,30 +33,50 @@ from acrlpd.training import setup
 from acrlpd.training.evaluate import chunk_policy
 
 HORIZON = 5
+PACED = Path(__file__).with_name("paced.py")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4], help="0: in this process")
+    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2, 4], help="0: in this process")
     parser.add_argument("--num_envs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2000, help="environment steps of each measurement")
+    parser.add_argument("--online_steps", type=int, default=1000, help="of each online phase; 0: none")
+    parser.add_argument("--preset", default="demo", help="whose environment is stepped, and of the online phase")
+    parser.add_argument("--paced", action="store_true", help="online in real time, by an environment that only waits")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     about = machine.describe()
     config = get_preset("demo")
-    rows = [
-        {"what": f"{count} workers", "steps_per_s": stepping(config, count, arguments)} for count in arguments.workers
-    ]
+    online = get_preset(arguments.preset)
+    speeds = {f"{count} workers": stepping(online, count, arguments) for count in arguments.workers}
     act = demo_policy(config)
-    rows.append({"what": "one call for all", "steps_per_s": acting(config, act, arguments)})
-    rows.append({"what": "a call for each", "steps_per_s": acting(config, one_by_one(act), arguments)})
-    for overlap in (False, True):
-        name = "online, overlapping" if overlap else "online, in step"
-        rows.append({"what": name, "steps_per_s": training(config, overlap, arguments)})
-    result = {**about, "load_after": machine.describe()["load_average"], "num_envs": arguments.num_envs, "rows": rows}
-    machine.show(
-        result, as_json=arguments.json, table="\n".join(f"{r['what']:24}{r['steps_per_s']:10.1f}" for r in rows)
-    )
+    speeds["one call for all"] = acting(config, act, arguments)
+    speeds["a call for each"] = acting(config, one_by_one(act), arguments)
+    result: dict[str, Any] = {
+        **about,
+        "preset": arguments.preset,
+        "paced": arguments.paced,
+        "num_envs": arguments.num_envs,
+        "steps_per_s": speeds,
+    }
+    result["batching_gain"] = speeds["one call for all"] / speeds["a call for each"]
+    if arguments.online_steps:
+        if arguments.paced:
+            online = dataclasses.replace(online, env=EnvConfig(f"custom/{PACED}:make"))
+        speeds["online, in step"], waited = training(online, False, arguments)
+        speeds["online, overlapping"], still_waited = training(online, True, arguments)
+        result |= {
+            "overlap_gain": speeds["online, overlapping"] / speeds["online, in step"],
+            "share_waiting_in_step": waited,  # for the simulator
+            "share_waiting_overlapping": still_waited,
+        }
+    result["load_after"] = machine.describe()["load_average"]
+    figures = speeds | {
+        name: value for name, value in result.items() if name.startswith(("batching", "overlap", "share"))
+    }
+    lines = [f"{name:26}{value:10.2f}" for name, value in figures.items()]
+    machine.show(result, as_json=arguments.json, table="\n".join(lines))
 
 
 def stepping(config: TrainConfig, num_workers: int, arguments: argparse.Namespace) -> float:
@@ -91,23 +116,25 @@ def one_by_one(act: Act) -> Act:
     return each
 
 
-def training(config: TrainConfig, overlap: bool, arguments: argparse.Namespace) -> float:
-    """Of the online phase as the run's own clocks have it: updates, choices and simulator, without compilation."""
-    with tempfile.TemporaryDirectory() as folder:
+def training(config: TrainConfig, overlap: bool, arguments: argparse.Namespace) -> tuple[float, float]:
+    """Steps a second of the online phase as the run's own clocks have it: updates, choices and waiting for the
+    simulator, without compilation; and the share of that waiting."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):  # the run reports to stdout
         config = dataclasses.replace(
             config,
             run_dir=folder,
             data=dataclasses.replace(config.data, collect=CollectConfig(episodes=5, policy="random")),
             eval=EvalConfig(episodes=1, frequency=10**9, num_envs=1),
             offline_steps=1,
-            online_steps=arguments.steps,
-            online_envs=arguments.num_envs,
+            online_steps=arguments.online_steps,
+            online_envs=1 if arguments.paced else arguments.num_envs,
             rollout=RolloutConfig(num_workers=1),
             overlap_rollouts=overlap,
         )
         summary = setup.make_trainer(config).train()
     spent = summary["breakdown"]
-    return summary["env_steps"] / sum(spent.get(f"{name}_s", 0.0) for name in ("update", "act", "simulator", "data"))
+    total = sum(spent.get(f"{name}_s", 0.0) for name in ("update", "act", "simulator", "data"))
+    return summary["env_steps"] / total, spent["simulator_s"] / total
 
 
 if __name__ == "__main__":

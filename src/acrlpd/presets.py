@@ -99,7 +99,8 @@ def get_demo_cube_config() -> TrainConfig:
 
 
 # acrlpd train demo-aloha
-# gym-aloha hands over a cube: two arms, a 64 px camera from above, language. What to expect has not been measured.
+# gym-aloha hands over a cube: two arms, a 64 px camera from above, language. 4 % by imitation, 28 % after online
+# training (one seed); 20 CPU-min.
 def get_demo_aloha_config() -> TrainConfig:
     config = get_demo_config()
     return dataclasses.replace(
@@ -109,13 +110,31 @@ def get_demo_aloha_config() -> TrainConfig:
         policy=dataclasses.replace(NANO, action_horizon=20, max_token_len=12),  # 0.4 s: an episode is 15 chunks
         agent=dataclasses.replace(config.agent, action_clip=None),  # z-scores go beyond 1
         data=DataConfig(
-            collect=CollectConfig(episodes=100, noise_range=(0.0, 0.05)),  # rad; the expert solves about half
+            collect=CollectConfig(episodes=60, noise_range=(0.0, 0.05)),  # rad; the expert solves three in four
             batch_size=64,
             action_normalization="z_score",  # joint limits are far from where the arms go
         ),
-        offline_steps=6000,
-        online_steps=12_000,
+        offline_steps=3000,
+        online_steps=6000,
         utd_ratio=0.25,
+    )
+
+
+# acrlpd train demo-libero     (needs acrlpd[libero])
+# A bowl onto a plate in LIBERO: one arm, two 64 px cameras, language. 20 % by imitation, 15 % after online training
+# (one seed, 20 episodes): a budget to see that everything works. 23 CPU-min.
+def get_demo_libero_config() -> TrainConfig:
+    config = get_demo_config()
+    return dataclasses.replace(
+        config,
+        name="demo-libero",
+        env=EnvConfig("libero_spatial/0", cameras=("image", "wrist_image"), image_size=64),
+        policy=dataclasses.replace(NANO, action_horizon=10, max_token_len=32),
+        data=DataConfig(collect=CollectConfig(episodes=40, noise_range=(0.0, 0.4)), batch_size=64),
+        eval=EvalConfig(episodes=20, frequency=1000, progress_episodes=10, num_envs=5),
+        offline_steps=1000,
+        online_steps=1000,
+        online_envs=1,
     )
 
 
@@ -274,6 +293,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "demo-vision": get_demo_vision_config,
     "demo-cube": get_demo_cube_config,
     "demo-aloha": get_demo_aloha_config,
+    "demo-libero": get_demo_libero_config,
     "debug": get_debug_config,
     "droid": get_droid_config,
     "aloha": get_aloha_config,

@@ -49,3 +49,8 @@ def test_waypoints_are_met_in_order_and_end_where_the_episode_does():
     np.testing.assert_allclose(position, [0.1, 0.5, 0.035])
     assert np.linalg.norm(quaternion) == pytest.approx(1)
     assert gripper == pytest.approx(0.5)
+
+
+def test_the_insertion_task_says_that_it_has_no_expert():
+    with pytest.raises(ValueError, match=r"no scripted expert for aloha/insertion: .*--policy random.*--data.path"):
+        collect(EnvConfig("aloha/insertion"), [0], on_episode=lambda result: None)

@@ -19,6 +19,7 @@ from jaxtyping import Float, UInt8
 
 Obs: TypeAlias = dict[str, Any]
 RewardKind: TypeAlias = Literal["-1/0", "0/1"]
+LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +203,7 @@ def make(config: EnvConfig) -> SimulatedEnvironment:
     """
     family, _, task = config.name.partition("/")
     simulators = {"metaworld": _metaworld, "ogbench": _ogbench, "aloha": _aloha, "custom": _custom}
+    simulators |= dict.fromkeys(LIBERO_SUITES, _libero)
     if family not in simulators:
         raise ValueError(_unknown(config.name, [f"{name}/" for name in simulators]))
     return SimulatedEnvironment(simulators[family](config.name, task), config)
@@ -238,6 +240,19 @@ def _aloha(name: str, task: str) -> Simulator:
     if task not in aloha.task_names():
         raise ValueError(_unknown(name, [f"aloha/{known}" for known in aloha.task_names()]))
     return aloha.Aloha(task)
+
+
+def _libero(name: str, task: str) -> Simulator:
+    from acrlpd.envs import libero
+
+    suite = name.partition("/")[0]
+    index = libero.task_index(suite, task)
+    if index is None:
+        names = libero.task_names(suite)
+        raise ValueError(
+            _unknown(name, [f"{suite}/{known}" for known in names]) + f" Or by number, 0 to {len(names) - 1}"
+        )
+    return libero.Libero(suite, index)
 
 
 def _custom(name: str, task: str) -> Simulator:

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from acrlpd.envs.aloha import Aloha, TransferCubeExpert
 from acrlpd.envs.env import EnvSpec, Obs, SimulatedEnvironment
+from acrlpd.envs.libero import BowlExpert, Libero
 from acrlpd.envs.metaworld import MetaWorld
 from acrlpd.envs.ogbench import OGBench
 
@@ -36,7 +37,14 @@ def make_expert(environment: SimulatedEnvironment, kind: PolicyKind, rng: np.ran
         return CubeExpert(environment.simulator, rng)
     if isinstance(environment.simulator, Aloha) and environment.simulator.task == "transfer_cube":
         return TransferCubeExpert(environment.simulator)
-    raise ValueError(f"there is no scripted expert for {environment.spec.name}; collect with policy='random'")
+    if isinstance(environment.simulator, Libero) and environment.simulator.is_bowl_in_reach:
+        return BowlExpert(environment.simulator)
+    raise ValueError(
+        f"there is no scripted expert for {environment.spec.name}: collect at random (--policy random) or with a "
+        "trained policy (--policy checkpoint --checkpoint RUN), or train on recorded demonstrations (--data.path "
+        "FOLDER). There are experts for metaworld, ogbench's cubes, aloha/transfer_cube and libero_spatial (not for 4, "
+        "where the bowl stands in a drawer)"
+    )
 
 
 class RandomPolicy:

@@ -33,7 +33,7 @@ def choose_backend() -> str:
 class Renderer:
     """Square pictures of one model at one size. Shadows, reflections and multisampling are off: they are the cost."""
 
-    def __init__(self, model: Any, size: int):
+    def __init__(self, model: Any, size: int, hidden_geoms: tuple[int, ...] = ()):
         import mujoco
 
         if os.environ.get("MUJOCO_GL", "").lower() in ("disable", "disabled", "off", "false", "0"):
@@ -49,10 +49,12 @@ class Renderer:
             raise RuntimeError(_unavailable(str(error))) from error
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        self._options = mujoco.MjvOption()
+        self._options.geomgroup[list(hidden_geoms)] = 0
         self.size = size
 
     def render(self, data: Any, camera: str) -> UInt8[np.ndarray, "h w 3"]:
-        self._renderer.update_scene(data, camera)
+        self._renderer.update_scene(data, camera, self._options)
         return self._renderer.render().copy()
 
     def close(self) -> None:
@@ -60,14 +62,18 @@ class Renderer:
 
 
 class Renderers:
-    """One renderer a size, made when first asked for: policies and videos want different sizes of the same scene."""
+    """One renderer a size, made when first asked for: policies and videos want different sizes of the same scene.
 
-    def __init__(self) -> None:
+    ``hidden_geoms``: groups of shapes that are not drawn, beside those that MuJoCo leaves out itself.
+    """
+
+    def __init__(self, hidden_geoms: tuple[int, ...] = ()) -> None:
+        self._hidden_geoms = hidden_geoms
         self._by_size: dict[int, Renderer] = {}
 
     def render(self, model: Any, data: Any, camera: str, size: int) -> UInt8[np.ndarray, "h w 3"]:
         if size not in self._by_size:
-            self._by_size[size] = Renderer(model, size)
+            self._by_size[size] = Renderer(model, size, self._hidden_geoms)
         return self._by_size[size].render(data, camera)
 
     def close(self) -> None:

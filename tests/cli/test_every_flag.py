@@ -27,6 +27,7 @@ from acrlpd.cli.main import COMMANDS as NAMES
 from acrlpd.cli.main import main
 from acrlpd.config import TrainConfig
 from acrlpd.data import convert, hdf5, inspection, normalize, sources
+from acrlpd.data.robots import mapping
 from acrlpd.doctor import Check
 from acrlpd.envs.env import EnvConfig
 from acrlpd.training import memory, setup
@@ -279,7 +280,12 @@ COMMANDS = {
             "min_std": "--min_std 0",
             "on_bad_episode": "--on_bad_episode skip",
         },
-        ((norm_stats, "open_episodes", SOURCE), (normalize, "from_source", STATS), (normalize, "save", None)),
+        (
+            (norm_stats, "open_episodes", SOURCE),
+            (mapping, "check", None),  # of the data's widths, which are no robot's here
+            (normalize, "from_source", STATS),
+            (normalize, "save", None),
+        ),
     ),
 }
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from acrlpd.types import typed
 
-CPU_CACHE_BYTES = 40 * 1024**2  # about what one program has of the last level on a server; of 8 to 128 MiB the fastest
+CPU_CACHE_BYTES = 24 * 1024**2  # one program's part of the last level on a server; blocks this large were the fastest
 
 
 def in_blocks(draw: Callable[[jax.Array], Any], noise: Float[Array, "n b h a"], *, block_size: int | None) -> Any:
@@ -36,16 +36,20 @@ def in_blocks(draw: Callable[[jax.Array], Any], noise: Float[Array, "n b h a"], 
 def fitting_block(draw: Callable[[jax.Array], Any], noise: Float[Array, "n b h a"], max_bytes: int) -> int:
     """How many candidates at a time ``draw`` may handle for its intermediate arrays to fit; at least one.
 
-    Decided from shapes while the caller is traced: intermediates of one candidate, times their number. The compiler
-    fuses some of them away, so the true need is lower. On a CPU they are to fit into its cache too: there a block
+    Decided from shapes while the caller is traced: intermediates of one more candidate, times their number. The
+    compiler fuses some of them away, so the true need is lower. On a CPU they are to fit into its cache too: there a block
     after the other is several times faster than all candidates at once. Blocks are as even as n allows.
     """
     if jax.default_backend() == "cpu":
         max_bytes = min(max_bytes, CPU_CACHE_BYTES)
     n = noise.shape[0]
-    one = jax.ShapeDtypeStruct((1, *noise.shape[1:]), noise.dtype)
-    program = jax.make_jaxpr(draw)(one).jaxpr
-    fitting = min(n, max(1, max_bytes // max(1, intermediate_bytes(program))))
+
+    def needed(candidates: int) -> int:
+        drawn = jax.ShapeDtypeStruct((candidates, *noise.shape[1:]), noise.dtype)
+        return intermediate_bytes(jax.make_jaxpr(draw)(drawn).jaxpr)
+
+    each = max(1, needed(2) - needed(1))  # what all share, such as a layer's weights, does not count
+    fitting = min(n, max(1, max_bytes // each))
     return math.ceil(n / math.ceil(n / fitting))
 
 

@@ -37,8 +37,8 @@ def fitting_block(draw: Callable[[jax.Array], Any], noise: Float[Array, "n b h a
     """How many candidates at a time ``draw`` may handle for its intermediate arrays to fit; at least one.
 
     Decided from shapes while the caller is traced: intermediates of one more candidate, times their number. The
-    compiler fuses some of them away, so the true need is lower. On a CPU they are to fit into its cache too: there a block
-    after the other is several times faster than all candidates at once. Blocks are as even as n allows.
+    compiler fuses some of them away, so the true need is lower. On a CPU they are to fit into its cache too: there one
+    block after the other is much faster than all candidates at once. Blocks are as even as n allows.
     """
     if jax.default_backend() == "cpu":
         max_bytes = min(max_bytes, CPU_CACHE_BYTES)

@@ -153,6 +153,7 @@ def test_an_address_that_others_reach_needs_a_key(policy):
     with pytest.raises(ValueError, match="anyone may move the robot"):
         PolicyServer(policy, ServerConfig(host="0.0.0.0"))
     PolicyServer(policy, ServerConfig(host="0.0.0.0"), api_keys=["key"])
+    PolicyServer(policy, ServerConfig(host="0.0.0.0", allow_anonymous=True))
 
 
 def test_tls(policy, tmp_path):
@@ -186,6 +187,16 @@ def test_limits_refuse_with_a_reason(policy):
         with pytest.raises(ConnectionClosed) as closed:
             other.infer({"state": np.zeros(1000)})
         assert closed.value.rcvd.code == 1009
+
+
+def test_one_address_has_so_many_connections(policy):
+    with running(policy, max_connections_per_address=1) as server:
+        client = server.client()
+        with pytest.raises(InvalidStatus) as refused:
+            server.connect()
+        assert refused.value.response.status_code == 429
+        assert b"max_connections_per_address" in refused.value.response.body
+        assert "actions" in client.infer(OBS)
 
 
 class Slow:
@@ -228,6 +239,21 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("seconds", "sizes"), [(0.0, [1, 1]), (5.0, [2])])
+def test_a_request_waits_for_company(policy, seconds, sizes):
+    slow = Slow(policy)
+    slow.go.set()
+    with running(slow, batch_wait_s=seconds, max_batch_size=2) as server:
+        clients = server.client(), server.client()
+        slow.calls.clear()
+        clients[0].connection.send(codec.pack(OBS))
+        if not seconds:
+            wait_until(lambda: slow.calls)
+        clients[1].connection.send(codec.pack(OBS))
+        assert all("actions" in codec.unpack(client.connection.recv(timeout=60)) for client in clients)
+    assert [requests for requests, _ in slow.calls] == sizes
 
 
 def test_a_request_that_waits_too_long_is_given_up(policy):
@@ -303,3 +329,14 @@ def test_stopping_finishes_what_has_begun(policy):
             server.connect()
         slow.go.set()
         assert "actions" in codec.unpack(busy.connection.recv(timeout=60))
+
+
+def test_stopping_does_not_wait_for_ever(policy, caplog):
+    slow = Slow(policy)
+    with running(slow, drain_timeout_s=0.1) as server:
+        client = server.client()
+        client.connection.send(codec.pack(OBS))
+        wait_until(lambda: slow.calls)
+        server.stop.set()
+        wait_until(lambda: "cut off after 0.1 s" in caplog.text)
+        slow.go.set()

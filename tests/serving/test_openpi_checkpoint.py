@@ -44,5 +44,9 @@ def test_openpis_checkpoint_is_served(shared):
     assert sorted(first) == ["actions", "policy_timing"]
     assert first["actions"].shape == (5, 7)
     np.testing.assert_array_equal(first["actions"], again["actions"])
+    acting = deploy.ActingOptions(num_steps=3, default_prompt=obs["prompt"])
+    prompted = deploy.openpi_policy(checkpoint, options, acting, model=model)
+    unsaid = {key: value for key, value in obs.items() if key != "prompt"}
+    np.testing.assert_array_equal(prompted.infer(unsaid)["actions"], first["actions"])
     with pytest.raises(ValueError, match="say whose: --robot aloha"):
         deploy.openpi_policy(checkpoint, deploy.OpenPIOptions(), deploy.ActingOptions(), model=model)

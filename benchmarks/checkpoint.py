@@ -1,6 +1,6 @@
 """What an asynchronous checkpoint adds to the updates around it.
 
-    python benchmarks/checkpoint.py [--size nano|mid] [--updates 50] [--repeats 20] [--json]
+    python benchmarks/checkpoint.py [--size nano|mid] [--updates 100] [--repeats 20] [--json]
 
 Pairs of windows of as many updates, one after the other: in one of the two a checkpoint starts before the first update,
 and its files are written beside the others. The window ends with its last update, or when the files lie on disk, if
@@ -122,7 +122,7 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("nano", "mid"), default="nano")
-    parser.add_argument("--updates", type=int, default=50, help="in a window")
+    parser.add_argument("--updates", type=int, default=100, help="in a window")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

@@ -114,8 +114,15 @@ class ACRLPDCheckpointManager:
         policies = [ocp.checkpoint_managers.LatestN(max_to_keep), _Named(self.keep)]
         if keep_period is not None:
             policies.append(ocp.checkpoint_managers.EveryNSteps(keep_period))
+        arrays = ocp.PyTreeCheckpointHandler(use_compression=False)  # floats hardly shrink, and updates want the cores
         self._manager = ocp.CheckpointManager(
             self.directory,
+            item_handlers={
+                "params": arrays,
+                "acrlpd": arrays,
+                "assets": AssetsHandler(),
+                "run": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
                 create=True,

@@ -287,6 +287,7 @@ def _tell_failed_writes_once() -> None:
     Orbax logs it there with a traceback, and TensorStore prints one for every write that ends after Orbax gave up.
     """
     logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     show = sys.unraisablehook
 
     def unraisablehook(args: sys.UnraisableHookArgs) -> None:

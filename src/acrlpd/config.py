@@ -39,6 +39,7 @@ class PolicyConfig:
     image_size: int = 224
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of computation; parameters are float32
     remat: bool = True  # recompute activations in the backward pass
+    unroll: bool = False  # layers one after the other, not in a loop: slower to compile, faster for few layers
     hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # mlp_flow and gaussian alone
     tokenizer: str | None = None  # a SentencePiece file; None: the small one in this package
     weights: str | None = None  # start from this checkpoint; None: from scratch

@@ -113,6 +113,24 @@ def test_bytes_of_a_program():
     assert 1200 + 5 * 4 <= sampling.intermediate_bytes(loop) <= 1200 + 5 * 4 + 400 + 100  # and the slice it reads
 
 
+def test_bytes_of_weights_are_there_once():
+    """Their slices depend on no argument, in a loop or not: counted are three results of 400 bytes, two at a time."""
+    weights = jnp.ones((2, 1000, 100))
+
+    def program(x, weights=weights):
+        for layer in jnp.unstack(weights):
+            x = x + layer.sum(axis=0)
+        return x
+
+    def loop(x):
+        return jax.lax.fori_loop(0, 3, lambda _, x: program(x), x)
+
+    x = jnp.zeros(100, jnp.float32)
+    assert sampling.intermediate_bytes(jax.make_jaxpr(program)(x).jaxpr) == 800
+    assert 800 <= sampling.intermediate_bytes(jax.make_jaxpr(loop)(x).jaxpr) <= 1300  # and the loop's own result
+    assert sampling.intermediate_bytes(jax.make_jaxpr(program)(x, weights).jaxpr) > weights.nbytes
+
+
 @pytest.mark.parametrize(("max_bytes", "expected"), [(1, 1), (400 * 3 + 1, 3), (10**9, 7)])
 def test_auto_takes_as_many_candidates_as_fit(max_bytes, expected):
     """One candidate needs 400 bytes here; never fewer than one, never more than there are."""

@@ -74,6 +74,7 @@ SEEN: dict[str, tuple[Any, Any] | tuple[Any, Any, dict[str, Any]]] = {
     "policy.image_size": (looks.shapes, 32),
     "policy.dtype": (looks.update_program, "bfloat16"),
     "policy.remat": (looks.update_program, True),
+    "policy.unroll": (looks.update_program, True),
     "policy.hidden_dims": (looks.shapes, [8], {"policy.kind": "mlp_flow"}),
     "policy.freeze_pi0_backbone": (looks.shapes, True),
     "policy.frozen_dtype": (looks.shapes, "bfloat16", {"policy.freeze_pi0_backbone": True}),
@@ -230,12 +231,11 @@ def test_a_field_has_an_effect(field):
 # ---- presets
 
 DEFAULT = TrainConfig(env=EnvConfig(), online_loss_weights=LossWeights())
-NAMES = ("droid", "aloha", "libero", "debug", "demo", "demo-vision", "demo-cube", "demo-aloha")
 
 
 def set_by_presets() -> list[tuple[str, str]]:
     found = []
-    for name in NAMES:
+    for name in presets.PRESETS:
         values = leaves(presets.get_preset(name))
         for field, value in values.items():
             if field in SEEN and value != leaves(DEFAULT).get(field, value):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -36,32 +36,42 @@ def in_blocks(draw: Callable[[jax.Array], Any], noise: Float[Array, "n b h a"], 
 def fitting_block(draw: Callable[[jax.Array], Any], noise: Float[Array, "n b h a"], max_bytes: int) -> int:
     """How many candidates at a time ``draw`` may handle for its intermediate arrays to fit; at least one.
 
-    Decided from shapes while the caller is traced: intermediates of one more candidate, times their number. The
-    compiler fuses some of them away, so the true need is lower. On a CPU they are to fit into its cache too: there one
+    Decided from shapes while the caller is traced: intermediates of one candidate, times their number. The compiler
+    fuses some of them away, so the true need is lower. On a CPU they are to fit into its cache too: there one
     block after the other is much faster than all candidates at once. Blocks are as even as n allows.
     """
     if jax.default_backend() == "cpu":
         max_bytes = min(max_bytes, CPU_CACHE_BYTES)
     n = noise.shape[0]
-
-    def needed(candidates: int) -> int:
-        drawn = jax.ShapeDtypeStruct((candidates, *noise.shape[1:]), noise.dtype)
-        return intermediate_bytes(jax.make_jaxpr(draw)(drawn).jaxpr)
-
-    each = max(1, needed(2) - needed(1))  # what all share, such as a layer's weights, does not count
-    fitting = min(n, max(1, max_bytes // each))
+    one = jax.ShapeDtypeStruct((1, *noise.shape[1:]), noise.dtype)
+    program = jax.make_jaxpr(draw)(one).jaxpr
+    fitting = min(n, max(1, max_bytes // max(1, intermediate_bytes(program))))
     return math.ceil(n / math.ceil(n / fitting))
 
 
-def intermediate_bytes(program: core.Jaxpr) -> int:
-    """Most bytes of a program's own results that are alive at once, run in the order in which it is written."""
+def intermediate_bytes(program: core.Jaxpr, varying: Sequence[bool] | None = None) -> int:
+    """Most bytes of a program's own results that are alive at once, run in the order in which it is written.
+
+    Counted is what depends on the arguments marked in ``varying`` (None: on any). The rest, such as the slices of a
+    layer's weights that the program closes over, is there once for all candidates.
+    """
+    varying = [True] * len(program.invars) if varying is None else varying
+    counted = {id(var) for var, varies in zip(program.invars, varying, strict=True) if varies}
     last_use = {id(var): i for i, equation in enumerate(program.eqns) for var in equation.invars}
     last_use |= {id(var): len(program.eqns) for var in program.outvars}
     alive: dict[int, int] = {}
     peak = 0
     for i, equation in enumerate(program.eqns):
+        operands = [id(var) in counted for var in equation.invars]
+        if not any(operands):
+            continue
+        counted |= {id(var) for var in equation.outvars}
         alive |= {id(var): _num_bytes(var.aval) for var in equation.outvars}
-        inside = max(map(intermediate_bytes, _inner_programs(equation)), default=0)
+        inside = max(
+            # a condition's branches lack the choice, the parts of a while loop the other's constants: all at the front
+            (intermediate_bytes(inner, operands[-len(inner.invars) :]) for inner in _inner_programs(equation)),
+            default=0,
+        )
         peak = max(peak, sum(alive.values()) + inside)
         alive = {var: size for var, size in alive.items() if last_use.get(var, i) > i}
     return peak

@@ -101,7 +101,7 @@ class SelfAttention(nnx.Module):
         return self.out(jnp.moveaxis(attended, 1, 2).reshape(-1, *self.heads)).reshape(x.shape)
 
     def _by_head(self, rows: Float[Array, "bt n h"], shape: tuple[int, ...]) -> Float[Array, "bn t h"]:
-        """One matrix per picture and head: products of such a stack are the fastest everywhere."""
+        """One matrix per picture and head: on a CPU a few percent faster than with heads in the middle."""
         return jnp.moveaxis(rows.reshape(*shape[:2], *self.heads), 2, 1).reshape(-1, shape[1], self.heads[1])
 
 

@@ -6,7 +6,7 @@ raise as an error. After a refusal (``busy``, ``rate limit``, ``timeout``) the c
 that makes no sense, or a fault of the server, it is closed with code 1011, as openpi does.
 
 The event loop never waits for computation: messages with pictures are decoded and transformed in a small thread pool
-(a state and a prompt on the spot, within a tenth of a millisecond), and the model runs in a thread of its own, many
+(a state and a prompt on the spot, in about a tenth of a millisecond), and the model runs in a thread of its own, many
 requests in one call (``batching.py``).
 """
 

@@ -14,6 +14,7 @@ import importlib.metadata
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -287,7 +288,7 @@ def _tell_failed_writes_once() -> None:
     Orbax logs it there with a traceback, and TensorStore prints one for every write that ends after Orbax gave up.
     """
     logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
-    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+    logging.getLogger("asyncio").addFilter(lambda record: not _was_raised_in_orbax(record))
     show = sys.unraisablehook
 
     def unraisablehook(args: sys.UnraisableHookArgs) -> None:
@@ -295,6 +296,11 @@ def _tell_failed_writes_once() -> None:
             show(args)
 
     sys.unraisablehook = unraisablehook
+
+
+def _was_raised_in_orbax(record: logging.LogRecord) -> bool:
+    trace = record.exc_info[2] if record.exc_info else None
+    return any("orbax" in frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace))
 
 
 @functools.cache  # a look at each package's files, while no update can run

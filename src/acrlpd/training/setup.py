@@ -426,6 +426,7 @@ def pi0_config(config: PolicyConfig, dims: Dims, cameras: tuple[str, ...]) -> Pi
         cameras=cameras,
         dtype=config.dtype,
         remat=config.remat,
+        unroll=config.unroll,
     )
 
 

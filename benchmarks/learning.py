@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import results
 
 from acrlpd import presets
 from acrlpd.envs.env import EnvConfig
@@ -50,7 +51,7 @@ METHODS: dict[str, list[str]] = {
     "ours, subset": [*MLP, "--agent.critic.q_aggregation", "subset"],
 }
 SUCCESS = 0.8  # of the time to success
-HEADING = "## What each method learns"  # the last part of the results, which is replaced
+HEADING = "What each method learns"
 
 
 def main() -> None:
@@ -75,9 +76,7 @@ def main() -> None:
     found = [row for task in arguments.tasks for method in arguments.methods if (row := _row(task, method, arguments))]
     text = document(found, about, arguments)
     if found:
-        arguments.results.parent.mkdir(parents=True, exist_ok=True)
-        before = arguments.results.read_text(encoding="utf-8") if arguments.results.exists() else "# Results\n\n"
-        arguments.results.write_text(before.partition(HEADING)[0] + text, encoding="utf-8")
+        results.write_section(arguments.results, HEADING, text)
     machine.show({**about, "rows": found}, as_json=arguments.json, table=text)
 
 
@@ -165,7 +164,7 @@ def cpu_to_success(directory: Path) -> float | None:
 
 
 def document(rows: list[dict[str, Any]], about: dict[str, Any], arguments: argparse.Namespace) -> str:
-    lines = [HEADING, "", f"Made by `{about['command']}` on {about['cpu_count']} cores of {about['processor']}."]
+    lines = [f"Made by `{about['command']}` on {about['cpu_count']} cores of {about['processor']}."]
     lines.append(
         f"A run: {arguments.offline_steps} updates offline, {arguments.online_steps} environment steps online, on "
         f"{arguments.episodes} scripted episodes with noise (`demo-cube`), networks of 2 x 256. Success with "

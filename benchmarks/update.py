@@ -8,16 +8,19 @@ Passes: FLOPs of the whole update as traced, loops multiplied out, beside those 
 beside them for one candidate and one Euler step with unrolled layers, where its program has no loop: a loop it counts
 once.
 
-The literal recipe is the founding design's joint loss, each term encoding and sampling by itself: the critic encodes s
-and s' and takes the best of N at s', each candidate by its own call; imitation encodes s again, and so does the entropy
-with samples of its own. (Its actor term is left out, as best of N has none.) The critic alone learns from stored
-features and the data's own next chunks, as before any policy is asked.
+The literal recipe is the founding design's step as it stands there: nothing compiles it as a whole, so each call of the
+policy is a program by itself, which is compiled here. The critic encodes s and s' and takes the best of N at s', each
+candidate by its own call; imitation encodes s again, and so does the entropy with N samples of its own. (Its actor term
+is left out, as best of N has none.) Beside it stands the kinder reading, where N samples are one vmapped call that
+encodes once. The critic alone learns from stored features and the data's own next chunks, as before any policy is
+asked.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,12 +37,14 @@ from acrlpd.agents import acrlpd, losses
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.agents.config import AgentConfig, TemperatureConfig
 from acrlpd.agents.draws import Draws
+from acrlpd.agents.sampling import select
 from acrlpd.models import flow
 from acrlpd.models.critic import CriticConfig
 from acrlpd.models.pi0 import Pi0, Pi0Config
 from acrlpd.types import ChunkBatch, Observation
 
 ROBOT_DIM = 7
+ENTROPY_STEPS = 5  # Euler steps of the samples from which the founding design takes the entropy
 NANO = dataclasses.replace(
     sampling.CONFIG,
     action_dim=8,
@@ -198,6 +203,7 @@ def timings(setting: Setting, arguments: argparse.Namespace) -> list[dict[str, A
         "supervised step": supervised(setting),
         "update": update(setting.agent(), setting.data()),
         "literal recipe": literal(setting),
+        "literal recipe, samples by vmap": literal(setting, one_by_one=False),
         "frozen": update(setting.agent(frozen=True), setting.data()),
         "frozen, stored prefixes": update(setting.agent(frozen=True), with_prefixes(setting)),
         "critic alone, stored features": critic_alone(setting),
@@ -247,55 +253,83 @@ def supervised(setting: Setting) -> Call:
     return _stateful(step, state)
 
 
-def literal(setting: Setting) -> Call:
+def literal(setting: Setting, *, one_by_one: bool = True) -> Call:
     """Each term by itself, as the founding design's four loss computers have it, with the same optimisers."""
-    agent, batch, rng = setting.agent(), setting.data(), jax.random.key(0)
-    nets, config = agent.nets, agent.config
-    rngs = jax.random.split(rng, setting.candidates)
+    agent, batch = setting.agent(), setting.data()
+    nets, config, weights = agent.nets, agent.config, agent.config.loss_weights
+    rngs = jax.random.split(jax.random.key(0), setting.candidates)
 
-    def loss(params: Any) -> Any:
-        modules = nets.modules(params, agent.frozen)
-        held = nets.modules(jax.lax.stop_gradient(params), agent.frozen)
+    def modules(params: Any) -> Any:
+        return nets.modules(params, agent.frozen)
 
-        def features(policy: Any, seen: Observation) -> Any:
-            return policy.encode(seen).features
+    @jax.jit
+    def features(params: Any, seen: Observation) -> Any:
+        return modules(params).policy.encode(seen).features
 
-        def q(critic: Any, policy: Any, seen: Observation, chunk: Any) -> Any:
-            return critic(jax.lax.stop_gradient(features(policy, seen)), seen.state, chunk[None])[:, 0]
+    @functools.partial(jax.jit, static_argnames="steps")
+    def sample(params: Any, seen: Observation, rng: Any, *, steps: int) -> Any:
+        return modules(params).policy.sample_actions(rng, seen, num_steps=steps)
 
-        def drawn(policy: Any, seen: Observation, rng: Any, steps: int = setting.steps) -> Any:
-            return policy.sample_actions(rng, seen, num_steps=steps)
+    @functools.partial(jax.jit, static_argnames="steps")
+    def sample_all(params: Any, seen: Observation, *, steps: int) -> Any:
+        return jax.vmap(lambda rng: modules(params).policy.sample_actions(rng, seen, num_steps=steps))(rngs)
 
-        after = batch.next_observations
-        candidates = jax.lax.map(lambda rng: drawn(held.policy, after, rng), rngs)
-        scores = jax.lax.map(lambda chunk: q(held.critic, held.policy, after, chunk).mean(axis=0), candidates)
-        best = jnp.take_along_axis(candidates, scores.argmax(axis=0)[None, :, None, None], axis=0)[0]
-        target_critic = nnx.merge(nets.critic_def, agent.target_critic)
-        target = losses.td_target(
-            batch.rewards,
-            batch.valid,
-            batch.bootstrap_mask,
-            q(target_critic, held.policy, after, best).mean(axis=0),
-            discount=config.discount,
-        )
-        now = q(modules.critic, held.policy, batch.observations, batch.actions)
-        critic_loss = losses.critic_loss(now, target, batch.sequence_mask)
-        bc_loss = modules.policy.compute_loss(rng, batch.observations, batch.actions).mean()
-        spread = jax.lax.map(lambda rng: drawn(held.policy, batch.observations, rng, 5), rngs)
-        entropy = losses.gaussian_entropy(spread)
-        alpha = params["temperature"]["log_temperature"]
-        return critic_loss + bc_loss + losses.temperature_loss(alpha, entropy, target_entropy=nets.target_entropy)
+    def drawn(params: Any, seen: Observation, steps: int) -> Any:
+        if one_by_one:
+            return jnp.stack([sample(params, seen, rng, steps=steps) for rng in rngs])
+        return sample_all(params, seen, steps=steps)
 
-    def step(state: Any) -> Any:
-        params, opt_state = state
-        value, grads = jax.value_and_grad(loss)(params)
+    @jax.jit
+    def target(params: Any, slow: Any, encoded: Any, to_score: Any, candidates: Any) -> Any:
+        state = batch.next_observations.state
+        chosen, _ = select(candidates, modules(params).critic(to_score, state, candidates).mean(axis=0))
+        q = nnx.merge(nets.critic_def, slow)(encoded, state, chosen[None])[:, 0].mean(axis=0)
+        return losses.td_target(batch.rewards, batch.valid, batch.bootstrap_mask, q, discount=config.discount)
+
+    def critic_loss(critic: Any, params: Any, encoded: Any, target: Any) -> Any:
+        now = modules(params | {"critic": critic}).critic(encoded, batch.observations.state, batch.actions[None])
+        return weights.critic_weight * losses.critic_loss(now[:, 0], target, batch.sequence_mask)
+
+    def bc_loss(policy: Any, params: Any) -> Any:
+        moved = modules(params | {"policy": policy}).policy
+        return weights.bc_weight * moved.compute_loss(rngs[0], batch.observations, batch.actions).mean()
+
+    def temperature_loss(temperature: Any, chunks: Any) -> Any:
+        entropy = losses.gaussian_entropy(chunks)
+        return losses.temperature_loss(temperature["log_temperature"], entropy, target_entropy=nets.target_entropy)
+
+    grads_of = {
+        "critic": jax.jit(jax.grad(critic_loss)),
+        "policy": jax.jit(jax.grad(bc_loss)),
+        "temperature": jax.jit(jax.grad(temperature_loss)),
+    }
+
+    @functools.partial(jax.jit, donate_argnums=(1, 2, 3))
+    def apply(grads: Any, params: Any, opt_state: Any, slow: Any) -> Any:
         moved = {}
         for group, optimizer in nets.optimizers.items():
             updates, opt_state[group] = optimizer.update(grads[group], opt_state[group], params[group])
             moved[group] = optax.apply_updates(params[group], updates)
-        return (moved, opt_state), value
+        return moved, opt_state, optax.incremental_update(moved["critic"], slow, config.target_update_tau)
 
-    return _stateful(step, (agent.params, dict(agent.opt_state)))
+    state = (agent.params, dict(agent.opt_state), agent.target_critic)
+
+    def call() -> Any:
+        nonlocal state
+        params, _, slow = state
+        now, after = batch.observations, batch.next_observations
+        encoded, encoded_after = features(params, now), features(params, after)
+        candidates = drawn(params, after, setting.steps)
+        y = target(params, slow, encoded_after, features(params, after), candidates)
+        grads = {
+            "critic": grads_of["critic"](params["critic"], params, encoded, y),
+            "policy": grads_of["policy"](params["policy"], params),
+            "temperature": grads_of["temperature"](params["temperature"], drawn(params, now, ENTROPY_STEPS)),
+        }
+        state = apply(grads, *state)
+        return y
+
+    return call
 
 
 def critic_alone(setting: Setting) -> Call:
@@ -337,6 +371,7 @@ def ratios(wall: dict[str, float], critics: list[int]) -> dict[str, float]:
     return {
         "update_over_supervised_step": wall["update"] / wall["supervised step"],
         "literal_over_update": wall["literal recipe"] / wall["update"],
+        "literal_by_vmap_over_update": wall["literal recipe, samples by vmap"] / wall["update"],
         "update_over_stored_prefixes": wall["update"] / wall["frozen, stored prefixes"],
         "update_over_critic_alone": wall["update"] / wall["critic alone, stored features"],
         "many_critics_over_few": many / few,

@@ -105,7 +105,8 @@ class DataConfig:
     collect: CollectConfig = dataclasses.field(default_factory=CollectConfig)
     batch_size: int = 256
     sequence_ratio: float = 0.5  # share of a batch that starts where a whole chunk fits
-    online_ratio: float = 0.5  # share of an online batch that comes from replay (RLPD)
+    online_ratio: float | None = 0.5  # share of an online batch that comes from replay (RLPD); None: all rows are equal
+    ends_in_chunks: bool = True  # chunks that a terminal cuts short count in the TD loss; QC drops them
     max_replay_bytes: int = 2 * 1024**3
     norm_stats: str | None = None  # openpi's norm_stats.json, its folder, or a checkpoint with assets; None: made
     min_std: float = 1e-2  # floor of a state dimension's standard deviation when statistics are made
@@ -115,8 +116,9 @@ class DataConfig:
         if self.batch_size < 1:
             raise ValueError(f"data.batch_size must be at least 1, got {self.batch_size}")
         for name in ("sequence_ratio", "online_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"data.{name} must lie in [0, 1], got {getattr(self, name)}")
+            ratio = getattr(self, name)
+            if ratio is not None and not 0 <= ratio <= 1:
+                raise ValueError(f"data.{name} must lie in [0, 1], got {ratio}")
         if (self.robot or self.delta_mask) and self.action_normalization == "bounds":
             raise ValueError(
                 "data.action_normalization='bounds' is of actions as the environment takes them, which data.robot and "

@@ -332,7 +332,8 @@ def _qc(config: TrainConfig, **changes: Any) -> TrainConfig:
         temperature=TemperatureConfig(adaptive=False),
         **{"top_k": 1, **changes},  # it explores as it acts: by the best
     )
-    return dataclasses.replace(config, agent=agent)
+    data = dataclasses.replace(config.data, sequence_ratio=0.0, online_ratio=None, ends_in_chunks=False)
+    return dataclasses.replace(config, agent=agent, data=data)
 
 
 def _qc_fql(config: TrainConfig) -> TrainConfig:

@@ -119,6 +119,29 @@ def test_online_batches_mix_replay_and_prior(online_ratio, expected):
     assert len(jax.tree.leaves(batch)[0]) == 8
 
 
+def test_without_a_ratio_all_rows_are_equal():
+    prior, replay = make_store([7, 2, 9]), make_store([5, 5], seed=1)  # 10 of 28 rows are replayed
+    loader = make_loader(prior, replay, online_ratio=None, batch_size=32)
+    batches = [loader.batch(step, online=True) for step in range(200)]
+    assert all(len(batch.rewards) == 32 for batch in batches)
+    shares = np.array([(batch.episode_id >= 3).mean() for batch in batches])
+    assert abs(shares.mean() - 10 / 28) < 0.02
+    assert len(set(shares)) > 1
+    assert_same(loader.batch(7, online=True), batches[7])
+
+
+def test_chunks_that_an_end_cuts_short_can_be_left_out():
+    store = make_store([7, 2, 9])
+    rows = np.arange(18)
+    kept, dropped = (gather(store, rows, 3, ends_in_chunks=ends) for ends in (True, False))
+    fits = kept["step_id"] + 3 <= np.array([7, 2, 9])[kept["episode_id"]]
+    np.testing.assert_array_equal(dropped["sequence_mask"], fits)
+    np.testing.assert_array_equal(kept["sequence_mask"], fits | kept["terminals"].any(axis=1))
+    assert kept["sequence_mask"].sum() > dropped["sequence_mask"].sum()
+    batch = make_loader(ends_in_chunks=False, sequence_ratio=0.0).batch(0)
+    np.testing.assert_array_equal(batch.sequence_mask, batch.step_id + 3 <= np.array([7, 2, 9])[batch.episode_id])
+
+
 def test_online_without_replayed_rows_is_prior_data():
     replay = EpisodeStore()
     loader = make_loader(replay=replay)

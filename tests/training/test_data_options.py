@@ -19,6 +19,7 @@ ELSEWHERE = {
     "collect",
     "max_replay_bytes",
     "online_ratio",
+    "ends_in_chunks",
     "prefix_bytes",
     "robot",
     "delta_mask",

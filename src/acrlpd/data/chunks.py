@@ -23,7 +23,9 @@ from acrlpd.types import typed
 
 
 @typed
-def gather(store: EpisodeStore, rows: Int[np.ndarray, " b"], horizon: int, *, images: bool = True) -> dict[str, Any]:
+def gather(
+    store: EpisodeStore, rows: Int[np.ndarray, " b"], horizon: int, *, images: bool = True, ends_in_chunks: bool = True
+) -> dict[str, Any]:
     """Chunks that start at ``rows``, in raw units, with the fields of ``docs/algorithm.md``, section 1.
 
     ``state``, ``next_state`` [b s]; ``image``, ``next_image`` {camera: [b h w 3]} (empty without ``images``);
@@ -32,6 +34,7 @@ def gather(store: EpisodeStore, rows: Int[np.ndarray, " b"], horizon: int, *, im
     0 or 1.
 
     A terminal may lie in mid-episode (relabelled play data): the steps after it are read, but are not ``valid``.
+    Without ``ends_in_chunks`` the ``sequence_mask`` leaves out what the end of an episode cuts short, terminal or not.
     """
     if horizon < 1:
         raise ValueError(f"horizon must be at least 1, got {horizon}")
@@ -59,7 +62,7 @@ def gather(store: EpisodeStore, rows: Int[np.ndarray, " b"], horizon: int, *, im
         "terminals": terminals.astype(np.float32),
         "valid": (real & ~terminal_before).astype(np.float32),
         "bootstrap_mask": (~terminated).astype(np.float32),
-        "sequence_mask": (real.all(axis=1) | terminated).astype(np.float32),
+        "sequence_mask": (real.all(axis=1) | (terminated & ends_in_chunks)).astype(np.float32),
         "episode_id": episodes + store.first_episode_id,
         "step_id": rows - start,
         "row": rows,

@@ -38,7 +38,9 @@ class ChunkLoader:
     Args:
         sequence_ratio: share of a batch that starts where a full window fits; the rest starts anywhere.
         replay: own episodes, for online batches. Their ids in a batch count on after those of ``prior``.
-        online_ratio: share of an online batch that comes from ``replay``, once it has a row (RLPD: half).
+        online_ratio: share of an online batch that comes from ``replay``, once it has a row (RLPD: half). None: every
+            row of both is as likely as any other (QC).
+        ends_in_chunks: whether chunks that a terminal cuts short count in the TD loss; QC drops them.
         prefetch: batches made ahead; 0 makes each when it is asked for.
         prefixes: of ``prior``; offline batches then bring them along instead of images. Online ones cannot: nobody
             has computed those of the replay.
@@ -56,14 +58,15 @@ class ChunkLoader:
         sequence_ratio: float,
         seed: int,
         replay: EpisodeStore | None = None,
-        online_ratio: float = 0.5,
+        online_ratio: float | None = 0.5,
+        ends_in_chunks: bool = True,
         prefetch: int = 2,
         prefixes: PrefixRows | None = None,
         host_index: int = 0,
         num_hosts: int = 1,
     ):
         for name, ratio in (("sequence_ratio", sequence_ratio), ("online_ratio", online_ratio)):
-            if not 0 <= ratio <= 1:
+            if ratio is not None and not 0 <= ratio <= 1:
                 raise ValueError(f"{name} is a share and must lie in [0, 1], got {ratio}")
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -88,6 +91,7 @@ class ChunkLoader:
         self._seed = seed
         self._replay = replay
         self._online_ratio = online_ratio
+        self._ends_in_chunks = ends_in_chunks
         self._prefetch = prefetch
         self._prefixes = prefixes
         self._ahead: dict[int, Future[ChunkBatch]] = {}  # by step
@@ -125,9 +129,7 @@ class ChunkLoader:
     def _make(self, step: int, *, online: bool) -> ChunkBatch:
         started = time.perf_counter()
         rng = chunks.step_rng(self._seed, step)
-        replay_size = round(self._online_ratio * self._batch_size) if online else 0
-        if self._replay is None or self._replay.num_rows == 0:
-            replay_size = 0
+        replay_size = self._replay_size(rng) if online else 0
         parts = []
         if self._replay is not None and replay_size and (drawn := self._draw(self._replay, rng, replay_size, 0, None)):
             own_ids = drawn.episode_id + np.int32(self._prior.next_episode_id)
@@ -140,6 +142,15 @@ class ChunkLoader:
         batch = parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
         self._counters.count(batch, time.perf_counter() - started)
         return batch
+
+    def _replay_size(self, rng: np.random.Generator) -> int:
+        """How many chunks of an online batch come from replay."""
+        if self._replay is None or self._replay.num_rows == 0:
+            return 0
+        if self._online_ratio is None:
+            share = self._replay.num_rows / (self._replay.num_rows + self._prior.num_rows)
+            return int(rng.binomial(self._batch_size, share))
+        return round(self._online_ratio * self._batch_size)
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -184,7 +195,9 @@ class ChunkLoader:
         own = rows[first : max(self._slice_start + self._slice_size - place, 0)]
         if not len(own):
             return None
-        raw = chunks.gather(store, own, self._horizon, images=prefixes is None)
+        raw = chunks.gather(
+            store, own, self._horizon, images=prefixes is None, ends_in_chunks=self._ends_in_chunks
+        )
         batch = self._to_batch(raw)
         if prefixes is None:
             return batch

@@ -372,6 +372,7 @@ class ACRLPDTrainer:
         assert self._eval_environments is not None, "callers ask first"
         with self._watch.span("update"):
             jax.block_until_ready(self.agent.step)
+        before = self._cpu()
         with self._watch.span("evaluation"):
             first = self.config.eval.first_seed
             result, rollouts = evaluate(
@@ -384,7 +385,8 @@ class ACRLPDTrainer:
                 execute_horizon=self.config.execute_horizon or self.config.policy.action_horizon,
             )
         record = {"step": self._step, "phase": name, "env_steps": self.progress.env_steps, "wall_s": self._wall()}
-        self._writer.write(record | {"cpu_s": self._cpu()} | result.metrics())
+        cpu = self._cpu()
+        self._writer.write(record | {"cpu_s": cpu, "evaluation_cpu_s": cpu - before} | result.metrics())
         tqdm.write(f"{name}, step {self._step}: success {result}")
         return result, rollouts
 

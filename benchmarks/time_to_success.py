@@ -1,0 +1,175 @@
+"""CPU seconds to 80 % success on OGBench's play data: Q-chunking's recipe, and ours in the same framework.
+
+    python benchmarks/time_to_success.py [--methods qc ours] [--seeds 0 1 2] [--jobs 2] [--json]
+
+``cube-single``, task 1: 100 episodes of play (100,000 transitions, made first by ``play_data.py``), then online,
+one update a step; networks of 2 x 256. Each run has one core. Online, 50 episodes are evaluated every 2000 updates; the
+first evaluation of at least 80 % ends the run. CPU seconds are of the whole process, compilation and simulator
+included, without the evaluations. A finished run is read; the section of docs/results.md is written from all of them.
+
+qc: best of 8 by five Euler steps, in the target too, batch 128, learning rate 1e-3, tau 0.02, all rows drawn alike,
+chunks that an episode's end cuts short dropped, 12,000 updates offline. ours: the same agent but for what its target
+costs (best of 2 by three steps), half of each online batch from replay, every success kept, 6000 updates offline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import machine
+import play_data
+import results
+
+from acrlpd.training.metrics import read_jsonl
+
+SUCCESS = 0.8
+TASK, GOAL = "ogbench/cube-single-play-singletask-task1-v0", "0.425 -0.1 0.02"
+COMMON = {
+    "policy.kind": "mlp_flow",
+    "policy.hidden_dims": "256 256",
+    "agent.critic.hidden_dims": "256 256",
+    "agent.best_of_n_samples": "8",
+    "agent.flow_steps": "5",
+    "agent.target_update_tau": "0.02",
+    "data.batch_size": "128",
+    "online_steps": "30000",
+    "utd_ratio": "1",
+    "online_envs": "1",
+    "eval.frequency": "4000",  # online twice as frequent
+    "eval.progress_episodes": "50",
+    "early_stopping_success": str(SUCCESS),
+    "early_stopping_patience": "1000",
+    "save_frequency": "100000",
+}
+METHODS = {
+    "qc": {"algorithm": "qc", "offline_steps": "12000"},
+    "ours": {
+        "agent.critic.num_critics": "2",
+        "agent.temperature.no-adaptive": "",
+        "agent.top_k": "1",
+        "agent.target_samples": "2",
+        "agent.target_flow_steps": "3",
+        "agent.policy_ema_decay": "0.998",
+        "updates_per_call": "5",
+        "offline_steps": "8000",
+    },
+}
+HEADING = "Time to success on play data"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on a core of its own")
+    parser.add_argument("--run_dir", type=Path, default=Path("runs/time_to_success"))
+    parser.add_argument("--results", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    about = machine.describe()
+    data = arguments.run_dir / "cube-single-play-100k.npz"
+    if not data.exists():
+        play_data.write(data, "cube-single", episodes=100, seed=101)
+    wanted = [(method, seed) for seed in arguments.seeds for method in arguments.methods]
+    run_all([each for each in wanted if not _is_finished(arguments.run_dir, *each)], data, arguments)
+    rows = [row(arguments.run_dir, *each) for each in wanted]
+    text = document(rows, about)
+    results.write_section(arguments.results, HEADING, text)
+    machine.show({**about, "rows": rows, "ratio": ratio(rows)}, as_json=arguments.json, table=text)
+
+
+def _is_finished(run_dir: Path, method: str, seed: int) -> bool:
+    return (run_dir / _name(method, seed) / "summary.json").exists()
+
+
+def _name(method: str, seed: int) -> str:
+    return f"{method}-seed{seed}"
+
+
+def run_all(wanted: list[tuple[str, int]], data: Path, arguments: argparse.Namespace) -> None:
+    """One run after the other on each of ``--jobs`` cores."""
+    waiting = collections.deque(wanted)
+    running: dict[int, subprocess.Popen[bytes]] = {}
+    cores = sorted(os.sched_getaffinity(0))[: arguments.jobs]
+    while waiting or running:
+        for core in cores:
+            if core in running and (code := running[core].poll()) is not None:
+                if code:
+                    raise RuntimeError(f"{running[core].args!r} ended with {code}")
+                del running[core]
+            if core not in running and waiting:
+                command = _command(*waiting.popleft(), data, arguments.run_dir)
+                running[core] = subprocess.Popen(command, stdout=sys.stderr)
+                os.sched_setaffinity(running[core].pid, {core})  # before it counts the cores for its threads
+        time.sleep(1.0)
+
+
+def _command(method: str, seed: int, data: Path, run_dir: Path) -> list[str]:
+    name = _name(method, seed)
+    options = COMMON | METHODS[method] | {"env.name": TASK, "data.path": str(data), "data.cube_goal": GOAL}
+    options |= {"seed": str(seed), "run_dir": str(run_dir), "name": name}
+    command = [sys.executable, "-m", "acrlpd.cli.main", "train", "demo-cube"]
+    for option, value in options.items():
+        command += [f"--{option}", *value.split()]
+    return command + (["--resume"] if (run_dir / name / "config.json").exists() else [])
+
+
+def row(run_dir: Path, method: str, seed: int) -> dict[str, Any]:
+    """What one run's evaluations say, evaluations themselves not counted."""
+    evaluating = 0.0
+    found: dict[str, Any] = {"method": method, "seed": seed, "offline": None, "cpu_s": None}
+    for record in read_jsonl(run_dir / _name(method, seed) / "metrics.jsonl"):
+        if "eval/success_rate" not in record:
+            continue
+        evaluating += record["evaluation_cpu_s"]
+        if record["phase"] == "offline":
+            found["offline"] = record["eval/success_rate"]
+        if record["phase"] == "online" and record["eval/success_rate"] >= SUCCESS and found["cpu_s"] is None:
+            found["success"] = record["eval/success_rate"]
+            found["cpu_s"] = record["cpu_s"] - evaluating
+            found["updates"], found["env_steps"] = record["step"], record["env_steps"]
+    summary = json.loads((run_dir / _name(method, seed) / "summary.json").read_text(encoding="utf-8"))
+    return found | {"whole_cpu_s": summary["cpu_s"], "evaluation_cpu_s": evaluating}
+
+
+def ratio(rows: list[dict[str, Any]]) -> float | None:
+    """Mean CPU seconds of ours over those of QC's recipe; None unless every run arrived."""
+    means = {}
+    for method in METHODS:
+        seconds = [each["cpu_s"] for each in rows if each["method"] == method]
+        if not seconds or None in seconds:
+            return None
+        means[method] = statistics.fmean(seconds)
+    return means["ours"] / means["qc"]
+
+
+def document(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    lines = [
+        f"`{about['command']}`, one core of {about['processor']} a run: OGBench's cube-single, task 1, 100,000 play "
+        "transitions, networks of 2 x 256; the methods are described in the script. CPU seconds are up to the first "
+        "of the evaluations (50 episodes, every 2000 steps) that reaches 80 %, without the evaluations.",
+        "",
+        "| method | seed | after offline | environment steps | updates | CPU s to 80 % |",
+        "| --- " * 6 + "|",
+    ]
+    for each in rows:
+        reached = ["–"] * 3
+        if each["cpu_s"] is not None:
+            reached = [str(each["env_steps"]), str(each["updates"]), f"{each['cpu_s']:.0f}"]
+        lines.append(f"| {each['method']} | {each['seed']} | {each['offline']:.0%} | {' | '.join(reached)} |")
+    if (share := ratio(rows)) is not None:
+        lines += ["", f"Ours needs {share:.2f} times the CPU seconds of QC's recipe (means over seeds)."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

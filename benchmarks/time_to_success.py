@@ -15,25 +15,22 @@ costs (best of 2 by three steps), half of each online batch from replay, every s
 from __future__ import annotations
 
 import argparse
-import collections
 import json
-import os
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import machine
+import pinned
 import play_data
 import results
 
 from acrlpd.training.metrics import read_jsonl
 
 SUCCESS = 0.8
-TASK, GOAL = "ogbench/cube-single-play-singletask-task1-v0", "0.425 -0.1 0.02"
 COMMON = {
+    "env.name": "ogbench/cube-single-play-singletask-task1-v0",
+    "data.cube_goal": "0.425 -0.1 0.02",  # of task 1, in m
     "policy.kind": "mlp_flow",
     "policy.hidden_dims": "256 256",
     "agent.critic.hidden_dims": "256 256",
@@ -80,54 +77,27 @@ def main() -> None:
     if not data.exists():
         play_data.write(data, "cube-single", episodes=100, seed=101)
     wanted = [(method, seed) for seed in arguments.seeds for method in arguments.methods]
-    run_all([each for each in wanted if not _is_finished(arguments.run_dir, *each)], data, arguments)
-    rows = [row(arguments.run_dir, *each) for each in wanted]
+    commands = []
+    for method, seed in wanted:
+        directory = folder(arguments.run_dir, method, seed)
+        options = COMMON | METHODS[method] | {"data.path": str(data), "seed": str(seed)}
+        commands += [] if pinned.is_finished(directory) else [pinned.command("demo-cube", directory, options)]
+    pinned.run(commands, arguments.jobs)
+    rows = [row(folder(arguments.run_dir, *each), *each) for each in wanted]
     text = document(rows, about)
     results.write_section(arguments.results, HEADING, text)
     machine.show({**about, "rows": rows, "ratio": ratio(rows)}, as_json=arguments.json, table=text)
 
 
-def _is_finished(run_dir: Path, method: str, seed: int) -> bool:
-    return (run_dir / _name(method, seed) / "summary.json").exists()
+def folder(run_dir: Path, method: str, seed: int) -> Path:
+    return run_dir / f"{method}-seed{seed}"
 
 
-def _name(method: str, seed: int) -> str:
-    return f"{method}-seed{seed}"
-
-
-def run_all(wanted: list[tuple[str, int]], data: Path, arguments: argparse.Namespace) -> None:
-    """One run after the other on each of ``--jobs`` cores."""
-    waiting = collections.deque(wanted)
-    running: dict[int, subprocess.Popen[bytes]] = {}
-    cores = sorted(os.sched_getaffinity(0))[: arguments.jobs]
-    while waiting or running:
-        for core in cores:
-            if core in running and (code := running[core].poll()) is not None:
-                if code:
-                    raise RuntimeError(f"{running[core].args!r} ended with {code}")
-                del running[core]
-            if core not in running and waiting:
-                command = _command(*waiting.popleft(), data, arguments.run_dir)
-                running[core] = subprocess.Popen(command, stdout=sys.stderr)
-                os.sched_setaffinity(running[core].pid, {core})  # before it counts the cores for its threads
-        time.sleep(1.0)
-
-
-def _command(method: str, seed: int, data: Path, run_dir: Path) -> list[str]:
-    name = _name(method, seed)
-    options = COMMON | METHODS[method] | {"env.name": TASK, "data.path": str(data), "data.cube_goal": GOAL}
-    options |= {"seed": str(seed), "run_dir": str(run_dir), "name": name}
-    command = [sys.executable, "-m", "acrlpd.cli.main", "train", "demo-cube"]
-    for option, value in options.items():
-        command += [f"--{option}", *value.split()]
-    return command + (["--resume"] if (run_dir / name / "config.json").exists() else [])
-
-
-def row(run_dir: Path, method: str, seed: int) -> dict[str, Any]:
+def row(directory: Path, method: str, seed: int) -> dict[str, Any]:
     """What one run's evaluations say, evaluations themselves not counted."""
     evaluating = 0.0
     found: dict[str, Any] = {"method": method, "seed": seed, "offline": None, "cpu_s": None}
-    for record in read_jsonl(run_dir / _name(method, seed) / "metrics.jsonl"):
+    for record in read_jsonl(directory / "metrics.jsonl"):
         if "eval/success_rate" not in record:
             continue
         evaluating += record["evaluation_cpu_s"]
@@ -137,7 +107,7 @@ def row(run_dir: Path, method: str, seed: int) -> dict[str, Any]:
             found["success"] = record["eval/success_rate"]
             found["cpu_s"] = record["cpu_s"] - evaluating
             found["updates"], found["env_steps"] = record["step"], record["env_steps"]
-    summary = json.loads((run_dir / _name(method, seed) / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     return found | {"whole_cpu_s": summary["cpu_s"], "evaluation_cpu_s": evaluating}
 
 

@@ -1,0 +1,45 @@
+"""Training runs side by side, each on a core of its own, so that one's CPU seconds do not depend on the other."""
+
+from __future__ import annotations
+
+import collections
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def command(preset: str, directory: Path, options: dict[str, str]) -> list[str]:
+    """``acrlpd train`` into that directory; one that was begun goes on where it was stopped."""
+    options = options | {"run_dir": str(directory.parent), "name": directory.name}
+    words = [sys.executable, "-m", "acrlpd.cli.main", "train", preset]
+    for option, value in options.items():
+        words += [f"--{option}", *value.split()]
+    return words + (["--resume"] if (directory / "config.json").exists() else [])
+
+
+def is_finished(directory: Path) -> bool:
+    return (directory / "summary.json").exists()
+
+
+def run(commands: Sequence[list[str]], jobs: int) -> None:
+    """All commands, ``jobs`` at a time. An interrupt reaches each of them: it saves, and the next call goes on."""
+    waiting = collections.deque(commands)
+    running: dict[int, subprocess.Popen[bytes]] = {}
+    cores = sorted(os.sched_getaffinity(0))[:jobs]
+    try:
+        while waiting or running:
+            for core in cores:
+                if core in running and (code := running[core].poll()) is not None:
+                    if code:
+                        raise RuntimeError(f"{' '.join(running[core].args)} ended with {code}")
+                    del running[core]
+                if core not in running and waiting:
+                    running[core] = subprocess.Popen(waiting.popleft(), stdout=sys.stderr)
+                    os.sched_setaffinity(running[core].pid, {core})  # before it counts the cores for its threads
+            time.sleep(0.5)
+    finally:
+        for process in running.values():
+            process.wait()

@@ -15,13 +15,14 @@ from acrlpd import presets
 from acrlpd.config import to_dict
 from acrlpd.envs.env import EnvConfig, Outcome, PhysicsError, SimulatedEnvironment
 from acrlpd.envs.rollout import Rollout
-from acrlpd.training import report
+from acrlpd.training import films, report
 from acrlpd.training.agreement import Choice, agreement
 from acrlpd.training.comparison import compare
 from acrlpd.training.evaluate import Evaluation, summarize, wilson
+from acrlpd.training.films import improved_seed, load_outcomes
 from acrlpd.training.metrics import JsonlWriter, breakdown, write_json
 from acrlpd.training.protocol import Findings, Trial
-from acrlpd.training.report import headline, improved_seed, load_outcomes, read_run, write_report
+from acrlpd.training.report import headline, read_run, write_report
 from acrlpd.training.run import RunFiles, save_rollouts
 from acrlpd.types import Episode
 
@@ -248,7 +249,7 @@ def test_the_film_shows_a_seed_that_was_won(finished):
     assert "Online: solved in 5 steps." in written.text
     assert "Executed again here" not in written.text
     last = Image.open(io.BytesIO(base64.b64decode(written.values("src")[-1].split(",")[1])))
-    assert last.size == (report.FRAME_SIZE, report.FRAME_SIZE)
+    assert last.size == (films.FRAME_SIZE, films.FRAME_SIZE)
     assert last.getpixel((5, 5))[0] == pytest.approx(50, abs=4)  # the scene after the fifth step
 
 
@@ -265,7 +266,7 @@ def test_a_film_ends_where_the_simulation_gave_up():
             return super().step(action)
 
     environment = SimulatedEnvironment(Unstable(), EnvConfig("walk/forward"))
-    frames, solved = report.film(environment, 100, np.ones((4, 1), np.float32))
+    frames, solved = films.film(environment, 100, np.ones((4, 1), np.float32))
     assert list(frames) == [0, 1, 2, 3]
     assert not solved
 

@@ -195,9 +195,7 @@ class ChunkLoader:
         own = rows[first : max(self._slice_start + self._slice_size - place, 0)]
         if not len(own):
             return None
-        raw = chunks.gather(
-            store, own, self._horizon, images=prefixes is None, ends_in_chunks=self._ends_in_chunks
-        )
+        raw = chunks.gather(store, own, self._horizon, images=prefixes is None, ends_in_chunks=self._ends_in_chunks)
         batch = self._to_batch(raw)
         if prefixes is None:
             return batch

@@ -1,0 +1,84 @@
+"""An evaluation's episodes seed by seed, and one of them filmed by executing its actions again."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+
+from acrlpd.envs.env import Environment, PhysicsError
+
+NUM_FRAMES = 8  # of one filmstrip
+FRAME_SIZE = 192  # pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcomes:
+    """An evaluation at the end of a phase, seed by seed, as ``loop.save_rollouts`` leaves it."""
+
+    seed: Int[np.ndarray, " n"]
+    success: Bool[np.ndarray, " n"]
+    length: Int[np.ndarray, " n"]
+    actions: Float[np.ndarray, "n t a"]  # executed; zero past the length
+
+    @property
+    def seeds(self) -> set[int]:
+        return set(self.seed.tolist())
+
+    @property
+    def solved(self) -> set[int]:
+        return set(self.seed[self.success].tolist())
+
+    @property
+    def failed(self) -> set[int]:
+        return self.seeds - self.solved
+
+    def episode(self, seed: int) -> tuple[bool, Float[np.ndarray, "t a"]]:
+        row = self.seed.tolist().index(seed)
+        return bool(self.success[row]), self.actions[row, : self.length[row]]
+
+
+RENDERING_ERRORS = (RuntimeError, ImportError, ValueError, AttributeError)
+"""No renderer, no simulator, or not the one of the run. PyOpenGL raises AttributeError where its library is missing."""
+
+
+def load_outcomes(path: Path) -> Outcomes:
+    with np.load(path, allow_pickle=False) as arrays:
+        return Outcomes(**{field.name: arrays[field.name] for field in dataclasses.fields(Outcomes)})
+
+
+def improved_seed(before: Outcomes, after: Outcomes) -> int | None:
+    """The first seed that failed before and succeeded after; None if there is none."""
+    return next((seed for seed in before.seed.tolist() if seed in before.failed & after.solved), None)
+
+
+def film(environment: Environment, seed: int, actions: Float[np.ndarray, "t a"]) -> tuple[dict[int, np.ndarray], bool]:
+    """Executes recorded actions again: pictures by the number of steps before them, and whether the task was solved.
+
+    Only the ``NUM_FRAMES`` moments that are shown are rendered, the start and the end among them.
+    """
+    moments = set(np.linspace(0, len(actions), NUM_FRAMES).round().astype(int).tolist())
+    environment.reset(seed, render=False)
+    frames = {0: environment.render(FRAME_SIZE)}
+    for number, action in enumerate(actions, 1):
+        try:
+            step = environment.step(action)
+        except PhysicsError:
+            return frames, False  # the episode was lost here when it was recorded, too
+        ended = step.terminated or step.truncated
+        if number in moments or ended:
+            frames[number] = environment.render(FRAME_SIZE)
+        if ended:
+            return frames, step.success
+    return frames, False
+
+
+def jpeg(frame: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -19,7 +19,7 @@ FRAME_SIZE = 192  # pixels
 
 @dataclasses.dataclass(frozen=True)
 class Outcomes:
-    """An evaluation at the end of a phase, seed by seed, as ``loop.save_rollouts`` leaves it."""
+    """An evaluation at the end of a phase, seed by seed, as ``run.save_rollouts`` leaves it."""
 
     seed: Int[np.ndarray, " n"]
     success: Bool[np.ndarray, " n"]

@@ -327,7 +327,7 @@ def literal(setting: Setting, *, one_by_one: bool = True) -> Call:
             "temperature": grads_of["temperature"](params["temperature"], drawn(params, now, ENTROPY_STEPS)),
         }
         state = apply(grads, *state)
-        return y
+        return state
 
     return call
 

@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--offline_steps", type=int, default=1500)
-    parser.add_argument("--online_steps", type=int, default=8000)
+    parser.add_argument("--online_steps", type=int, default=6000)
     parser.add_argument("--eval_episodes", type=int, default=50)
     parser.add_argument("--run_dir", type=Path, default=Path("runs/learning"))
     parser.add_argument("--results", type=Path, default=Path("docs/results.md"))

@@ -65,11 +65,13 @@ def main() -> None:
     parser.add_argument("--run_dir", type=Path, default=Path("runs/learning"))
     parser.add_argument("--results", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on a core of its own")
+    parser.add_argument("--table_only", action="store_true", help="of the runs that are finished; none is begun")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     about = machine.describe()
-    wanted = [run for run in _each(arguments) if not pinned.is_finished(folder(*run, arguments))]
-    pinned.run([command(*run, arguments) for run in wanted], arguments.jobs)
+    if not arguments.table_only:
+        wanted = [run for run in _each(arguments) if not pinned.is_finished(folder(*run, arguments))]
+        pinned.run([command(*run, arguments) for run in wanted], arguments.jobs)
     found = [row for task in arguments.tasks for method in arguments.methods if (row := _row(task, method, arguments))]
     text = document(found, about, arguments)
     if found:

@@ -20,6 +20,7 @@ from typing import Any
 
 import machine
 import pinned
+import recipes
 import results
 
 from acrlpd import presets
@@ -35,7 +36,7 @@ COMMON = {
     "policy.hidden_dims": "256 256",
     "agent.critic.hidden_dims": "256 256",
     "eval.frequency": "3000",
-    "early_stopping_patience": "1000",  # equal updates for all
+    "early_stopping_patience": "1000",
 }
 MLP = {"policy.kind": "mlp_flow"}
 METHODS: dict[str, dict[str, str]] = {
@@ -43,12 +44,13 @@ METHODS: dict[str, dict[str, str]] = {
     "qc": MLP | {"algorithm": "qc"},
     "qc-fql": MLP | {"algorithm": "qc-fql"},
     "rlpd-ac": {"algorithm": "rlpd-ac"},
-    "ours": MLP,
-    "ours, q_gradient": MLP | {"agent.extraction": "q_gradient"},
-    "ours, distill": MLP | {"agent.extraction": "distill"},
-    "ours, min": MLP | {"agent.critic.q_aggregation": "min"},
-    "ours, weighted": MLP | {"agent.critic.q_aggregation": "weighted"},
-    "ours, subset": MLP | {"agent.critic.q_aggregation": "subset"},
+    "ours": MLP | recipes.OURS,
+    "ours, q_gradient": MLP | recipes.OURS | {"agent.extraction": "q_gradient"},
+    "ours, distill": MLP | recipes.OURS | {"agent.extraction": "distill"},
+    "ours, min": MLP | recipes.OURS | {"agent.critic.q_aggregation": "min"},
+    "ours, weighted": MLP | recipes.OURS | {"agent.critic.q_aggregation": "weighted"},
+    "ours, subset": MLP | recipes.OURS | {"agent.critic.q_aggregation": "subset", "agent.critic.num_critics": "10"},
+    "ours, 10 critics": MLP | recipes.OURS | {"agent.critic.num_critics": "10"},
 }
 HEADING = "What each method learns"
 
@@ -135,8 +137,8 @@ def document(rows: list[dict[str, Any]], about: dict[str, Any], arguments: argpa
     lines = [f"Made by `{about['command']}` on {about['cpu_count']} cores of {about['processor']}."]
     lines.append(
         f"A run: {arguments.offline_steps} updates offline, {arguments.online_steps} environment steps online, on "
-        f"{arguments.episodes} scripted episodes with noise (`demo-cube`), networks of 2 x 256. Success with "
-        "Wilson's 95 % interval over the evaluation episodes of all seeds."
+        f"{arguments.episodes} scripted episodes with noise (`demo-cube`), networks of 2 x 256; bc has no online phase, "
+        "rlpd-ac no offline one. Success with Wilson's 95 % interval over the evaluation episodes of all seeds."
     )
     for task in dict.fromkeys(row["task"] for row in rows):
         lines += ["", f"### {TASKS[task]}", ""]

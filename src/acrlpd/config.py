@@ -225,6 +225,7 @@ class TrainConfig:
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     overlap_rollouts: bool = False  # execute chunks during updates, by a policy that is some updates old
     execute_horizon: int | None = None  # steps of a chunk that are executed; None: all of them
+    critic_alone_steps: int = 0  # first offline updates, of the critics alone, at the chunks that the data goes on with
     actor_warmup_steps: int = 0  # updates before the actor loss counts; the critic knows nothing at first
     online_loss_weights: LossWeights | None = None  # reached linearly ...
     online_transition_steps: int = 1000  # ... over this many updates of the online phase
@@ -247,7 +248,7 @@ class TrainConfig:
                 f"execute_horizon ({self.execute_horizon}) must lie between 1 and policy.action_horizon ({horizon}): "
                 "the policy cannot execute more steps than it predicts. Lower it or train with a longer chunk."
             )
-        for name in ("offline_steps", "online_steps", "warmup_env_steps", "actor_warmup_steps"):
+        for name in ("offline_steps", "online_steps", "warmup_env_steps", "actor_warmup_steps", "critic_alone_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         counts = ("log_frequency", "save_frequency", "online_envs", "early_stopping_patience", "max_to_keep")
@@ -271,6 +272,13 @@ class TrainConfig:
                 f"agent.algorithm={self.agent.algorithm!r} does not go with policy.kind={self.policy.kind!r}: "
                 "rlpd_ac, and nothing else, has the gaussian policy (--algorithm rlpd-ac sets both)"
             )
+        if self.critic_alone_steps > self.offline_steps:
+            raise ValueError(
+                f"critic_alone_steps ({self.critic_alone_steps}) are the first of the offline_steps "
+                f"({self.offline_steps}), so they cannot be more"
+            )
+        if self.critic_alone_steps and self.agent.algorithm == "bc":
+            raise ValueError("critic_alone_steps must be 0 with agent.algorithm='bc', which has no use for critics")
         if self.utd_ratio <= 0:
             raise ValueError(f"utd_ratio must be positive, got {self.utd_ratio}")
         if self.env is None and self.data.path is None:

@@ -56,6 +56,7 @@ class ChunkBatch:
     sequence_mask: Float[AnyArray, " b"]  # 1 where the chunk may be used for the TD loss
     episode_id: Int[AnyArray, " b"]
     step_id: Int[AnyArray, " b"]
+    next_actions: Float[AnyArray, "b h a"] | None = None  # the data's own at next_observations, for critics alone
 
 
 @dataclasses.dataclass(frozen=True)

@@ -237,7 +237,7 @@ def q_size(state: State, settings: Settings, batch: Batch, draws: Draws) -> floa
 
 def distill_loss(student: Params, state: State, settings: Settings, batch: Batch, draws: Draws) -> float:
     policy = state.params["policy"]
-    teacher = euler(policy, batch.state, draws.actor_noise, settings.num_steps)[0]
+    teacher = clip(euler(policy, batch.state, draws.actor_noise, settings.num_steps)[0], settings.action_clip)
     chunk = euler({**policy, **student}, batch.state, draws.actor_noise, 1)[0]
     q = member_values(state.params["critic"], batch.state, clip(chunk, settings.action_clip), settings.robot_dim)
     return settings.distill_weight * np.mean((chunk - teacher) ** 2) - q.mean()

@@ -128,6 +128,38 @@ def test_update_equals_numpy(case, rows, agents, toys, flat):
             np.testing.assert_allclose(actual[name], value, rtol=0, atol=1e-5, err_msg=f"{group}/{name}")
 
 
+@pytest.mark.parametrize("case", ["min", "weighted"])
+def test_critics_alone_learn_the_value_of_what_the_data_goes_on_with(case, agents, toys, flat):
+    agent, rng = agents[case], np.random.default_rng(0)
+    batch = toys.batch(action_dim=agent.nets.action_shape[1])
+    batch = dataclasses.replace(batch, next_actions=jnp.asarray(rng.uniform(-1, 1, batch.actions.shape), jnp.float32))
+    after, metrics = toys.jit(acrlpd._update_critic.__wrapped__)(agent, batch, toys.key(0))
+
+    online, slow, facts = flat(agent.params["critic"]), flat(agent.target_critic), reference_batch(batch)
+    next_q = reference.member_values(slow, facts.next_state, np.asarray(batch.next_actions, np.float64), 2)
+    next_q = reference.aggregate(slow, next_q, agent.config.critic.q_aggregation)
+    powers = agent.config.discount ** np.arange(batch.actions.shape[1])
+    target = (powers * facts.valid * facts.rewards).sum(axis=1)
+    target += agent.config.discount ** len(powers) * facts.bootstrap_mask * next_q
+    q = reference.member_values(online, facts.state, facts.actions, 2)
+    np.testing.assert_allclose(metrics["target_q_mean"], target.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["td_error_mean"], np.abs(q - target).mean(), rtol=1e-5)
+    for group in ("policy", "temperature"):
+        jax.tree.map(np.testing.assert_array_equal, after.params[group], agent.params[group])
+        jax.tree.map(np.testing.assert_array_equal, after.opt_state[group], agent.opt_state[group])
+    moved = jax.tree.map(lambda x, y: bool(np.any(x != y)), after.params["critic"], agent.params["critic"])
+    assert all(jax.tree.leaves(moved))
+    assert any(
+        jax.tree.leaves(jax.tree.map(lambda x, y: bool(np.any(x != y)), after.target_critic, agent.target_critic))
+    )
+    assert after.step == agent.step + 1
+
+
+def test_critics_alone_need_the_next_chunk(agents, toys):
+    with pytest.raises(ValueError, match="critic_alone=True"):
+        agents["min"].update_critic(toys.batch(action_dim=agents["min"].nets.action_shape[1]), toys.key(0))
+
+
 # -- section 7: gradients ----------------------------------------------------------------------------------------------
 
 
@@ -175,7 +207,7 @@ def test_a_loss_moves_its_own_parameters_alone(extraction, toys, flat):
                 assert (np.abs(value).max() > 0) == (group in moved), f"{term}: {group}/{name}"
 
 
-def test_aggregation_weights_learn_and_members_are_held_by_their_term(agents, toys):
+def test_aggregation_weights_learn_and_members_are_held_by_their_term(agents, toys, flat):
     """The weights follow the aggregate's TD error; the members' gradient is the one they have without it."""
 
     def gradient(agent):
@@ -183,10 +215,16 @@ def test_aggregation_weights_learn_and_members_are_held_by_their_term(agents, to
         return acrlpd._gradients(agent, batch, toys.key(0), only)[0]["critic"]
 
     agent, batch = agents["weighted"], toys.batch()
-    grads = toys.jit(gradient)(agent)
-    assert np.abs(grads["aggregation_logits"][...]).min() > 0
-    # softmax weights sum to 1 whatever the logits are
-    np.testing.assert_allclose(grads["aggregation_logits"][...].sum(), 0, atol=1e-6)
+    unweighted = dataclasses.replace(agent.config.critic, q_aggregation="mean")  # as equal logits weigh, without a term
+    config = dataclasses.replace(agent.config, critic=unweighted)
+    plain = dataclasses.replace(agent, nets=dataclasses.replace(agent.nets, config=config))
+    grads, expected = (flat(toys.jit(gradient)(each)) for each in (agent, plain))
+    logits = grads.pop("aggregation_logits")
+    assert np.abs(logits).min() > 0
+    assert not expected.pop("aggregation_logits").any()
+    assert grads.keys() == expected.keys()
+    for name in grads:
+        np.testing.assert_allclose(grads[name], expected[name], atol=1e-6, err_msg=name)
 
 
 def test_target_moves_after_the_critic(agents, toys):

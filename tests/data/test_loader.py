@@ -1,3 +1,4 @@
+import dataclasses
 import threading
 
 import jax
@@ -140,6 +141,36 @@ def test_chunks_that_an_end_cuts_short_can_be_left_out():
     assert kept["sequence_mask"].sum() > dropped["sequence_mask"].sum()
     batch = make_loader(ends_in_chunks=False, sequence_ratio=0.0).batch(0)
     np.testing.assert_array_equal(batch.sequence_mask, batch.step_id + 3 <= np.array([7, 2, 9])[batch.episode_id])
+
+
+def test_batches_for_critics_alone_bring_the_chunk_that_follows():
+    prior = make_store([7, 2, 9])
+    plain = Compose(())
+    batch = make_loader(prior, transform=plain, sequence_ratio=0.0, batch_size=64).batch(0, critic_alone=True)
+    usual = make_loader(prior, transform=plain, sequence_ratio=0.0, batch_size=64).batch(0)
+    assert_same(
+        dataclasses.replace(batch, next_actions=None, sequence_mask=0), dataclasses.replace(usual, sequence_mask=0)
+    )
+    starts, lengths = np.array([0, 7, 9]), np.array([7, 2, 9])
+    ends = (starts + lengths)[batch.episode_id]
+    following = np.minimum(starts[batch.episode_id] + batch.step_id + 3, ends - 1)  # episodes end with a terminal
+    np.testing.assert_array_equal(batch.next_actions, gather(prior, following, 3)["actions"])
+    np.testing.assert_array_equal(batch.sequence_mask, usual.sequence_mask)
+
+
+def test_a_successor_that_a_time_limit_cuts_short_has_no_value():
+    store = EpisodeStore.from_episodes([dataclasses.replace(make_store([8]).episode(0), terminals=np.zeros(8, bool))])
+    loader = make_loader(store, transform=Compose(()), sequence_ratio=0.0, batch_size=64)
+    batch = loader.batch(0, critic_alone=True)
+    np.testing.assert_array_equal(batch.sequence_mask, batch.step_id + 6 <= 8)
+    assert batch.sequence_mask.sum() < loader.batch(0).sequence_mask.sum()
+
+
+def test_batches_made_ahead_are_of_the_kind_that_is_asked_for():
+    loader = make_loader()
+    loader.batch(0, critic_alone=True)
+    assert loader.batch(1).next_actions is None
+    assert_same(loader.batch(2, critic_alone=True), make_loader(prefetch=0).batch(2, critic_alone=True))
 
 
 def test_online_without_replayed_rows_is_prior_data():

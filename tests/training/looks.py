@@ -342,6 +342,10 @@ class _Still:
         self.diary.note("update", self.step, dataclasses.astuple(weights))
         return dataclasses.replace(self, step=self.step + 1), _metrics()
 
+    def update_critic(self, batch: Any, rng: Any) -> Any:
+        self.diary.note("update_critic", self.step)
+        return dataclasses.replace(self, step=self.step + 1), _metrics()
+
     def updates(self, batches: Any, rngs: Any, weights: Any) -> Any:
         count = len(jax.tree.leaves(rngs)[0])
         self.diary.note("updates", self.step, count)
@@ -388,7 +392,7 @@ def story(config: TrainConfig, place: Place) -> list[Any]:
         return summarize([rollout] * len(seeds)), []
 
     loader = types.SimpleNamespace(
-        batch=lambda draw, online: batch, close=lambda: None, stats=dict, contents=dict, cameras=()
+        batch=lambda draw, **kind: batch, close=lambda: None, stats=dict, contents=dict, cameras=()
     )
     checkpoints = types.SimpleNamespace(
         save=lambda agent, **options: diary.note("save", agent.step, options["asset_id"]), wait=lambda: None, keep=set()

@@ -169,6 +169,7 @@ SEEN: dict[str, tuple[Any, Any] | tuple[Any, Any, dict[str, Any]]] = {
     "overlap_rollouts": (looks.story, True),
     "execute_horizon": (looks.experience, 2),
     "actor_warmup_steps": (looks.story, 3),
+    "critic_alone_steps": (looks.story, 3),
     **{f"online_loss_weights.{name}_weight": (looks.story, 0.3) for name in ("critic", "actor", "bc", "alpha")},
     "online_transition_steps": (looks.story, 20, {"online_loss_weights.bc_weight": 0.0}),
     "log_frequency": (looks.story, 3),

@@ -88,6 +88,38 @@ def test_a_run_with_stored_prefixes_is_the_run_without(frozen, tmp_path):
     )
 
 
+def test_critics_alone_read_stored_features_of_any_backbone(frozen, tmp_path, monkeypatch):
+    """However small the budget, and although the backbone will change: it does not while critics train alone."""
+    config = dataclasses.replace(
+        frozen,
+        policy=dataclasses.replace(frozen.policy, freeze_pi0_backbone=False),
+        data=dataclasses.replace(frozen.data, prefix_bytes=0),
+        critic_alone_steps=2,
+    )
+    trainer = setup.make_trainer(config)
+    untouched = jax.tree.map(np.array, trainer.agent.params["policy"])
+    monkeypatch.setattr(prefixes, "are_features_of_use", lambda *_: False)
+    plain = setup.make_trainer(dataclasses.replace(config, name="without"))
+    stored, computed = (each.loader.batch(0, critic_alone=True).observations for each in (trainer, plain))
+    assert (stored.images, computed.prefix) == ({}, None)
+    assert stored.prefix[1:] == (None, None)
+    (made,) = (tmp_path / "runs" / "prefixes").iterdir()
+    assert [path.name for path in sorted(made.iterdir())] == ["0.bin", "arrays.json"]
+    for each in (trainer, plain):
+        each.train()
+    records = [
+        [record for record in read_jsonl(setup.run_files(each.config).metrics) if "train/q_mean" in record]
+        for each in (trainer, plain)
+    ]
+    assert ["train/bc_loss" in record for record in records[0]] == [False, False, True]
+    for one, other in zip(*records, strict=True):
+        for name in one:
+            if name.startswith("train/"):
+                np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    moved = jax.tree.map(lambda x, y: bool(np.any(x != y)), trainer.agent.params["policy"], untouched)
+    assert any(jax.tree.leaves(moved))  # by the third update
+
+
 def test_more_than_the_budget_is_not_stored(frozen, tmp_path, caplog):
     small = dataclasses.replace(frozen, data=dataclasses.replace(frozen.data, prefix_bytes=1000))
     with caplog.at_level("INFO"):

@@ -24,7 +24,7 @@ from acrlpd.agents.health import Health, judge, keep_if
 from acrlpd.agents.losses import LossWeights
 from acrlpd.models import flow, parameters
 from acrlpd.models.critic import CriticNetworks
-from acrlpd.models.flow import FlowPolicy
+from acrlpd.models.flow import FlowPolicy, Prefix
 from acrlpd.models.parameters import Params
 from acrlpd.types import ChunkBatch, Metrics, Observation
 
@@ -163,6 +163,10 @@ class ACRLPDAgent:
         """One gradient step of every group and the target update: one compiled call that consumes this agent."""
         return _update(self, batch, rng, self.config.loss_weights if weights is None else weights)
 
+    def update_critic(self, batch: ChunkBatch, rng: PRNGKeyArray) -> tuple[ACRLPDAgent, Metrics]:
+        """The same for the critics alone, at the data's own ``next_actions``; the policy is not even sampled."""
+        return _update_critic(self, batch, rng)
+
     def updates(self, batches: ChunkBatch, rngs: PRNGKeyArray, weights: LossWeights) -> tuple[ACRLPDAgent, Metrics]:
         """``update`` for each entry of the leading axis that all three have, in one call; so have the metrics."""
         return _updates(self, batches, rngs, weights)
@@ -193,18 +197,31 @@ def _acting(params: dict[str, Params]) -> dict[str, Params]:
 def _update(
     agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray, weights: LossWeights
 ) -> tuple[ACRLPDAgent, Metrics]:
+    return _apply(agent, batch, *_gradients(agent, batch, rng, weights))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _update_critic(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -> tuple[ACRLPDAgent, Metrics]:
+    gradient = jax.grad(critic_alone_loss, has_aux=True)
+    grads, metrics = gradient(agent.params["critic"], agent, batch, _draw(agent, batch, rng))
+    return _apply(agent, batch, {"critic": grads}, metrics)
+
+
+def _apply(
+    agent: ACRLPDAgent, batch: ChunkBatch, grads: dict[str, Params], metrics: dict[str, Array]
+) -> tuple[ACRLPDAgent, Metrics]:
+    """A step of every group that has gradients, then of the target critics; nothing at all if the numbers are ill."""
     config, nets = agent.config, agent.nets
-    grads, metrics = _gradients(agent, batch, rng, weights)
-    params, opt_state = {}, {}
-    for group, optimizer in nets.optimizers.items():
-        updates, opt_state[group] = optimizer.update(grads[group], agent.opt_state[group], agent.params[group])
-        params[group] = optax.apply_updates(agent.params[group], updates)
+    params, opt_state = dict(agent.params), dict(agent.opt_state)
+    for group in grads:
+        updates, opt_state[group] = nets.optimizers[group].update(grads[group], opt_state[group], params[group])
+        params[group] = optax.apply_updates(params[group], updates)
         metrics[f"grad_norm/{group}"] = optax.tree.norm(grads[group])
     target_critic = optax.incremental_update(params["critic"], agent.target_critic, config.target_update_tau)
     ema = agent.ema
     if config.policy_ema_decay is not None:
         ema = optax.incremental_update(_acting(params), ema, 1 - config.policy_ema_decay)
-    norms = {group: metrics[f"grad_norm/{group}"] for group in nets.optimizers}
+    norms = {group: metrics[f"grad_norm/{group}"] for group in grads}
     ok, health = judge(agent.health, {"loss": jnp.abs(metrics["total_loss"]), **norms}, config.health)
     metrics |= {"skipped": 1.0 - ok, "skipped_in_a_row": health.skipped_in_a_row}
     metrics |= {"valid_samples": batch.sequence_mask.sum(), "mask_ratio": batch.valid.mean()}
@@ -288,16 +305,7 @@ def joint_loss(
     chunks, scores = candidates.propose(constant, config, next_prefix, noise, num_steps)
     _, best = sampling.select(chunks, scores)
     next_chunk = candidates.finish(constant, config, next_prefix, noise, chunks, best, num_steps)
-    target_critic = nnx.merge(nets.critic_def, agent.target_critic)
-    next_q_members = target_critic(next_prefix.features, next_prefix.state, next_chunk[None])[:, 0]  # [e b]
-    next_q = target_critic.aggregate(next_q_members, draws.pair_rng)
-    target = losses.td_target(batch.rewards, batch.valid, batch.bootstrap_mask, next_q, discount=config.discount)
-    features = jax.lax.stop_gradient(prefix.features)
-    q = modules.critic(features, prefix.state, batch.actions[None], dropout_rng=draws.dropout_rng)[:, 0]  # [e b]
-    critic_loss = losses.critic_loss(q, target, batch.sequence_mask, huber_delta=config.huber_delta)
-    if config.critic.q_aggregation == "weighted":  # the aggregate's own TD error trains the weights, members held
-        aggregate = modules.critic.aggregate(jax.lax.stop_gradient(q))[None]
-        critic_loss += losses.critic_loss(aggregate, target, batch.sequence_mask, huber_delta=config.huber_delta)
+    critic_loss, q, target = _td_loss(modules.critic, agent, batch, draws, prefix, next_prefix, next_chunk)
 
     # Section 3: the policy, by imitation and by the extraction.
     flow_loss = flow.flow_loss(modules.policy, prefix, batch.actions, draws.flow_noise, draws.flow_time)
@@ -330,17 +338,58 @@ def joint_loss(
         "bc_loss": bc_loss,
         "actor_loss": actor_loss,
         "alpha_loss": alpha_loss,
-        "q_mean": q.mean(),
-        "q_std": q.std(),
-        "q_ensemble_variance": q.var(axis=0).mean(),
-        "target_q_mean": target.mean(),
-        "td_error_mean": jnp.abs(q - target[None]).mean(),
         "alpha_value": temperature,
         "entropy_estimate": entropy.mean(),
         "best_of_n_variance": scores.var(axis=0).mean(),
         "action_diversity": jnp.sqrt(2.0) * spread.mean(),  # root mean squared distance between two candidates
     }
-    return total, metrics | dict(actor_metrics)
+    return total, metrics | _about_values(q, target) | dict(actor_metrics)
+
+
+def critic_alone_loss(
+    params: Params, agent: ACRLPDAgent, batch: ChunkBatch, draws: Draws
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Section 2 at the chunk that the data itself goes on with, instead of the policy's: its value as recorded."""
+    if batch.next_actions is None:
+        raise ValueError("this batch has no next_actions: make it with ChunkLoader.batch(..., critic_alone=True)")
+    modules = agent.nets.modules(agent.params | {"critic": params}, agent.frozen)
+    prefix, next_prefix = (flow.encode(modules.policy, seen) for seen in (batch.observations, batch.next_observations))
+    loss, q, target = _td_loss(modules.critic, agent, batch, draws, prefix, next_prefix, batch.next_actions)
+    return loss, {"total_loss": loss, "critic_loss": loss} | _about_values(q, target)
+
+
+def _td_loss(
+    critic: CriticNetworks,
+    agent: ACRLPDAgent,
+    batch: ChunkBatch,
+    draws: Draws,
+    prefix: Prefix,
+    next_prefix: Prefix,
+    next_chunk: Float[Array, "b h a"],
+) -> tuple[Float[Array, ""], Float[Array, "e b"], Float[Array, " b"]]:
+    """Of the dataset's chunk; with the members' values of it and their target."""
+    config = agent.config
+    target_critic = nnx.merge(agent.nets.critic_def, agent.target_critic)
+    next_q_members = target_critic(next_prefix.features, next_prefix.state, next_chunk[None])[:, 0]  # [e b]
+    next_q = target_critic.aggregate(next_q_members, draws.pair_rng)
+    target = losses.td_target(batch.rewards, batch.valid, batch.bootstrap_mask, next_q, discount=config.discount)
+    features = jax.lax.stop_gradient(prefix.features)
+    q = critic(features, prefix.state, batch.actions[None], dropout_rng=draws.dropout_rng)[:, 0]  # [e b]
+    loss = losses.critic_loss(q, target, batch.sequence_mask, huber_delta=config.huber_delta)
+    if config.critic.q_aggregation == "weighted":  # the aggregate's own TD error trains the weights, members held
+        aggregate = critic.aggregate(jax.lax.stop_gradient(q))[None]
+        loss += losses.critic_loss(aggregate, target, batch.sequence_mask, huber_delta=config.huber_delta)
+    return loss, q, target
+
+
+def _about_values(q: Float[Array, "e b"], target: Float[Array, " b"]) -> dict[str, Array]:
+    return {
+        "q_mean": q.mean(),
+        "q_std": q.std(),
+        "q_ensemble_variance": q.var(axis=0).mean(),
+        "target_q_mean": target.mean(),
+        "td_error_mean": jnp.abs(q - target[None]).mean(),
+    }
 
 
 def _bc_sample_weights(

@@ -97,7 +97,8 @@ class Distill:
         self, modules: Modules, prefix: Prefix, noise: Float[Array, "m b h a"], temperature: Float[Array, ""]
     ) -> tuple[Float[Array, ""], Metrics]:
         prefix = jax.lax.stop_gradient(prefix)  # the student trains alone: the prefix belongs to the teacher
-        teacher = jax.lax.stop_gradient(flow.sample(modules.policy, prefix, noise, num_steps=self.num_steps))
+        teacher = clip(flow.sample(modules.policy, prefix, noise, num_steps=self.num_steps), self.action_clip)
+        teacher = jax.lax.stop_gradient(teacher)
         student = one_step(modules.student, prefix, noise)
         distill = losses.distill_loss(student[0], teacher[0])
         q = _q(modules.critic, prefix, clip(student, self.action_clip))  # [e 1 b]: QC-FQL climbs the members' mean

@@ -55,7 +55,7 @@ def judge(
             limit = jnp.maximum(config.spike_factor * health.means[name], config.spike_floor)
             ok &= (health.applied < MEMORY) | (value <= limit)
     rate = jnp.maximum(1 / (health.applied + 1.0), 1 / MEMORY)
-    means = {name: mean + rate * (magnitudes[name] - mean) for name, mean in health.means.items()}
+    means = {name: mean + rate * (magnitudes.get(name, mean) - mean) for name, mean in health.means.items()}
     after = Health(
         means=keep_if(ok, means, health.means),
         applied=health.applied + ok,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Container
@@ -44,6 +45,7 @@ class ChunkLoader:
         prefetch: batches made ahead; 0 makes each when it is asked for.
         prefixes: of ``prior``; offline batches then bring them along instead of images. Online ones cannot: nobody
             has computed those of the replay.
+        features: the part of them that critics read, for batches that train critics alone.
         host_index, num_hosts: this process makes its slice of each batch, the ``host_index``-th of ``num_hosts`` equal
             ones; together they are the batch that one process would make. ``batch_size`` is that of the whole.
     """
@@ -62,6 +64,7 @@ class ChunkLoader:
         ends_in_chunks: bool = True,
         prefetch: int = 2,
         prefixes: PrefixRows | None = None,
+        features: PrefixRows | None = None,
         host_index: int = 0,
         num_hosts: int = 1,
     ):
@@ -94,49 +97,55 @@ class ChunkLoader:
         self._ends_in_chunks = ends_in_chunks
         self._prefetch = prefetch
         self._prefixes = prefixes
-        self._ahead: dict[int, Future[ChunkBatch]] = {}  # by step
+        self._features = features
+        self._ahead: dict[tuple[int, bool], Future[ChunkBatch]] = {}  # by step, and whether it is for critics alone
         self._thread: ThreadPoolExecutor | None = None
         self._slice_size = batch_size // num_hosts
         self._slice_start = host_index * self._slice_size
         self._counters = _Counters()
 
-    def batch(self, step: int, *, online: bool = False) -> ChunkBatch:
-        """The batch of one training step, as numpy: replayed chunks first, then prior ones. One caller at a time."""
+    def batch(self, step: int, *, online: bool = False, critic_alone: bool = False) -> ChunkBatch:
+        """The batch of one training step, as numpy: replayed chunks first, then prior ones. One caller at a time.
+
+        With ``critic_alone`` the same chunks bring along their successors, ``next_actions``; those whose successor is
+        cut short by anything but a terminal stay out of the TD loss.
+        """
         started = time.perf_counter()
         if online or not self._prefetch:
             self._forget()
-            batch = self._make(step, online=online)
+            batch = self._make(step, online=online, critic_alone=critic_alone)
         else:
-            batch = self._made_ahead(step)
+            batch = self._made_ahead(step, critic_alone)
         self._counters.waited(time.perf_counter() - started)
         return batch
 
-    def _made_ahead(self, step: int) -> ChunkBatch:
+    def _made_ahead(self, step: int, critic_alone: bool) -> ChunkBatch:
         """The batch, with the thread set to the ones after it; an error in the thread is raised at its own batch."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="acrlpd-prefetch")
-        wanted = range(step, step + 1 + self._prefetch)
+        wanted = [(coming, critic_alone) for coming in range(step, step + 1 + self._prefetch)]
         self._forget(wanted)
-        for coming in wanted:
-            if coming not in self._ahead:
-                self._ahead[coming] = self._thread.submit(self._make, coming, online=False)
-        return self._ahead.pop(step).result()
+        for each in wanted:
+            if each not in self._ahead:
+                self._ahead[each] = self._thread.submit(self._make, each[0], online=False, critic_alone=critic_alone)
+        return self._ahead.pop(wanted[0]).result()
 
-    def _forget(self, but: Container[int] = ()) -> None:
-        for step in [step for step in self._ahead if step not in but]:
-            self._ahead.pop(step).cancel()
+    def _forget(self, but: Container[tuple[int, bool]] = ()) -> None:
+        for each in [each for each in self._ahead if each not in but]:
+            self._ahead.pop(each).cancel()
 
-    def _make(self, step: int, *, online: bool) -> ChunkBatch:
+    def _make(self, step: int, *, online: bool, critic_alone: bool) -> ChunkBatch:
         started = time.perf_counter()
         rng = chunks.step_rng(self._seed, step)
         replay_size = self._replay_size(rng) if online else 0
         parts = []
-        if self._replay is not None and replay_size and (drawn := self._draw(self._replay, rng, replay_size, 0, None)):
+        draw = functools.partial(self._draw, rng=rng, critic_alone=critic_alone)
+        if self._replay is not None and replay_size and (drawn := draw(self._replay, size=replay_size, place=0)):
             own_ids = drawn.episode_id + np.int32(self._prior.next_episode_id)
             parts.append(dataclasses.replace(drawn, episode_id=own_ids))
         prior_size = self._batch_size - replay_size
-        prefixes = None if online else self._prefixes
-        if prior_size and (drawn := self._draw(self._prior, rng, prior_size, replay_size, prefixes)):
+        prefixes = None if online else self._features if critic_alone else self._prefixes
+        if prior_size and (drawn := draw(self._prior, size=prior_size, place=replay_size, prefixes=prefixes)):
             parts.append(drawn)
         # each part passed the transforms on its own, so the two may differ in camera names and picture sizes before
         batch = parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
@@ -187,7 +196,14 @@ class ChunkLoader:
             self._prior.reader.close()
 
     def _draw(
-        self, store: EpisodeStore, rng: np.random.Generator, size: int, place: int, prefixes: PrefixRows | None
+        self,
+        store: EpisodeStore,
+        *,
+        rng: np.random.Generator,
+        size: int,
+        place: int,
+        critic_alone: bool,
+        prefixes: PrefixRows | None = None,
     ) -> ChunkBatch | None:
         """This host's share of ``size`` chunks, which begin at ``place`` in the batch; None if it has none of them."""
         rows = chunks.start_rows(store, rng, size, self._horizon, self._sequence_ratio)
@@ -195,8 +211,9 @@ class ChunkLoader:
         own = rows[first : max(self._slice_start + self._slice_size - place, 0)]
         if not len(own):
             return None
-        raw = chunks.gather(store, own, self._horizon, images=prefixes is None, ends_in_chunks=self._ends_in_chunks)
-        batch = self._to_batch(raw)
+        gather = functools.partial(chunks.gather, store, horizon=self._horizon, ends_in_chunks=self._ends_in_chunks)
+        raw = gather(own, images=prefixes is None)
+        batch = self._to_batch(raw, gather(raw["next_row"], images=False) if critic_alone else None)
         if prefixes is None:
             return batch
         now, after = (prefixes.take(raw[name]) for name in ("row", "next_row"))
@@ -206,9 +223,17 @@ class ChunkLoader:
             next_observations=dataclasses.replace(batch.next_observations, prefix=after),
         )
 
-    def _to_batch(self, raw: dict[str, Any]) -> ChunkBatch:
+    def _to_batch(self, raw: dict[str, Any], following: dict[str, Any] | None) -> ChunkBatch:
+        """``following``: the chunks that come after those of ``raw``, if they are wanted."""
         now = self._transform({key: raw[key] for key in ("state", "actions", "image", "prompt")})
-        after = self._transform({"state": raw["next_state"], "image": raw["next_image"], "prompt": raw["prompt"]})
+        seen = {"state": raw["next_state"], "image": raw["next_image"], "prompt": raw["prompt"]}
+        usable, next_actions = raw["sequence_mask"], None
+        if following is None:
+            after = self._transform(seen)
+        else:
+            after = self._transform(seen | {"actions": following["actions"]})
+            next_actions = np.asarray(after["actions"], np.float32)
+            usable = usable * np.where(raw["bootstrap_mask"] > 0, following["sequence_mask"], 1).astype(np.float32)
         return ChunkBatch(
             observations=to_observation(now),
             actions=np.asarray(now["actions"], np.float32),
@@ -217,9 +242,10 @@ class ChunkLoader:
             valid=raw["valid"],
             next_observations=to_observation(after),
             bootstrap_mask=raw["bootstrap_mask"],
-            sequence_mask=raw["sequence_mask"],
+            sequence_mask=usable,
             episode_id=raw["episode_id"].astype(np.int32),
             step_id=raw["step_id"].astype(np.int32),
+            next_actions=next_actions,
         )
 
 

@@ -87,7 +87,7 @@ class ACRLPDTrainer:
         self._lock = lock
         self._skipped = SkippedUpdates(files.skipped, limit=config.max_skipped_updates)
         self._started = time.perf_counter(), time.process_time()
-        self._compiled: set[tuple[int, bool]] = set()  # by the number of updates in a call, and what batches hold
+        self._compiled: set[tuple[int, bool, bool]] = set()  # by the number of updates in a call, and what batches hold
         self._has_acted = self._has_saved = False
         self._chosen_at = 0  # update whose policy chose the chunks under way
         self._ages: list[int] = []  # in updates, of the policies whose chunks were executed since the last log point
@@ -142,12 +142,15 @@ class ACRLPDTrainer:
         """One update, or ``updates_per_call`` in one compiled call."""
         steps = range(self._step, self._step + self._updates_at_once(phase))
         draws = [self._draw(step) for step in steps]
+        critic_alone = self._step < self.config.critic_alone_steps
         with self._watch.span("data", behind="update", busy=self._is_updating):
-            own = [self._make_batch(draw, online=phase == "online") for draw in draws]
+            own = [self._make_batch(draw, online=phase == "online", critic_alone=critic_alone) for draw in draws]
             batch = put_batch(own, self._mesh)
-        program = (len(steps), own[0].observations.prefix is None)
+        program = (len(steps), own[0].observations.prefix is None, critic_alone)
         with self._watch.span("update" if program in self._compiled else "compile"):
-            if len(steps) == 1:
+            if critic_alone:
+                self.agent, metrics = self.agent.update_critic(batch, fold_in(self._update_rng, np.uint32(draws[0])))
+            elif len(steps) == 1:
                 rng = fold_in(self._update_rng, np.uint32(draws[0]))
                 self.agent, metrics = self.agent.update(batch, rng, self.loss_weights(self._step))
             else:
@@ -165,14 +168,16 @@ class ACRLPDTrainer:
     def _updates_at_once(self, phase: Phase) -> int:
         """``updates_per_call`` where nothing is due between those updates, else one."""
         config = self.config
+        if self._step < config.critic_alone_steps:
+            return 1
         frequencies = (config.log_frequency, config.save_frequency, self._evaluation_frequency(phase))
         due = [frequency - self._step % frequency for frequency in frequencies]
         due.append(config.offline_steps - self._step if phase == "offline" else int(self._updates_owed()))
         return config.updates_per_call if config.updates_per_call <= min(due) else 1
 
-    def _make_batch(self, draw: int, *, online: bool) -> ChunkBatch:
+    def _make_batch(self, draw: int, **kind: bool) -> ChunkBatch:
         try:
-            return self.loader.batch(draw, online=online)
+            return self.loader.batch(draw, **kind)
         except (OSError, ValueError) as error:
             self.save()
             raise DataFault(

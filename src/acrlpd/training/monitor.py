@@ -84,6 +84,8 @@ class ACRLPDTrainingMonitor:
         found = []
         if metrics["train/q_std"] < 0.01 and metrics["train/td_error_mean"] > 0.1:
             found.append(f"all Q values are the same, although targets differ. {helps[2]}")
+        if "train/bc_loss" not in metrics:  # critics alone
+            return found
         ratio = metrics["train/bc_loss"] / (metrics["train/critic_loss"] + 1e-8)
         if ratio > 100:
             found.append("the imitation loss dominates the critic's: reduce agent.loss_weights.bc_weight")

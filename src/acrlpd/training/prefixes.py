@@ -1,8 +1,12 @@
-"""What a frozen backbone makes of each row of the prior data, computed once and mapped from disk ever after.
+"""What the policy makes of each row of the prior data, computed once and mapped from disk ever after.
 
 Pooled features, mask, keys and values of a row are all that an update reads of its images and prompt, so a batch that
 brings them along needs no pass of the image tower and the vision-language expert, forward or backward. Only where
-those do not change (``policy.freeze_pi0_backbone``) and pictures are not augmented, which training here never does.
+those do not change (``policy.freeze_pi0_backbone``) and pictures are not augmented, which training here never does; and
+only within ``data.prefix_bytes``, which a full-size pi0's keys and values soon exceed (19 MB a row).
+
+Pooled features alone are small (8 KB a row of a full-size pi0). They are all that critics read, so the first updates
+of a run, which train nothing else (``critic_alone_steps``), read them back whatever the backbone does later.
 
     <folder>/<key>/arrays.json    shape of a row and dtype of each array
                   /0.bin, ...     features, mask, then the cache's arrays; a row of the data set is a row of each
@@ -63,7 +67,13 @@ def is_legal(config: TrainConfig) -> bool:
     return config.policy.freeze_pi0_backbone and config.data.prefix_bytes > 0 and jax.process_count() == 1
 
 
-def open_prefixes(
+def are_features_of_use(config: TrainConfig, agent: ACRLPDAgent) -> bool:
+    """Whether updates of critics alone are still to come, and read of a row what takes a pass to compute."""
+    reads = agent.config.critic.use_pi0_features and config.policy.kind in ("pi0", "pi05")
+    return reads and int(agent.step) < config.critic_alone_steps and jax.process_count() == 1
+
+
+def open_rows(
     config: TrainConfig,
     agent: ACRLPDAgent,
     store: EpisodeStore,
@@ -72,45 +82,52 @@ def open_prefixes(
     *,
     data: Path,
     folder: Path,
+    features_alone: bool = False,
 ) -> StoredPrefixes | None:
     """The store of this run, made if it is not there; None where it would exceed ``data.prefix_bytes``.
 
     ``data`` are the files that ``store`` was read from, ``stats`` what ``transform`` normalizes with.
+    ``features_alone`` stores what critics read, of any backbone and whatever its size.
     """
-    encode, policy = _encoder(agent)
+    encode, policy = _encoder(agent, features_alone)
     first = read_observations(store, transform, np.zeros(1, np.int64))
     like, structure = jax.tree.flatten(jax.eval_shape(encode, policy, first))
     needed = store.num_rows * sum(math.prod(each.shape[1:]) * each.dtype.itemsize for each in like)
-    if needed > config.data.prefix_bytes:
+    if needed > config.data.prefix_bytes and not features_alone:
         logger.info(
             "the prefixes of %d rows are computed in every update: stored, they would take %.1f GiB, and "
             "data.prefix_bytes allows %.1f",
             *(store.num_rows, needed / 2**30, config.data.prefix_bytes / 2**30),
         )
         return None
-    target = folder / key(config, agent, stats, data)
+    target = folder / key(config, agent, stats, data, features_alone)
     if not (target / INDEX).exists():
-        logger.info("computing the prefixes of %d rows (%.2f GiB) into %s", store.num_rows, needed / 2**30, target)
+        what = "pooled features" if features_alone else "prefixes"
+        logger.info("computing the %s of %d rows (%.2f GiB) into %s", what, store.num_rows, needed / 2**30, target)
         _write(target, like, _computed(config, encode, policy, store, transform), store.num_rows)
     return StoredPrefixes(_mapped(target, store.num_rows), structure)
 
 
-def key(config: TrainConfig, agent: ACRLPDAgent, stats: Mapping[str, NormStats], data: Path) -> str:
-    """Changes with any frozen weight, any file of the data, and any option of either."""
-    digest = hashlib.sha256(f"{VERSION} {fingerprint(data)}".encode())
+def key(
+    config: TrainConfig, agent: ACRLPDAgent, stats: Mapping[str, NormStats], data: Path, features_alone: bool = False
+) -> str:
+    """Changes with any weight that is used, any file of the data, and any option of either."""
+    digest = hashlib.sha256(f"{VERSION} {fingerprint(data)} {features_alone}".encode())
+    weights = (agent.frozen, agent.params["policy"] if features_alone else ())
     digest.update(json.dumps([to_dict(config.policy), to_dict(config.data)], sort_keys=True).encode())
-    for array in jax.tree.leaves((agent.frozen, {name: dataclasses.asdict(each) for name, each in stats.items()})):
+    for array in jax.tree.leaves((weights, {name: dataclasses.asdict(each) for name, each in stats.items()})):
         digest.update(np.asarray(array).tobytes())
     return digest.hexdigest()[:32]
 
 
-def _encoder(agent: ACRLPDAgent) -> tuple[Any, Any]:
+def _encoder(agent: ACRLPDAgent, features_alone: bool) -> tuple[Any, Any]:
     """A compiled function of the policy's parameters and an observation, and those parameters."""
 
     @jax.jit
     def encode(params: Params, observation: Observation) -> Any:
         policy = nnx.merge(agent.nets.policy_def, params)
-        return flow.portable(policy, policy.encode(observation))
+        features, mask, cache = flow.portable(policy, policy.encode(observation))
+        return (features, None, None) if features_alone else (features, mask, cache)
 
     return encode, parameters.join(agent.params["policy"], agent.frozen)
 

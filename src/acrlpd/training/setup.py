@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import json
 import logging
 import shutil
@@ -159,14 +160,19 @@ def make_loader(
     stats: Mapping[str, NormStats],
 ) -> ChunkLoader:
     """Batches of this process, from prior data and own episodes; with the stored prefixes of a frozen backbone."""
-    stored, data = None, prior_path(config)
-    if prefixes.is_legal(config) and data.exists():
+    stored = features = None
+    if (data := prior_path(config)).exists():
         folder = Path(config.run_dir) / "prefixes"
-        stored = prefixes.open_prefixes(config, agent, prior, transform, stats, data=data, folder=folder)
+        rows = functools.partial(prefixes.open_rows, config, agent, prior, transform, stats, data=data, folder=folder)
+        if prefixes.is_legal(config):
+            stored = rows()
+        if prefixes.are_features_of_use(config, agent):
+            features = rows(features_alone=True)
     return ChunkLoader(
         prior,
         transform,
         prefixes=stored,
+        features=features,
         batch_size=config.data.batch_size,
         horizon=config.policy.action_horizon,
         sequence_ratio=config.data.sequence_ratio,

@@ -315,7 +315,7 @@ class Place:
     evaluations_since_best: int = 0
 
 
-class _Enough(Exception):  # noqa: N818 (no error)
+class _Enough(BaseException):
     pass
 
 

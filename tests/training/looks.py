@@ -391,7 +391,10 @@ def story(config: TrainConfig, place: Place) -> list[Any]:
         batch=lambda draw, online: batch, close=lambda: None, stats=dict, contents=dict, cameras=()
     )
     checkpoints = types.SimpleNamespace(
-        save=lambda agent, **options: diary.note("save", agent.step, options["asset_id"]), wait=lambda: None, keep=set()
+        save=lambda agent, **options: diary.note("save", agent.step, options["asset_id"]),
+        replace_run=lambda step, run: None,
+        wait=lambda: None,
+        keep=set(),
     )
     closing = types.SimpleNamespace(close=lambda: None)
     interaction = types.SimpleNamespace(collector=_Collector(diary), keep=lambda finished: None)

@@ -33,6 +33,7 @@ from acrlpd.data.normalize import NormStats
 from acrlpd.models import parameters
 from acrlpd.models.parameters import Params
 from acrlpd.training.faults import RunFault
+from acrlpd.training.metrics import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ class ACRLPDCheckpointManager:
         if writer:
             _tell_failed_writes_once()
         self.directory = Path(directory).absolute()
+        self._always = frozenset(keep)
         self.keep = set(keep)
         policies = [ocp.checkpoint_managers.LatestN(max_to_keep), _Named(self.keep)]
         if keep_period is not None:
@@ -163,6 +165,13 @@ class ACRLPDCheckpointManager:
         except (OSError, ValueError) as error:
             raise self._not_written(error) from error
         return step
+
+    def replace_run(self, step: int, run: Mapping[str, Any]) -> None:
+        """Other JSON beside the arrays of a checkpoint, all at once; waits until that lies on disk."""
+        self.wait()
+        if jax.process_index() == 0:
+            kept = {name: value for name, value in self.read_run(step).items() if name in ("versions", "checksums")}
+            write_json(self.directory / str(step) / "run" / "metadata", {**run, **kept})
 
     def restore_newest(self, template: ACRLPDAgent, *, before: int | None = None) -> Restored:
         """The newest checkpoint that is whole, not later than ``before``. Damaged ones are moved away, loudly."""
@@ -219,6 +228,11 @@ class ACRLPDCheckpointManager:
                 f"those of what was saved {run['checksums']}"
             )
         return Restored(_join(template, policy, rest), found.assets, run, step)
+
+    def release(self, step: int | None) -> None:
+        """No longer kept, but for those that were named at the start."""
+        if step is not None and step not in self._always:
+            self.keep.discard(step)
 
     def discard_after(self, step: int) -> None:
         """Deletes later checkpoints: the run goes another way from here."""

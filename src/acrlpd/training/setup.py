@@ -45,7 +45,7 @@ from acrlpd.training.collection import collect_prior
 from acrlpd.training.guards import LOCK_FILE, RunLock
 from acrlpd.training.loop import ACRLPDTrainer
 from acrlpd.training.optimizer import make_optimizers
-from acrlpd.training.run import Interaction, Progress, RunFiles
+from acrlpd.training.run import Interaction, Progress, RunFiles, settle_best
 from acrlpd.training.sharding import make_mesh, parameter_sharding
 
 logger = logging.getLogger(__name__)
@@ -115,11 +115,12 @@ def _make_trainer(
         return make_agent(config, dims, prior.cameras, weights=config.policy.weights)
 
     if checkpoints.steps() or from_step is not None:
-        agent, progress, stats = resume_from(checkpoints, make_agent(config, dims, prior.cameras), from_step)
+        agent, progress, stats = resume_from(files, checkpoints, make_agent(config, dims, prior.cameras), from_step)
     else:
         check_nothing_was_learned(config, files, checkpoints)
         agent, progress = fresh_agent(), Progress()
         stats = make_norm_stats(config, prior, source, environments.spec if environments else None)
+    settle_best(progress, Progress(), checkpoints, files)
     transform = make_transform(config, stats, dims)
     interaction = make_interaction(config, files, progress) if config.env and config.online_steps else None
     loader = make_loader(config, prior, transform, interaction, agent, stats)
@@ -156,9 +157,12 @@ def check_prior(config: TrainConfig, prior: EpisodeStore, dims: Dims) -> None:
 
 
 def resume_from(
-    checkpoints: ACRLPDCheckpointManager, template: ACRLPDAgent, from_step: int | None
+    files: RunFiles, checkpoints: ACRLPDCheckpointManager, template: ACRLPDAgent, from_step: int | None
 ) -> tuple[ACRLPDAgent, Progress, dict[str, NormStats]]:
-    """What the newest whole checkpoint holds, or exactly that of ``from_step``: only then are later ones deleted."""
+    """What the newest whole checkpoint holds, or exactly that of ``from_step``.
+
+    Only then are later ones deleted, and episodes that were made after that step set aside.
+    """
     if from_step is None:
         restored = checkpoints.restore_newest(template)
     else:
@@ -168,9 +172,9 @@ def resume_from(
             others = [step for step in checkpoints.steps() if step != from_step]
             raise ValueError(f"{error}. Nothing was changed; the other steps there are: {others}") from error
     progress = Progress(**restored.run["progress"])
-    if progress.best_step is not None:
-        checkpoints.keep.add(progress.best_step)
     if from_step is not None:
+        if files.replay.is_dir():
+            ReplayJournal(files.replay).set_aside_from(progress.next_episode)
         checkpoints.discard_after(from_step)
     logger.info("resumed at update %d", restored.step)
     return restored.agent, progress, restored.norm_stats
@@ -288,6 +292,7 @@ def make_interaction(config: TrainConfig, files: RunFiles, progress: Progress) -
     for episode in journal.load():
         replay.append(episode)
         env_steps += len(episode)
+    progress.next_episode = journal.next_number
     progress.env_steps = env_steps  # steps of an episode that a stop cut short are lost, and made again
     collector = rollout.OnlineCollector(
         make_environments(config, config.online_envs),

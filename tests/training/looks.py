@@ -297,7 +297,9 @@ def logged(config: TrainConfig) -> Any:
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(sys.modules, modules):
         made = writers.make_writers(Path(folder) / "m.jsonl", config.loggers, name=config.name, run_config={})
         made.close()
-    return [(name, {key: value for key, value in options.items() if key != "dir"}) for name, options in told]
+    return [
+        (name, {key: value for key, value in options.items() if key not in ("dir", "id")}) for name, options in told
+    ]
 
 
 # ---- the loop: what happens, in which order, with an agent that learns nothing

@@ -39,6 +39,15 @@ def test_a_mistake_gets_the_nearest_valid_word(arguments, hint, capsys, tmp_path
     assert hint in " ".join((captured.err + captured.out).split())
 
 
+def test_a_traceback_for_who_asks(monkeypatch, capsys):
+    for value, expected in (("0", False), ("1", True)):
+        monkeypatch.setenv("ACRLPD_DEBUG", value)
+        assert main(["train", "--resume", "nowhere"]) == 2
+        errors = capsys.readouterr().err
+        assert "acrlpd: --resume nowhere: no run there" in errors
+        assert ("Traceback" in errors) == expected
+
+
 def test_help_of_a_preset_shows_fields_with_their_meaning(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["train", "demo", "--help"])

@@ -297,7 +297,9 @@ def logged(config: TrainConfig) -> Any:
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(sys.modules, modules):
         made = writers.make_writers(Path(folder) / "m.jsonl", config.loggers, name=config.name, run_config={})
         made.close()
-    return [(name, {key: value for key, value in options.items() if key != "dir"}) for name, options in told]
+    return [
+        (name, {key: value for key, value in options.items() if key not in ("dir", "id")}) for name, options in told
+    ]
 
 
 # ---- the loop: what happens, in which order, with an agent that learns nothing
@@ -315,7 +317,7 @@ class Place:
     evaluations_since_best: int = 0
 
 
-class _Enough(Exception):  # noqa: N818 (no error)
+class _Enough(BaseException):
     pass
 
 
@@ -395,7 +397,10 @@ def story(config: TrainConfig, place: Place) -> list[Any]:
         batch=lambda draw, **kind: batch, close=lambda: None, stats=dict, contents=dict, cameras=()
     )
     checkpoints = types.SimpleNamespace(
-        save=lambda agent, **options: diary.note("save", agent.step, options["asset_id"]), wait=lambda: None, keep=set()
+        save=lambda agent, **options: diary.note("save", agent.step, options["asset_id"]),
+        replace_run=lambda step, run: None,
+        wait=lambda: None,
+        keep=set(),
     )
     closing = types.SimpleNamespace(close=lambda: None)
     interaction = types.SimpleNamespace(collector=_Collector(diary), keep=lambda finished: None)

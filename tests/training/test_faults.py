@@ -4,6 +4,7 @@ The job is ``fault_job.py``: 30 offline updates, then 40 steps of its own in a t
 """
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -21,10 +22,10 @@ import pytest
 
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.models import weights
-from acrlpd.training import setup
+from acrlpd.training import loop, setup
 from acrlpd.training.checkpoint import DamagedCheckpoint
 from acrlpd.training.faults import EXIT_FAULT, EXIT_INTERRUPTED, DataFault, Diverged, RunFault
-from acrlpd.training.guards import RunLock
+from acrlpd.training.guards import RunLock, explain_storage
 from acrlpd.training.metrics import read_jsonl
 
 JOB = Path(__file__).with_name("fault_job.py")
@@ -275,3 +276,62 @@ def test_out_of_memory_with_nothing_left_to_shrink_ends(tiny_config, monkeypatch
     monkeypatch.setattr(ACRLPDAgent, "update", refuse)
     with pytest.raises(RunFault, match="nothing can be made smaller"):
         setup.make_trainer(tiny_config).train()
+
+
+class Unreachable:
+    def write(self, record):
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    def close(self):
+        pass
+
+
+def test_an_error_of_a_loggers_network_leaves_as_it_is_and_costs_no_update(tiny_config, monkeypatch, caplog):
+    monkeypatch.setattr(loop, "make_writers", lambda *what, **how: Unreachable())
+    trainer = setup.make_trainer(tiny_config)
+    with pytest.raises(ConnectionResetError):
+        trainer.train()
+    assert trainer._checkpoints.steps() == [2]
+    assert "update 2 is saved, use --resume" in caplog.text
+    assert int(setup.make_trainer(tiny_config, resume=True).agent.step) == 2
+
+
+@pytest.mark.parametrize("kind", ["used up", "not finite", "no room"])
+def test_an_unforeseen_error_is_told_first_whatever_else_goes_wrong(tiny_config, monkeypatch, caplog, kind):
+    trainer = setup.make_trainer(tiny_config)
+    batch = trainer.loader.batch
+
+    def fail(draw, **options):
+        if draw < 3:
+            return batch(draw, **options)
+        if kind == "used up":
+            jax.tree.map(lambda leaf: leaf.delete(), trainer.agent)
+        elif kind == "not finite":
+            params = jax.tree.map(lambda leaf: leaf * np.nan, trainer.agent.params)
+            trainer.agent = dataclasses.replace(trainer.agent, params=params)
+        else:
+            monkeypatch.setattr(trainer._checkpoints, "save", lambda *what, **how: 1 / 0)
+        raise RuntimeError("the simulator is on fire")
+
+    trainer.loader.batch = fail
+    with pytest.raises(RuntimeError, match="on fire"):
+        trainer.train()
+    assert trainer._checkpoints.steps() == []
+    assert ("could not be saved" in caplog.text) == (kind == "no room")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_of_storage"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EIO, "Input/output error", "run/metrics.jsonl"), True),
+        (PermissionError(errno.EACCES, "Permission denied", "run/metrics.jsonl"), True),
+        (PermissionError(errno.EACCES, "Permission denied", "elsewhere/file"), False),
+        (OSError(errno.ENOSPC, "No space left on device", "elsewhere/file"), False),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), False),
+        (TimeoutError("timed out"), False),
+    ],
+)
+def test_what_is_an_error_of_the_runs_folder(error, is_of_storage):
+    with pytest.raises(RunFault if is_of_storage else type(error)), explain_storage(Path("run")):
+        raise error

@@ -1,7 +1,10 @@
+import json
+import os
+
 import jax.numpy as jnp
 import pytest
 
-from acrlpd.training.metrics import MetricAverage, Stopwatch, breakdown
+from acrlpd.training.metrics import MetricAverage, Stopwatch, breakdown, write_json
 
 
 def test_average_is_over_the_steps_since_the_last_fetch():
@@ -48,3 +51,16 @@ def test_breakdown_counts_what_no_span_measured():
     result = breakdown({"update": 6.0, "simulator": 2.0, "data": 1.0, "evaluation": 5.0, "compile": 4.0}, 19.0)
     assert result["other_s"] == pytest.approx(1.0)
     assert result["outside_share"] == pytest.approx(0.2)  # data and other, of the 10 s of training
+
+
+def test_json_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    """First the file, then its name in the folder: what a loss of power leaves is the old file or the new one."""
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda number: done.append(os.readlink(f"/proc/self/fd/{number}")) or fsync(number)
+    )
+    monkeypatch.setattr(os, "replace", lambda old, new: done.append("replace") or replace(old, new))
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert done == [str(tmp_path / ".a.json.tmp"), "replace", str(tmp_path)]
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}

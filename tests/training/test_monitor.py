@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 import sqlite3
 import sys
 import types
@@ -108,6 +109,26 @@ def test_wandb_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     written(tmp_path, "wandb", wandb_mode="offline")
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_wandb_run_belongs_to_one_start_of_one_folder(tmp_path, monkeypatch):
+    ids = []
+    run = types.SimpleNamespace(define_metric=lambda *what, **how: None, finish=lambda: None)
+    init = lambda **options: ids.append(options["id"]) or run  # noqa: E731
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+
+    def begin(folder):
+        config = LoggerConfig(("wandb",), project="mine/too")
+        make_writers(tmp_path / folder / "m.jsonl", config, name="job", run_config={}).close()
+
+    begin("a")
+    begin("a")  # resumed
+    begin("b")  # the same name in another folder
+    shutil.rmtree(tmp_path / "a")
+    begin("a")  # --overwrite
+    assert ids[0] == ids[1]
+    assert len(set(ids)) == 3
+    assert all(each.startswith("mine-too-job-") for each in ids)
 
 
 def test_trackio_is_told_every_step(tmp_path, monkeypatch):

@@ -8,7 +8,9 @@ import signal
 import jax
 import numpy as np
 import pytest
+from tests.training.conftest import make_episode
 
+from acrlpd.data.replay import ReplayJournal
 from acrlpd.presets import with_algorithm
 from acrlpd.training import setup
 from acrlpd.training.faults import Interrupted
@@ -164,3 +166,50 @@ def test_which_checkpoints_stay(tiny_config):
     trainer = setup.make_trainer(config)
     trainer.train()
     assert trainer._checkpoints.steps() == [3, 6, 8]
+
+
+def test_a_step_that_is_not_there_or_damaged_costs_no_checkpoint(copied_run):
+    files = setup.run_files(copied_run)
+    with pytest.raises(ValueError, match=r"no checkpoint of step 2; there are \[4, 8\]"):
+        setup.make_trainer(copied_run, resume=True, from_step=2)
+    (files.checkpoints / "4" / "assets" / "acrlpd" / "norm_stats.json").unlink()
+    with pytest.raises(ValueError, match=r"checkpoints/4 is damaged: .*\n?.*the other steps there are: \[8\]"):
+        setup.make_trainer(copied_run, resume=True, from_step=4)
+    assert int(setup.make_trainer(copied_run, resume=True).agent.step) == 8
+    assert (files.checkpoints / "4").is_dir()
+
+
+@pytest.mark.parametrize("damage", ["{", "other numbers"])
+def test_damaged_statistics_are_a_damaged_checkpoint(finished, copied_run, damage):
+    file = setup.run_files(copied_run).checkpoints / "8" / "assets" / "acrlpd" / "norm_stats.json"
+    if damage == "other numbers":
+        content = json.loads(file.read_text())
+        content["norm_stats"]["state"]["mean"][0] += 1.0
+        damage = json.dumps(content)
+    file.write_text(damage)
+    resumed = setup.make_trainer(copied_run, resume=True)
+    assert int(resumed.agent.step) == 4
+    np.testing.assert_array_equal(resumed.norm_stats["state"].mean, finished.norm_stats["state"].mean)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(copied_run):
+    files = setup.run_files(copied_run)
+    for step in ("4", "8"):
+        shutil.rmtree(files.checkpoints / step / "params")
+    with pytest.raises(ValueError, match=r"no checkpoint that can be read\. Those set aside lie in .*damaged"):
+        setup.make_trainer(copied_run, resume=True)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"damaged ones \(4, 8\) in .*use --resume; or .*--overwrite"):
+            setup.make_trainer(copied_run, resume=True)
+
+
+def test_a_run_that_has_lost_its_checkpoints_but_not_its_episodes_does_not_start_over(copied_run, caplog):
+    files = setup.run_files(copied_run)
+    shutil.rmtree(files.checkpoints)
+    assert int(setup.make_trainer(copied_run, resume=True).agent.step) == 0  # as if killed before the first checkpoint
+    ReplayJournal(files.replay).append(make_episode(np.random.default_rng(0), 5, success=True))
+    with pytest.raises(ValueError, match=r"no checkpoint to resume from, but 1 episodes in .*replay"):
+        setup.make_trainer(copied_run, resume=True)
+    online_alone = dataclasses.replace(copied_run, offline_steps=0)
+    assert int(setup.make_trainer(online_alone, resume=True, override="*").agent.step) == 0
+    assert "starting at step 0 with the 1 episodes" in caplog.text

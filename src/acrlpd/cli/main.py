@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,12 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _keep_compiled_programs()
     try:
         return importlib.import_module(f"acrlpd.cli.{command.replace('-', '_')}").main(rest)
-    except (ValueError, ImportError, OSError) as error:
-        logging.debug("the error in full", exc_info=True)
-        return _fail(str(error))
-    except RunFault as error:
-        logging.debug("the error in full", exc_info=True)
-        return _fail(str(error), EXIT_FAULT)
+    except (ValueError, ImportError, OSError, RunFault) as error:
+        if os.environ.get("ACRLPD_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        return _fail(str(error) or type(error).__name__, EXIT_FAULT if isinstance(error, RunFault) else 2)
 
 
 def _keep_compiled_programs() -> None:

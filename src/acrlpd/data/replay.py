@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -13,7 +14,10 @@ from typing import Any, NamedTuple
 from acrlpd.data import hdf5
 from acrlpd.types import Episode
 
+logger = logging.getLogger(__name__)
+
 INDEX = "journal.jsonl"
+LATER = "later"  # episodes made after a step to which the run went back
 
 
 class Entry(NamedTuple):
@@ -70,6 +74,24 @@ class ReplayJournal:
                 self._write_index(self._entries)
                 self._set_aside(entry.file, reason)
 
+    def set_aside_from(self, number: int) -> None:
+        """Moves the episodes of this and later numbers to ``later/``: the run goes back to before they were made."""
+        later = [entry for entry in self._entries if entry.number >= number]
+        if not later:
+            return
+        self._entries = [entry for entry in self._entries if entry.number < number]
+        self._write_index(self._entries)
+        self._next_number = number
+        for entry in later:
+            if (self.directory / entry.file).is_file():
+                os.replace(self.directory / entry.file, self._free_name(entry.file, LATER))
+        logger.warning("%d episodes of later steps were set aside: %s", len(later), self.directory / LATER)
+
+    @property
+    def next_number(self) -> int:
+        """What the next episode will be called."""
+        return self._next_number
+
     @property
     def _index(self) -> Path:
         return self.directory / INDEX
@@ -118,9 +140,9 @@ class ReplayJournal:
             os.replace(source, target)
         warnings.warn(f"{source}: {reason}. Left out; what there is of it lies in {target.parent}.", stacklevel=2)
 
-    def _free_name(self, name: str) -> Path:
-        """A name in ``damaged/`` that overwrites nothing."""
-        folder = self.directory / "damaged"
+    def _free_name(self, name: str, folder_name: str = "damaged") -> Path:
+        """A name in that folder that overwrites nothing."""
+        folder = self.directory / folder_name
         folder.mkdir(exist_ok=True)
         names = (folder / (name if count == 0 else f"{count}-{name}") for count in range(10**6))
         return next(path for path in names if not path.exists())

@@ -11,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import json
 import logging
 import os
 import sys
 import traceback
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from acrlpd.data.normalize import NormStats
 from acrlpd.models import parameters
 from acrlpd.models.parameters import Params
 from acrlpd.training.faults import RunFault
+from acrlpd.training.metrics import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +75,10 @@ def read_norm_stats(assets: Path) -> dict[str, NormStats]:
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint's content: the agent, and the JSON beside it."""
+    """A checkpoint's content: the agent, the statistics it was trained with, and the JSON beside them."""
 
     agent: ACRLPDAgent
+    norm_stats: dict[str, NormStats]
     run: dict[str, Any]
     step: int
 
@@ -111,6 +115,7 @@ class ACRLPDCheckpointManager:
         if writer:
             _tell_failed_writes_once()
         self.directory = Path(directory).absolute()
+        self._always = frozenset(keep)
         self.keep = set(keep)
         policies = [ocp.checkpoint_managers.LatestN(max_to_keep), _Named(self.keep)]
         if keep_period is not None:
@@ -146,7 +151,7 @@ class ACRLPDCheckpointManager:
         if step in self._manager.all_steps():
             return step
         policy, rest = _split(agent)
-        sums = checksums(agent)
+        sums = {**checksums(agent), "norm_stats": text_checksum(norm_stats)}
         try:
             self._manager.save(
                 step,
@@ -161,6 +166,13 @@ class ACRLPDCheckpointManager:
             raise self._not_written(error) from error
         return step
 
+    def replace_run(self, step: int, run: Mapping[str, Any]) -> None:
+        """Other JSON beside the arrays of a checkpoint, all at once; waits until that lies on disk."""
+        self.wait()
+        if jax.process_index() == 0:
+            kept = {name: value for name, value in self.read_run(step).items() if name in ("versions", "checksums")}
+            write_json(self.directory / str(step) / "run" / "metadata", {**run, **kept})
+
     def restore_newest(self, template: ACRLPDAgent, *, before: int | None = None) -> Restored:
         """The newest checkpoint that is whole, not later than ``before``. Damaged ones are moved away, loudly."""
         for step in reversed(self.steps()):
@@ -171,7 +183,15 @@ class ACRLPDCheckpointManager:
             except DamagedCheckpoint as error:
                 logger.error("%s. Falling back to the checkpoint before it.", error)
                 self._set_aside(step)
-        raise ValueError(f"{self.directory} holds no checkpoint that can be read. Train first, or name another folder.")
+        damaged = f" Those set aside lie in {self.directory / DAMAGED}." if self.damaged() else ""
+        raise ValueError(
+            f"{self.directory} holds no checkpoint that can be read.{damaged} Train first, or name another folder."
+        )
+
+    def damaged(self) -> list[str]:
+        """Names of the checkpoints that were set aside."""
+        folder = self.directory / DAMAGED
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
     def restore(self, template: ACRLPDAgent, step: int | None = None) -> Restored:
         """The checkpoint of ``step`` (the newest by default) in the template's shapes and shardings.
@@ -193,17 +213,26 @@ class ACRLPDCheckpointManager:
         found = self._read(
             step,
             ocp.args.Composite(
-                params=_restore_args({"params": policy}), acrlpd=_restore_args(rest, partial_restore=acts_only)
+                params=_restore_args({"params": policy}),
+                acrlpd=_restore_args(rest, partial_restore=acts_only),
+                assets=AssetsRestore(),
             ),
         )
         policy, rest = found.params["params"], found.acrlpd
         sums = {"params": checksum(policy)} | ({} if acts_only else {"acrlpd": checksum(rest)})
+        if "norm_stats" in run["checksums"]:  # a checkpoint of an older version has none of it
+            sums["norm_stats"] = text_checksum(found.assets)
         if any(run["checksums"][item] != found_sum for item, found_sum in sums.items()):
             raise DamagedCheckpoint(
                 f"checkpoint {self.directory / str(step)} is damaged: its checksums are {sums}, "
                 f"those of what was saved {run['checksums']}"
             )
-        return Restored(_join(template, policy, rest), run, step)
+        return Restored(_join(template, policy, rest), found.assets, run, step)
+
+    def release(self, step: int | None) -> None:
+        """No longer kept, but for those that were named at the start."""
+        if step is not None and step not in self._always:
+            self.keep.discard(step)
 
     def discard_after(self, step: int) -> None:
         """Deletes later checkpoints: the run goes another way from here."""
@@ -313,6 +342,11 @@ def checksums(agent: ACRLPDAgent) -> dict[str, int]:
     """Of the two parts of a checkpoint that hold arrays. The first call for an agent of its shapes compiles."""
     policy, rest = _split(agent)
     return {"params": checksum(policy), "acrlpd": checksum(rest)}
+
+
+def text_checksum(norm_stats: Mapping[str, NormStats]) -> int:
+    """Of the statistics as they are written down, in which every number keeps its value."""
+    return zlib.crc32(json.dumps(normalize.to_dict(norm_stats), sort_keys=True).encode())
 
 
 def checksum(tree: Any) -> int:

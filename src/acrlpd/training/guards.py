@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime as dt
+import errno
 import fcntl
 import os
 import signal
@@ -55,14 +56,33 @@ class RunLock:
 
 @contextlib.contextmanager
 def explain_storage(directory: Path) -> Iterator[None]:
-    """A write that the system refuses (disk full, quota, read-only, gone) ends the run with words on what to do."""
+    """A write that the system refuses (disk full, quota, read-only, gone) ends the run with words on what to do.
+
+    Other errors that the system has a number for, such as a logger's of the network, leave as they are.
+    """
     try:
         yield
     except OSError as error:
+        if not is_of_storage(error, directory):
+            raise
         raise RunFault(
             f"{directory} cannot be written: {error}. Everything up to the last checkpoint is intact: make room or "
             "restore the folder, then use --resume."
         ) from error
+
+
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # as told of a file that is open, without name
+FILE_ERRORS = STORAGE_ERRORS | {errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
+
+
+def is_of_storage(error: Exception, directory: Path) -> bool:
+    """Whether ``directory`` cannot be written: of an error that names a file, only if the file belongs there."""
+    if not isinstance(error, OSError):
+        return False
+    if not isinstance(error.filename, (str, os.PathLike)):
+        return error.errno in STORAGE_ERRORS
+    file, folder = (Path(os.path.abspath(path)) for path in (error.filename, directory))
+    return error.errno in FILE_ERRORS and file.is_relative_to(folder)
 
 
 @contextlib.contextmanager

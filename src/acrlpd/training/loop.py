@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -30,7 +30,7 @@ from acrlpd.training.faults import DataFault, Diverged, Interrupted, RunFault
 from acrlpd.training.guards import RunLock, SkippedUpdates, StopRequest
 from acrlpd.training.metrics import MetricAverage, Stopwatch, breakdown, write_json
 from acrlpd.training.monitor import ACRLPDTrainingMonitor
-from acrlpd.training.run import Interaction, Progress, RunFiles, save_rollouts
+from acrlpd.training.run import Interaction, Progress, RunFiles, save_rollouts, settle_best
 from acrlpd.training.sharding import make_mesh, put_batch
 from acrlpd.training.writers import make_writers
 from acrlpd.types import ChunkBatch
@@ -109,7 +109,7 @@ class ACRLPDTrainer:
                 self._files.metrics, self.config.loggers, name=self.config.name, run_config=to_dict(self.config)
             )
             closing.callback(self._writer.close)
-            with guards.stop_on_signal() as stop:
+            with self._save_before_leaving(), guards.stop_on_signal() as stop:
                 for phase in PHASES:
                     if self._extent(phase)[0] > 0 and not (phase in self.progress.finished and self._finished(phase)):
                         self._run(phase, stop)
@@ -214,6 +214,7 @@ class ACRLPDTrainer:
             with self._watch.span("replay"):
                 for finished in collected.rollouts:
                     self._interaction.keep(finished)
+                    self.progress.next_episode = self._interaction.journal.next_number
             if self.config.overlap_rollouts:
                 self._choose(collector)
 
@@ -306,9 +307,10 @@ class ACRLPDTrainer:
                 "validate), lower the learning rates, or raise agent.health.spike_factor."
             )
         self._checkpoints.wait()
-        self.agent = self._last_good(diverged_at)
+        self.agent, earlier = self._last_good(diverged_at)
         self._step = int(self.agent.step)
         self._checkpoints.discard_after(self._step)
+        settle_best(self.progress, earlier, self._checkpoints, self._files)
         self.progress.rollbacks += 1
         logger.warning("%s. Rolled back to step %d, where other batches and noise are drawn.", what, self._step)
 
@@ -335,15 +337,17 @@ class ACRLPDTrainer:
         self._compiled.clear()
         if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.agent)):
             self._checkpoints.wait()
-            self.agent = self._last_good(self._step)
+            self.agent, _ = self._last_good(self._step)
             self._step = int(self.agent.step)
         nets = dataclasses.replace(self.agent.nets, config=agent_config)
         self.agent = dataclasses.replace(self.agent, nets=nets)
 
-    def _last_good(self, before: int) -> ACRLPDAgent:
+    def _last_good(self, before: int) -> tuple[ACRLPDAgent, Progress]:
+        """The agent, and how far the run was then."""
         if any(step <= before for step in self._checkpoints.steps()):
-            return self._checkpoints.restore_newest(self.agent, before=before).agent
-        return self._fresh_agent()
+            restored = self._checkpoints.restore_newest(self.agent, before=before)
+            return restored.agent, Progress(**restored.run["progress"])
+        return self._fresh_agent(), Progress()
 
     def _about_rollouts(self) -> dict[str, float]:
         ages, self._ages = self._ages, []
@@ -367,11 +371,15 @@ class ACRLPDTrainer:
             self._keep_as_best(result.success)
 
     def _keep_as_best(self, success: float) -> None:
-        self._checkpoints.keep.discard(self.progress.best_step)
+        """``best.json`` names a checkpoint that is there: the one before is given up when this one is complete."""
+        before = self.progress.best_step
         self.progress.best_step, self.progress.best_step_success = self._step, success
-        self._checkpoints.keep |= {self._step, self.config.offline_steps}
+        self._checkpoints.keep.add(self._step)
         self.save()
+        with self._watch.span("checkpoint"):
+            self._checkpoints.wait()
         write_json(self._files.best, {"step": self._step, "success": success})
+        self._checkpoints.release(before)
 
     def _evaluate(self, name: str, mode: ActingMode, episodes: int) -> tuple[Evaluation, list[Rollout]]:
         assert self._eval_environments is not None, "callers ask first"
@@ -396,7 +404,8 @@ class ACRLPDTrainer:
         return result, rollouts
 
     def _end(self, phase: Phase) -> None:
-        """Evaluates and saves. After the offline phase the flow alone, without the critic, is evaluated too: BC."""
+        """Saves and evaluates. After the offline phase the flow alone, without the critic, is evaluated too: BC."""
+        self.save()  # first: an evaluation may take long, and a kill in it should cost no update
         if self._eval_environments is not None:
             modes: dict[str, ActingMode] = (
                 {"bc": "bc", "offline": "greedy"} if phase == "offline" else {"online": "greedy"}
@@ -406,7 +415,9 @@ class ACRLPDTrainer:
                 self.progress.results[name] = result.summary()
                 save_rollouts(self._files.evaluation(name), rollouts)
         self.progress.finished = [*dict.fromkeys([*self.progress.finished, phase])]  # a lengthened phase ends twice
-        self.save()
+        with self._watch.span("checkpoint"):
+            self._settle_clocks()
+            self._checkpoints.replace_run(self._step, self._run_record())
 
     def save(self) -> None:
         """Starts a checkpoint of this moment; training goes on while it is written."""
@@ -422,12 +433,40 @@ class ACRLPDTrainer:
                 self.agent,
                 asset_id=self.config.asset_id,
                 norm_stats=self.norm_stats,
-                run={
-                    "config": to_dict(self.config),
-                    "progress": dataclasses.asdict(self.progress),
-                    "cameras": list(self.loader.cameras),
-                },
+                run=self._run_record(),
             )
+
+    def _run_record(self) -> dict[str, Any]:
+        return {
+            "config": to_dict(self.config),
+            "progress": dataclasses.asdict(self.progress),
+            "cameras": list(self.loader.cameras),
+        }
+
+    @contextlib.contextmanager
+    def _save_before_leaving(self) -> Iterator[None]:
+        """What was learned outlives an error that nobody foresaw: of a simulator, of a logger's network."""
+        try:
+            yield
+        except (Interrupted, RunFault):
+            raise  # these have saved, or say why they have not
+        except Exception as error:
+            if not guards.is_of_storage(error, self._files.directory) and jax.process_count() == 1:
+                self._try_to_save(error)
+            raise
+
+    def _try_to_save(self, reason: Exception) -> None:
+        try:
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.agent)) or self._skipped.settle() is not None:
+                return
+            if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self.agent.params)):
+                return
+            self.save()
+            self._checkpoints.wait()
+        except Exception:  # whatever it is, the first error is the one to raise
+            logger.exception("after %r, update %d could not be saved", reason, self._step)
+        else:
+            logger.error("%r ends the run; update %d is saved, use --resume.", reason, self._step)
 
     # ---- accounts
 

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from acrlpd.data import hdf5
+
 
 class JsonlWriter:
     """Appends one JSON object a line; a line is flushed when written, so a killed run keeps its curve."""
@@ -44,12 +46,14 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes beside the target and renames: a reader sees the old file or the new one."""
+    """Writes beside the target and renames: a reader sees the old file or the new one, even after a loss of power."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=2, default=_plain) + "\n", encoding="utf-8")
+    hdf5.sync(temporary)
     os.replace(temporary, path)
+    hdf5.sync(path.parent)
 
 
 def _plain(value: Any) -> Any:

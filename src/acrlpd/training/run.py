@@ -10,6 +10,8 @@ import numpy as np
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.envs.rollout import OnlineCollector, Rollout
+from acrlpd.training.checkpoint import ACRLPDCheckpointManager
+from acrlpd.training.metrics import write_json
 
 
 @dataclasses.dataclass
@@ -25,6 +27,7 @@ class Progress:
     best_step_success: float = -1.0
     rollbacks: int = 0
     lost_episodes: int = 0  # online, with a worker that died or hung
+    next_episode: int = 0  # in the journal: those before it were there at this moment
     wall_s: float = 0.0
     cpu_s: float = 0.0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -92,6 +95,20 @@ class RunFiles:
     def evaluation(self, policy: str) -> Path:
         """Seeds, outcomes and executed actions of an evaluation at the end of a phase."""
         return self.directory / "evaluations" / f"{policy}.npz"
+
+
+def settle_best(progress: Progress, earlier: Progress, checkpoints: ACRLPDCheckpointManager, files: RunFiles) -> None:
+    """Lets the best be one whose checkpoint is there, else that of ``earlier``, else none; ``best.json`` says so."""
+    for known in (progress, earlier, Progress()):
+        if known.best_step is None or known.best_step in checkpoints.steps():
+            break
+    checkpoints.release(progress.best_step)
+    progress.best_step, progress.best_step_success = known.best_step, known.best_step_success
+    if progress.best_step is None:
+        files.best.unlink(missing_ok=True)
+    else:
+        checkpoints.keep.add(progress.best_step)
+        write_json(files.best, {"step": progress.best_step, "success": progress.best_step_success})
 
 
 def save_rollouts(path: Path, rollouts: list[Rollout]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import functools
@@ -40,12 +41,12 @@ from acrlpd.models.pi0 import CAMERAS, Pi0, Pi0Config
 from acrlpd.models.recognize import recognize
 from acrlpd.overrides import differences
 from acrlpd.training import prefixes
-from acrlpd.training.checkpoint import ACRLPDCheckpointManager
+from acrlpd.training.checkpoint import DAMAGED, ACRLPDCheckpointManager, DamagedCheckpoint
 from acrlpd.training.collection import collect_prior
 from acrlpd.training.guards import LOCK_FILE, RunLock
 from acrlpd.training.loop import ACRLPDTrainer
 from acrlpd.training.optimizer import make_optimizers
-from acrlpd.training.run import Interaction, Progress, RunFiles
+from acrlpd.training.run import Interaction, Progress, RunFiles, settle_best
 from acrlpd.training.sharding import make_mesh, parameter_sharding
 
 logger = logging.getLogger(__name__)
@@ -74,10 +75,27 @@ def make_trainer(
     """A trainer at the start of its run, or where the newest checkpoint left it.
 
     ``override`` has patterns of fields ("optimizers.*.schedule.*") in which a resumed run may differ from what it was
-    started with. ``from_step`` goes back to an older checkpoint and deletes those after it.
+    started with. ``from_step`` goes back to an older checkpoint and, once that is restored, deletes those after it.
     """
     files = run_files(config)
     lock = RunLock(files.directory) if jax.process_index() == 0 else None
+    with contextlib.ExitStack() as failed:
+        if lock is not None:
+            failed.callback(lock.release)
+        trainer = _make_trainer(config, files, lock, resume, overwrite, override, from_step)
+        failed.pop_all()
+    return trainer
+
+
+def _make_trainer(
+    config: TrainConfig,
+    files: RunFiles,
+    lock: RunLock | None,
+    resume: bool,
+    overwrite: bool,
+    override: Collection[str],
+    from_step: int | None,
+) -> ACRLPDTrainer:
     claim_directory(config, files, resume=resume, overwrite=overwrite, override=override)
     if config.env is None and config.online_steps:
         logger.warning("no online phase: online_steps is %d, but env.name names no environment", config.online_steps)
@@ -97,11 +115,13 @@ def make_trainer(
     def fresh_agent() -> ACRLPDAgent:
         return make_agent(config, dims, prior.cameras, weights=config.policy.weights)
 
-    if checkpoints.steps():
-        agent, progress, stats = resume_from(checkpoints, make_agent(config, dims, prior.cameras), from_step)
+    if checkpoints.steps() or from_step is not None:
+        agent, progress, stats = resume_from(files, checkpoints, make_agent(config, dims, prior.cameras), from_step)
     else:
+        check_nothing_was_learned(config, files, checkpoints)
         agent, progress = fresh_agent(), Progress()
         stats = make_norm_stats(config, prior, source, environments.spec if environments else None)
+    settle_best(progress, Progress(), checkpoints, files)
     transform = make_transform(config, stats, dims)
     interaction = make_interaction(config, files, progress) if config.env and config.online_steps else None
     loader = make_loader(config, prior, transform, interaction, agent, stats)
@@ -138,17 +158,44 @@ def check_prior(config: TrainConfig, prior: EpisodeStore, dims: Dims) -> None:
 
 
 def resume_from(
-    checkpoints: ACRLPDCheckpointManager, template: ACRLPDAgent, from_step: int | None
+    files: RunFiles, checkpoints: ACRLPDCheckpointManager, template: ACRLPDAgent, from_step: int | None
 ) -> tuple[ACRLPDAgent, Progress, dict[str, NormStats]]:
-    """What the newest whole checkpoint holds, after those behind ``from_step`` are deleted."""
-    if from_step is not None:
-        checkpoints.discard_after(from_step)
-    restored = checkpoints.restore_newest(template)
+    """What the newest whole checkpoint holds, or exactly that of ``from_step``.
+
+    Only then are later ones deleted, and episodes that were made after that step set aside.
+    """
+    if from_step is None:
+        restored = checkpoints.restore_newest(template)
+    else:
+        try:
+            restored = checkpoints.restore(template, from_step)
+        except DamagedCheckpoint as error:
+            others = [step for step in checkpoints.steps() if step != from_step]
+            raise ValueError(f"{error}. Nothing was changed; the other steps there are: {others}") from error
     progress = Progress(**restored.run["progress"])
-    if progress.best_step is not None:
-        checkpoints.keep.add(progress.best_step)
+    if from_step is not None:
+        if files.replay.is_dir():
+            ReplayJournal(files.replay).set_aside_from(progress.next_episode)
+        checkpoints.discard_after(from_step)
     logger.info("resumed at update %d", restored.step)
-    return restored.agent, progress, checkpoints.read_norm_stats(restored.step)
+    return restored.agent, progress, restored.norm_stats
+
+
+def check_nothing_was_learned(config: TrainConfig, files: RunFiles, checkpoints: ACRLPDCheckpointManager) -> None:
+    """Refuses to start at step 0 in the folder of a run that had come further. One killed before its first checkpoint
+    starts over; if it has no offline phase, with the episodes it has made."""
+    damaged, episodes = checkpoints.damaged(), len(ReplayJournal(files.replay)) if files.replay.is_dir() else 0
+    if not damaged and episodes and not config.offline_steps:
+        logger.warning("no checkpoint yet: starting at step 0 with the %d episodes of %s", episodes, files.replay)
+    elif damaged or episodes:
+        found = ([f"damaged ones ({', '.join(damaged)}) in {checkpoints.directory / DAMAGED}"] if damaged else []) + (
+            [f"{episodes} episodes in {files.replay}"] if episodes else []
+        )
+        raise ValueError(
+            f"{files.directory} has no checkpoint to resume from, but {' and '.join(found)}: it would start over at "
+            f"step 0. Bring a checkpoint back to {checkpoints.directory} (from a backup), then use --resume; or start "
+            "anew with another --name, or with --overwrite, which deletes all that."
+        )
 
 
 def make_loader(
@@ -251,6 +298,7 @@ def make_interaction(config: TrainConfig, files: RunFiles, progress: Progress) -
     for episode in journal.load():
         replay.append(episode)
         env_steps += len(episode)
+    progress.next_episode = journal.next_number
     progress.env_steps = env_steps  # steps of an episode that a stop cut short are lost, and made again
     collector = rollout.OnlineCollector(
         make_environments(config, config.online_envs),

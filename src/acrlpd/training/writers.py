@@ -6,14 +6,16 @@ A writer has ``write(record)`` and ``close()``. A record is flat: "step", "phase
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from acrlpd.config import LoggerConfig, LoggerKind
-from acrlpd.training.metrics import JsonlWriter
+from acrlpd.training.metrics import JsonlWriter, write_json
 
 WANDB_METRIC_GROUPS: dict[str, list[str]] = {
     "loss_components": [
@@ -107,7 +109,7 @@ class WandbWriter:
         self._run = wandb.init(
             project=config.project,
             name=name,
-            id=f"{config.project}-{name}".replace("/", "-"),
+            id=_stored_id(directory / "wandb.json", f"{config.project}-{name}".replace("/", "-")),
             resume="allow",
             mode=config.wandb_mode,
             dir=str(directory),
@@ -122,6 +124,13 @@ class WandbWriter:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _stored_id(file: Path, name: str) -> str:
+    """Made once for a run's folder: a resumed run goes on under it, one that starts anew there has another."""
+    if not file.exists():
+        write_json(file, {"id": f"{name}-{secrets.token_hex(4)}"})
+    return json.loads(file.read_text(encoding="utf-8"))["id"]
 
 
 class TrackioWriter:

@@ -137,8 +137,8 @@ def document(rows: list[dict[str, Any]], about: dict[str, Any], arguments: argpa
     lines = [f"Made by `{about['command']}` on {about['cpu_count']} cores of {about['processor']}."]
     lines.append(
         f"A run: {arguments.offline_steps} updates offline, {arguments.online_steps} environment steps online, on "
-        f"{arguments.episodes} scripted episodes with noise (`demo-cube`), networks of 2 x 256; bc has no online phase, "
-        "rlpd-ac no offline one. Success with Wilson's 95 % interval over the evaluation episodes of all seeds."
+        f"{arguments.episodes} scripted episodes with noise (`demo-cube`), networks of 2 x 256; bc has no online "
+        "phase, rlpd-ac no offline one. Success with Wilson's 95 % interval over the evaluation episodes of all seeds."
     )
     for task in dict.fromkeys(row["task"] for row in rows):
         lines += ["", f"### {TASKS[task]}", ""]

@@ -1,8 +1,8 @@
 """What "ours" means where methods are compared: the same in every benchmark, as options of ``acrlpd train``.
 
-Beside Q-chunking's recipe: a target from two candidates by three Euler steps instead of as many as while acting, half of
-each online batch from replay, chunks that a success cuts short kept (both the framework's defaults), a moving average
-of the policy acts, and several updates in one compiled call.
+Beside Q-chunking's recipe: a target from two candidates by three Euler steps instead of as many as while acting, half
+of each online batch from replay, chunks that a success cuts short kept (both the framework's defaults), a moving
+average of the policy acts, and several updates in one compiled call.
 """
 
 OURS = {

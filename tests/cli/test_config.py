@@ -54,6 +54,24 @@ def test_words_taken_from_the_flags():
     assert (config.offline_steps, rest) == (500_000, ["--seed", "1"])
 
 
+@pytest.mark.parametrize("command", [["config", "show"], ["plan"], ["train"]])
+def test_every_wrong_flag_is_told(command, capsys):
+    """A value that is right beside another (execute_horizon here) is none of them."""
+    flags = "--agent.discount 2 --log-frequency 0 --seed x --execute-horizon 9 --policy.action-horizon 9 --agent.disc 1"
+    assert main([*command, "demo", *flags.split(), "--online-envs", "0"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    for words in ("agent.discount must lie in (0, 1], got 2.0", "parsing --seed", "options: --agent.disc"):
+        assert words in told
+    assert "acrlpd: log_frequency must be at least 1, got 0 online_envs must be at least 1, got 0" in told
+    assert "cannot execute more steps" not in told
+
+
+def test_flags_that_contradict_each_other_are_told(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["config", "show", "demo", "--data.cube-goal", "1", "2", "3", "--data.button-goal", "1"])
+    assert "exclude each other" in " ".join(capsys.readouterr().err.split())
+
+
 def test_what_a_resumed_run_may_change():
     parsed = train._parse(presets.get_preset("demo"), "demo", ["--resume", "--override_lr_schedule"])
     assert parsed.may_differ() == train.LR_FIELDS

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
+
+import tyro
 
 from acrlpd import platforms, presets
-from acrlpd.config import TrainConfig, from_dict, to_dict
+from acrlpd.config import ConfigError, TrainConfig, from_dict, to_dict
 from acrlpd.overrides import apply_config_overrides, load_yaml
 
+T = TypeVar("T")
 YAML_SUFFIXES = (".yaml", ".yml")
 
 
@@ -52,6 +57,55 @@ def _with_parts(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:
     said = {flag.removeprefix("--").replace("-", "_").split(".")[0] for flag in flags if "." in flag.split("=")[0]}
     absent = [name for name, value in to_dict(config).items() if value is None and name in said]
     return from_dict(TrainConfig, {name: {} for name in absent}, base=config) if absent else config
+
+
+def parse(kind: type[T], default: T, flags: Sequence[str], prog: str) -> T:
+    """``default`` as the flags have it; what is wrong is told at once, each flag's fault by itself.
+
+    Raises:
+        ConfigError: values that do not go with the others; tyro prints the rest itself and exits.
+    """
+
+    def attempt(words: Sequence[str], *, tell: bool) -> T:
+        form = (tyro.conf.AvoidSubcommands,)
+        return tyro.cli(kind, args=words, default=default, prog=prog, config=form, console_outputs=tell)
+
+    def fault(words: Sequence[str], *, tell: bool = False) -> str | None:
+        """A message; an empty one if tyro prints it."""
+        try:
+            attempt(words, tell=tell)
+        except SystemExit:
+            return ""
+        except ValueError as error:
+            return str(error)
+        return None
+
+    try:
+        return attempt(flags, tell=False)
+    except SystemExit as stop:
+        if not stop.code:  # help was asked for
+            return attempt(flags, tell=True)
+    except ValueError:
+        pass
+    guilty = [words for words in _apart(flags) if fault(words) is not None]
+    good = [word for words in _apart(flags) if words not in guilty for word in words]
+    faults = [fault([*good, *words], tell=True) for words in guilty]
+    found = [message for message in faults if message is not None]  # some flags are wrong only without the others
+    if not found:
+        return attempt(flags, tell=True)
+    if any(found):
+        raise ConfigError("\n".join(filter(None, found)))
+    sys.exit(2)
+
+
+def _apart(flags: Sequence[str]) -> list[list[str]]:
+    """Each flag with its values."""
+    groups: list[list[str]] = []
+    for word in flags:
+        if word.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(word)
+    return groups
 
 
 def is_yaml(word: str) -> bool:

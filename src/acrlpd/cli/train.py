@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from acrlpd import presets
-from acrlpd.cli.configured import changed, starting_point
+from acrlpd.cli.configured import changed, parse, starting_point
 from acrlpd.config import TrainConfig, from_dict
 from acrlpd.training import setup
 from acrlpd.training.faults import EXIT_INTERRUPTED, Interrupted
@@ -90,13 +90,7 @@ def stored_config(run: Path) -> TrainConfig:
 
 
 def _parse(default: TrainConfig, name: str, flags: Sequence[str]) -> TrainArguments:
-    return tyro.cli(
-        TrainArguments,
-        args=flags,
-        default=TrainArguments(default),
-        prog=f"acrlpd train {name}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    return parse(TrainArguments, TrainArguments(default), flags, f"acrlpd train {name}")
 
 
 def _train(arguments: TrainArguments, name: str, flags: Sequence[str], step: int | None = None) -> int:

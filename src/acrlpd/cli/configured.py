@@ -34,19 +34,28 @@ def take(flags: Sequence[str], name: str) -> tuple[str | None, list[str]]:
 
 def starting_point(word: str, flags: Sequence[str]) -> tuple[TrainConfig, list[str]]:
     """The configuration that ``word`` names, changed as those flags of ``changed`` ask; the other flags."""
-    config = load_yaml(word, presets.get_preset) if is_yaml(word) else presets.get_preset(word)
-    return changed(config, flags)
+    return changed(named(word), flags)
 
 
-def changed(config: TrainConfig, flags: Sequence[str]) -> tuple[TrainConfig, list[str]]:
-    """``config`` changed by ``--algorithm NAME``, ``--environment NAME`` and ``--config FILE``, and the other flags."""
+def named(word: str) -> TrainConfig:
+    """The configuration of a preset or a YAML file."""
+    return load_yaml(word, presets.get_preset) if is_yaml(word) else presets.get_preset(word)
+
+
+def changed(
+    config: TrainConfig, flags: Sequence[str], *, preset: TrainConfig | None = None
+) -> tuple[TrainConfig, list[str]]:
+    """``config`` changed by ``--algorithm NAME``, ``--environment NAME`` and ``--config FILE``, and the other flags.
+
+    ``preset``: what an environment takes parts of; None: ``config`` itself, which a stored one, already cut, is not.
+    """
     algorithm, rest = take(flags, "algorithm")
     environment, rest = take(rest, "environment")
     file, rest = take(rest, "config")
     if algorithm is not None:
         config = presets.with_algorithm(config, algorithm)
     if environment is not None:
-        config = apply_config_overrides(config, platforms.environment_overrides(config, environment))
+        config = apply_config_overrides(config, platforms.environment_overrides(preset or config, environment))
     if file is not None:
         config = load_yaml(file, presets.get_preset, config)
     return _with_parts(config, rest), rest

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from acrlpd import presets
-from acrlpd.cli.configured import changed, parse, starting_point
+from acrlpd.cli.configured import changed, named, parse, starting_point
 from acrlpd.config import TrainConfig, from_dict
 from acrlpd.training import setup
 from acrlpd.training.faults import EXIT_INTERRUPTED, Interrupted
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(config, name, rest)
     stored = setup.run_files(arguments.config).config
     if arguments.resume and stored.exists():  # what the run was started with need not be said again
-        config, rest = changed(stored_config(stored.parent), flags)
+        config, rest = changed(stored_config(stored.parent), flags, preset=named(name))
         arguments = _parse(config, name, rest)
     return _train(arguments, name, flags)
 

@@ -244,17 +244,22 @@ def set_by_presets() -> list[tuple[str, str]]:
     return found
 
 
+NARROW = {"agent.best_of_n_strategy": {"agent.best_of_n_bytes": 1}}  # a look's few candidates would fit any other
+
+
 @pytest.mark.parametrize(("name", "field"), set_by_presets())
 def test_a_presets_value_has_an_effect(name, field):
     """Against the same preset with the field's default."""
-    preset = presets.get_preset(name)
+    preset = apply_config_overrides(presets.get_preset(name), NARROW.get(field, {}))
     look = SEEN[field][0]
     try:
         without = apply_config_overrides(preset, {field: leaves(DEFAULT)[field]})
         if look is not looks.story:
             look(without)
-    except ValueError:
-        return  # the preset cannot be without it
+    except ValueError as error:
+        if field.rpartition(".")[2] in str(error):
+            return  # the preset cannot be without it
+        raise
     except ImportError as error:
         pytest.skip(str(error))  # of a simulator
     assert differ(look, preset, without)

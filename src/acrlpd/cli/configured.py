@@ -68,6 +68,13 @@ def _with_parts(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:
     return from_dict(TrainConfig, {name: {} for name in absent}, base=config) if absent else config
 
 
+def warn_of_the_unusual(config: TrainConfig) -> None:
+    """Prints what ``ConfigValidator`` says of a run with a platform's preset, but of memory, which takes a plan."""
+    if config.preset in platforms.PLATFORM_MAX_LR:
+        for line in platforms.ConfigValidator.validate_config(config, config.preset, check_memory=False):
+            print(f"warning: {line}", file=sys.stderr)
+
+
 def parse(kind: type[T], default: T, flags: Sequence[str], prog: str) -> T:
     """``default`` as the flags have it; what is wrong is told at once, each flag's fault by itself.
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from acrlpd.cli.configured import parse, starting_point
+from acrlpd.cli.configured import parse, starting_point, warn_of_the_unusual
 from acrlpd.config import TrainConfig
 from acrlpd.training import memory
 
@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
     config = arguments.config
     if arguments.fsdp is not None:
         config = dataclasses.replace(config, fsdp_devices=arguments.fsdp)
+    warn_of_the_unusual(config)
     limit = None if arguments.device_memory is None else memory.parse_bytes(arguments.device_memory)
     found = memory.plan(config, memory.Machine(arguments.devices, limit))
     changes = memory.advice(config, found)

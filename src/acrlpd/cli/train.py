@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from acrlpd import presets
-from acrlpd.cli.configured import changed, named, parse, starting_point
+from acrlpd.cli.configured import changed, named, parse, starting_point, warn_of_the_unusual
 from acrlpd.config import TrainConfig, from_dict
 from acrlpd.training import setup
 from acrlpd.training.faults import EXIT_INTERRUPTED, Interrupted
@@ -107,6 +107,7 @@ def _train(arguments: TrainArguments, name: str, flags: Sequence[str], step: int
 
 def run(config: TrainConfig, *, again: str, **how: Any) -> int:
     """Trains to the end and writes the report. ``again``: the words that resume it; ``how``: see ``make_trainer``."""
+    warn_of_the_unusual(config)
     trainer = setup.make_trainer(config, **how)
     try:
         summary = trainer.train()

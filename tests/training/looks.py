@@ -112,11 +112,6 @@ def placed(config: TrainConfig) -> int:
         return memory._local_bytes(config, Machine(2), agent.params)
 
 
-def planned(config: TrainConfig) -> int:
-    """What the compiled update needs beside its arguments."""
-    return memory.plan(config, Machine(1), dims=DIMS).activation_bytes
-
-
 # ---- the optimisers
 
 STEPS = np.array([0, 3, 500, 1500, 4000, 20_000, 45_000, 90_000, 10**7])

@@ -98,3 +98,22 @@ def test_a_plan_is_near_what_a_run_takes(name):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)[name]
     assert 0.75 <= found["planned_over_measured"] <= 1.25, found
+
+
+@pytest.mark.slow
+def test_a_full_size_plan():
+    """DROID's on eight devices of 80 GB, by shapes: all of pi0's parameters, split evenly."""
+    config = apply_config_overrides(presets.get_preset("droid"), {"fsdp_devices": 8})
+    found = memory.plan(config, Machine(8, device_memory=80 * 10**9))
+    assert 3.2e9 < found.trainable == found.parameters < 3.3e9
+    assert found.local_batch == 8
+    # the policy once, critics and their targets; Adam has two moments of what trains; a checkpoint has all of it whole
+    whole = 4 * (found.parameters + 2 * found.critic_parameters)
+    assert found.parameter_bytes == pytest.approx(whole / 8, rel=0.01)
+    assert found.optimizer_bytes == pytest.approx(2 * 4 * (found.parameters + found.critic_parameters) / 8, rel=0.01)
+    assert found.checkpoint_bytes == pytest.approx(8 * (found.parameter_bytes + found.optimizer_bytes), rel=0.01)
+    assert found.activation_bytes > 10**9
+    assert found.fits
+    small = dataclasses.replace(found, machine=Machine(8, device_memory=24 * 10**9))
+    assert not small.fits
+    assert any("gradient_accumulation_steps 2" in line for line in memory.advice(config, small))

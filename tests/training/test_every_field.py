@@ -212,12 +212,18 @@ def test_no_field_is_forgotten():
 
 
 @pytest.mark.parametrize("field", ELSEWHERE)
-def test_the_test_that_observes_a_field_is_there_and_speaks_of_it(field):
+def test_the_test_that_observes_a_field_is_there_and_sets_it(field):
+    """As an argument, a key of a dictionary, or a flag; to speak of it is not enough."""
     file, name = ELSEWHERE[field].split("::")
     source = (Path(__file__).parents[2] / file).read_text(encoding="utf-8")
     found = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name]
     assert len(found) == 1
-    assert field.split(".")[-1] in ast.unparse(found[0])
+    arguments = {node.arg for node in ast.walk(found[0]) if isinstance(node, ast.keyword)}
+    keys = {
+        ast.unparse(key).strip("'") for node in ast.walk(found[0]) if isinstance(node, ast.Dict) for key in node.keys
+    }
+    words = {node.value for node in ast.walk(found[0]) if isinstance(node, ast.Constant)}
+    assert field.split(".")[-1] in arguments | keys or f"--{field}" in words
 
 
 @pytest.mark.parametrize("field", SEEN)

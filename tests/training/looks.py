@@ -241,7 +241,7 @@ def named(config: TrainConfig) -> Any:
 
 def experience(config: TrainConfig) -> Any:
     """What one choice in every environment of the online phase brings, and how much of it is kept."""
-    config = dataclasses.replace(config, env=config.env or EnvConfig())
+    config = dataclasses.replace(config, env=dataclasses.replace(config.env or EnvConfig(), cameras=()))
     with tempfile.TemporaryDirectory() as folder, _counting():
         files = setup.run_files(dataclasses.replace(config, run_dir=folder))
         made = setup.make_interaction(config, files, Progress())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -19,13 +20,15 @@ import jax
 
 from acrlpd import presets
 from acrlpd.cli import train
-from acrlpd.cli.configured import is_yaml
+from acrlpd.cli.configured import named
 from acrlpd.config import TrainConfig
-from acrlpd.overrides import apply_config_overrides, fields_of, load_yaml
+from acrlpd.data import lerobot
+from acrlpd.overrides import apply_config_overrides, fields_of
 from acrlpd.platforms import ENVIRONMENTS, environment_overrides
 from acrlpd.training.faults import EXIT_FAULT, RunFault
+from acrlpd.training.setup import run_files
 
-SOURCES = ("data_dir", "lerobot_repo_id", "checkpoint_dir", "experiment_name")
+SOURCES = ("data_dir", "checkpoint_dir", "experiment_name")
 NUMBERS = ("bc_weight", "pi0_peak_lr", "critic_peak_lr", "discount", "max_grad_norm")
 COUNTS = (
     *("offline_steps", "online_steps", "batch_size", "best_of_n_samples", "gradient_accumulation_steps"),
@@ -36,9 +39,11 @@ COUNTS = (
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help=f"a preset ({', '.join(presets.PRESETS)}) or a YAML file")
-    parser.add_argument("--environment", choices=ENVIRONMENTS, default="production")
+    parser.add_argument("--environment", choices=ENVIRONMENTS, help="shorter phases to try things; default: production")
     parser.add_argument("--data_dir", help="episodes in any format that is read")
-    parser.add_argument("--lerobot_repo_id", help="a LeRobot data set on the hub, or a folder of that name")
+    parser.add_argument(
+        "--lerobot_repo_id", help="a folder of that name, or else a LeRobot data set on the hub, which is copied"
+    )
     parser.add_argument("--checkpoint_dir", help="where runs lie; this one is its experiment_name below it")
     parser.add_argument("--experiment_name", help="the run's name")
     parser.add_argument("--pretrained_weights", help="an openpi checkpoint to start from")
@@ -48,7 +53,11 @@ def parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=int, help=f"sets {' and '.join(fields_of(name))}")
     parser.add_argument("--freeze_pi0_backbone", action="store_true", default=None, help="train the rest alone")
     parser.add_argument(
-        "--resume", nargs="?", const=True, help="go on: with this run, or with the one whose folder is named"
+        "--resume",
+        nargs="?",
+        const=True,
+        help="go on with the run whose folder is named (then without --config and --environment), or with the one of "
+        "this configuration's name; its stored values hold, and flags need not be said again",
     )
     parser.add_argument("--overwrite", action="store_true", help="delete the run of this name first")
     parser.add_argument("--override_lr_schedule", action="store_true", help="resume with the flags' other values")
@@ -60,21 +69,28 @@ def parser() -> argparse.ArgumentParser:
 
 def configuration(arguments: argparse.Namespace, base: TrainConfig) -> TrainConfig:
     """``base`` with every flag that was given."""
-    config = apply_config_overrides(base, environment_overrides(base, arguments.environment))
-    return apply_config_overrides(config, changes(arguments))
+    return apply_config_overrides(base, {**environment(arguments, base), **changes(arguments)})
+
+
+def environment(arguments: argparse.Namespace, base: TrainConfig) -> dict[str, Any]:
+    return environment_overrides(base, arguments.environment) if arguments.environment else {}
 
 
 def changes(arguments: argparse.Namespace) -> dict[str, Any]:
     """Fields by their own dotted names."""
-    named = {name: getattr(arguments, name) for name in (*NUMBERS, *COUNTS, *SOURCES, "freeze_pi0_backbone")}
-    named["data_dir"] = arguments.data_dir or arguments.lerobot_repo_id
-    del named["lerobot_repo_id"]
-    named["policy.weights"] = arguments.pretrained_weights
+    given = {name: getattr(arguments, name) for name in (*NUMBERS, *COUNTS, *SOURCES, "freeze_pi0_backbone")}
+    if arguments.lerobot_repo_id is not None:
+        given["data_dir"] = str(lerobot_folder(arguments.lerobot_repo_id))
+    given["policy.weights"] = arguments.pretrained_weights
     if arguments.debug_mode:
-        named["log_frequency"] = arguments.log_frequency or 1
-        named["max_rollbacks"] = 0
-        named["max_skipped_updates"] = 1
-    return {path: value for name, value in named.items() if value is not None for path in fields_of(name)}
+        given["log_frequency"] = arguments.log_frequency or 1
+        given["max_rollbacks"] = 0
+        given["max_skipped_updates"] = 1
+    return {path: value for name, value in given.items() if value is not None for path in fields_of(name)}
+
+
+def lerobot_folder(name: str) -> Path:
+    return Path(name) if Path(name).is_dir() else lerobot.hub_folder(name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,17 +109,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    step = None
+    repo, step = arguments.lerobot_repo_id, None
+    if arguments.data_dir is not None and repo is not None:
+        raise ValueError("--data_dir and --lerobot_repo_id both name the data: leave one of them out")
     if isinstance(arguments.resume, str):
+        if arguments.config is not None or arguments.environment is not None:
+            raise ValueError(
+                f"--resume {arguments.resume} goes on with what that run has stored: leave --config and --environment "
+                "out, and name single values by their flags"
+            )
         path, step = train.locate_run(Path(arguments.resume))
         config = apply_config_overrides(train.stored_config(path), changes(arguments))
-        again = f"--resume {path}"
     else:
         if arguments.config is None:
             raise ValueError("name a preset or YAML file with --config, or a run with --resume")
-        word = arguments.config
-        base = load_yaml(word, presets.get_preset) if is_yaml(word) else presets.get_preset(word)
-        config, again = configuration(arguments, base), word
+        base = named(arguments.config)
+        config = configuration(arguments, base)
+        stored = run_files(config).config
+        if arguments.resume and stored.exists():
+            said = {**environment(arguments, base), **changes(arguments)}
+            config = apply_config_overrides(train.stored_config(stored.parent), said)
+    if repo is not None and not Path(repo).is_dir():
+        lerobot.download(repo, lerobot.hub_folder(repo))
     override = (*train.LR_FIELDS, *changes(arguments)) if arguments.override_lr_schedule else ()
     return train.run(
         config,
@@ -111,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         override=override,
         from_step=step,
-        again=again,
+        again=f"--resume {shlex.quote(str(run_files(config).directory))}",  # where the configuration lies
     )
 
 

@@ -47,8 +47,12 @@ class PolicyConfig:
     frozen_dtype: Literal["bfloat16", "float32"] = "float32"  # in which frozen parameters are kept
 
     def __post_init__(self):
-        if self.action_horizon < 1:
-            raise ValueError(f"policy.action_horizon must be at least 1, got {self.action_horizon}")
+        for name in ("action_horizon", "action_dim", "vocab_size", "max_token_len", "image_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"policy.{name} must be at least 1, got {value}")
+        if any(width < 1 for width in self.hidden_dims):
+            raise ValueError(f"policy.hidden_dims must be at least 1 each, got {self.hidden_dims}")
         if self.freeze_pi0_backbone and self.kind in ("mlp_flow", "gaussian"):
             raise ValueError(f"policy.freeze_pi0_backbone needs a pi0 policy: {self.kind} has no backbone")
         if self.frozen_dtype != "float32" and not (self.freeze_pi0_backbone or self.has_lora):
@@ -74,8 +78,9 @@ class CollectConfig:
     num_workers: int = 1  # processes
 
     def __post_init__(self):
-        if self.episodes < 1:
-            raise ValueError(f"data.collect.episodes must be at least 1, got {self.episodes}")
+        for name in ("episodes", "num_workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.collect.{name} must be at least 1, got {getattr(self, name)}")
         low, high = self.noise_range
         if not 0 <= low <= high:
             raise ValueError(f"data.collect.noise_range must be 0 <= low <= high, got {self.noise_range}")
@@ -113,8 +118,16 @@ class DataConfig:
     action_normalization: Literal["bounds", "z_score", "quantile"] = "bounds"  # bounds: of the action space
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"data.batch_size must be at least 1, got {self.batch_size}")
+        for name, least in (("batch_size", 1), ("action_dim", 1), ("max_replay_bytes", 1), ("num_workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"data.{name} must be at least {least}, got {value}")
+        for name in ("memory_bytes", "prefix_bytes", "min_std"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"data.{name} must not be negative, got {value}")
+        if self.delta_mask is not None and 0 in self.delta_mask:
+            raise ValueError(f"data.delta_mask must be counts of actions, below 0 or above, got {self.delta_mask}")
         for name in ("sequence_ratio", "online_ratio"):
             ratio = getattr(self, name)
             if ratio is not None and not 0 <= ratio <= 1:
@@ -147,12 +160,15 @@ class CosineDecaySchedule:
     rsqrt_timescale: float | None = None
 
     def __post_init__(self):
+        for name in ("warmup_steps", "peak_lr", "decay_lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative or infinite, got {getattr(self, name)}")
         if self.decay_steps <= self.warmup_steps:
             raise ValueError(
                 f"decay_steps ({self.decay_steps}) counts from step 0 and must exceed warmup_steps "
                 f"({self.warmup_steps})"
             )
-        if self.rsqrt_timescale is not None and self.rsqrt_timescale <= 0:
+        if self.rsqrt_timescale is not None and not self.rsqrt_timescale > 0:
             raise ValueError(f"rsqrt_timescale must be positive, got {self.rsqrt_timescale}")
 
 
@@ -166,6 +182,16 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 1e-10
     clip_gradient_norm: float = 1.0
+
+    def __post_init__(self):
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        for name in ("eps", "clip_gradient_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +217,8 @@ class EvalConfig:
         for name in ("episodes", "frequency", "progress_episodes", "num_envs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"eval.{name} must be at least 1, got {getattr(self, name)}")
+        if self.first_seed < 0:
+            raise ValueError(f"eval.first_seed must not be negative, got {self.first_seed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,11 +276,12 @@ class TrainConfig:
                 f"execute_horizon ({self.execute_horizon}) must lie between 1 and policy.action_horizon ({horizon}): "
                 "the policy cannot execute more steps than it predicts. Lower it or train with a longer chunk."
             )
-        for name in ("offline_steps", "online_steps", "warmup_env_steps", "actor_warmup_steps", "critic_alone_steps"):
+        steps = ("offline_steps", "online_steps", "warmup_env_steps", "actor_warmup_steps", "critic_alone_steps")
+        for name in ("seed", *steps):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         counts = ("log_frequency", "save_frequency", "online_envs", "early_stopping_patience", "max_to_keep")
-        for name in (*counts, "updates_per_call"):
+        for name in (*counts, "updates_per_call", "online_transition_steps", "fsdp_devices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_skipped_updates < 1 or not 0 <= self.max_rollbacks <= 3:
@@ -262,6 +291,8 @@ class TrainConfig:
             )
         if self.keep_period is not None and self.keep_period < 1:
             raise ValueError(f"keep_period must be at least 1, got {self.keep_period}")
+        if self.early_stopping_success is not None and not 0 <= self.early_stopping_success <= 1:
+            raise ValueError(f"early_stopping_success must lie in [0, 1], got {self.early_stopping_success}")
         if self.data.batch_size % self.agent.gradient_accumulation_steps:
             raise ValueError(
                 f"agent.gradient_accumulation_steps ({self.agent.gradient_accumulation_steps}) must divide "
@@ -279,7 +310,7 @@ class TrainConfig:
             )
         if self.critic_alone_steps and self.agent.algorithm == "bc":
             raise ValueError("critic_alone_steps must be 0 with agent.algorithm='bc', which has no use for critics")
-        if self.utd_ratio <= 0:
+        if not 0 < self.utd_ratio < math.inf:
             raise ValueError(f"utd_ratio must be positive, got {self.utd_ratio}")
         if self.env is None and self.data.path is None:
             raise ValueError("a run needs data.path (a folder of episodes), env.name (to collect some), or both")

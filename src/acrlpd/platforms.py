@@ -1,7 +1,16 @@
 """The three robot platforms of the founding design: their tables, and configurations for a platform and an environment.
 
 A table is a rule of thumb. What a configuration really needs is computed (``training/memory.py``); the tables say what
-is usual, and ``ConfigValidator`` compares the two.
+is usual, and ``ConfigValidator`` compares the two. Columns that the presets have in a field of another name, or not:
+
+    large_N            agent.best_of_n_strategy: "parallel", or for "adaptive" our "auto" (as many at a time as fit)
+    warmup_ratio       schedule.warmup_steps, which the founding presets give beside it, and which hold: 5 % of droid's
+                       decay_steps as here, but 7 % of aloha's and 6 % of libero's
+    decay_profile      the schedule's kind: cosine, unless schedule.rsqrt_timescale is set
+    cache_size         data.memory_bytes: bytes, not episodes; small data is copied into memory, large data is mapped
+    shuffle_buffer     no effect: each batch is drawn evenly from all rows, which shuffles more than any buffer
+    data_augmentation  no effect: the critics see the policy's features, so Q would have to hold for every crop, and the
+                       stored prefixes of a frozen backbone would not; the update draws none (``training/prefixes.py``)
 """
 
 from __future__ import annotations
@@ -35,8 +44,6 @@ PLATFORM_DATA_CONFIGS: dict[str, dict[str, Any]] = {
     "aloha": {"sequence_ratio": 0.8, "cache_size": 30, "shuffle_buffer": 5000, "data_augmentation": "light"},
     "libero": {"sequence_ratio": 0.6, "cache_size": 100, "shuffle_buffer": 20_000, "data_augmentation": "aggressive"},
 }
-"""Batches are drawn evenly from all rows, which shuffles more than any buffer; caches are sized in bytes
-(``data.memory_bytes``)."""
 
 PLATFORM_MEMORY_LIMITS = {
     name: memory.parse_bytes(row["training"].strip("~")) for name, row in PLATFORM_MEMORY_REQUIREMENTS.items()
@@ -115,19 +122,29 @@ class ConfigValidator:
 
     @staticmethod
     def validate_config(
-        config: TrainConfig, platform: str, *, devices: int = 1, check_memory: bool = True
+        config: TrainConfig,
+        platform: str,
+        *,
+        devices: int = 1,
+        device_memory: int | None = None,
+        check_memory: bool = True,
     ) -> list[str]:
-        """Warnings, each with the value that is usual; an empty list if there is nothing to say."""
+        """Warnings, each with the value that is usual; an empty list if there is nothing to say.
+
+        ``device_memory``: bytes of one device; None: what is usual on the platform. It takes as long as
+        ``estimate_memory_usage`` to compare, unless ``check_memory`` is False.
+        """
         if platform not in PLATFORM_MAX_LR:
             raise ValueError(f"unknown platform {platform!r}: there are {', '.join(PLATFORM_MAX_LR)}")
         warnings = []
         if check_memory:
-            needed, limit = ConfigValidator.estimate_memory_usage(config, devices), PLATFORM_MEMORY_LIMITS[platform]
-            if needed > limit / 1e9:
-                warnings.append(
-                    f"about {needed:.1f} GB on each device, where {limit / 1e9:.0f} GB is usual on {platform}: "
-                    "acrlpd plan says what to change"
-                )
+            needed = ConfigValidator.estimate_memory_usage(config, devices)
+            usual = PLATFORM_MEMORY_LIMITS[platform]
+            if needed > (usual if device_memory is None else device_memory) / 1e9:
+                limit = f"{usual / 1e9:.0f} GB is usual on {platform}"
+                if device_memory is not None:
+                    limit = f"there are {device_memory / 1e9:.3g} GB"
+                warnings.append(f"about {needed:.3g} GB on each device, where {limit}: acrlpd plan says what to change")
         rates = {"pi0": config.optimizers.policy, "critic": config.optimizers.critic}
         for name, optimizer in rates.items():
             peak, most = optimizer.schedule.peak_lr, PLATFORM_MAX_LR[platform][name]

@@ -2,15 +2,21 @@
 
 import argparse
 import importlib.util
+import itertools
 import json
+import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from tests.training.looks import leaves
 
 from acrlpd import presets
 from acrlpd.cli import train
 from acrlpd.cli.configured import starting_point, take
 from acrlpd.cli.main import main
+from acrlpd.config import to_dict
+from acrlpd.data import lerobot
 from acrlpd.overrides import load_yaml
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_acrlpd_pi0.py"
@@ -54,6 +60,24 @@ def test_words_taken_from_the_flags():
     assert (config.offline_steps, rest) == (500_000, ["--seed", "1"])
 
 
+@pytest.mark.parametrize("command", [["config", "show"], ["plan"], ["train"]])
+def test_every_wrong_flag_is_told(command, capsys):
+    """A value that is right beside another (execute_horizon here) is none of them."""
+    flags = "--agent.discount 2 --log-frequency 0 --seed x --execute-horizon 9 --policy.action-horizon 9 --agent.disc 1"
+    assert main([*command, "demo", *flags.split(), "--online-envs", "0"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    for words in ("agent.discount must lie in (0, 1], got 2.0", "parsing --seed", "options: --agent.disc"):
+        assert words in told
+    assert "acrlpd: log_frequency must be at least 1, got 0 online_envs must be at least 1, got 0" in told
+    assert "cannot execute more steps" not in told
+
+
+def test_flags_that_contradict_each_other_are_told(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["config", "show", "demo", "--data.cube-goal", "1", "2", "3", "--data.button-goal", "1"])
+    assert "exclude each other" in " ".join(capsys.readouterr().err.split())
+
+
 def test_what_a_resumed_run_may_change():
     parsed = train._parse(presets.get_preset("demo"), "demo", ["--resume", "--override_lr_schedule"])
     assert parsed.may_differ() == train.LR_FIELDS
@@ -63,15 +87,15 @@ def test_what_a_resumed_run_may_change():
 
 FLAGS = {
     "--data_dir /d": ("data", "path", "/d"),
-    "--lerobot_repo_id lerobot/pusht": ("data", "path", "lerobot/pusht"),
+    "--lerobot_repo_id lerobot/pusht": ("data", "path", str(lerobot.hub_folder("lerobot/pusht"))),
     "--checkpoint_dir c": ("run_dir", "c"),
     "--experiment_name e": ("name", "e"),
     "--pretrained_weights w": ("policy", "weights", "w"),
     "--bc_weight 0.5": ("agent", "loss_weights", "bc_weight", 0.5),
     "--pi0_peak_lr 1e-6": ("optimizers", "policy", "schedule", "peak_lr", 1e-6),
-    "--critic_peak_lr 1e-6": ("optimizers", "temperature", "schedule", "peak_lr", 1e-6),
+    "--critic_peak_lr 1e-6": ("optimizers", ("critic", "temperature"), "schedule", "peak_lr", 1e-6),
     "--discount 0.5": ("agent", "discount", 0.5),
-    "--max_grad_norm 3": ("optimizers", "critic", "clip_gradient_norm", 3.0),
+    "--max_grad_norm 3": ("optimizers", ("policy", "critic", "temperature"), "clip_gradient_norm", 3.0),
     "--offline_steps 3": ("offline_steps", 3),
     "--online_steps 3": ("online_steps", 3),
     "--batch_size 3": ("data", "batch_size", 3),
@@ -93,11 +117,14 @@ FLAGS = {
 def test_every_flag_of_the_script_has_its_effect(script, flag):
     *path, expected = FLAGS[flag]
     base = presets.get_preset("droid")
-    found, before = script.configuration(script.parser().parse_args(flag.split()), base), base
-    for name in path:
-        found, before = getattr(found, name), getattr(before, name)
-    assert found == expected
-    assert before != expected
+    config = script.configuration(script.parser().parse_args(flag.split()), base)
+    places = itertools.product(*([part] if isinstance(part, str) else part for part in path))
+    fields = {".".join(place) for place in places}
+    before, after = leaves(base), leaves(config)
+    assert {after[field] for field in fields} == {expected}
+    assert expected not in {before[field] for field in fields}
+    if flag not in ("--debug_mode", "--environment debug"):  # which change more than one thing
+        assert {field for field in before if after[field] != before[field]} == fields
 
 
 def test_no_flag_is_forgotten(script):
@@ -123,3 +150,79 @@ def test_how_the_script_starts_a_run(script, monkeypatch, tmp_path, capsys):
     assert script.main(["--resume", str(tmp_path)]) == 2
     assert "no run there" in capsys.readouterr().err
     assert script.main([]) == 2
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """Runs that were begun: configuration, and how."""
+    found = []
+    monkeypatch.setattr(train, "run", lambda config, **how: found.append((config, how)) or 0)
+    monkeypatch.chdir(tmp_path)
+    return found
+
+
+ORIGINAL = "--config droid --environment development --data_dir /d --checkpoint_dir c --experiment_name e --seed 3"
+
+
+def test_the_script_resumes_a_run_from_what_it_stored(script, started, tmp_path):
+    assert script.main(ORIGINAL.split()) == 0
+    config, how = started[-1]
+    assert how["again"] == f"--resume {Path('c') / 'e'}"
+    stored = tmp_path / "c" / "e" / "config.json"
+    stored.parent.mkdir(parents=True)
+    stored.write_text(json.dumps(to_dict(config)))
+    for again in (
+        [*ORIGINAL.split(), "--resume"],
+        ["--config", "droid", "--checkpoint_dir", "c", "--experiment_name", "e", "--resume"],
+        how["again"].split(),
+    ):
+        assert script.main(again) == 0
+        assert started[-1][0] == config
+        assert started[-1][1]["resume"]
+    assert main(["train", *how["again"].split()]) == 0  # as the hint says
+    assert started[-1][0] == config
+    words = ["train", "droid", "--environment", "development", "--run_dir", "c", "--name", "e", "--resume"]
+    assert main(words) == 0
+    assert started[-1][0] == config
+
+
+@pytest.mark.parametrize("flag", [["--config", "droid"], ["--environment", "debug"]])
+def test_the_script_refuses_what_a_named_run_would_ignore(script, started, capsys, flag):
+    assert script.main(["--resume", "somewhere", *flag]) == 2
+    assert "leave --config and --environment out" in capsys.readouterr().err
+    assert not started
+
+
+def test_the_script_copies_a_data_set_from_the_hub(script, started, monkeypatch, tmp_path, capsys):
+    copied = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: copied.append((name, how)) or "there")
+    words = ["--config", "aloha", "--lerobot_repo_id", "lerobot/pusht"]
+    assert script.main([*words, "--discount", "2"]) == 2
+    assert not copied  # a mistake is told before
+    assert script.main(words) == 0
+    folder = tmp_path / "cache" / "acrlpd" / "lerobot" / "lerobot" / "pusht"
+    assert copied == [("lerobot/pusht", {"repo_type": "dataset", "revision": None, "local_dir": folder})]
+    assert started[-1][0].data.path == str(folder)
+    (tmp_path / "lerobot" / "pusht").mkdir(parents=True)
+    assert script.main(words) == 0
+    assert started[-1][0].data.path == "lerobot/pusht"
+    assert (len(copied), len(started)) == (1, 2)
+    assert script.main([*words, "--data_dir", "d"]) == 2
+    assert "leave one of them out" in capsys.readouterr().err
+
+
+def test_a_data_set_that_cannot_be_copied(script, started, monkeypatch, capsys):
+    def offline(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    words = ["--config", "aloha", "--lerobot_repo_id", "lerobot/pusht"]
+    assert script.main(words) == 2
+    told = capsys.readouterr().err
+    assert "could not copy the dataset lerobot/pusht" in told
+    assert "Check its name, the network" in told
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert script.main(words) == 2
+    assert "pip install 'acrlpd[remote]'" in capsys.readouterr().err
+    assert not started

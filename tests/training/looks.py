@@ -112,11 +112,6 @@ def placed(config: TrainConfig) -> int:
         return memory._local_bytes(config, Machine(2), agent.params)
 
 
-def planned(config: TrainConfig) -> int:
-    """What the compiled update needs beside its arguments."""
-    return memory.plan(config, Machine(1), dims=DIMS).activation_bytes
-
-
 # ---- the optimisers
 
 STEPS = np.array([0, 3, 500, 1500, 4000, 20_000, 45_000, 90_000, 10**7])
@@ -246,7 +241,7 @@ def named(config: TrainConfig) -> Any:
 
 def experience(config: TrainConfig) -> Any:
     """What one choice in every environment of the online phase brings, and how much of it is kept."""
-    config = dataclasses.replace(config, env=config.env or EnvConfig())
+    config = dataclasses.replace(config, env=dataclasses.replace(config.env or EnvConfig(), cameras=()))
     with tempfile.TemporaryDirectory() as folder, _counting():
         files = setup.run_files(dataclasses.replace(config, run_dir=folder))
         made = setup.make_interaction(config, files, Progress())

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import jax
 import pytest
+import yaml
 
+from acrlpd import presets
 from acrlpd.cli.main import main
+from acrlpd.overrides import apply_config_overrides
 from acrlpd.training import memory, setup
 from acrlpd.training.memory import Machine
 from acrlpd.training.setup import Dims
@@ -55,6 +58,16 @@ def test_a_plan_that_does_not_fit_says_what_to_change(tiny_config):
         memory.plan(dataclasses.replace(tiny_config), Machine(3), dims=DIMS)
 
 
+@pytest.mark.parametrize("algorithm", [None, "rlpd-ac"])
+def test_advice_can_be_followed(tiny_config, algorithm):
+    """Each line is a change that the configuration takes: a policy without a backbone cannot freeze it."""
+    config = presets.with_algorithm(tiny_config, algorithm) if algorithm else tiny_config
+    found = dataclasses.replace(memory.plan(tiny_config, Machine(1), dims=DIMS), machine=Machine(2, device_memory=1000))
+    for line in memory.advice(config, found):
+        flag, value = line.partition(":")[0].removeprefix("--").partition(" ")[::2]
+        assert apply_config_overrides(config, {flag: yaml.safe_load(value) if value else True}) != config
+
+
 def test_large_arrays_are_split_over_the_fsdp_axis(tiny_config, monkeypatch):
     monkeypatch.setattr("acrlpd.training.sharding.MIN_SHARDED_BYTES", 1)
     config = dataclasses.replace(tiny_config, fsdp_devices=2)
@@ -76,7 +89,7 @@ def test_the_command(tmp_path, capsys, tiny_config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["parameters", "nano pi0"])
+@pytest.mark.parametrize("name", ["parameters", "candidates", "nano pi0"])
 def test_a_plan_is_near_what_a_run_takes(name):
     """Measured by the benchmark in a process of its own, on one device, with a program as a run compiles it."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -85,3 +98,22 @@ def test_a_plan_is_near_what_a_run_takes(name):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)[name]
     assert 0.75 <= found["planned_over_measured"] <= 1.25, found
+
+
+@pytest.mark.slow
+def test_a_full_size_plan():
+    """DROID's on eight devices of 80 GB, by shapes: all of pi0's parameters, split evenly."""
+    config = apply_config_overrides(presets.get_preset("droid"), {"fsdp_devices": 8})
+    found = memory.plan(config, Machine(8, device_memory=80 * 10**9))
+    assert 3.2e9 < found.trainable == found.parameters < 3.3e9
+    assert found.local_batch == 8
+    # the policy once, critics and their targets; Adam has two moments of what trains; a checkpoint has all of it whole
+    whole = 4 * (found.parameters + 2 * found.critic_parameters)
+    assert found.parameter_bytes == pytest.approx(whole / 8, rel=0.01)
+    assert found.optimizer_bytes == pytest.approx(2 * 4 * (found.parameters + found.critic_parameters) / 8, rel=0.01)
+    assert found.checkpoint_bytes == pytest.approx(8 * (found.parameter_bytes + found.optimizer_bytes), rel=0.01)
+    assert found.activation_bytes > 10**9
+    assert found.fits
+    small = dataclasses.replace(found, machine=Machine(8, device_memory=24 * 10**9))
+    assert not small.fits
+    assert any("gradient_accumulation_steps 2" in line for line in memory.advice(config, small))

@@ -1,12 +1,15 @@
 """A configuration changed by name, by YAML and by environment; every mistake is told at once."""
 
+import dataclasses
 import json
 
 import pytest
 
 from acrlpd import platforms, presets
+from acrlpd.cli.main import main
 from acrlpd.config import ConfigError, TrainConfig, from_dict, to_dict
 from acrlpd.overrides import ALIASES, apply_config_overrides, differences, fields_of, load_yaml, to_yaml
+from acrlpd.training import memory, setup
 
 FOUNDING_EXAMPLE = """
 platform: droid
@@ -161,6 +164,10 @@ def test_presets_agree_with_the_tables(platform):
     config, rates = presets.get_preset(platform), platforms.PLATFORM_LR_SCHEDULES[platform]
     assert config.optimizers.policy.schedule.peak_lr == rates["pi0_peak_lr"]
     assert config.optimizers.critic.schedule.peak_lr == rates["critic_peak_lr"]
+    strategy = {"adaptive": "auto", "parallel": "parallel"}[platforms.PLATFORM_MEMORY_REQUIREMENTS[platform]["large_N"]]
+    assert config.agent.best_of_n_strategy == strategy
+    assert rates["decay_profile"] == "cosine"
+    assert config.optimizers.policy.schedule.rsqrt_timescale is None
     assert config.data.sequence_ratio == platforms.PLATFORM_DATA_CONFIGS[platform]["sequence_ratio"]
     assert platforms.ConfigValidator.validate_config(config, platform, check_memory=False) == []
 
@@ -172,6 +179,37 @@ def test_the_validator_warns_of_what_is_unusual():
     warnings = platforms.ConfigValidator.validate_config(config, "droid", check_memory=False)
     assert len(warnings) == 3
     assert "the pi0 learning rate (0.001) may be too high: up to 9e-05" in warnings[0]
+
+
+def test_the_validator_compares_memory(tiny_config):
+    config = dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, action_dim=2))
+    needed = platforms.ConfigValidator.estimate_memory_usage(config)
+    assert 0 < needed < 0.1
+    config = apply_config_overrides(config, {"batch_size": 32, "pi0_peak_lr": 5e-6, "critic_peak_lr": 1e-4})
+    assert platforms.ConfigValidator.validate_config(config, "aloha") == []
+    (warning,) = platforms.ConfigValidator.validate_config(config, "aloha", device_memory=1000)
+    assert "on each device, where there are 1e-06 GB: acrlpd plan says what to change" in warning
+    large = {"policy.hidden_dims": [40_000] * 2}
+    (warning,) = platforms.ConfigValidator.validate_config(apply_config_overrides(config, large), "aloha")
+    assert "where 24 GB is usual on aloha" in warning
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_commands_warn_of_what_is_unusual(command, monkeypatch, capsys):
+    """Before they do anything else, and they go on."""
+
+    def reached(*_, **__):
+        raise ValueError("reached")
+
+    monkeypatch.setattr(setup, "make_trainer", reached)
+    monkeypatch.setattr(memory, "plan", reached)
+    assert main([command, "droid", "--data.batch_size", "2"]) == 2
+    told = capsys.readouterr().err
+    assert "warning: data.batch_size 2 is below the 32 that is usual on droid\n" in told
+    assert told.endswith("reached\n")
+    main([command, "droid"])
+    main([command, "demo", "--data.batch_size", "2"])
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_stored_configurations_of_another_shape_are_refused():

@@ -161,6 +161,17 @@ def test_resume_with_another_learning_rate_when_asked_and_from_an_older_step(cop
     assert trainer._checkpoints.steps() == [4]
 
 
+def test_resume_on_another_number_of_devices(copied_run, finished, monkeypatch):
+    """Where the parameters lie is no part of what a run computes."""
+    monkeypatch.setattr("acrlpd.training.sharding.MIN_SHARDED_BYTES", 1)
+    trainer = setup.make_trainer(dataclasses.replace(copied_run, fsdp_devices=2), resume=True)
+    found, expected = jax.tree.leaves(trainer.agent.params), jax.tree.leaves(finished.agent.params)
+    assert any(not leaf.is_fully_replicated for leaf in found)
+    assert all(leaf.is_fully_replicated for leaf in expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_which_checkpoints_stay(tiny_config):
     config = dataclasses.replace(tiny_config, save_frequency=1, max_to_keep=1, keep_period=3)
     trainer = setup.make_trainer(config)

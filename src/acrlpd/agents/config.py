@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 from acrlpd.agents.extraction import BestOfN, Distill, Extraction, ExtractionName, QGradient
@@ -24,8 +25,12 @@ class TemperatureConfig:
     adaptive: bool = True
 
     def __post_init__(self):
-        if self.initial_temp <= 0:
+        if not 0 < self.initial_temp < math.inf:
             raise ValueError(f"temperature.initial_temp must be positive, got {self.initial_temp}")
+        if not math.isfinite(self.target_entropy_multiplier):  # either sign: an entropy of densities has both
+            raise ValueError(
+                f"temperature.target_entropy_multiplier must be finite, got {self.target_entropy_multiplier}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +89,15 @@ class AgentConfig:
             raise ValueError(
                 f"agent.gradient_accumulation_steps must be at least 1, got {self.gradient_accumulation_steps}"
             )
+        for name in ("huber_delta", "action_clip", "bc_weighting_temperature"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"agent.{name} must be positive, got {value}")
+        for name in ("diversity_bonus", "distill_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"agent.{name} must not be negative, got {getattr(self, name)}")
+        if not 1 <= self.bc_weighting_bound < math.inf:
+            raise ValueError(f"agent.bc_weighting_bound must be at least 1, got {self.bc_weighting_bound}")
         if self.extraction == "distill" and self.candidate_flow_steps is not None:
             raise ValueError(
                 "agent.candidate_flow_steps has no meaning under extraction='distill': a student's candidate takes one "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -18,6 +20,12 @@ class LossWeights:
     actor_weight: float = 1.0
     bc_weight: float = 1.0
     alpha_weight: float = 1.0
+
+    def __post_init__(self):
+        for name in ("critic_weight", "actor_weight", "bc_weight", "alpha_weight"):
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and not 0 <= value < math.inf:  # not what a trace has in its place
+                raise ValueError(f"loss_weights.{name} must not be negative, got {value}")
 
 
 @typed

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from acrlpd.cli.configured import changed, starting_point
+from acrlpd.cli.configured import changed, parse, starting_point
 from acrlpd.config import TrainConfig, from_dict, to_dict
 from acrlpd.overrides import differences, to_yaml
 
@@ -78,10 +78,4 @@ def _parsed(word: str, flags: list[str]) -> ShowArguments:
         config, flags = changed(from_dict(TrainConfig, json.loads(stored.read_text(encoding="utf-8"))), flags)
     else:
         config, flags = starting_point(word, flags)
-    return tyro.cli(
-        ShowArguments,
-        args=flags,
-        default=ShowArguments(config),
-        prog="acrlpd config",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    return parse(ShowArguments, ShowArguments(config), flags, "acrlpd config")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
+
+import tyro
 
 from acrlpd import platforms, presets
-from acrlpd.config import TrainConfig, from_dict, to_dict
+from acrlpd.config import ConfigError, TrainConfig, from_dict, to_dict
 from acrlpd.overrides import apply_config_overrides, load_yaml
 
+T = TypeVar("T")
 YAML_SUFFIXES = (".yaml", ".yml")
 
 
@@ -29,19 +34,28 @@ def take(flags: Sequence[str], name: str) -> tuple[str | None, list[str]]:
 
 def starting_point(word: str, flags: Sequence[str]) -> tuple[TrainConfig, list[str]]:
     """The configuration that ``word`` names, changed as those flags of ``changed`` ask; the other flags."""
-    config = load_yaml(word, presets.get_preset) if is_yaml(word) else presets.get_preset(word)
-    return changed(config, flags)
+    return changed(named(word), flags)
 
 
-def changed(config: TrainConfig, flags: Sequence[str]) -> tuple[TrainConfig, list[str]]:
-    """``config`` changed by ``--algorithm NAME``, ``--environment NAME`` and ``--config FILE``, and the other flags."""
+def named(word: str) -> TrainConfig:
+    """The configuration of a preset or a YAML file."""
+    return load_yaml(word, presets.get_preset) if is_yaml(word) else presets.get_preset(word)
+
+
+def changed(
+    config: TrainConfig, flags: Sequence[str], *, preset: TrainConfig | None = None
+) -> tuple[TrainConfig, list[str]]:
+    """``config`` changed by ``--algorithm NAME``, ``--environment NAME`` and ``--config FILE``, and the other flags.
+
+    ``preset``: what an environment takes parts of; None: ``config`` itself, which a stored one, already cut, is not.
+    """
     algorithm, rest = take(flags, "algorithm")
     environment, rest = take(rest, "environment")
     file, rest = take(rest, "config")
     if algorithm is not None:
         config = presets.with_algorithm(config, algorithm)
     if environment is not None:
-        config = apply_config_overrides(config, platforms.environment_overrides(config, environment))
+        config = apply_config_overrides(config, platforms.environment_overrides(preset or config, environment))
     if file is not None:
         config = load_yaml(file, presets.get_preset, config)
     return _with_parts(config, rest), rest
@@ -52,6 +66,62 @@ def _with_parts(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:
     said = {flag.removeprefix("--").replace("-", "_").split(".")[0] for flag in flags if "." in flag.split("=")[0]}
     absent = [name for name, value in to_dict(config).items() if value is None and name in said]
     return from_dict(TrainConfig, {name: {} for name in absent}, base=config) if absent else config
+
+
+def warn_of_the_unusual(config: TrainConfig) -> None:
+    """Prints what ``ConfigValidator`` says of a run with a platform's preset, but of memory, which takes a plan."""
+    if config.preset in platforms.PLATFORM_MAX_LR:
+        for line in platforms.ConfigValidator.validate_config(config, config.preset, check_memory=False):
+            print(f"warning: {line}", file=sys.stderr)
+
+
+def parse(kind: type[T], default: T, flags: Sequence[str], prog: str) -> T:
+    """``default`` as the flags have it; what is wrong is told at once, each flag's fault by itself.
+
+    Raises:
+        ConfigError: values that do not go with the others; tyro prints the rest itself and exits.
+    """
+
+    def attempt(words: Sequence[str], *, tell: bool) -> T:
+        form = (tyro.conf.AvoidSubcommands,)
+        return tyro.cli(kind, args=words, default=default, prog=prog, config=form, console_outputs=tell)
+
+    def fault(words: Sequence[str], *, tell: bool = False) -> str | None:
+        """A message; an empty one if tyro prints it."""
+        try:
+            attempt(words, tell=tell)
+        except SystemExit:
+            return ""
+        except ValueError as error:
+            return str(error)
+        return None
+
+    try:
+        return attempt(flags, tell=False)
+    except SystemExit as stop:
+        if not stop.code:  # help was asked for
+            return attempt(flags, tell=True)
+    except ValueError:
+        pass
+    guilty = [words for words in _apart(flags) if fault(words) is not None]
+    good = [word for words in _apart(flags) if words not in guilty for word in words]
+    faults = [fault([*good, *words], tell=True) for words in guilty]
+    found = [message for message in faults if message is not None]  # some flags are wrong only without the others
+    if not found:
+        return attempt(flags, tell=True)
+    if any(found):
+        raise ConfigError("\n".join(filter(None, found)))
+    sys.exit(2)
+
+
+def _apart(flags: Sequence[str]) -> list[list[str]]:
+    """Each flag with its values."""
+    groups: list[list[str]] = []
+    for word in flags:
+        if word.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(word)
+    return groups
 
 
 def is_yaml(word: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from acrlpd.cli.configured import starting_point
+from acrlpd.cli.configured import parse, starting_point, warn_of_the_unusual
 from acrlpd.config import TrainConfig
 from acrlpd.training import memory
 
@@ -32,16 +32,11 @@ def main(argv: Sequence[str]) -> int:
         print("usage: acrlpd plan PRESET|FILE.yaml [--devices 8 --device_memory 80GB --fsdp 4] [--field value ...]")
         return 0 if argv else 2
     config, flags = starting_point(argv[0], argv[1:])
-    arguments = tyro.cli(
-        PlanArguments,
-        args=flags,
-        default=PlanArguments(config),
-        prog=f"acrlpd plan {argv[0]}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    arguments = parse(PlanArguments, PlanArguments(config), flags, f"acrlpd plan {argv[0]}")
     config = arguments.config
     if arguments.fsdp is not None:
         config = dataclasses.replace(config, fsdp_devices=arguments.fsdp)
+    warn_of_the_unusual(config)
     limit = None if arguments.device_memory is None else memory.parse_bytes(arguments.device_memory)
     found = memory.plan(config, memory.Machine(arguments.devices, limit))
     changes = memory.advice(config, found)

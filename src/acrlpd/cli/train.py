@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from acrlpd import presets
-from acrlpd.cli.configured import changed, starting_point
+from acrlpd.cli.configured import changed, named, parse, starting_point, warn_of_the_unusual
 from acrlpd.config import TrainConfig, from_dict
 from acrlpd.training import setup
 from acrlpd.training.faults import EXIT_INTERRUPTED, Interrupted
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(config, name, rest)
     stored = setup.run_files(arguments.config).config
     if arguments.resume and stored.exists():  # what the run was started with need not be said again
-        config, rest = changed(stored_config(stored.parent), flags)
+        config, rest = changed(stored_config(stored.parent), flags, preset=named(name))
         arguments = _parse(config, name, rest)
     return _train(arguments, name, flags)
 
@@ -90,13 +90,7 @@ def stored_config(run: Path) -> TrainConfig:
 
 
 def _parse(default: TrainConfig, name: str, flags: Sequence[str]) -> TrainArguments:
-    return tyro.cli(
-        TrainArguments,
-        args=flags,
-        default=TrainArguments(default),
-        prog=f"acrlpd train {name}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    return parse(TrainArguments, TrainArguments(default), flags, f"acrlpd train {name}")
 
 
 def _train(arguments: TrainArguments, name: str, flags: Sequence[str], step: int | None = None) -> int:
@@ -113,6 +107,7 @@ def _train(arguments: TrainArguments, name: str, flags: Sequence[str], step: int
 
 def run(config: TrainConfig, *, again: str, **how: Any) -> int:
     """Trains to the end and writes the report. ``again``: the words that resume it; ``how``: see ``make_trainer``."""
+    warn_of_the_unusual(config)
     trainer = setup.make_trainer(config, **how)
     try:
         summary = trainer.train()

@@ -390,13 +390,29 @@ class LeRobotSource:
 
 
 def download(repo_id: str, folder: str | os.PathLike[str], *, revision: str | None = None) -> Path:
-    """Copies a dataset from the Hugging Face hub into ``folder``; what is there already is not copied again."""
+    """Copies a dataset from the Hugging Face hub into ``folder``; what is there already is not copied again.
+
+    Raises:
+        ConnectionError: it cannot be had: no network, no such dataset, no access to it.
+    """
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ImportError("downloading datasets needs huggingface-hub: pip install 'acrlpd[remote]'") from error
     name = repo_id.removeprefix("hf://").removeprefix("datasets/")
-    return Path(snapshot_download(name, repo_type="dataset", revision=revision, local_dir=Path(folder)))
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", revision=revision, local_dir=Path(folder)))
+    except OSError as error:  # the library's own errors are among them
+        raise ConnectionError(
+            f"could not copy the dataset {name} to {folder}: {error}. Check its name, the network and your access, or "
+            "copy it there by hand."
+        ) from error
+
+
+def hub_folder(repo_id: str) -> Path:
+    """Where a dataset of the hub is kept, below the user's cache directory (XDG_CACHE_HOME)."""
+    name = repo_id.removeprefix("hf://").removeprefix("datasets/")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acrlpd" / "lerobot" / name
 
 
 def _opened(root: Any, episodes: Sequence[int] | None) -> tuple[Path, Sequence[int] | None]:

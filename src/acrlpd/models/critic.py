@@ -57,6 +57,10 @@ class CriticConfig:
             )
         if not self.hidden_dims:
             raise ValueError("critic.hidden_dims is empty: name at least one width, such as (256, 256)")
+        if any(width < 1 for width in self.hidden_dims):
+            raise ValueError(f"critic.hidden_dims must be at least 1 each, got {self.hidden_dims}")
+        if not self.kernel_init_scale > 0:
+            raise ValueError(f"critic.kernel_init_scale must be positive, got {self.kernel_init_scale}")
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"critic.dropout_rate must lie in [0, 1), got {self.dropout_rate}")
 

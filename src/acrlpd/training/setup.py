@@ -286,8 +286,9 @@ CHANGEABLE = (
         "eval.progress_episodes",
     ),
     "updates_per_call",
+    "fsdp_devices",
 )
-"""Fields that say how long a run goes and what it reports, not what it computes."""
+"""Fields that say how long a run goes, where and what it reports, not what it computes."""
 
 
 def make_interaction(config: TrainConfig, files: RunFiles, progress: Progress) -> Interaction:

@@ -13,6 +13,7 @@ from tests.training.conftest import make_episode
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.presets import with_algorithm
 from acrlpd.training import setup
+from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.faults import Interrupted
 from acrlpd.training.guards import stop_on_signal
 from acrlpd.training.metrics import read_jsonl
@@ -139,6 +140,19 @@ def test_loaded_agent_acts_like_the_trained_one(finished):
     np.testing.assert_array_equal(
         finished.agent.sample_actions(observation, rng), loaded.agent.sample_actions(observation, rng)
     )
+
+
+def test_an_agent_of_many_devices_loads_on_fewer(finished, monkeypatch):
+    read_run = ACRLPDCheckpointManager.read_run
+
+    def of_eight(self, step):
+        run = read_run(self, step)
+        return {**run, "config": {**run["config"], "fsdp_devices": 8}}
+
+    monkeypatch.setattr(ACRLPDCheckpointManager, "read_run", of_eight)
+    loaded = setup.load_checkpoint(setup.run_files(finished.config).directory)
+    assert loaded.config.fsdp_devices == 8
+    assert loaded.step == finished.agent.step
 
 
 def test_checkpoint_that_is_not_there(tmp_path):

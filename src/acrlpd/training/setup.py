@@ -325,7 +325,7 @@ class Loaded:
 
 
 def load_checkpoint(path: str | Path) -> Loaded:
-    """The agent of a checkpoint.
+    """The agent of a checkpoint, spread over devices as in training where their number allows.
 
     ``path`` is a run, its ``checkpoints`` folder (both: the newest), one step's, or RUN/best.
     """
@@ -335,7 +335,8 @@ def load_checkpoint(path: str | Path) -> Loaded:
     config = from_dict(TrainConfig, run["config"])
     stats = manager.read_norm_stats(step)
     dims = Dims(len(stats["state"].mean), len(stats["actions"].mean))
-    restored = manager.restore(make_agent(config, dims, tuple(run["cameras"])), step)
+    here = dataclasses.replace(config, fsdp_devices=1) if jax.device_count() % config.fsdp_devices else config
+    restored = manager.restore(make_agent(here, dims, tuple(run["cameras"])), step)
     return Loaded(restored.agent, make_transform(config, stats, dims), config, restored.step)
 
 

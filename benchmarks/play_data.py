@@ -1,8 +1,8 @@
 """Play data by OGBench's own protocol: what ``cube-single-play`` holds, as many episodes as wanted, without a download.
 
-    python benchmarks/play_data.py OUT.npz [--scene cube-single] [--episodes 100] [--seed 101]
+    python benchmarks/play_data.py OUT.npz [--episodes 100] [--seed 101]
 
-The planning oracle moves the cubes to one random target after the other for 1001 steps an episode, its plans blurred by
+The planning oracle moves the cube to one random target after the other for 1001 steps an episode, its plans blurred by
 smooth noise of 0.1. Equal seeds and versions of MuJoCo give equal files, bit for bit. About 2.5 s an episode.
 """
 
@@ -23,24 +23,23 @@ EPISODE_STEPS = 1001
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path)
-    parser.add_argument("--scene", default="cube-single", choices=("cube-single", "cube-double"))
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--seed", type=int, default=101)
     arguments = parser.parse_args()
-    write(arguments.path, arguments.scene, arguments.episodes, arguments.seed)
+    write(arguments.path, arguments.episodes, arguments.seed)
     print(f"{arguments.path}: {arguments.episodes} episodes of {EPISODE_STEPS} rows")
 
 
-def write(path: Path, scene: str, episodes: int, seed: int) -> None:
+def write(path: Path, episodes: int, seed: int) -> None:
     """A file in OGBench's format, complete or not there."""
-    arrays = play(scene, episodes, seed)
+    arrays = play(episodes, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.stem}.tmp.npz")
     np.savez_compressed(unfinished, **arrays)
     unfinished.replace(path)
 
 
-def play(scene: str, episodes: int, seed: int) -> dict[str, np.ndarray]:
+def play(episodes: int, seed: int) -> dict[str, np.ndarray]:
     rendering.choose_backend()
     import gymnasium
     import ogbench.manipspace  # noqa: F401
@@ -48,7 +47,7 @@ def play(scene: str, episodes: int, seed: int) -> dict[str, np.ndarray]:
 
     np.random.seed(seed)  # noqa: NPY002  (the oracle draws from NumPy's global generator)
     env: Any = gymnasium.make(
-        f"{scene}-v0", terminate_at_goal=False, mode="data_collection", max_episode_steps=EPISODE_STEPS
+        "cube-single-v0", terminate_at_goal=False, mode="data_collection", max_episode_steps=EPISODE_STEPS
     )
     oracle = CubePlanOracle(env=env, noise=0.1, noise_smoothing=0.5)
     rows: dict[str, list[Any]] = defaultdict(list)

@@ -67,7 +67,7 @@ def main() -> None:
     about = machine.describe()
     data = arguments.run_dir / "cube-single-play-100k.npz"
     if not data.exists():
-        play_data.write(data, "cube-single", episodes=100, seed=101)
+        play_data.write(data, episodes=100, seed=101)
     wanted = [(method, seed) for seed in arguments.seeds for method in arguments.methods]
     commands = []
     for method, seed in wanted:

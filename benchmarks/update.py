@@ -12,8 +12,7 @@ The literal recipe is the founding design's step as it stands there: nothing com
 policy is a program by itself, which is compiled here. The critic encodes s and s' and takes the best of N at s', each
 candidate by its own call; imitation encodes s again, and so does the entropy with N samples of its own. (Its actor term
 is left out, as best of N has none.) Beside it stands the kinder reading, where N samples are one vmapped call that
-encodes once. The critic alone learns from stored features and the data's own next chunks, as before any policy is
-asked.
+encodes once. Critics alone learn as in the first ``critic_alone_steps`` of a run, from stored features.
 """
 
 from __future__ import annotations
@@ -333,26 +332,16 @@ def literal(setting: Setting, *, one_by_one: bool = True) -> Call:
 
 
 def critic_alone(setting: Setting) -> Call:
-    """TD on stored features with the data's own next chunk: no pass through the policy at all."""
+    """The critics' own update on stored features: no pass through the policy at all."""
     agent, batch = setting.agent(), with_prefixes(setting)
-    nets, optimizer = agent.nets, agent.nets.optimizers["critic"]
-    (features, *_), (next_features, *_) = batch.observations.prefix, batch.next_observations.prefix
+    batch = dataclasses.replace(batch, next_actions=batch.actions)  # any chunk costs the same
 
-    def loss(params: Any, target_params: Any) -> Any:
-        slow = nnx.merge(nets.critic_def, target_params)
-        next_q = slow(next_features, batch.next_observations.state, batch.actions[None])[:, 0].mean(axis=0)
-        target = losses.td_target(batch.rewards, batch.valid, batch.bootstrap_mask, next_q, discount=0.99)
-        q = nnx.merge(nets.critic_def, params)(features, batch.observations.state, batch.actions[None])[:, 0]
-        return losses.critic_loss(q, target, batch.sequence_mask)
+    def call() -> Any:
+        nonlocal agent
+        agent, metrics = agent.update_critic(batch, jax.random.key(0))
+        return metrics
 
-    def step(state: Any) -> Any:
-        params, slow, moments = state
-        value, grads = jax.value_and_grad(loss)(params, slow)
-        updates, moments = optimizer.update(grads, moments, params)
-        params = optax.apply_updates(params, updates)
-        return (params, optax.incremental_update(params, slow, 0.005), moments), value
-
-    return _stateful(step, (agent.params["critic"], agent.target_critic, agent.opt_state["critic"]))
+    return call
 
 
 def _stateful(step: Callable[[Any], Any], state: Any) -> Call:

@@ -39,13 +39,13 @@ NANO = PolicyConfig(
 
 
 def _constant(learning_rate: float, *, warmup_steps: int = 0) -> OptimizerConfig:
-    """Adam at one learning rate, as QC and RLPD have it."""
+    """Adam at one learning rate, as QC and RLPD have it; clipping and warm-up are ours."""
     schedule = CosineDecaySchedule(warmup_steps=warmup_steps, peak_lr=learning_rate, decay_lr=learning_rate)
     return OptimizerConfig(schedule=schedule, b2=0.999, clip_gradient_norm=10.0)
 
 
 # acrlpd train demo            (make demo)
-# A small pi0 opens MetaWorld's drawer: 0 to 28 % by imitation, 94 to 100 % after online training; 7 minutes, two cores.
+# A small pi0 opens MetaWorld's drawer: 0 to 28 % by imitation, 86 to 100 % after online training; 2 minutes, two cores.
 def get_demo_config() -> TrainConfig:
     return TrainConfig(
         name="demo",
@@ -313,7 +313,7 @@ def get_preset(name: str) -> TrainConfig:
 
 
 def with_algorithm(config: TrainConfig, name: str) -> TrainConfig:
-    """The same run by another algorithm, as its authors have it; sizes, rates, N and K stay the preset's.
+    """The same run by another algorithm; sizes, rates, N and K stay the preset's. docs/algorithm.md says what differs.
 
     ``bc``: the flow imitates. ``qc``, ``qc-fql``: Q-chunking (Li et al. 2025) by best of N and by distillation.
     ``rlpd-ac``: soft actor-critic on chunks with prior data (Ball et al. 2023), online from the first step.

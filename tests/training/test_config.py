@@ -113,7 +113,7 @@ OUT_OF_RANGE = {
     "env.image_size": 0,
     "rollout.num_workers": -1,
     "rollout.timeout_s": 0,
-    **{f"{name}_steps": -1 for name in ("offline", "online", "warmup_env", "actor_warmup")},
+    **{f"{name}_steps": -1 for name in ("offline", "online", "warmup_env", "actor_warmup", "critic_alone")},
     **dict.fromkeys(("utd_ratio", "updates_per_call", "online_envs", "execute_horizon", "fsdp_devices"), 0),
     **dict.fromkeys(("online_transition_steps", "log_frequency", "save_frequency", "max_to_keep"), 0),
     **dict.fromkeys(("keep_period", "max_skipped_updates", "early_stopping_patience"), 0),

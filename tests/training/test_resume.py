@@ -87,10 +87,10 @@ def test_a_signal_saves_the_step_under_way(finished, tiny_config, monkeypatch):
     trainer = setup.make_trainer(tiny_config)
     original = trainer.loader.batch
 
-    def batch(step, *, online=False):
+    def batch(step, **kind):
         if step == 2:
             signal.raise_signal(signal.SIGINT)
-        return original(step, online=online)
+        return original(step, **kind)
 
     monkeypatch.setattr(trainer.loader, "batch", batch)
     with pytest.raises(Interrupted, match="SIGINT: saved step 3"):

@@ -90,7 +90,7 @@ def _each(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
 
 
 def folder(task: str, method: str, seed: int, arguments: argparse.Namespace) -> Path:
-    return arguments.run_dir / f"{task}-{method.replace(', ', '-')}-seed{seed}"
+    return arguments.run_dir / f"{task}-{method.replace(', ', '-').replace(' ', '-')}-seed{seed}"
 
 
 def command(task: str, method: str, seed: int, arguments: argparse.Namespace) -> list[str]:

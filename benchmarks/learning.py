@@ -45,6 +45,7 @@ METHODS: dict[str, dict[str, str]] = {
     "qc-fql": MLP | {"algorithm": "qc-fql"},
     "rlpd-ac": {"algorithm": "rlpd-ac"},
     "ours": MLP | recipes.OURS,
+    "ours, target as acting": MLP | recipes.OURS | {"agent.target_samples": "None", "agent.target_flow_steps": "None"},
     "ours, q_gradient": MLP | recipes.OURS | {"agent.extraction": "q_gradient"},
     "ours, distill": MLP | recipes.OURS | {"agent.extraction": "distill"},
     "ours, min": MLP | recipes.OURS | {"agent.critic.q_aggregation": "min"},

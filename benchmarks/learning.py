@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,9 @@ def command(task: str, method: str, seed: int, arguments: argparse.Namespace) ->
     data = arguments.run_dir / f"prior-{task}-seed{seed}"
     collect = dataclasses.replace(presets.get_preset("demo-cube").data.collect, episodes=arguments.episodes)
     setup.collect_prior(EnvConfig(TASKS[task]), collect, data, seed=seed)
-    options = COMMON | METHODS[method] | {"env.name": TASKS[task], "data.path": str(data), "seed": str(seed)}
+    options = (
+        COMMON | METHODS[method] | {"env.name": TASKS[task], "data.path": shlex.quote(str(data)), "seed": str(seed)}
+    )
     options["offline_steps"] = str(0 if method == "rlpd-ac" else arguments.offline_steps)
     options["online_steps"] = str(0 if method == "bc" else arguments.online_steps)
     options["eval.episodes"] = str(arguments.eval_episodes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -12,11 +13,11 @@ from pathlib import Path
 
 
 def command(preset: str, directory: Path, options: dict[str, str]) -> list[str]:
-    """``acrlpd train`` into that directory; one that was begun goes on where it was stopped."""
-    options = options | {"run_dir": str(directory.parent), "name": directory.name}
+    """``acrlpd train`` into that directory; one that was begun goes on where it was stopped. Values as for a shell."""
+    options = options | {"run_dir": shlex.quote(str(directory.parent)), "name": shlex.quote(directory.name)}
     words = [sys.executable, "-m", "acrlpd.cli.main", "train", preset]
     for option, value in options.items():
-        words += [f"--{option}", *value.split()]
+        words += [f"--{option}", *shlex.split(value)]
     return words + (["--resume"] if (directory / "config.json").exists() else [])
 
 

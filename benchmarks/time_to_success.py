@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def main() -> None:
     commands = []
     for method, seed in wanted:
         directory = folder(arguments.run_dir, method, seed)
-        options = COMMON | METHODS[method] | {"data.path": str(data), "seed": str(seed)}
+        options = COMMON | METHODS[method] | {"data.path": shlex.quote(str(data)), "seed": str(seed)}
         commands += [] if pinned.is_finished(directory) else [pinned.command("demo-cube", directory, options)]
     pinned.run(commands, arguments.jobs)
     rows = [row(folder(arguments.run_dir, *each), *each) for each in wanted]

@@ -122,29 +122,23 @@ class ConfigValidator:
 
     @staticmethod
     def validate_config(
-        config: TrainConfig,
-        platform: str,
-        *,
-        devices: int = 1,
-        device_memory: int | None = None,
-        check_memory: bool = True,
+        config: TrainConfig, platform: str, *, devices: int = 1, check_memory: bool = True
     ) -> list[str]:
         """Warnings, each with the value that is usual; an empty list if there is nothing to say.
 
-        ``device_memory``: bytes of one device; None: what is usual on the platform. It takes as long as
-        ``estimate_memory_usage`` to compare, unless ``check_memory`` is False.
+        It takes as long as ``estimate_memory_usage``, unless ``check_memory`` is False.
         """
         if platform not in PLATFORM_MAX_LR:
             raise ValueError(f"unknown platform {platform!r}: there are {', '.join(PLATFORM_MAX_LR)}")
         warnings = []
         if check_memory:
             needed = ConfigValidator.estimate_memory_usage(config, devices)
-            usual = PLATFORM_MEMORY_LIMITS[platform]
-            if needed > (usual if device_memory is None else device_memory) / 1e9:
-                limit = f"{usual / 1e9:.0f} GB is usual on {platform}"
-                if device_memory is not None:
-                    limit = f"there are {device_memory / 1e9:.3g} GB"
-                warnings.append(f"about {needed:.3g} GB on each device, where {limit}: acrlpd plan says what to change")
+            usual = PLATFORM_MEMORY_LIMITS[platform] / 1e9
+            if needed > usual:
+                warnings.append(
+                    f"about {needed:.3g} GB on each device, where {usual:.0f} GB is usual on {platform}: "
+                    "acrlpd plan says what to change"
+                )
         rates = {"pi0": config.optimizers.policy, "critic": config.optimizers.critic}
         for name, optimizer in rates.items():
             peak, most = optimizer.schedule.peak_lr, PLATFORM_MAX_LR[platform][name]

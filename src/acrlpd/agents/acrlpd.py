@@ -16,7 +16,7 @@ import optax
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from acrlpd.agents import candidates, flow_bc, losses, rlpd_ac, sampling
+from acrlpd.agents import candidates, flow_bc, losses, rlpd_ac, sampling, td
 from acrlpd.agents.config import AgentConfig
 from acrlpd.agents.draws import Draws, deal
 from acrlpd.agents.extraction import Modules
@@ -24,7 +24,7 @@ from acrlpd.agents.health import Health, judge, keep_if
 from acrlpd.agents.losses import LossWeights
 from acrlpd.models import flow, parameters
 from acrlpd.models.critic import CriticNetworks
-from acrlpd.models.flow import FlowPolicy, Prefix
+from acrlpd.models.flow import FlowPolicy
 from acrlpd.models.parameters import Params
 from acrlpd.types import ChunkBatch, Metrics, Observation
 
@@ -305,7 +305,7 @@ def joint_loss(
     chunks, scores = candidates.propose(constant, config, next_prefix, noise, num_steps)
     _, best = sampling.select(chunks, scores)
     next_chunk = candidates.finish(constant, config, next_prefix, noise, chunks, best, num_steps)
-    critic_loss, q, target = _td_loss(modules.critic, agent, batch, draws, prefix, next_prefix, next_chunk)
+    critic_loss, q, target = td.loss_and_values(modules.critic, agent, batch, draws, prefix, next_prefix, next_chunk)
 
     # Section 3: the policy, by imitation and by the extraction.
     flow_loss = flow.flow_loss(modules.policy, prefix, batch.actions, draws.flow_noise, draws.flow_time)
@@ -343,7 +343,7 @@ def joint_loss(
         "best_of_n_variance": scores.var(axis=0).mean(),
         "action_diversity": jnp.sqrt(2.0) * spread.mean(),  # root mean squared distance between two candidates
     }
-    return total, metrics | _about_values(q, target) | dict(actor_metrics)
+    return total, metrics | td.metrics(q, target) | dict(actor_metrics)
 
 
 def critic_alone_loss(
@@ -354,42 +354,8 @@ def critic_alone_loss(
         raise ValueError("this batch has no next_actions: make it with ChunkLoader.batch(..., critic_alone=True)")
     modules = agent.nets.modules(agent.params | {"critic": params}, agent.frozen)
     prefix, next_prefix = (flow.encode(modules.policy, seen) for seen in (batch.observations, batch.next_observations))
-    loss, q, target = _td_loss(modules.critic, agent, batch, draws, prefix, next_prefix, batch.next_actions)
-    return loss, {"total_loss": loss, "critic_loss": loss} | _about_values(q, target)
-
-
-def _td_loss(
-    critic: CriticNetworks,
-    agent: ACRLPDAgent,
-    batch: ChunkBatch,
-    draws: Draws,
-    prefix: Prefix,
-    next_prefix: Prefix,
-    next_chunk: Float[Array, "b h a"],
-) -> tuple[Float[Array, ""], Float[Array, "e b"], Float[Array, " b"]]:
-    """Of the dataset's chunk; with the members' values of it and their target."""
-    config = agent.config
-    target_critic = nnx.merge(agent.nets.critic_def, agent.target_critic)
-    next_q_members = target_critic(next_prefix.features, next_prefix.state, next_chunk[None])[:, 0]  # [e b]
-    next_q = target_critic.aggregate(next_q_members, draws.pair_rng)
-    target = losses.td_target(batch.rewards, batch.valid, batch.bootstrap_mask, next_q, discount=config.discount)
-    features = jax.lax.stop_gradient(prefix.features)
-    q = critic(features, prefix.state, batch.actions[None], dropout_rng=draws.dropout_rng)[:, 0]  # [e b]
-    loss = losses.critic_loss(q, target, batch.sequence_mask, huber_delta=config.huber_delta)
-    if config.critic.q_aggregation == "weighted":  # the aggregate's own TD error trains the weights, members held
-        aggregate = critic.aggregate(jax.lax.stop_gradient(q))[None]
-        loss += losses.critic_loss(aggregate, target, batch.sequence_mask, huber_delta=config.huber_delta)
-    return loss, q, target
-
-
-def _about_values(q: Float[Array, "e b"], target: Float[Array, " b"]) -> dict[str, Array]:
-    return {
-        "q_mean": q.mean(),
-        "q_std": q.std(),
-        "q_ensemble_variance": q.var(axis=0).mean(),
-        "target_q_mean": target.mean(),
-        "td_error_mean": jnp.abs(q - target[None]).mean(),
-    }
+    loss, q, target = td.loss_and_values(modules.critic, agent, batch, draws, prefix, next_prefix, batch.next_actions)
+    return loss, {"total_loss": loss, "critic_loss": loss} | td.metrics(q, target)
 
 
 def _bc_sample_weights(

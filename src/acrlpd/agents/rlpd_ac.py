@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float
 
-from acrlpd.agents import losses
+from acrlpd.agents import losses, td
 from acrlpd.agents.draws import Draws
 from acrlpd.agents.losses import LossWeights
 from acrlpd.models.gaussian import ChunkGaussian
@@ -36,12 +35,7 @@ def joint_loss(
     next_prefix = next_policy.encode(batch.next_observations)
 
     next_chunk, _ = next_policy.sample(next_prefix, draws.candidates[:1])
-    target_critic = nnx.merge(nets.critic_def, agent.target_critic)
-    next_q = target_critic(next_prefix.features, next_prefix.state, next_chunk)[:, 0]  # [e b]
-    next_q = target_critic.aggregate(next_q, draws.pair_rng)
-    target = losses.td_target(batch.rewards, batch.valid, batch.bootstrap_mask, next_q, discount=config.discount)
-    q = modules.critic(prefix.features, prefix.state, batch.actions[None], dropout_rng=draws.dropout_rng)[:, 0]
-    critic_loss = losses.critic_loss(q, target, batch.sequence_mask, huber_delta=config.huber_delta)
+    critic_loss, q, target = td.loss_and_values(modules.critic, agent, batch, draws, prefix, next_prefix, next_chunk[0])
 
     chunks, log_prob = policy.sample(prefix, draws.actor[:1])
     actor_q = constant.critic(prefix.features, prefix.state, chunks)  # [e 1 b]
@@ -57,17 +51,12 @@ def joint_loss(
         + weights.actor_weight * actor_loss
         + weights.alpha_weight * alpha_loss
     )
-    return total, {
+    return total, td.metrics(q, target) | {
         "total_loss": total,
         "critic_loss": critic_loss,
         "bc_loss": bc_loss,
         "actor_loss": actor_loss,
         "alpha_loss": alpha_loss,
-        "q_mean": q.mean(),
-        "q_std": q.std(),
-        "q_ensemble_variance": q.var(axis=0).mean(),
-        "target_q_mean": target.mean(),
-        "td_error_mean": jnp.abs(q - target[None]).mean(),
         "alpha_value": jnp.exp(log_temperature),
         "entropy_estimate": -log_prob.mean(),
         "actor_q_mean": actor_q.mean(),

@@ -17,10 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from acrlpd.agents import candidates, losses, sampling
+from acrlpd.agents import candidates, sampling, td
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.robots.mapping import Platform
@@ -148,14 +147,11 @@ def member_td_errors(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -
     modules = agent.acting_modules()
     prefix, next_prefix = modules.policy.encode(batch.observations), modules.policy.encode(batch.next_observations)
     shape = (config.candidates_in_target, len(batch.rewards), *agent.nets.action_shape)
-    steps = config.target_flow_steps or config.flow_steps
-    proposed, scores = candidates.propose(modules, config, next_prefix, jax.random.normal(noise_rng, shape), steps)
-    chunk, _ = sampling.select(proposed, scores)
-    target_critic = nnx.merge(agent.nets.critic_def, agent.target_critic)
-    next_q = target_critic.aggregate(
-        target_critic(next_prefix.features, next_prefix.state, chunk[None])[:, 0], subset_rng
-    )
-    target = losses.td_target(batch.rewards, batch.valid, batch.bootstrap_mask, next_q, discount=config.discount)
+    noise, steps = jax.random.normal(noise_rng, shape), config.steps_in_target
+    proposed, scores = candidates.propose(modules, config, next_prefix, noise, steps)
+    _, best = sampling.select(proposed, scores)
+    chunk = candidates.finish(modules, config, next_prefix, noise, proposed, best, steps)
+    target = td.target_values(agent, batch, next_prefix, chunk, subset_rng)
     q = modules.critic(prefix.features, prefix.state, batch.actions[None])[:, 0]
     errors = jnp.abs(q - target[None]) * batch.sequence_mask[None]
     return errors.sum(axis=1) / jnp.maximum(batch.sequence_mask.sum(), 1.0)

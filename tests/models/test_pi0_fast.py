@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from acrlpd.models import gemma, paligemma, pi0, pi0_fast, siglip, weights
@@ -251,14 +251,18 @@ def test_padding_behind_the_text_cannot_matter(run):
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 99), sample=st.integers(0, BATCH - 1))
+@example(seed=69, sample=1)  # losses of 2.454389 and 2.454267
 def test_samples_of_a_batch_are_independent(run, seed, sample):
     """Changing one sample changes that one and no other."""
     observation = draw_observation(seed)
     changed = jax.tree.map(lambda a, b: a.at[sample].set(b[sample]), observation, draw_observation(seed + 1000))
     others = np.array([i for i in range(BATCH) if i != sample])
-    for before, after in zip(run(observation), run(changed), strict=True):
+    pairs = list(zip(run(observation), run(changed), strict=True))
+    for before, after in pairs:
         np.testing.assert_allclose(before[others], after[others], atol=1e-4)
-        assert not np.allclose(before[sample], after[sample], atol=1e-4)
+        assert np.any(before[sample] != after[sample])
+    # Two samples may have nearly one loss by chance, but not also one score for every token.
+    assert not all(np.allclose(before[sample], after[sample], atol=1e-4) for before, after in pairs)
 
 
 def test_decoding_with_a_cache_is_one_pass_over_everything(policy, jit):

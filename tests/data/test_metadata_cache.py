@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from acrlpd.data import hdf5
 from acrlpd.data.hdf5 import H5DatasetReader
@@ -82,7 +83,7 @@ def test_any_change_of_the_files_is_noticed(cache, file, change):
     assert find_out.calls == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"not a zip", "cut", "flipped", "other version"])
+@pytest.mark.parametrize("content", [b"", b"not an entry", "cut", "flipped", "other version"])
 def test_a_damaged_entry_is_made_anew(cache, file, content, monkeypatch):
     find_out = Counting(file)
     cache.get(file.parent, "", find_out)
@@ -107,6 +108,29 @@ def test_no_room_for_an_entry_is_no_error(tmp_path, file, caplog):
     with caplog.at_level(logging.WARNING):
         assert MetadataCache(tmp_path / "cache").get(file.parent, "", Counting(file))["size"] == 5
     assert "cannot be written" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "i4", "i8", "f4", "f8", "?"])
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 2)])
+def test_arrays_stay_in_the_entry_as_they_were(cache, file, dtype, shape):
+    array = np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype)
+    for _ in range(2):
+        found = cache.get(file.parent, "", lambda: {"odd": np.zeros(3, np.uint8), "array": array})["array"]
+        assert (found.dtype, found.shape) == (array.dtype, shape)
+        np.testing.assert_array_equal(found, array)
+        assert not found.flags.owndata
+        assert not found.flags.writeable
+        assert found.flags.aligned
+
+
+def test_a_full_disk_is_no_error(cache, file, caplog, monkeypatch):
+    def fail(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("acrlpd.data.metadata_cache.save_file", fail)
+    with caplog.at_level(logging.WARNING):
+        assert cache.get(file.parent, "", Counting(file))["size"] == 5
+    assert "No space left" in caplog.text
 
 
 def test_a_failure_is_not_remembered(cache, file):

@@ -64,7 +64,7 @@ def test_every_reference_set_opens_and_is_remembered(shared, cache_home):
             np.testing.assert_array_equal(
                 first.window(0, key, 1, 3), again.window(0, key, 1, 3), err_msg=f"{path} {key}"
             )
-    assert len(list(cache_home.rglob("*.npz"))) == len(found)
+    assert len(list(cache_home.rglob("*.safetensors"))) == len(found)
 
 
 def lerobot_object(root, episodes=None, tolerance_s=1e-4):

@@ -1,8 +1,8 @@
 """What opening a data set found out, kept on disk: the second opening reads one file instead of every episode.
 
-An entry is an ``.npz`` of numbers, flags and JSON texts. It holds for one path, one set of options and one state of the
-files (name, size and time of each); anything else, a damaged entry too, is found out anew. Entries may be deleted at
-any time.
+An entry is a ``.safetensors`` file of numbers, flags and JSON texts, which stay in it: they are mapped into memory, and
+only what is used of them is read. It holds for one path, one set of options and one state of the files (name, size and
+time of each); anything else, a damaged entry too, is found out anew. Entries may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ import dataclasses
 import hashlib
 import json
 import logging
+import mmap
 import os
 import warnings
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1  # of what the entries hold; raise it when readers find out something else
-VERSION_KEY, FILES_KEY, WARNINGS_KEY = "cache/version", "cache/files", "cache/warnings"
 
 Arrays = dict[str, np.ndarray]
 
@@ -56,11 +57,11 @@ class MetadataCache:
         """
         files = fingerprint(path)
         entry = self.entry_path(path, asked)
-        arrays = _read(entry, files)
-        if arrays is not None:
-            for text in unpack(arrays[WARNINGS_KEY]):
+        found = _read(entry, files)
+        if found is not None:
+            for text in found[1]:
                 warnings.warn(text, stacklevel=4)
-            return arrays
+            return found[0]
         caught: list[warnings.WarningMessage] = []
         try:
             with warnings.catch_warnings(record=True) as caught:
@@ -70,14 +71,14 @@ class MetadataCache:
             told = [str(warning.message) for warning in caught]
             for text in told:
                 warnings.warn(text, stacklevel=4)
-        arrays = {**arrays, VERSION_KEY: np.array(VERSION), FILES_KEY: pack(files), WARNINGS_KEY: pack(told)}
-        _write(entry, arrays)
-        return arrays
+        _write(entry, files, arrays, told)
+        found = _read(entry, files)
+        return arrays if found is None else found[0]
 
     def entry_path(self, path: Path, asked: object) -> Path:
         """The file of an entry, there or not. Messages hold the path as it was given, so its spelling counts."""
         text = f"{path}\n{path.resolve()}\n{asked!r}"
-        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
 
 
 def fingerprint(path: Path) -> str:
@@ -104,30 +105,49 @@ def _files(path: Path, name: str) -> Iterator[tuple[str, int, int]]:
                 yield f"{name}/{entry.name}", status.st_size, status.st_mtime_ns
 
 
-def _read(entry: Path, files: str) -> Arrays | None:
-    """The entry's arrays; None if there is none, it is damaged, or it is about other files."""
+def _read(entry: Path, files: str) -> tuple[Arrays, list[str]] | None:
+    """The entry's arrays, and its warnings; None if there is none, it is damaged, or it is about other files."""
     if not entry.is_file():
         return None
     try:
-        with np.load(entry, allow_pickle=False) as stored:
-            if int(stored[VERSION_KEY]) != VERSION or unpack(stored[FILES_KEY]) != files:
-                return None
-            return {key: stored[key] for key in stored.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        with entry.open("rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        facts = header.pop("__metadata__")
+        if facts["version"] != str(VERSION) or facts["files"] != files:
+            return None
+        arrays = {key: _mapped(content, start, **about) for key, about in header.items()}
+        if facts["checksum"] != _checksum(arrays):
+            raise ValueError("its checksum is wrong")
+        return arrays, json.loads(facts["warnings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("metadata cache: %s is damaged (%s) and is made anew", entry, error)
         return None
 
 
-def _write(entry: Path, arrays: Arrays) -> None:
+def _mapped(content: mmap.mmap, start: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
+    kind = {"U": "u", "I": "i", "F": "f", "B": "?"}[dtype[0]]  # as in U8, BOOL
+    return np.ndarray(shape, kind if kind == "?" else f"<{kind}{int(dtype[1:]) // 8}", content, start + data_offsets[0])
+
+
+def _write(entry: Path, files: str, arrays: Arrays, told: list[str]) -> None:
     """The whole entry or nothing. Without room for it, opening stays as slow as it was."""
+    facts = {"version": str(VERSION), "files": files, "warnings": json.dumps(told), "checksum": _checksum(arrays)}
     temporary = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
+            save_file(arrays, temporary, metadata=facts)
             os.replace(temporary, entry)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         logger.warning("metadata cache: %s cannot be written (%s); opening will take as long next time", entry, error)
+
+
+def _checksum(arrays: Arrays) -> str:
+    checksum = 0
+    for _, array in sorted(arrays.items()):
+        checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
+    return str(checksum)

@@ -44,8 +44,9 @@ from acrlpd.types import ChunkBatch, Observation
 
 ROBOT_DIM = 7
 ENTROPY_STEPS = 5  # Euler steps of the samples from which the founding design takes the entropy
+MID = dataclasses.replace(sampling.CONFIG, unroll=False)  # in a loop, as is the default
 NANO = dataclasses.replace(
-    sampling.CONFIG,
+    MID,
     action_dim=8,
     state_dim=8,
     action_horizon=5,
@@ -56,7 +57,7 @@ NANO = dataclasses.replace(
     max_token_len=8,
     cameras=("base_0_rgb",),
 )
-SIZES = {"mid": sampling.CONFIG, "nano": NANO}
+SIZES = {"mid": MID, "nano": NANO}
 Call = Callable[[], Any]
 
 

@@ -19,7 +19,7 @@ from acrlpd.agents.draws import Draws
 from acrlpd.agents.losses import LossWeights
 from acrlpd.models import flow
 from acrlpd.models.mlp_flow import MLPFlow, MLPFlowConfig
-from acrlpd.models.pi0 import Pi0, Pi0Config
+from acrlpd.models.pi0 import Pi0, Pi0Config, is_suffix_param
 from acrlpd.types import Observation
 
 ADAM = {"learning_rate": 1e-2, "b1": 0.9, "b2": 0.95, "eps": 1e-2, "weight_decay": 0.1}
@@ -541,3 +541,26 @@ def test_pi0_with_a_frozen_backbone(name, toys, flat):
         assert max(changes.values()) > 0
         still = {path for path, change in changes.items() if change == 0}
         assert not still, f"{group}: no gradient reached {still}"
+
+
+@pytest.mark.parametrize("name", ["best_of_n", "distill"])
+@pytest.mark.parametrize("unroll", [False, True])
+def test_what_only_acts_acts_the_same(name, unroll, toys):
+    """Of a policy in part frozen, by its moving average."""
+    config = toys.config(extraction=name, policy_ema_decay=0.5)
+    sizes = {"paligemma_variant": "nano", "action_expert_variant": "nano_expert", "vocab_size": 7, "cameras": ()}
+    make = Pi0Config(
+        action_dim=3, action_horizon=4, max_token_len=2, dtype="float32", remat=False, unroll=unroll, **sizes
+    ).create
+    agent = toys.agent(config, policy=make(nnx.Rngs(params=toys.key(0))), trainable=is_suffix_param, state_dim=3)
+    observation = Observation(
+        state=jnp.ones((2, 3)),
+        tokenized_prompt=jnp.array([[1, 2], [3, 4]]),
+        tokenized_prompt_mask=jnp.ones((2, 2), bool),
+    )
+    act = toys.jit(lambda agent: acrlpd.act.__wrapped__(agent, observation, toys.key(1)))
+    before, after = act(agent), act(agent.acting_only())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), before, after)
+    moved = dataclasses.replace(agent, ema=jax.tree.map(jnp.zeros_like, agent.ema))
+    assert np.abs(act(moved.acting_only())[0] - after[0]).max() > 1e-3
+    assert ("attn" in agent.acting_only().params["policy"]["PaliGemma"]["llm"]["layers"]) != unroll

@@ -125,7 +125,7 @@ def loader_batch(trained, episodes):
 def test_a_pi0_is_exported_for_pytorch_and_for_openpis_server(tmp_path):
     config = dataclasses.replace(
         CONFIG,
-        policy=dataclasses.replace(NANO, max_token_len=8),
+        policy=dataclasses.replace(NANO, max_token_len=8, unroll=True),
         agent=dataclasses.replace(CONFIG.agent, best_of_n_samples=2, flow_steps=2),
     )
     save(tmp_path / "run", 3, config=config, cameras=("base",))

@@ -22,7 +22,7 @@ from acrlpd.agents.draws import Draws, deal
 from acrlpd.agents.extraction import Modules
 from acrlpd.agents.health import Health, judge, keep_if
 from acrlpd.agents.losses import LossWeights
-from acrlpd.models import flow, parameters
+from acrlpd.models import flow, parameters, stacked
 from acrlpd.models.critic import CriticNetworks
 from acrlpd.models.flow import FlowPolicy
 from acrlpd.models.parameters import Params
@@ -57,13 +57,13 @@ class Networks:
         return hash((self.config, self.policy_def, self.critic_def, self.action_shape, self.action_dim, optimizers))
 
     def modules(self, params: dict[str, Params], frozen: Params) -> Modules:
-        student = None
-        if "student" in params:
-            student = nnx.merge(self.policy_def, parameters.join(params["policy"], frozen, params["student"]))
+        def policy(*parts: Params) -> Any:
+            return stacked.unrolled(nnx.merge(self.policy_def, parameters.join(*parts)))
+
         return Modules(
-            policy=nnx.merge(self.policy_def, parameters.join(params["policy"], frozen)),
+            policy=policy(params["policy"], frozen),
             critic=nnx.merge(self.critic_def, params["critic"]),
-            student=student,
+            student=policy(params["policy"], frozen, params["student"]) if "student" in params else None,
         )
 
     @property
@@ -156,6 +156,16 @@ class ACRLPDAgent:
     def acting_modules(self) -> Modules:
         """The networks that act: of the policy the moving average, where there is one."""
         return self.nets.modules(self.params | self.ema, self.frozen)
+
+    def acting_only(self) -> ACRLPDAgent:
+        """Without what only training needs, and with layers apart where the policy unrolls them: it acts the same."""
+        modules = self.acting_modules()
+        policy_def, policy = parameters.split(cast(nnx.Module, modules.policy))
+        params = self.params | {"policy": policy}
+        if modules.student is not None:
+            params["student"] = parameters.split(cast(nnx.Module, modules.student))[1]
+        nets = dataclasses.replace(self.nets, policy_def=policy_def)
+        return dataclasses.replace(self, params=params, frozen={}, ema={}, opt_state={}, target_critic={}, nets=nets)
 
     def update(
         self, batch: ChunkBatch, rng: PRNGKeyArray, weights: LossWeights | None = None

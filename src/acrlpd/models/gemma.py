@@ -328,6 +328,8 @@ class Gemma(nnx.Module):
     ``float32_queries`` keeps queries in float32 after their rotation (pi0-FAST), where others go back to ``dtype``.
     """
 
+    stack = "layers"  # see stacked.unrolled
+
     def __init__(
         self,
         configs: Sequence[Config],

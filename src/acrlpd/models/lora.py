@@ -101,18 +101,18 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         rows = x.reshape(-1, x.shape[-1])  # of one matrix: a batch of small ones costs a backward pass a transposition
-        gate, value = self._project(rows, "gating_einsum", 0), self._project(rows, "gating_einsum", 1)
+        # Both gates in one product of a batch of two: a gate alone would be a copy of half of the weights, on a CPU.
+        gate, value = self._project(jnp.broadcast_to(rows, (2, *rows.shape)), "gating_einsum")
         return self._project(gated(gate, value), "linear").reshape(x.shape)
 
-    def _project(self, x: jax.Array, name: str, index: int | None = None) -> jax.Array:
+    def _project(self, x: jax.Array, name: str) -> jax.Array:
         def weight(name: str) -> jax.Array:
-            stored = getattr(self, name)[...]
-            return (stored if index is None else stored[index]).astype(x.dtype)
+            return getattr(self, name)[...].astype(x.dtype)
 
-        result = jnp.dot(x, weight(name))
+        result = x @ weight(name)
         if not self.has_adapter:
             return result
-        return result + jnp.dot(jnp.dot(x, weight(f"{name}_lora_a")), weight(f"{name}_lora_b"))
+        return result + (x @ weight(f"{name}_lora_a")) @ weight(f"{name}_lora_b")
 
 
 @jax.checkpoint

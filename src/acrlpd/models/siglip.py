@@ -145,6 +145,8 @@ def _layer_norm(config: Config, dtype: str, param_dtype: str, rngs: nnx.Rngs) ->
 class Encoder(nnx.Module):
     """All blocks, stacked, and the norm behind them."""
 
+    stack = "encoderblock"  # see stacked.unrolled
+
     def __init__(self, config: Config, *, dtype: str, param_dtype: str, remat: bool, unroll: bool, rngs: nnx.Rngs):
         self.remat = remat
         self.unroll = unroll

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+T = TypeVar("T")
 
 
 def create(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -20,6 +22,22 @@ def create(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -
         return make(layer_rngs)
 
     return make_all(rngs)
+
+
+def unrolled(model: T) -> T:
+    """``model`` with the layers as modules of their own in each part that unrolls its ``stack``; the rest is shared.
+
+    To a CPU, a layer of a stacked array is a copy of it. Made here, it is made once for all passes and flow steps that
+    follow, and by those who keep the result, once and for all.
+    """
+    copy: Any = nnx.merge(*nnx.split(model))
+    parts: list[Any] = [part for _, part in nnx.iter_modules(copy) if getattr(part, "unroll", False)]
+    for part in parts:
+        layers = getattr(part, part.stack)
+        if not isinstance(layers, nnx.List):
+            graphdef, state = nnx.split(layers)
+            setattr(part, part.stack, nnx.List([nnx.merge(graphdef, layer) for layer in _unstack(state)]))
+    return copy
 
 
 def scan(
@@ -37,7 +55,11 @@ def scan(
     layers one after the other: slower to compile, faster for few layers, which then need no copy of their activations
     into one array of all. NumPy arrays in ``xs`` stay NumPy's there, so a ``step`` may branch on them.
     """
-    graphdef, state = nnx.split(layers)
+    if isinstance(layers, nnx.List):  # see unrolled
+        graphdef, states = nnx.graphdef(layers[0]), [nnx.state(layer) for layer in layers]
+    else:
+        graphdef, stack = nnx.split(layers)
+        states = _unstack(stack) if unroll else []
 
     def body(carry, inputs):
         layer_state, x = inputs
@@ -47,9 +69,9 @@ def scan(
         # Inside a loop the compiler cannot merge the recomputation with the forward pass; in an unrolled one it could.
         body = jax.checkpoint(body, prevent_cse=unroll)
     if not unroll:
-        return jax.lax.scan(body, carry, (state, xs))
+        return jax.lax.scan(body, carry, (stack, xs))
     results = []
-    for layer in _unstack((state, xs)):
+    for layer in zip(states, [None] * len(states) if xs is None else _unstack(xs), strict=True):
         carry, y = body(carry, layer)
         results.append(y)
     return carry, jax.tree.map(lambda *each: jnp.stack(each), *results)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 from acrlpd.agents import candidates, sampling
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.data.transforms import Data, Transform, to_observation
-from acrlpd.models import flow
+from acrlpd.models import flow, stacked
 from acrlpd.models.flow import FlowPolicy, Guidance
 from acrlpd.serving.budget import Budget, Plan, smaller_plans
 from acrlpd.serving.request import OPTIONS_KEY, Options, Request, conform, outline
@@ -63,7 +63,7 @@ class FlowSampler:
     def __init__(self, policy: FlowPolicy, *, num_steps: int = 10):
         self.plan = Plan(1, num_steps)
         self.action_shape = shape = (policy.action_horizon, policy.action_dim)
-        graphdef, self._state = nnx.split(policy)
+        graphdef, self._state = nnx.split(stacked.unrolled(policy))
 
         def sample(state: nnx.State, observation: Observation, draws: Draws, num_steps: int) -> Float[Array, "b h a"]:
             policy = nnx.merge(graphdef, state)
@@ -102,7 +102,7 @@ class AgentSampler:
         self._alone = mode == "bc" or not agent.chooses
         self.plan = Plan(1 if self._alone else wanted, num_steps or config.flow_steps)
         self.action_shape = agent.nets.action_shape
-        self._agent = dataclasses.replace(agent, opt_state={}, target_critic={})
+        self._agent = agent.acting_only()
 
     def __call__(self, observation: Observation, draws: Draws, plan: Plan) -> tuple[Float[Array, "b h a"], Metrics]:
         if draws.noise is not None:

@@ -28,7 +28,7 @@ from acrlpd.data.transforms import (
     Transform,
     to_model,
 )
-from acrlpd.models import parameters, torch_names, weights
+from acrlpd.models import torch_names, weights
 from acrlpd.models.pi0 import Pi0, Pi0Config
 from acrlpd.models.recognize import recognize
 from acrlpd.serving import export
@@ -327,9 +327,7 @@ def _write_checkpoint(folder: Path, trained: Trained) -> None:
 
 def _write_pytorch(folder: Path, trained: Trained) -> None:
     """As openpi's converter leaves it: the model, its statistics and its sizes; nothing for what the port is not."""
-    agent = trained.agent
-    acting = agent.params | agent.ema
-    model = nnx.merge(agent.nets.policy_def, parameters.join(acting["policy"], agent.frozen))
+    model = nnx.merge(trained.agent.nets.policy_def, trained.agent.acting_policy)
     if not isinstance(model, Pi0) or model.config.paligemma.has_lora or model.config.action_expert.has_lora:
         logger.info("nothing for PyTorch: openpi's port knows pi0 and pi0.5 without adapters")
         return

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -101,6 +102,34 @@ def test_a_damaged_entry_is_made_anew(cache, file, content, monkeypatch):
     for _ in range(2):
         assert cache.get(file.parent, "", find_out)["size"] == 5
     assert find_out.calls == 2
+
+
+def test_no_damaged_byte_goes_unnoticed(tmp_path, file):
+    """Of the names, shapes and texts of an entry, and of its numbers."""
+    arrays = {"size": np.array(5), "rewards": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    cache, found_anew = MetadataCache(tmp_path / "cache"), []
+
+    def find_out():
+        found_anew.append(True)
+        warnings.warn("told", stacklevel=1)
+        return arrays
+
+    def opened():
+        with pytest.warns(UserWarning, match="^told$"):
+            found = cache.get(file.parent, "", find_out)
+        assert found.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
+            np.testing.assert_array_equal(found[name], array)
+
+    opened()
+    entry = cache.entry_path(file.parent, "")
+    whole = entry.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in range(len(whole)):
+        entry.write_bytes(whole[:place] + bytes([whole[place] ^ rng.integers(1, 256)]) + whole[place + 1 :])
+        opened()
+    assert len(found_anew) > len(whole) / 2  # all but what pads the header, where nothing is said
 
 
 def test_no_room_for_an_entry_is_no_error(tmp_path, file, caplog):

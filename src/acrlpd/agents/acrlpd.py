@@ -153,6 +153,11 @@ class ACRLPDAgent:
         """Whether acting is a choice among candidates; of the baselines, some take the policy at its word."""
         return self.config.algorithm == "acrlpd"
 
+    @property
+    def acting_policy(self) -> Params:
+        """All of the policy that acts, trainable and frozen, under openpi's names."""
+        return parameters.join((self.params | self.ema)["policy"], self.frozen)
+
     def acting_modules(self) -> Modules:
         """The networks that act: of the policy the moving average, where there is one."""
         return self.nets.modules(self.params | self.ema, self.frozen)

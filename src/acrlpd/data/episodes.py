@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from acrlpd.data.rows import Column, FixedColumn, RowReader, Rows
 from acrlpd.types import Episode
 
 IMAGE_PREFIX = "images/"  # a camera's key: "images/<camera>"
@@ -131,10 +132,10 @@ class EpisodeStore:
         self.max_bytes = max_bytes
         self.reader: RowReader | None = None  # None: no row is read when it is asked for
         self.skipped: Sequence[tuple[str, str]] = ()  # name and fault of each episode its source left out
-        self._columns: dict[str, _Column | _FixedColumn] = {}
+        self._columns: dict[str, Column | FixedColumn] = {}
         self._first_source = ""  # the episode whose shapes all others must have
-        self._ends = _Column((), np.int64)  # counted from the first row ever appended, so that dropping shifts nothing
-        self._task_indices = _Column((), np.int64)
+        self._ends = Column((), np.int64)  # counted from the first row ever appended, so that dropping shifts nothing
+        self._task_indices = Column((), np.int64)
         self._infos: list[EpisodeInfo] = []
         self._tasks: dict[str, int] = {}
         self._task_texts = np.zeros(0, dtype=np.str_)
@@ -166,7 +167,7 @@ class EpisodeStore:
         """A store of rows that lie elsewhere, which cannot grow. Keys are those of an ``EpisodeSource``."""
         store = cls()
         store.reader = reader
-        store._columns = {key: _FixedColumn(rows) for key, rows in columns.items()}
+        store._columns = {key: FixedColumn(rows) for key, rows in columns.items()}
         store._ends.append(np.cumsum([info.length for info in infos]))
         store._task_indices.append(np.array([store._intern(info.task) for info in infos]))
         store._infos = list(infos)
@@ -270,7 +271,7 @@ class EpisodeStore:
         """
         rows = _checked_rows(episode)
         if not self._columns:
-            self._columns = {key: _Column(value.shape[1:], value.dtype) for key, value in rows.items()}
+            self._columns = {key: Column(value.shape[1:], value.dtype) for key, value in rows.items()}
             self._first_source = episode.source
         self._check_shapes(rows, episode.source)
         self._make_room(sum(value.nbytes for value in rows.values()), episode.source)
@@ -324,7 +325,7 @@ class EpisodeStore:
     def _rows(self, key: str) -> np.ndarray:
         return self._column(key).rows
 
-    def _column(self, key: str) -> _Column | _FixedColumn:
+    def _column(self, key: str) -> Column | FixedColumn:
         if key not in self._columns:
             reason = "the store is empty" if not self._columns else f"it has {', '.join(self._columns)}"
             raise KeyError(f"this EpisodeStore has no key {key!r}: {reason}")
@@ -384,133 +385,6 @@ class _Numbering:
         self.ends = ends
         self.starts = np.concatenate([[0], ends[:-1]]).astype(ends.dtype)
         self.full_windows: dict[int, Int[np.ndarray, " n"]] = {}  # by horizon
-
-
-class Rows(Protocol):
-    """Rows of all episodes, one after the other, read by number as an array's are."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def nbytes(self) -> int:
-        """Memory they take."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: Any) -> np.ndarray:
-        """``rows``: an array of numbers, of any shape, or a slice inside one episode."""
-        ...
-
-    def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
-        """Rows by number, with the position of the episode of each."""
-        ...
-
-    def stretches(
-        self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]
-    ) -> Shaped[np.ndarray, "b h *shape"]:
-        """As many rows as there are steps, from each first one on. Where steps do not count up, rows mean nothing."""
-        ...
-
-
-def _stretches(
-    array: Shaped[np.ndarray, "r *shape"], steps: Int[np.ndarray, "b h"]
-) -> Shaped[np.ndarray, "b h *shape"]:
-    """As ``Rows.stretches``. As bytes, a stretch is one item to numpy: a fraction of the time of its rows."""
-    length, size = steps.shape[1], array[:1].nbytes
-    if len(array) < length or not size or not array.flags.c_contiguous:
-        return array[steps]
-    items = np.ndarray((len(array) - length + 1,), np.dtype((np.void, length * size)), array, strides=(size,))
-    found = items[np.minimum(steps[:, 0], len(items) - 1)]
-    return found[:, None].view(array.dtype).reshape(*steps.shape, *array.shape[1:])
-
-
-class RowReader(Protocol):
-    """What fetches rows that lie elsewhere."""
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the rows asked for that were in memory already."""
-        ...
-
-    def close(self) -> None:
-        """Stops its processes."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class _FixedColumn:
-    rows: Any  # Rows, or an array
-
-    def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
-        return self.rows[rows] if isinstance(self.rows, np.ndarray) else self.rows.take(rows, episodes)
-
-    def stretches(self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]) -> np.ndarray:
-        array = isinstance(self.rows, np.ndarray)
-        return _stretches(self.rows, steps) if array else self.rows.stretches(steps, episodes)
-
-    def append(self, rows: np.ndarray) -> None:
-        raise ValueError("this EpisodeStore reads its rows from a source and cannot grow; append to a store of its own")
-
-    def drop(self, count: int) -> None:
-        raise ValueError("this EpisodeStore reads its rows from a source and cannot forget any")
-
-    def reserve(self, num_rows: int) -> None:
-        """Nothing to prepare: it cannot grow."""
-
-
-class _Column:
-    """One growing array: rows are appended at the end, dropped at the front, and always contiguous."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike):
-        self._buffer = np.empty((0, *shape), dtype)
-        self._begin = 0
-        self._end = 0
-
-    @property
-    def rows(self) -> np.ndarray:
-        """A view; valid until the next append."""
-        return self._buffer[self._begin : self._end]
-
-    def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
-        return self.rows[rows]
-
-    def stretches(self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]) -> np.ndarray:
-        return _stretches(self.rows, steps)
-
-    def append(self, rows: np.ndarray) -> None:
-        if self._end + len(rows) > len(self._buffer):
-            kept = self._end - self._begin
-            needed = kept + len(rows)
-            if 3 * needed <= 2 * len(self._buffer):
-                self._compact()
-            else:
-                self._grow(needed + needed // 2)
-        self._buffer[self._end : self._end + len(rows)] = rows
-        self._end += len(rows)
-
-    def drop(self, count: int) -> None:
-        self._begin += count
-
-    def reserve(self, count: int) -> None:
-        """Room for ``count`` more rows. Untouched pages cost nothing, so asking for too much is harmless."""
-        if self._end + count > len(self._buffer):
-            self._grow(self._end - self._begin + count)
-
-    def _grow(self, capacity: int) -> None:
-        kept = self._end - self._begin
-        buffer = np.empty((capacity, *self._buffer.shape[1:]), self._buffer.dtype)
-        buffer[:kept] = self.rows
-        self._buffer, self._begin, self._end = buffer, 0, kept
-
-    def _compact(self) -> None:
-        """Moves the rows to the front, in blocks no longer than the gap: an overlapping copy would need a twin."""
-        kept, gap = self._end - self._begin, self._begin
-        for start in range(0, kept, gap):
-            block = min(gap, kept - start)
-            self._buffer[start : start + block] = self._buffer[gap + start : gap + start + block]
-        self._begin, self._end = 0, kept
 
 
 def _checked_rows(episode: Episode) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from acrlpd.data import processes
 from acrlpd.data import rewards as reward_labels
-from acrlpd.data.episodes import IMAGE_PREFIX, KNOWN_SUCCESS, BadEpisodes, EpisodeInfo, Rows
+from acrlpd.data.episodes import IMAGE_PREFIX, KNOWN_SUCCESS, BadEpisodes, EpisodeInfo
 from acrlpd.data.frame_cache import FrameCache, FrameOrigin
 from acrlpd.data.layouts import droid, stored
 from acrlpd.data.layouts.aloha import Aloha
@@ -43,6 +43,7 @@ from acrlpd.data.layouts.robomimic import Robomimic
 from acrlpd.data.mapped import map_rows
 from acrlpd.data.metadata_cache import Arrays, MetadataCache, pack, unpack
 from acrlpd.data.rewards import RewardConfig
+from acrlpd.data.rows import Rows
 from acrlpd.data.video import VideoReaders
 from acrlpd.types import Episode
 

@@ -118,10 +118,10 @@ def _read(entry: Path, files: str) -> tuple[Arrays, list[str]] | None:
         if facts["version"] != str(VERSION) or facts["files"] != files:
             return None
         arrays = {key: _mapped(content, start, **about) for key, about in header.items()}
-        if facts["checksum"] != _checksum(arrays):
+        if facts.pop("checksum") != _checksum(arrays, facts):
             raise ValueError("its checksum is wrong")
         return arrays, json.loads(facts["warnings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         logger.warning("metadata cache: %s is damaged (%s) and is made anew", entry, error)
         return None
 
@@ -133,12 +133,12 @@ def _mapped(content: mmap.mmap, start: int, *, dtype: str, shape: list[int], dat
 
 def _write(entry: Path, files: str, arrays: Arrays, told: list[str]) -> None:
     """The whole entry or nothing. Without room for it, opening stays as slow as it was."""
-    facts = {"version": str(VERSION), "files": files, "warnings": json.dumps(told), "checksum": _checksum(arrays)}
+    facts = {"version": str(VERSION), "files": files, "warnings": json.dumps(told)}
     temporary = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(arrays, temporary, metadata=facts)
+            save_file(arrays, temporary, metadata=facts | {"checksum": _checksum(arrays, facts)})
             os.replace(temporary, entry)
         finally:
             temporary.unlink(missing_ok=True)
@@ -146,8 +146,10 @@ def _write(entry: Path, files: str, arrays: Arrays, told: list[str]) -> None:
         logger.warning("metadata cache: %s cannot be written (%s); opening will take as long next time", entry, error)
 
 
-def _checksum(arrays: Arrays) -> str:
-    checksum = 0
+def _checksum(arrays: Arrays, facts: dict[str, str]) -> str:
+    """Of all that an entry says: names, dtypes, shapes and numbers of its arrays, and what is told beside them."""
+    outlines = {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
+    checksum = zlib.crc32(json.dumps([facts, outlines], sort_keys=True).encode())
     for _, array in sorted(arrays.items()):
         checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
     return str(checksum)

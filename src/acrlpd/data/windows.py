@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from acrlpd.data import processes
-from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeSource, EpisodeStore, Rows
+from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeSource, EpisodeStore
+from acrlpd.data.rows import Rows
 
 COPIED_BYTES = 64 << 20  # so few are safe from whoever writes to the files meanwhile, and cost nothing
 NUMBERS = ("state", "actions", "rewards", "terminals")

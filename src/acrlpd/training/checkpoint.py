@@ -30,7 +30,6 @@ from jaxtyping import Array, UInt32
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.data import normalize
 from acrlpd.data.normalize import NormStats
-from acrlpd.models import parameters
 from acrlpd.models.parameters import Params
 from acrlpd.training.faults import RunFault
 from acrlpd.training.metrics import write_json
@@ -382,7 +381,7 @@ def _key(key: Any) -> Any:
 
 def _split(agent: ACRLPDAgent) -> tuple[Params, dict[str, Any]]:
     """The whole policy that acts (trainable and frozen) as openpi stores it, and everything else."""
-    policy = parameters.join((agent.params | agent.ema)["policy"], agent.frozen)
+    policy = agent.acting_policy
     averages = {group: value for group, value in agent.ema.items() if group != "policy"}
     rest: dict[str, Any] = {
         "params": {group: value for group, value in agent.params.items() if group != "policy" or agent.ema},

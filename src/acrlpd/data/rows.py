@@ -1,0 +1,138 @@
+"""The rows of one key, of all episodes one after the other: a growing array, a fixed one, or whatever reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Int, Shaped
+
+
+class Rows(Protocol):
+    """Rows of all episodes, one after the other, read by number as an array's are."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Memory they take."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """``rows``: an array of numbers, of any shape, or a slice inside one episode."""
+        ...
+
+    def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
+        """Rows by number, with the position of the episode of each."""
+        ...
+
+    def stretches(
+        self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]
+    ) -> Shaped[np.ndarray, "b h *shape"]:
+        """As many rows as there are steps, from each first one on. Where steps do not count up, rows mean nothing."""
+        ...
+
+
+def _stretches(
+    array: Shaped[np.ndarray, "r *shape"], steps: Int[np.ndarray, "b h"]
+) -> Shaped[np.ndarray, "b h *shape"]:
+    """As ``Rows.stretches``. As bytes, a stretch is one item to numpy: a fraction of the time of its rows."""
+    length, size = steps.shape[1], array[:1].nbytes
+    if len(array) < length or not size or not array.flags.c_contiguous:
+        return array[steps]
+    items = np.ndarray((len(array) - length + 1,), np.dtype((np.void, length * size)), array, strides=(size,))
+    found = items[np.minimum(steps[:, 0], len(items) - 1)]
+    return found[:, None].view(array.dtype).reshape(*steps.shape, *array.shape[1:])
+
+
+class RowReader(Protocol):
+    """What fetches rows that lie elsewhere."""
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the rows asked for that were in memory already."""
+        ...
+
+    def close(self) -> None:
+        """Stops its processes."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedColumn:
+    """Rows that lie elsewhere: of them there will be no others."""
+
+    rows: Any  # Rows, or an array
+
+    def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
+        return self.rows[rows] if isinstance(self.rows, np.ndarray) else self.rows.take(rows, episodes)
+
+    def stretches(self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]) -> np.ndarray:
+        array = isinstance(self.rows, np.ndarray)
+        return _stretches(self.rows, steps) if array else self.rows.stretches(steps, episodes)
+
+    def append(self, rows: np.ndarray) -> None:
+        raise ValueError("this EpisodeStore reads its rows from a source and cannot grow; append to a store of its own")
+
+    def drop(self, count: int) -> None:
+        raise ValueError("this EpisodeStore reads its rows from a source and cannot forget any")
+
+    def reserve(self, num_rows: int) -> None:
+        """Nothing to prepare: it cannot grow."""
+
+
+class Column:
+    """A growing array: rows are appended at the end, dropped at the front, and always contiguous."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike):
+        self._buffer = np.empty((0, *shape), dtype)
+        self._begin = 0
+        self._end = 0
+
+    @property
+    def rows(self) -> np.ndarray:
+        """A view; valid until the next append."""
+        return self._buffer[self._begin : self._end]
+
+    def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
+        return self.rows[rows]
+
+    def stretches(self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]) -> np.ndarray:
+        return _stretches(self.rows, steps)
+
+    def append(self, rows: np.ndarray) -> None:
+        if self._end + len(rows) > len(self._buffer):
+            kept = self._end - self._begin
+            needed = kept + len(rows)
+            if 3 * needed <= 2 * len(self._buffer):
+                self._compact()
+            else:
+                self._grow(needed + needed // 2)
+        self._buffer[self._end : self._end + len(rows)] = rows
+        self._end += len(rows)
+
+    def drop(self, count: int) -> None:
+        self._begin += count
+
+    def reserve(self, count: int) -> None:
+        """Room for ``count`` more rows. Untouched pages cost nothing, so asking for too much is harmless."""
+        if self._end + count > len(self._buffer):
+            self._grow(self._end - self._begin + count)
+
+    def _grow(self, capacity: int) -> None:
+        kept = self._end - self._begin
+        buffer = np.empty((capacity, *self._buffer.shape[1:]), self._buffer.dtype)
+        buffer[:kept] = self.rows
+        self._buffer, self._begin, self._end = buffer, 0, kept
+
+    def _compact(self) -> None:
+        """Moves the rows to the front, in blocks no longer than the gap: an overlapping copy would need a twin."""
+        kept, gap = self._end - self._begin, self._begin
+        for start in range(0, kept, gap):
+            block = min(gap, kept - start)
+            self._buffer[start : start + block] = self._buffer[gap + start : gap + start + block]
+        self._begin, self._end = 0, kept

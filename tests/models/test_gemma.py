@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from acrlpd.models import gemma, lora, weights
+from acrlpd.models import gemma, lora, stacked, weights
 
 FIRST = gemma.Config(width=8, depth=3, mlp_dim=12, num_heads=4, num_kv_heads=2, head_dim=4)
 SECOND = dataclasses.replace(FIRST, width=6, mlp_dim=10)
@@ -36,7 +36,8 @@ def norm(adaptive, dtype, golden):
 def test_rotary_embedding_is_openpis(golden, suffix):
     arrays = golden.group("functions", "rope/")
     positions = arrays[f"positions{suffix}"]
-    rotated = gemma.rotate(jnp.asarray(arrays[f"x{suffix}"]), jnp.asarray(positions))
+    x = jnp.asarray(arrays[f"x{suffix}"])
+    rotated = gemma.rotate(x, gemma.rotation(jnp.asarray(positions), x.shape[-1]))
     # float32 knows an angle of several hundred radians no better than to its spacing there.
     angle_error = np.spacing(np.float32(np.abs(positions).max()))
     np.testing.assert_allclose(rotated, arrays[f"out{suffix}"], atol=max(1e-5, 2 * angle_error))
@@ -65,7 +66,7 @@ def test_gated_residual_is_openpis(golden):
 def test_rotation_by_hand():
     """A head of 2: frequency 1, so position 1 turns (1, 0) by one radian, -1 turns it back, 0 leaves it."""
     x = jnp.broadcast_to(jnp.array([1.0, 0.0]), (1, 3, 1, 2))
-    rotated = gemma.rotate(x, jnp.array([[-1, 0, 1]]))
+    rotated = gemma.rotate(x, gemma.rotation(jnp.array([[-1, 0, 1]]), x.shape[-1]))
     expected = [[np.cos(1), -np.sin(1)], [1, 0], [np.cos(1), np.sin(1)]]
     np.testing.assert_allclose(rotated[0, :, 0], expected, atol=1e-6)
 
@@ -127,9 +128,17 @@ def test_query_heads_share_key_heads_in_order():
     np.testing.assert_allclose(attended[0, 0, :, 0], [0, 0, 1, 1])
 
 
+FORMS = {
+    "loop": {},
+    "unrolled": {"unroll": True},
+    "apart": {"unroll": True},
+    "apart, rematerialised": {"unroll": True, "remat": True},
+}
+
+
 @pytest.fixture(scope="module")
 def passes(fill, jit):
-    """The same tokens in one joint pass, and the first expert's before the second's; in a loop and unrolled."""
+    """The same tokens in one joint pass, and the first expert's before the second's; with layers in every ``FORM``."""
     rng = np.random.default_rng(1)
     prefix, suffix, condition = (
         jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(2, 5, 8), (2, 3, 6), (2, 6)]
@@ -154,30 +163,51 @@ def passes(fill, jit):
             "new": new,
         }
 
-    models = {unroll: fill(lambda unroll=unroll: stack(unroll=unroll)) for unroll in (False, True)}
-    return {unroll: jit(lambda model=model: run(model))() for unroll, model in models.items()}
+    def model(form):
+        filled = fill(lambda: stack(**FORMS[form]))
+        return stacked.unrolled(filled) if form.startswith("apart") else filled
+
+    return {form: jit(lambda form=form: run(model(form)))() for form in FORMS}
 
 
-@pytest.mark.parametrize("unroll", [False, True])
-def test_second_expert_sees_the_same_through_the_cache(passes, unroll):
-    result = passes[unroll]
+@pytest.mark.parametrize("form", FORMS)
+def test_second_expert_sees_the_same_through_the_cache(passes, form):
+    result = passes[form]
     assert result["cached"][0] is None
     np.testing.assert_allclose(result["cached"][1], result["joint"][1], atol=1e-4)
     for joint, cached, new in zip(result["joint_cache"], result["cache"], result["new"], strict=True):
         np.testing.assert_allclose(joint[:, 0], jnp.concatenate([cached, new], axis=2)[:, 0], atol=1e-4)
 
 
-@pytest.mark.parametrize("unroll", [False, True])
-def test_encoding_skips_nothing_that_is_read(passes, unroll):
-    result = passes[unroll]
+@pytest.mark.parametrize("form", FORMS)
+def test_encoding_skips_nothing_that_is_read(passes, form):
+    result = passes[form]
     for full, cache in zip(result["full_cache"], result["cache"], strict=True):
         assert full.shape == (3, 2, 5, 2, 4)
         np.testing.assert_allclose(full, cache, atol=1e-5)
     np.testing.assert_allclose(result["alone"][0][0], result["joint"][0][0], atol=1e-4)
 
 
-def test_loop_and_unrolled_layers_agree(passes):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), passes[False], passes[True])
+@pytest.mark.parametrize("form", list(FORMS)[1:])
+def test_all_forms_of_the_layers_agree(passes, form):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), passes["loop"], passes[form])
+
+
+def test_adapters_keep_layers_from_fusing(fill, jit):
+    """Of an attention with any, and of a feed-forward layer with its own; the numbers stay what they were."""
+    adapter = lora.Config(rank=2)
+    experts = [FIRST, dataclasses.replace(SECOND, attention_lora=adapter, mlp_lora=adapter)]
+    options = {"dtype": "float32", "param_dtype": "float32", "remat": False, "unroll": True}
+    model = fill(lambda: gemma.Gemma(experts, vocab_size=11, adaptive=[False, False], rngs=nnx.Rngs(0), **options))
+    apart = stacked.unrolled(model)
+    layer = apart.layers[0]
+    assert (layer.attn.is_fused, layer.mlp.is_fused, layer.mlp_1.is_fused) == (False, True, False)
+
+    rng = np.random.default_rng(2)
+    tokens = [jnp.asarray(rng.normal(size=(1, 3, config.width)), jnp.float32) for config in experts]
+    positions, mask = jnp.arange(6)[None], jnp.ones((1, 6, 6), bool)
+    expected, found = (jit(lambda each=each: each(tokens, positions, mask))() for each in (model, apart))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), expected, found)
 
 
 def test_experts_must_agree():

@@ -371,7 +371,8 @@ def test_queries_stay_in_float32_only_where_asked(fill, jit):
     def attend(wide):
         make = lambda: gemma.Attention([config], float32_queries=wide, param_dtype="float32", rngs=nnx.Rngs(0))  # noqa: E731
         layer = fill(make)
-        (outputs,) = jit(lambda x: layer([x], layer.keys_values([x], positions), positions, mask, None))(tokens)
+        rotation = gemma.rotation(positions, config.head_dim)
+        (outputs,) = jit(lambda x: layer([x], *layer.queries_keys_values([x], rotation), mask, None))(tokens)
         return outputs
 
     narrow, wide = attend(False), attend(True)

@@ -31,6 +31,9 @@ Tokens: TypeAlias = Sequence[Float[Array, "b t d"] | None]
 KeysValues: TypeAlias = tuple[Float[Array, "*layers b s k h"], Float[Array, "*layers b s k h"]]
 """Keys (rotated) and values."""
 
+Rotation: TypeAlias = tuple[Float[Array, "b t 1 half"], Float[Array, "b t 1 half"]]
+"""Sines and cosines of each token's position, for one half of a head."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -95,12 +98,18 @@ def expert_name(name: str, expert: int) -> str:
 
 
 @typed
-def rotate(x: Float[Array, "b t n h"], positions: Int[Array, "b t"]) -> Float[Array, "b t n h"]:
-    """Rotary embedding (Su et al. 2021, arXiv:2104.09864) of the two halves of each head, in float32."""
-    half = x.shape[-1] // 2
+def rotation(positions: Int[Array, "b t"], head_dim: int) -> Rotation:
+    """Of the rotary embedding (Su et al. 2021, arXiv:2104.09864), the same in all layers."""
+    half = head_dim // 2
     wavelength = ROPE_BASE ** (jnp.arange(half, dtype=jnp.float32) / half)
-    angle = (positions[..., None] / wavelength[None, None])[:, :, None, :]  # [b t 1 h/2]
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    angle = (positions[..., None] / wavelength[None, None])[:, :, None, :]
+    return jnp.sin(angle), jnp.cos(angle)
+
+
+@typed
+def rotate(x: Float[Array, "b t n h"], rotation: Rotation) -> Float[Array, "b t n h"]:
+    """The two halves of each head, as pairs, in float32."""
+    sin, cos = rotation
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
@@ -210,38 +219,84 @@ class Attention(nnx.Module):
     """The projections of all experts around one shared attention."""
 
     def __init__(self, configs: Sequence[Config], *, float32_queries: bool, param_dtype: str, rngs: nnx.Rngs):
-        self.head_dim = configs[0].head_dim
+        self.num_experts, self.num_heads, self.head_dim = len(configs), configs[0].num_heads, configs[0].head_dim
         self.float32_queries = float32_queries
+        self.is_fused = False
         for i, config in enumerate(configs):
             n, k, h, d = config.num_heads, config.num_kv_heads, config.head_dim, config.width
             einsums: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
                 "q_einsum": ("TD,NDH->TNH", (n, d, h), {"in_axis": -2, "batch_axis": (0,)}),
                 "kv_einsum": ("SD,CKDH->CSKH", (2, k, d, h), {"in_axis": -2, "batch_axis": (0, 1)}),
-                "attn_vec_einsum": ("TNH,NHD->TD", (n, h, d), {"in_axis": (-3, -2)}),
+                # A for heads: einsum sums in alphabetical order, here that in which rows and weight lie in memory.
+                "attn_vec_einsum": ("TAH,AHD->TD", (n, h, d), {"in_axis": (-3, -2)}),
             }
             for name, (equation, shape, fans) in einsums.items():
                 init = nnx.initializers.lecun_normal(out_axis=-1, **fans)
                 layer = lora.Einsum(equation, shape, init, config.attention_lora, param_dtype=param_dtype, rngs=rngs)
                 setattr(self, expert_name(name, i), layer)
 
-    def keys_values(self, xs: Tokens, positions: Int[Array, "b s"]) -> KeysValues:
-        """Keys and values of all present experts, side by side."""
-        keys, values = jnp.concatenate(self._project("kv_einsum", xs, token_axis=1), axis=2)
-        return rotate(keys, positions), values
+    def fuse(self) -> None:
+        """Makes queries, keys and values heads of one product, whose weight leads with what is summed over.
+
+        An expert with adapters has a rule for each of the three, so with any everything stays as it is.
+        """
+        experts = range(self.num_experts)
+        if any(getattr(self, expert_name("q_einsum", i)).adapter for i in experts):
+            return
+        for i in experts:
+            queries, keys_values = (getattr(self, expert_name(name, i)).w[...] for name in ("q_einsum", "kv_einsum"))
+            heads = jnp.concatenate([queries, keys_values.reshape(-1, *keys_values.shape[2:])])  # [n+2k d h]
+            setattr(self, expert_name("heads", i), nnx.Param(jnp.moveaxis(heads, 1, 0)))
+            delattr(self, expert_name("q_einsum", i))
+            delattr(self, expert_name("kv_einsum", i))
+        self.is_fused = True
+
+    def queries_keys_values(self, xs: Tokens, rotation: Rotation) -> tuple[Float[Array, "b t n h"], KeysValues]:
+        """Of all present experts, side by side."""
+        if not self.is_fused:
+            return self.queries(xs, rotation), self.keys_values(xs, rotation)
+        heads = self._project_heads(xs, slice(None))
+        queries, keys_values = heads[:, :, : self.num_heads], heads[:, :, self.num_heads :]
+        keys, values = jnp.split(keys_values, 2, axis=2)
+        return self._rotate_queries(queries, rotation), (rotate(keys, rotation), values)
+
+    def queries(self, xs: Tokens, rotation: Rotation) -> Float[Array, "b t n h"]:
+        """Queries alone, of layers that are not fused."""
+        return self._rotate_queries(jnp.concatenate(self._project("q_einsum", xs, token_axis=0), axis=1), rotation)
+
+    def keys_values(self, xs: Tokens, rotation: Rotation) -> KeysValues:
+        """Keys and values alone."""
+        if self.is_fused:
+            keys, values = jnp.split(self._project_heads(xs, slice(self.num_heads, None)), 2, axis=2)
+        else:
+            keys, values = jnp.concatenate(self._project("kv_einsum", xs, token_axis=1), axis=2)
+        return rotate(keys, rotation), values
 
     def __call__(
         self,
         xs: Tokens,
+        queries: Float[Array, "b t n h"],
         new: KeysValues,
-        positions: Int[Array, "b t"],
         mask: Bool[Array, "b t p_and_s"],
         cache: KeysValues | None,
     ) -> list[Float[Array, "b t d"] | None]:
-        queries = jnp.concatenate(self._project("q_einsum", xs, token_axis=0), axis=1)
+        """What the tokens ``xs`` attend to, in each expert's own width."""
+        return self._project_back(attend(queries, *new, mask, cache), xs)
+
+    def _rotate_queries(self, queries: Float[Array, "b t n h"], rotation: Rotation) -> Float[Array, "b t n h"]:
         if self.float32_queries:
             queries = queries.astype(jnp.float32)
-        attended = attend(rotate(queries, positions) * self.head_dim**-0.5, *new, mask, cache)
-        return self._project_back(attended, xs)
+        return rotate(queries, rotation) * self.head_dim**-0.5
+
+    def _project_heads(self, xs: Tokens, chosen: slice) -> Float[Array, "b t n h"]:
+        """The chosen ones of the fused heads. Tokens as in ``_project``."""
+        outputs = []
+        for i, x in enumerate(xs):
+            if x is not None:
+                weight = getattr(self, expert_name("heads", i))[:, chosen].astype(x.dtype)
+                rows = jnp.einsum("td,dnh->tnh", x.reshape(-1, x.shape[-1]), weight)
+                outputs.append(rows.reshape(*x.shape[:2], *rows.shape[1:]))
+        return jnp.concatenate(outputs, axis=1)
 
     def _project(self, name: str, xs: Tokens, *, token_axis: int) -> list[jax.Array]:
         """Of all present experts. The layer sees the tokens of the whole batch as the rows of one matrix."""
@@ -290,7 +345,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         xs: Tokens,
-        positions: Int[Array, "b t"],
+        rotation: Rotation,
         mask: Bool[Array, "b t p_and_s"],
         conditions: Sequence[Float[Array, "b d"] | None],
         cache: KeysValues | None,
@@ -301,18 +356,22 @@ class Block(nnx.Module):
         Where ``keys_values_only`` is true, on the device or before, the tokens come back as they were.
         """
         normed, gates = self._norm("pre_attention_norm", xs, conditions)
-        new = self.attn.keys_values(normed, positions)
 
-        def finish(xs):
-            attended = self.attn(normed, new, positions, mask, cache)
+        def finish(xs, queries, new):
+            attended = self.attn(normed, queries, new, mask, cache)
             xs = [add_residual(*branch) for branch in zip(xs, attended, gates, strict=True)]
             inputs, mlp_gates = self._norm("pre_ffw_norm", xs, conditions)
             outputs = [None if x is None else getattr(self, expert_name("mlp", i))(x) for i, x in enumerate(inputs)]
             return [add_residual(*branch) for branch in zip(xs, outputs, mlp_gates, strict=True)]
 
-        if not isinstance(keys_values_only, jax.Array):
-            return (list(xs) if keys_values_only else finish(list(xs))), new
-        return jax.lax.cond(keys_values_only, lambda xs: xs, finish, list(xs)), new
+        if isinstance(keys_values_only, jax.Array):
+            new = self.attn.keys_values(normed, rotation)
+            through = lambda xs: finish(xs, self.attn.queries(normed, rotation), new)  # noqa: E731
+            return jax.lax.cond(keys_values_only, lambda xs: xs, through, list(xs)), new
+        if keys_values_only:
+            return list(xs), self.attn.keys_values(normed, rotation)
+        queries, new = self.attn.queries_keys_values(normed, rotation)
+        return finish(list(xs), queries, new), new
 
     def _norm(self, name: str, xs: Tokens, conditions: Sequence[jax.Array | None]) -> tuple[list, list]:
         results = [
@@ -345,7 +404,7 @@ class Gemma(nnx.Module):
     ):
         _check_experts_match(configs)
         self.dtype = dtype
-        self.depth = configs[0].depth
+        self.depth, self.head_dim = configs[0].depth, configs[0].head_dim
         self.remat = remat
         self.unroll = unroll
         self.embedder = Embedder(vocab_size, configs[0].width, param_dtype=param_dtype, rngs=rngs)
@@ -385,9 +444,10 @@ class Gemma(nnx.Module):
         ``positions`` and ``mask`` run over the present experts' tokens side by side; in the mask's last axis the
         cached tokens come first.
         """
+        rotated_by = rotation(positions, self.head_dim)
 
         def step(block, xs, layer_cache):
-            return block(xs, positions, mask, conditions, layer_cache)
+            return block(xs, rotated_by, mask, conditions, layer_cache)
 
         xs, new = self._scan(step, tokens, cache)
         outputs = [
@@ -403,9 +463,10 @@ class Gemma(nnx.Module):
 
         Nobody reads the tokens behind the last layer, so of that one only keys and values are computed.
         """
+        rotated_by = rotation(positions, self.head_dim)
 
         def step(block, xs, is_last):
-            return block(xs, positions, mask, (None,), None, keys_values_only=is_last)
+            return block(xs, rotated_by, mask, (None,), None, keys_values_only=is_last)
 
         return self._scan(step, [tokens], np.arange(self.depth) == self.depth - 1)[1]
 

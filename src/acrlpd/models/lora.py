@@ -87,6 +87,7 @@ class FeedForward(nnx.Module):
 
     def __init__(self, width: int, mlp_dim: int, adapter: Config | None, *, param_dtype: str, rngs: nnx.Rngs):
         self.has_adapter = adapter is not None
+        self.is_fused = False
         self.gating_einsum = nnx.Param(_lecun_per_gate(rngs.params(), (2, width, mlp_dim), param_dtype))
         self.linear = nnx.Param(_lecun(rngs.params(), (mlp_dim, width), param_dtype))
         if adapter is not None:
@@ -101,9 +102,19 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         rows = x.reshape(-1, x.shape[-1])  # of one matrix: a batch of small ones costs a backward pass a transposition
-        # Both gates in one product of a batch of two: a gate alone would be a copy of half of the weights, on a CPU.
-        gate, value = self._project(jnp.broadcast_to(rows, (2, *rows.shape)), "gating_einsum")
-        return self._project(gated(gate, value), "linear").reshape(x.shape)
+        return self._project(gated(*self._gates(rows)), "linear").reshape(x.shape)
+
+    def fuse(self) -> None:
+        """Makes the gates columns of one matrix (see ``stacked.unrolled``), unless there are adapters beside them."""
+        if not self.has_adapter:
+            self.gating_einsum = nnx.Param(jnp.moveaxis(self.gating_einsum[...], 0, 1))
+            self.is_fused = True
+
+    def _gates(self, rows: Float[Array, "rows d"]) -> Float[Array, "2 rows m"]:
+        if self.is_fused:
+            return jnp.moveaxis(jnp.einsum("td,dgm->tgm", rows, self.gating_einsum[...].astype(rows.dtype)), 1, 0)
+        # Both in one product of a batch of two: a gate alone would be a copy of half of the weights, on a CPU.
+        return self._project(jnp.broadcast_to(rows, (2, *rows.shape)), "gating_einsum")
 
     def _project(self, x: jax.Array, name: str) -> jax.Array:
         def weight(name: str) -> jax.Array:

@@ -65,7 +65,7 @@ def is_suffix_param(path: str) -> bool:
 
     Those are all that ``velocity`` uses beside the prefix; ``encode`` uses exactly the others.
     """
-    return not path.startswith("PaliGemma/") or re.fullmatch("PaliGemma/llm/.*_1/.*", path) is not None
+    return not path.startswith("PaliGemma/") or re.fullmatch("PaliGemma/llm/.*_1(/.*)?", path) is not None
 
 
 def is_backbone_param(path: str) -> bool:

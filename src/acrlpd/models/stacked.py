@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -27,8 +28,9 @@ def create(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -
 def unrolled(model: T) -> T:
     """``model`` with the layers as modules of their own in each part that unrolls its ``stack``; the rest is shared.
 
-    To a CPU, a layer of a stacked array is a copy of it. Made here, it is made once for all passes and flow steps that
-    follow, and by those who keep the result, once and for all.
+    To a CPU, a layer of a stacked array is a copy of it, and weights that do not lead with what is summed over are
+    rearranged for every product. Made here, both are made once for all passes and flow steps that follow, and by those
+    who keep the result, once and for all: the modules of a layer that have a ``fuse`` are told to.
     """
     copy: Any = nnx.merge(*nnx.split(model))
     parts: list[Any] = [part for _, part in nnx.iter_modules(copy) if getattr(part, "unroll", False)]
@@ -36,8 +38,15 @@ def unrolled(model: T) -> T:
         layers = getattr(part, part.stack)
         if not isinstance(layers, nnx.List):
             graphdef, state = nnx.split(layers)
-            setattr(part, part.stack, nnx.List([nnx.merge(graphdef, layer) for layer in _unstack(state)]))
+            setattr(part, part.stack, nnx.List([_fused(nnx.merge(graphdef, layer)) for layer in _unstack(state)]))
     return copy
+
+
+def _fused(layer: Any) -> Any:
+    for _, module in list(nnx.iter_modules(layer)):
+        if hasattr(module, "fuse"):
+            module.fuse()
+    return layer
 
 
 def scan(
@@ -61,18 +70,18 @@ def scan(
         graphdef, stack = nnx.split(layers)
         states = _unstack(stack) if unroll else []
 
-    def body(carry, inputs):
-        layer_state, x = inputs
+    def run(carry, layer_state, x):
         return step(nnx.merge(graphdef, layer_state), carry, x)
 
-    if remat:
+    def rematerialised(function):
         # Inside a loop the compiler cannot merge the recomputation with the forward pass; in an unrolled one it could.
-        body = jax.checkpoint(body, prevent_cse=unroll)
+        return jax.checkpoint(function, prevent_cse=unroll) if remat else function
+
     if not unroll:
-        return jax.lax.scan(body, carry, (stack, xs))
+        return jax.lax.scan(rematerialised(lambda carry, inputs: run(carry, *inputs)), carry, (stack, xs))
     results = []
-    for layer in zip(states, [None] * len(states) if xs is None else _unstack(xs), strict=True):
-        carry, y = body(carry, layer)
+    for layer_state, x in zip(states, [None] * len(states) if xs is None else _unstack(xs), strict=True):
+        carry, y = rematerialised(functools.partial(run, x=x))(carry, layer_state)
         results.append(y)
     return carry, jax.tree.map(lambda *each: jnp.stack(each), *results)
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from acrlpd.config import from_dict
 from acrlpd.envs.env import EnvConfig, make
-from acrlpd.training import report
+from acrlpd.training import films
 from acrlpd.training.metrics import read_jsonl
 
 
@@ -106,16 +106,16 @@ def draw_curves(folders: dict[int, Path], path: Path) -> None:
 
 def draw_film(directory: Path, path: Path) -> None:
     """The same episode by imitation (above) and after online training (below), executed again with pictures."""
-    outcomes = {name: report.load_outcomes(directory / "evaluations" / f"{name}.npz") for name in ("bc", "online")}
-    seed = report.improved_seed(outcomes["bc"], outcomes["online"])
+    outcomes = {name: films.load_outcomes(directory / "evaluations" / f"{name}.npz") for name in ("bc", "online")}
+    seed = films.improved_seed(outcomes["bc"], outcomes["online"])
     if seed is None:
         raise ValueError(f"{directory}: no episode failed by imitation and succeeded after online training")
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     environment = make(from_dict(EnvConfig, config["env"]))
     rows = []
     for each in outcomes.values():
-        frames, _ = report.film(environment, seed, each.episode(seed)[1])
-        rows.append(np.concatenate(list(frames.values())[: report.NUM_FRAMES], axis=1))
+        frames, _ = films.film(environment, seed, each.episode(seed)[1])
+        rows.append(np.concatenate(list(frames.values())[: films.NUM_FRAMES], axis=1))
     environment.close()
     width = min(row.shape[1] for row in rows)
     Image.fromarray(np.concatenate([row[:, :width] for row in rows])).save(path, quality=85)

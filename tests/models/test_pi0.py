@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from acrlpd.config import CosineDecaySchedule, OptimizerConfig
-from acrlpd.models import flow, gemma, images, pi0, siglip, weights
+from acrlpd.models import flow, gemma, images, pi0, siglip, stacked, weights
 from acrlpd.training.optimizer import make_optimizer
 from acrlpd.types import Observation
 
@@ -98,12 +98,11 @@ def compiled(golden, jit):
     """A golden model in one precision; pi0.5 computes activations again in its backward pass."""
 
     @functools.cache
-    def make(model, precision="f32"):
+    def make(model, precision="f32", apart=False):
         dtype, param_dtype = PRECISIONS[precision]
-        return Compiled(
-            golden.model(model, dtype=dtype, param_dtype=param_dtype, remat=model == "pi05"),
-            jit,
-        )
+        options = {"dtype": dtype, "param_dtype": param_dtype, "remat": model == "pi05", "unroll": apart}
+        policy = golden.model(model, **options)
+        return Compiled(stacked.unrolled(policy) if apart else policy, jit)
 
     return make
 
@@ -141,11 +140,11 @@ def loss_inputs(golden, model):
 
 @pytest.fixture(scope="module")
 def computed(golden, compiled):
-    """Our outputs for a golden model in float32, and openpi's."""
+    """Our outputs for a golden model in float32, and openpi's; ``apart`` with its layers as a server keeps them."""
 
     @functools.cache
-    def compute(model):
-        program = compiled(model)
+    def compute(model, apart=False):
+        program = compiled(model, apart=apart)
         inputs = loss_inputs(golden, model)
         ours = program.stages(*inputs)
         ours |= {name: program.sample(inputs[0], inputs[2], steps) for name, steps in SAMPLES.items()}
@@ -163,9 +162,10 @@ def test_masks_and_positions_are_openpis(computed, model):
 
 
 @pytest.mark.golden
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("model", MODELS)
-def test_embeddings_and_cache_are_openpis(computed, model):
-    ours, theirs = computed(model)
+def test_embeddings_and_cache_are_openpis(computed, model, apart):
+    ours, theirs = computed(model, apart)
     names = {"prefix_tokens", "suffix_tokens", "adarms_cond"} & theirs.keys()
     assert ("adarms_cond" in names) == (model == "pi05")
     for name in names:
@@ -175,9 +175,10 @@ def test_embeddings_and_cache_are_openpis(computed, model):
 
 
 @pytest.mark.golden
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("model", MODELS)
-def test_joint_pass_is_openpis(computed, model):
-    ours, theirs = computed(model)
+def test_joint_pass_is_openpis(computed, model, apart):
+    ours, theirs = computed(model, apart)
     valid = theirs["prefix_mask"]
     np.testing.assert_allclose(ours["prefix_out"][valid], theirs["prefix_out"][valid], atol=5e-4)
     for name in ("suffix_out", "v_t"):
@@ -186,9 +187,10 @@ def test_joint_pass_is_openpis(computed, model):
 
 
 @pytest.mark.golden
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("model", MODELS)
-def test_velocity_loss_and_samples_are_openpis(computed, model):
-    ours, theirs = computed(model)
+def test_velocity_loss_and_samples_are_openpis(computed, model, apart):
+    ours, theirs = computed(model, apart)
     for name in ("v_t_cached", "loss", *SAMPLES):
         np.testing.assert_allclose(ours[name], theirs[name], atol=5e-4, err_msg=name)
 

@@ -366,7 +366,10 @@ class Block(nnx.Module):
 
         if isinstance(keys_values_only, jax.Array):
             new = self.attn.keys_values(normed, rotation)
-            through = lambda xs: finish(xs, self.attn.queries(normed, rotation), new)  # noqa: E731
+
+            def through(xs):
+                return finish(xs, self.attn.queries(normed, rotation), new)
+
             return jax.lax.cond(keys_values_only, lambda xs: xs, through, list(xs)), new
         if keys_values_only:
             return list(xs), self.attn.keys_values(normed, rotation)

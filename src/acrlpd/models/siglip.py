@@ -104,8 +104,9 @@ class SelfAttention(nnx.Module):
     def fuse(self) -> None:
         """Makes queries, keys and values columns of one matrix (see ``stacked.unrolled``)."""
         layers = (self.query, self.key, self.value)
-        options: Any = {"dtype": self.query.dtype, "param_dtype": self.query.param_dtype, "rngs": nnx.Rngs(0)}
-        fused = nnx.LinearGeneral(self.query.in_features, (len(layers), *self.heads), **options)
+        options: Any = {"dtype": self.query.dtype, "param_dtype": self.query.param_dtype}
+        shape = (len(layers), *self.heads)
+        fused = nnx.eval_shape(lambda: nnx.LinearGeneral(self.query.in_features, shape, rngs=nnx.Rngs(0), **options))
         for name, axis in (("kernel", 1), ("bias", 0)):
             setattr(fused, name, nnx.Param(jnp.stack([getattr(layer, name)[...] for layer in layers], axis=axis)))
         self.query_key_value, self.is_fused = fused, True

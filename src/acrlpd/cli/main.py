@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from acrlpd.training.faults import EXIT_FAULT, RunFault
+from acrlpd.training.faults import EXIT_FAULT, EXIT_KEYBOARD, RunFault
 
 COMMANDS = {
     "train": "train a preset offline, then online; resume an interrupted run",
@@ -32,7 +32,11 @@ USAGE = "usage: acrlpd COMMAND ...\n\n" + "\n".join(f"  {name:<12}{text}" for na
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 the user's mistake, 70 the run cannot go on, 75 interrupted and saved."""
+    """Returns the exit code.
+
+    0 done, 2 the user's mistake, 70 the run cannot go on, 75 interrupted and saved, 130 interrupted where there was
+    nothing to save.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger("acrlpd").setLevel(logging.INFO)
@@ -50,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("ACRLPD_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         return _fail(str(error) or type(error).__name__, EXIT_FAULT if isinstance(error, RunFault) else 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_KEYBOARD)
 
 
 def _keep_compiled_programs() -> None:

@@ -84,12 +84,12 @@ class FrameCache:
         return len(source.cameras) * sum(self._record_bytes(length) for length in source.lengths.tolist())
 
     def missing(self, source: FrameSource) -> list[tuple[int, str]]:
-        """(episode, camera) without a record. Cameras of an episode follow one another, as do episodes in a file."""
+        """(episode, camera) without a whole record. Cameras of an episode follow one another, as do those of a file."""
         return [
             (index, camera)
             for camera in source.cameras
-            for index in range(source.num_episodes)
-            if not self.record_path(camera, source.frame_origin(index, camera)).is_file()
+            for index, length in enumerate(source.lengths.tolist())
+            if self.rows(camera, source.frame_origin(index, camera), length) is None
         ]
 
     def read(
@@ -99,7 +99,10 @@ class FrameCache:
         path = self.record_path(camera, origin)
         if not path.is_file():
             return None
-        record = np.load(path, mmap_mode="r")
+        try:
+            record = np.load(path, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path}: the record is damaged ({error}). Delete the file.") from error
         expected = (length, self.height, self.width, 3)
         if record.shape != expected or record.dtype != np.uint8:
             raise ValueError(

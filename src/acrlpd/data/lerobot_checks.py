@@ -37,7 +37,7 @@ def first_row(row: EpisodeRow, table: dict[str, np.ndarray]) -> int:
 
 
 def check_values(key: str, values: np.ndarray, features: dict[str, dict[str, Any]]) -> None:
-    """Shape, kind of number, and that all are finite."""
+    """Shape, kind of number, and that all are finite as float32, which they become."""
     if key not in features:
         raise DataError(f"{key}: info.json does not list this column")
     shape, dtype = tuple(features[key]["shape"]), np.dtype(features[key]["dtype"])
@@ -46,19 +46,25 @@ def check_values(key: str, values: np.ndarray, features: dict[str, dict[str, Any
         raise DataError(f"{key}: expected shape {shape} in every frame, as in info.json, found {values.shape[1:]}")
     if values.dtype.kind != dtype.kind:
         raise DataError(f"{key}: expected {dtype}, as in info.json, found {values.dtype}")
-    finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(values.astype(np.float32, copy=False)).reshape(len(values), -1).all(axis=1)
     if not finite.all():
         frame = int(np.argmin(finite))
-        raise DataError(f"{key}: expected finite numbers, found nan or inf in frame {frame}")
+        raise DataError(f"{key}: expected finite float32 numbers, found {values[frame].ravel()} in frame {frame}")
 
 
 def check_clock(rows: dict[str, np.ndarray], fps: float, tolerance_s: float) -> None:
-    """``frame_index`` counts from 0, and every timestamp lies 1/fps after the one before it."""
+    """``frame_index`` counts from 0, and every timestamp lies 1/fps after the one before it.
+
+    A timestamp is a float32, which after 17 minutes knows the time no better than the tolerance: its spacing is allowed
+    as well.
+    """
     length = len(rows[TIMESTAMP])
     if not np.array_equal(rows["frame_index"].ravel(), np.arange(length)):
         raise DataError(f"frame_index: expected 0 to {length - 1} in order, found {rows['frame_index'].ravel()}")
-    steps = np.diff(rows[TIMESTAMP].astype(np.float64).ravel())
-    wrong = np.abs(steps - 1 / fps) > tolerance_s
+    times = rows[TIMESTAMP].ravel()
+    steps = np.diff(times.astype(np.float64))
+    wrong = np.abs(steps - 1 / fps) > tolerance_s + np.spacing(np.abs(times[1:])).astype(np.float64)
     if wrong.any():
         frame = int(np.argmax(wrong))
         raise DataError(

@@ -90,7 +90,7 @@ class ChunkLoader:
         self._transform = transform
         self._batch_size = batch_size
         self._horizon = horizon
-        self._sequence_ratio = sequence_ratio
+        self._sequence_ratio = float(sequence_ratio)
         self._seed = seed
         self._replay = replay
         self._online_ratio = online_ratio

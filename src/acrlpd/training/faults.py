@@ -2,6 +2,7 @@
 
 EXIT_FAULT = 70  # sysexits.h: internal error; the run cannot go on, what was saved is intact
 EXIT_INTERRUPTED = 75  # sysexits.h: temporary failure, try again; nothing is lost, resume
+EXIT_KEYBOARD = 130  # 128 + SIGINT, as shells have it; there was nothing to save
 
 
 class Interrupted(Exception):  # noqa: N818 (not an error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,24 +18,27 @@ from flax import nnx
 from acrlpd.agents.acrlpd import ACRLPDAgent, AgentConfig
 from acrlpd.config import TrainConfig, from_dict, to_dict
 from acrlpd.data import normalize, windows
+from acrlpd.data.fast_tokenizer import FastPromptTokenizer, FastTokenizer, TokenizeFast
 from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.normalize import NormStats
-from acrlpd.data.robots.mapping import ROBOTS, Robot, before_normalization, unseen
+from acrlpd.data.robots.mapping import ROBOTS, Robot, before_normalization, fast_cameras, unseen
 from acrlpd.data.tokenizer import PromptTokenizer
 from acrlpd.data.transforms import (
     Compose,
     Data,
     DefaultPrompt,
+    TokenizePrompt,
     Transform,
     to_model,
 )
 from acrlpd.models import torch_names, weights
 from acrlpd.models.pi0 import Pi0, Pi0Config
+from acrlpd.models.pi0_fast import Pi0Fast, Pi0FastConfig
 from acrlpd.models.recognize import recognize
 from acrlpd.serving import export
 from acrlpd.serving.budget import Plan
 from acrlpd.serving.export import Interface
-from acrlpd.serving.policy import AgentSampler, FlowSampler, Policy
+from acrlpd.serving.policy import AgentSampler, FlowSampler, Policy, Sampler, TokenSampler
 from acrlpd.serving.production import PRODUCTION_SERVING_CONFIG, Platform
 from acrlpd.training import setup
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager, read_norm_stats
@@ -72,11 +76,17 @@ class OpenPIOptions:
     robot: Robot | None = None  # whose observations and actions
     action_horizon: int = 50  # as trained; the parameters do not tell
     tokenizer: str | None = None  # PaliGemma's SentencePiece model
+    fast_tokenizer: str | None = None  # folder of the FAST tokenizer: the checkpoint is pi0-FAST's
+    temperature: float = 0.0  # of pi0-FAST's tokens; 0 takes the likeliest
     delta_mask: tuple[int, ...] | None = None  # 6 -1: six joints relative to the state, one not; None: the robot's
-    max_token_len: int | None = None  # None: 48 for pi0, 200 for pi0.5
+    max_token_len: int | None = None  # None: 48 for pi0, 200 for pi0.5, 250 for pi0-FAST
     discrete_state_input: bool | None = None  # the state written into the prompt; None: for pi0.5
-    quantiles: bool | None = None  # how state and actions are normalized; None: quantiles for pi0.5
+    quantiles: bool | None = None  # how state and actions are normalized; None: quantiles for all but pi0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of parameters and computation; openpi serves bfloat16
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or a positive number, got {self.temperature}")
 
 
 class ActionsOnly:
@@ -368,11 +378,18 @@ def _interface(trained: Trained) -> Interface:
 
 
 def openpi_policy(
-    path: str | Path, openpi: OpenPIOptions, options: ActingOptions, *, model: Pi0Config | None = None
+    path: str | Path,
+    openpi: OpenPIOptions,
+    options: ActingOptions,
+    *,
+    model: Pi0Config | Pi0FastConfig | None = None,
 ) -> Policy:
     """A checkpoint of openpi's: ``params`` and ``assets``; there is no critic, so each answer is one sample.
 
     ``model`` is read off the arrays if it is one of the named variants.
+
+    Raises:
+        ValueError: something of the checkpoint is missing or unknown, or an option does not fit its model.
     """
     if openpi.robot is None:
         raise ValueError(
@@ -387,43 +404,93 @@ def openpi_policy(
     stats = read_norm_stats(_assets(local))
     policy = nnx.eval_shape(lambda: model.create(nnx.Rngs(0)))
     weights.load_into(policy, arrays)
-    before = before_normalization(openpi.robot, openpi.delta_mask, pi05=model.pi05)
+    is_fast = isinstance(model, Pi0FastConfig)
+    pi05 = isinstance(model, Pi0Config) and model.pi05
+    before = before_normalization(openpi.robot, openpi.delta_mask, pi05=pi05, fast=is_fast)
     transform = to_model(
         [*_default_prompt(options.default_prompt, needed=True), *before],
         stats,
-        PromptTokenizer(openpi.tokenizer, max_length=model.max_token_len),
-        quantiles=model.pi05 if openpi.quantiles is None else openpi.quantiles,
+        _tokenize(openpi, model),
+        quantiles=is_fast or pi05 if openpi.quantiles is None else openpi.quantiles,
         image_size=model.image_size,
-        discrete_state_input=model.discrete_state_input,
-        action_dim=model.action_dim,
+        action_dim=None if is_fast else model.action_dim,
     )
+    state_dim = len(stats["state"].mean) if is_fast else model.action_dim
     return Policy(
-        FlowSampler(policy, num_steps=options.num_steps or 10),
+        _sampler(policy, openpi, options),
         transform,
-        spec=_observation_spec(model.action_dim, model.cameras, model.image_size, model.max_token_len),
+        spec=_observation_spec(state_dim, model.cameras, model.image_size, model.max_token_len),
         real_time=options.real_time,
         budget_s=options.budget_s,
         rng=jax.random.key(options.seed),
     )
 
 
-def _recognized(path: str | Path, arrays: Mapping[str, Any], openpi: OpenPIOptions) -> Pi0Config:
+def _sampler(policy: Pi0 | Pi0Fast, openpi: OpenPIOptions, options: ActingOptions) -> Sampler:
+    if isinstance(policy, Pi0):
+        return FlowSampler(policy, num_steps=options.num_steps or 10)
+    flow_only = {
+        "num_steps": options.num_steps is not None,
+        "real_time": options.real_time,
+        "latency_budget_ms": options.latency_budget_ms is not None,
+    }
+    if any(flow_only.values()):
+        given = ", ".join(name for name, is_given in flow_only.items() if is_given)
+        raise ValueError(f"pi0-FAST writes tokens until its chunk is complete, without flow steps: leave out {given}")
+    return TokenSampler(policy, temperature=openpi.temperature)
+
+
+def _tokenize(openpi: OpenPIOptions, model: Pi0Config | Pi0FastConfig) -> Transform:
+    if isinstance(model, Pi0Config):
+        return TokenizePrompt(
+            PromptTokenizer(openpi.tokenizer, max_length=model.max_token_len), model.discrete_state_input
+        )
+    assert openpi.fast_tokenizer is not None  # or the model was not recognized
+    return TokenizeFast(
+        FastPromptTokenizer(
+            FastTokenizer.load(openpi.fast_tokenizer),
+            openpi.tokenizer,
+            action_horizon=model.action_horizon,
+            action_dim=model.action_dim,
+            max_length=model.max_token_len,
+            vocab_size=model.vocab_size,
+        )
+    )
+
+
+def _recognized(path: str | Path, arrays: Mapping[str, Any], openpi: OpenPIOptions) -> Pi0Config | Pi0FastConfig:
     found = recognize(arrays)
-    if found.get("model") not in ("pi0", "pi05"):
-        raise ValueError(f"{path} holds {found.get('model', 'no model that is known here')}; pi0 and pi0.5 are served")
+    kind = found.get("model")
+    if kind is None:
+        raise ValueError(f"{path} holds no model that is known here; pi0, pi0.5 and pi0-FAST are served")
+    if kind == "paligemma" and openpi.fast_tokenizer is None:
+        raise ValueError(
+            f"{path} has no action expert; if it is pi0-FAST, name the folder with the files of "
+            "physical-intelligence/fast: --fast_tokenizer"
+        )
+    if kind != "paligemma" and openpi.fast_tokenizer is not None:
+        raise ValueError(f"{path} holds {kind}, which writes no action tokens: leave out --fast_tokenizer")
+    assert openpi.robot is not None  # was asked for
+    sizes: dict[str, Any] = {
+        "action_horizon": openpi.action_horizon,
+        "paligemma_variant": found["paligemma_variant"],
+        "vision_variant": found["vision_variant"],
+        "vocab_size": int(found["vocab_size"]),
+        "dtype": openpi.dtype,
+        "param_dtype": openpi.dtype,
+        "remat": False,
+    }
+    if openpi.max_token_len is not None:
+        sizes["max_token_len"] = openpi.max_token_len
+    if kind == "paligemma":
+        action_dim, cameras = ROBOTS[openpi.robot].action_dim, fast_cameras(openpi.robot)
+        return Pi0FastConfig(**sizes, action_dim=action_dim, cameras=cameras)
     return Pi0Config(
-        pi05=found["model"] == "pi05",
+        **sizes,
+        pi05=kind == "pi05",
         action_dim=int(found["action_dim"]),
-        action_horizon=openpi.action_horizon,
-        max_token_len=openpi.max_token_len,  # type: ignore[arg-type]  # None: the model's own default
-        discrete_state_input=openpi.discrete_state_input,  # type: ignore[arg-type]
-        paligemma_variant=found["paligemma_variant"],
+        discrete_state_input=openpi.discrete_state_input,  # type: ignore[arg-type]  # None: as the model has it
         action_expert_variant=found["action_expert_variant"],
-        vision_variant=found["vision_variant"],
-        vocab_size=int(found["vocab_size"]),
-        dtype=openpi.dtype,
-        param_dtype=openpi.dtype,
-        remat=False,
     )
 
 

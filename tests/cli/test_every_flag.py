@@ -161,6 +161,8 @@ COMMANDS = {
             "openpi.robot": "--robot libero",
             "openpi.action_horizon": "--action_horizon 3",
             "openpi.tokenizer": "--tokenizer file",
+            "openpi.fast_tokenizer": "--fast_tokenizer folder",
+            "openpi.temperature": "--temperature 0.5",
             "openpi.delta_mask": "--delta_mask 6 -1",
             "openpi.max_token_len": "--max_token_len 3",
             "openpi.discrete_state_input": "--discrete_state_input True",

@@ -50,8 +50,8 @@ def forward(policy, observation, sampled_observation, sampled_tokens):
         "attn_mask": mask,
         "logits": policy.PaliGemma.llm.logits(outputs),
         "loss": policy.compute_loss(jax.random.key(0), observation),
-        "sample_greedy_8": policy.sample_tokens(jax.random.key(1), sampled_observation, max_decoding_steps=steps),
-        "sample_temperature1_key0_8": policy.sample_tokens(
+        "sample_greedy_8": policy.sample_actions(jax.random.key(1), sampled_observation, max_decoding_steps=steps),
+        "sample_temperature1_key0_8": policy.sample_actions(
             jax.random.key(0), sampled_observation, max_decoding_steps=steps, temperature=1.0
         ),
         "sample_temperature1_key0_8_logits": forced_logits(policy, sampled_observation, sampled_tokens),
@@ -278,7 +278,7 @@ def test_decoding_with_a_cache_is_one_pass_over_everything(policy, jit):
     )
 
     def both_ways(observation):
-        generated = policy.sample_tokens(jax.random.key(0), observation, max_decoding_steps=STEPS)
+        generated = policy.sample_actions(jax.random.key(0), observation, max_decoding_steps=STEPS)
         prefix, valid, starts = policy.embed_inputs(observation)
         new = jnp.ones(generated.shape, bool)
         tokens = jnp.concatenate([prefix, policy.PaliGemma.llm.embed(generated)], axis=1)
@@ -328,7 +328,7 @@ class Scripted(pi0_fast.Pi0Fast):
 )
 def test_decoding_stops_when_all_end_at_once(script, expected):
     observation = prompt_only(draw_observation(0))
-    tokens = Scripted(nnx.data(script)).sample_tokens(jax.random.key(0), observation, max_decoding_steps=4)
+    tokens = Scripted(nnx.data(script)).sample_actions(jax.random.key(0), observation, max_decoding_steps=4)
     np.testing.assert_array_equal(tokens, expected)
 
 

@@ -248,11 +248,10 @@ class PadToModel:
 def to_model(
     before: Sequence[Transform],
     stats: Mapping[str, NormStats],
-    tokenizer: PromptTokenizer,
+    tokenize: Transform,
     *,
     quantiles: bool,
     image_size: int,
-    discrete_state_input: bool,
     action_dim: int | None,
     robot_action_dim: int | None = None,
 ) -> Compose:
@@ -261,7 +260,7 @@ def to_model(
         *before,
         Normalize(stats, quantiles),
         ResizeImages(image_size, image_size),
-        TokenizePrompt(tokenizer, discrete_state_input),
+        tokenize,
     ]
     return Compose(steps if action_dim is None else [*steps, PadToModel(action_dim, robot_action_dim)])
 

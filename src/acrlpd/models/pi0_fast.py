@@ -170,7 +170,7 @@ class Pi0Fast(nnx.Module):
         logits = self.PaliGemma.llm.logits(outputs)[:, 0]
         return logits, dataclasses.replace(decoding, cache=cache, num_generated=decoding.num_generated + 1)
 
-    def sample_tokens(
+    def sample_actions(
         self,
         rng: PRNGKeyArray,
         observation: Observation,
@@ -178,7 +178,9 @@ class Pi0Fast(nnx.Module):
         max_decoding_steps: int = 256,
         temperature: float = 0.0,
     ) -> Int[Array, "b steps"]:
-        """The text that the model goes on with; both options are static. A temperature of 0 takes the likeliest token.
+        """The text that the model goes on with, as openpi calls it: the tokenizer finds the chunk in it.
+
+        Both options are static. A temperature of 0 takes the likeliest token.
 
         Stops behind a step in which all samples emit EOS at once, as openpi does: what a sample says after an EOS of
         its own means nothing. Zero where nothing was generated.

@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
-from jaxtyping import Array, Float, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from acrlpd.agents import candidates, sampling
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.data.transforms import Data, Transform, to_observation
 from acrlpd.models import flow, stacked
 from acrlpd.models.flow import FlowPolicy, Guidance
+from acrlpd.models.pi0_fast import Pi0Fast
 from acrlpd.serving.budget import Budget, Plan, smaller_plans
 from acrlpd.serving.request import OPTIONS_KEY, Options, Request, conform, outline
 from acrlpd.types import AnyArray, Metrics, Observation
@@ -45,15 +46,15 @@ class Draws:
 
 
 class Sampler(Protocol):
-    """What draws chunks: a flow policy alone, or an agent that chooses among them."""
+    """What draws chunks: a policy alone, or an agent that chooses among its samples."""
 
     plan: Plan  # of an answer that nobody hurries
     action_shape: tuple[int, int]  # horizon and width of the model's chunks
 
     def __call__(
         self, observation: Observation, draws: Draws, plan: Plan
-    ) -> tuple[Float[AnyArray, "b h a"], Mapping[str, AnyArray]]:
-        """Normalized chunks, and numbers about each request's choice, which lead with b."""
+    ) -> tuple[Float[AnyArray, "b h a"] | Int[AnyArray, "b steps"], Mapping[str, AnyArray]]:
+        """Normalized chunks, or the tokens they are written in; and numbers about each choice, which lead with b."""
         ...
 
 
@@ -80,6 +81,36 @@ class FlowSampler:
         if draws.noise is not None and draws.noise.shape != shape:
             raise ValueError(f"noise must have the shape {shape} of the model's chunks, got {draws.noise.shape}")
         return self._sample(self._state, observation, draws, num_steps=plan.num_steps), {}
+
+
+class TokenSampler:
+    """The text that pi0-FAST goes on with; ``TokenizeFast.inverse`` finds the chunk in it.
+
+    Each request is decoded to its own end, with openpi's draws for its key: company in the batch changes nothing.
+    """
+
+    def __init__(self, policy: Pi0Fast, *, temperature: float = 0.0, max_decoding_steps: int = 256):
+        self.plan = Plan(1, max_decoding_steps)
+        self.action_shape = (policy.action_horizon, policy.action_dim)
+        graphdef, self._state = nnx.split(stacked.unrolled(policy))
+
+        def sample(
+            state: nnx.State, observation: Observation, draws: Draws, max_decoding_steps: int
+        ) -> Int[Array, "b steps"]:
+            def one(observation: Observation, key: PRNGKeyArray) -> Int[Array, " steps"]:
+                policy, alone = nnx.merge(graphdef, state), jax.tree.map(lambda x: x[None], observation)
+                return policy.sample_actions(
+                    key, alone, max_decoding_steps=max_decoding_steps, temperature=temperature
+                )[0]
+
+            return jax.vmap(one)(observation, _keys(draws))
+
+        self._sample = jax.jit(sample, static_argnames="max_decoding_steps")
+
+    def __call__(self, observation: Observation, draws: Draws, plan: Plan) -> tuple[Int[Array, "b steps"], Metrics]:
+        if draws.noise is not None or draws.guidance is not None:
+            raise ValueError("pi0-FAST writes tokens one after the other: it takes no noise and continues no chunk")
+        return self._sample(self._state, observation, draws, max_decoding_steps=plan.num_steps), {}
 
 
 class AgentSampler:

@@ -27,7 +27,7 @@ from acrlpd.data.replay import ReplayJournal
 from acrlpd.data.robots import mapping
 from acrlpd.data.sources import Dataset, open_episodes
 from acrlpd.data.tokenizer import PromptTokenizer
-from acrlpd.data.transforms import Compose, Transform, to_model
+from acrlpd.data.transforms import Compose, TokenizePrompt, Transform, to_model
 from acrlpd.envs import rollout
 from acrlpd.envs.env import EnvSpec
 from acrlpd.envs.vector import VectorEnv, make_vector
@@ -328,10 +328,9 @@ def make_transform(config: TrainConfig, stats: Mapping[str, NormStats], dims: Di
     return to_model(
         before_normalization(config),
         stats,
-        PromptTokenizer(policy.tokenizer, max_length=policy.max_token_len),
+        TokenizePrompt(PromptTokenizer(policy.tokenizer, max_length=policy.max_token_len), policy.kind == "pi05"),
         quantiles=_has_quantiles(config),
         image_size=policy.image_size,
-        discrete_state_input=policy.kind == "pi05",
         action_dim=policy.action_dim,
         robot_action_dim=dims.action,
     )

@@ -34,6 +34,7 @@ class Platform:
     optional: tuple[str, ...] = ()  # cameras that may be missing
     delta_mask: tuple[bool, ...] = ()  # of pi0's checkpoints
     delta_mask_pi05: tuple[bool, ...] = ()
+    transform_fast: Transform | None = None  # of pi0-FAST's checkpoints, where they see other cameras or masks
     state_map: Callable[[Any], Any] = _same  # what ``transform`` makes of a state, numpy's or JAX's array
     action_map: Callable[[Any], Any] = _same  # and its inverse of actions
 
@@ -69,12 +70,17 @@ ROBOTS: dict[str, Platform] = {
         action_map=aloha.actions_from_pi0,
     ),
     # joint velocities: as relative as actions can be
-    "droid": Platform(droid.Droid(), droid.STATE_DIM, droid.ACTION_DIM, droid.CAMERAS, "observation/"),
-    # relative, too; but openpi trained pi0, and not pi0.5, with the state taken off once more
+    "droid": Platform(
+        droid.Droid(),
+        *(droid.STATE_DIM, droid.ACTION_DIM, droid.CAMERAS, "observation/"),
+        transform_fast=droid.Droid(pi0_fast=True),
+    ),
+    # relative, too; but openpi trained pi0 and pi0-FAST, and not pi0.5, with the state taken off once more
     "libero": Platform(
         libero.Libero(),
         *(libero.STATE_DIM, libero.ACTION_DIM, libero.CAMERAS, "observation/"),
         delta_mask=make_bool_mask(6, -1),
+        transform_fast=libero.Libero(pi0_fast=True),
     ),
 }
 
@@ -87,11 +93,17 @@ class ToRobot:
     """
 
     robot: Robot
+    fast: bool = False  # as pi0-FAST's checkpoints know it
+
+    @property
+    def _transform(self) -> Transform:
+        platform = ROBOTS[self.robot]
+        return platform.transform_fast if self.fast and platform.transform_fast else platform.transform
 
     def __call__(self, data: Data) -> Data:
         platform = ROBOTS[self.robot]
         if any(key.startswith(platform.prefix) for key in data):
-            return platform.transform(data)
+            return self._transform(data)
         state = np.asarray(data["state"])
         if state.shape[-1] != platform.state_dim:
             raise ValueError(f"{self.robot} has a state of {platform.state_dim} numbers, got {state.shape[-1]}")
@@ -101,17 +113,19 @@ class ToRobot:
         else:
             pictures = dict.fromkeys(platform.cameras, np.zeros((*state.shape[:-1], 1, 1, 3), np.uint8))
         rest = {key: data[key] for key in ("actions", "prompt") if key in data}
-        there = platform.transform(platform.named(state, pictures) | rest)
+        there = self._transform(platform.named(state, pictures) | rest)
         return there if given else {key: value for key, value in there.items() if key not in ("image", "image_mask")}
 
     def inverse(self, data: Data) -> Data:
-        return ROBOTS[self.robot].transform.inverse(data)
+        return self._transform.inverse(data)
 
 
-def before_normalization(robot: Robot | None, deltas: Sequence[int] | None, *, pi05: bool) -> list[Transform]:
+def before_normalization(
+    robot: Robot | None, deltas: Sequence[int] | None, *, pi05: bool, fast: bool = False
+) -> list[Transform]:
     """The robot's transform and relative actions, as far as there are any; ``deltas`` as in ``delta_mask``."""
     mask = delta_mask(robot, deltas, pi05=pi05)
-    steps: list[Transform] = [] if robot is None else [ToRobot(robot)]
+    steps: list[Transform] = [] if robot is None else [ToRobot(robot, fast)]
     return [*steps, DeltaActions(mask)] if any(mask) else steps
 
 
@@ -129,6 +143,13 @@ def unseen(robot: Robot, cameras: Sequence[str]) -> tuple[str, ...]:
     picture = np.zeros((1, 1, 3), np.uint8)
     there = ToRobot(robot)({"state": np.zeros(ROBOTS[robot].state_dim), "image": dict.fromkeys(cameras, picture)})
     return tuple(camera for camera, mask in there.get("image_mask", {}).items() if not mask)
+
+
+def fast_cameras(robot: Robot) -> tuple[str, ...]:
+    """The cameras that pi0-FAST reads of a robot, in openpi's order: that of their names."""
+    picture, platform = np.zeros((1, 1, 3), np.uint8), ROBOTS[robot]
+    images = {names[0]: picture for names in platform.cameras.values()}
+    return tuple(sorted(ToRobot(robot, fast=True)({"state": np.zeros(platform.state_dim), "image": images})["image"]))
 
 
 def check(

@@ -43,8 +43,14 @@ def configuration(size: str) -> TrainConfig:
     config = dataclasses.replace(demo, env=None, online_steps=0, data=data)
     if size == "nano":
         return config
-    variants = {"paligemma_variant": "mid", "action_expert_variant": "mid_expert", "vision_variant": "mid"}
-    return dataclasses.replace(config, policy=dataclasses.replace(config.policy, image_size=112, **variants))
+    policy = dataclasses.replace(
+        config.policy,
+        image_size=112,
+        paligemma_variant="mid",
+        action_expert_variant="mid_expert",
+        vision_variant="mid",
+    )
+    return dataclasses.replace(config, policy=policy)
 
 
 class Windows:

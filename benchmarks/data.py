@@ -270,6 +270,7 @@ def decoded_alone(source: LeRobotSource, number: int, step: int) -> np.ndarray:
     wanted = span.start_s + step / source.fps
     with av.open(str(span.path)) as container:
         stream = container.streams.video[0]
+        assert stream.time_base is not None
         container.seek(int(wanted / stream.time_base), stream=stream)
         for frame in container.decode(stream):
             if abs(frame.time - wanted) < 1e-4:

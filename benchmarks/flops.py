@@ -17,7 +17,9 @@ def of(function: Callable[..., Any], *arguments: Any) -> float:
 
 def of_compiled(function: Callable[..., Any], *arguments: Any) -> float:
     """The compiler's own count of everything, after its simplifications. It counts the body of a loop once."""
-    return float(jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"])
+    cost = jax.jit(function).lower(*arguments).compile().cost_analysis()
+    assert cost is not None
+    return float(cost["flops"])
 
 
 def _of_program(program: core.Jaxpr) -> float:
@@ -25,22 +27,26 @@ def _of_program(program: core.Jaxpr) -> float:
 
 
 def _of_equation(equation: core.JaxprEqn) -> float:
-    name, result = equation.primitive.name, equation.outvars[0].aval if equation.outvars else None
+    name = equation.primitive.name
     if name == "dot_general":
         (contracted, _), _ = equation.params["dimension_numbers"]
-        left = equation.invars[0].aval.shape
-        return 2.0 * math.prod(result.shape) * math.prod(left[axis] for axis in contracted)
+        left = _shape(equation.invars[0])
+        return 2.0 * math.prod(_shape(equation.outvars[0])) * math.prod(left[axis] for axis in contracted)
     if name == "conv_general_dilated":
         numbers = equation.params["dimension_numbers"]
-        kernel = equation.invars[1].aval.shape
+        kernel = _shape(equation.invars[1])
         per_output = math.prod(kernel) / kernel[numbers.rhs_spec[0]]
-        return 2.0 * math.prod(result.shape) * per_output
+        return 2.0 * math.prod(_shape(equation.outvars[0])) * per_output
     if name == "while":
         raise ValueError("a loop of unknown length has no fixed cost")
     inner = [_of_program(each) for each in _inner(equation)]
     if name == "cond":
         return max(inner)
     return equation.params.get("length", 1) * sum(inner)
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _inner(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:

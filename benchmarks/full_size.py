@@ -82,9 +82,11 @@ def sample(policy: Pi0, steps: int) -> dict[str, Any]:
     compiled = run.lower(state, seen, noise).compile()
     compile_s = time.perf_counter() - start
     wall, cpu = machine.seconds(lambda: compiled(state, seen, noise))
+    memory = compiled.memory_analysis()
+    assert memory is not None
     return {
         "compile_s": compile_s,
-        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
         "sample_wall_s": wall,
         "sample_cpu_s": cpu,
     }

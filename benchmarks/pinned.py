@@ -35,7 +35,7 @@ def run(commands: Sequence[list[str]], jobs: int) -> None:
             for core in cores:
                 if core in running and (code := running[core].poll()) is not None:
                     if code:
-                        raise RuntimeError(f"{' '.join(running[core].args)} ended with {code}")
+                        raise RuntimeError(f"{running[core].args!r} ended with {code}")
                     del running[core]
                 if core not in running and waiting:
                     running[core] = subprocess.Popen(waiting.popleft(), stdout=sys.stderr)

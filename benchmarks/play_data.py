@@ -35,7 +35,7 @@ def write(path: Path, episodes: int, seed: int) -> None:
     arrays = play(episodes, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.stem}.tmp.npz")
-    np.savez_compressed(unfinished, **arrays)
+    np.savez_compressed(unfinished, **arrays)  # type: ignore[arg-type]  # for numpy any name could be allow_pickle
     unfinished.replace(path)
 
 

@@ -52,7 +52,8 @@ def main() -> None:
     about = machine.describe()
     policy, steps = CONFIG.create(nnx.Rngs(0)), arguments.steps
     served = stacked.unrolled(policy)
-    calls, prefixes = {}, {}  # prefixes: how many passes of the observation's tokens a call makes
+    calls: dict[str, tuple[Callable[[], Any], float]] = {}
+    prefixes: dict[str, int] = {}  # how many passes of the observation's tokens a call makes
     for n in arguments.candidates:
         calls[f"best of {n}"] = best_of(served, n, steps), sampling_flops(n, steps)
         calls[f"{n} tiled"] = tiled_samples(served, n, steps), n * sampling_flops(1, steps)
@@ -89,9 +90,8 @@ class Timer:
             for name, (call, flops) in calls.items():
                 spent, after = machine.seconds(call), self._matmul_rate()
                 seconds[name].append(spent)
-                shares[name].append(
-                    tuple(2 * flops / s / (r0 + r1) for s, r0, r1 in zip(spent, before, after, strict=True))
-                )
+                wall, cpu = (2 * flops / s / (r0 + r1) for s, r0, r1 in zip(spent, before, after, strict=True))
+                shares[name].append((wall, cpu))
                 before = after
         return [self._row(name, flops, first[name], seconds[name], shares[name]) for name, (_, flops) in calls.items()]
 
@@ -236,7 +236,7 @@ def ratios(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[st
     """What the claims are about: growth of time against growth of FLOPs, and one prefix pass against n."""
     by_name = {row["name"]: row for row in rows}
     first = by_name[f"best of {arguments.candidates[0]}"]
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for n in arguments.candidates:
         best, tiled = by_name[f"best of {n}"], by_name[f"{n} tiled"]
         found[str(n)] = {}

@@ -198,7 +198,7 @@ def accounts(setting: Setting, extraction: str, count: Callable[..., float]) -> 
 
 
 def timings(setting: Setting, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    timer, few, many = sampling.Timer(arguments.repeats), *arguments.critics
+    timer, (few, many) = sampling.Timer(arguments.repeats), arguments.critics
     calls: dict[str, Call] = {
         "supervised step": supervised(setting),
         "update": update(setting.agent(), setting.data()),

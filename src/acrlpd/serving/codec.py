@@ -14,7 +14,7 @@ import math
 import re
 from typing import Any
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 import numpy as np
 
 ARRAY, SCALAR = b"__ndarray__", b"__npgeneric__"

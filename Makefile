@@ -53,7 +53,7 @@ format: $(INSTALLED)
 ## make lock         resolve both lock files anew (needs uv)
 lock:
 	$(COMPILE) -o requirements.lock \
-		--extra metaworld --extra ogbench --extra aloha --extra report --extra lerobot --extra fast --extra serving
+		--extra metaworld --extra ogbench --extra aloha --extra report --extra lerobot --extra fast --extra grain --extra serving
 	$(COMPILE) -o requirements-libero.lock --extra libero --extra report --extra video
 
 COMPILE := uv pip compile pyproject.toml --universal --python-version 3.11 --fork-strategy fewest --group dev \

@@ -24,6 +24,7 @@ _HOMES = {
         *("ACRLPDDataLoader", "LeRobotACRLPDDataLoader", "create_lerobot_acrlpd_dataloader"),
     ),
     "acrlpd.data.episodes": ("EpisodeStore",),
+    "acrlpd.data.grain_batches": ("grain_batches",),
     "acrlpd.data.hdf5": ("H5DatasetReader",),
     "acrlpd.data.loader": ("ChunkLoader",),
     "acrlpd.data.sources": ("open_episodes",),

@@ -33,8 +33,7 @@ class ChunkLoader:
 
     A thread makes the next batches of prior data ahead; online ones depend on episodes that may still come, and are
     made when they are asked for. Reading and decoding of what is not in memory is spread over the processes of
-    ``windows.open_store``. A pipeline such as Grain would add nothing to this: what it brings are worker processes and
-    an iterator whose position can be saved, and here the step is the position.
+    ``windows.open_store``. For programs that are built on Grain, ``grain_batches`` has the same batches.
 
     Args:
         sequence_ratio: share of a batch that starts where a full window fits; the rest starts anywhere.

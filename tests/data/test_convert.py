@@ -122,6 +122,22 @@ def test_a_size_the_codec_refuses_is_named(tmp_path):
         convert.to_lerobot(H5DatasetReader(tmp_path / "own"), tmp_path / "new", pictures="h264")
 
 
+@pytest.mark.parametrize("pictures", ["h264", "png"])
+def test_pictures_of_another_size_are_refused_and_not_rescaled(tmp_path, monkeypatch, pictures):
+    source = written(tmp_path / "own")
+    whole = source.episode
+
+    def episode(index):
+        found = whole(index)
+        images = {name: frames[:, :48] if index == 1 else frames for name, frames in found.images.items()}
+        return dataclasses.replace(found, images=images)
+
+    monkeypatch.setattr(source, "episode", episode)
+    with pytest.raises(ValueError, match=r"000001\.hdf5: observation\.images\.top: expected .* 64x96.*found 48x96"):
+        convert.to_lerobot(source, tmp_path / "new", pictures=pictures)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.reference
 @pytest.mark.slow
 def test_reference_videos_there_and_back(shared, tmp_path):

@@ -36,6 +36,15 @@ def test_columns(path):
     assert read["text"].tolist() == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("rows_in_group", [1, 2, 3])
+def test_one_cell(tmp_path, rows_in_group):
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "number": [1, 2, 3]}), path, row_group_size=rows_in_group)
+    assert [ParquetReader().cell(path, "text", row) for row in range(3)] == ["a", "b", "c"]
+    with pytest.raises(DataError, match="column 'x' is missing"):
+        ParquetReader().cell(path, "x", 0)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -180,7 +180,11 @@ class _LeRobotWriter:
             self._shapes[key] = values.shape[1:] or (1,)
             self._stats.setdefault(key, _Stats()).add(values.reshape(len(values), -1).astype(np.float64))
         for key, images in frames.items():
-            self._shapes[key] = images.shape[1:]
+            if self._shapes.setdefault(key, images.shape[1:]) != images.shape[1:]:
+                raise ValueError(
+                    f"{episode.source}: {key}: expected pictures of {_size(self._shapes[key])}, as in the episodes "
+                    f"before, found {_size(images.shape[1:])}. Leave the episode out, or bring all to one size."
+                )
             shown = images[np.unique(np.linspace(0, len(images) - 1, FRAMES_FOR_STATS).astype(int))]
             self._stats.setdefault(key, _Stats(picture=True)).add(shown.reshape(-1, 3) / 255.0, len(shown))
         return columns, frames
@@ -382,6 +386,10 @@ class _VideoFiles:
 def _file_path(folder: Path, template: str, number: int, **names: str) -> Path:
     chunk, file = divmod(number, DEFAULT_CHUNKS_SIZE)
     return folder / template.format(chunk_index=chunk, file_index=file, **names)
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[0]}x{shape[1]}"
 
 
 def _place(kind: str, number: int) -> dict[str, int]:

@@ -5,10 +5,11 @@ The store keeps all rows of all episodes in flat arrays, in raw units, so that a
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -89,6 +90,31 @@ class BadEpisodes:
             raise ValueError(f"{where}: no episode is left, all {total} were skipped; the first: {self.skipped[0][1]}")
         if self.skipped:
             warnings.warn(f"{where}: {len(self.skipped)} of {total} episodes were left out", stacklevel=3)
+
+
+def usual_features(features: Iterable[Mapping[str, Hashable]]) -> dict[str, Any]:
+    """What most episodes have under each name, in the order in which names come up; None where most have nothing."""
+    found = list(features)
+    names = dict.fromkeys(name for each in found for name in each)
+    return {name: collections.Counter(each.get(name) for each in found).most_common(1)[0][0] for name in names}
+
+
+def check_alike(
+    features: Mapping[int, Mapping[str, Hashable]],
+    index: int,
+    usual: Mapping[str, Any],
+    source_of: Callable[[int], str],
+    told: Callable[[Any], str],
+) -> None:
+    """Raises unless episode ``index`` has the ``usual`` features; ``told`` puts one into words."""
+    found = features[index]
+    for name, expected in usual.items():
+        if found.get(name) != expected:
+            model = next(other for other in features if features[other].get(name) == expected)
+            raise ValueError(
+                f"{source_of(index)}: {name}: expected {told(expected)} as in {source_of(model)} "
+                f"(most episodes agree), found {told(found.get(name))}"
+            )
 
 
 class HeldEpisodes:

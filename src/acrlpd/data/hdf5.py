@@ -6,7 +6,6 @@ and LIBERO, DROID's raw folders. Each file of ``layouts`` describes one, with it
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -22,7 +21,14 @@ from jaxtyping import Bool, Float, Shaped
 
 from acrlpd.data import processes
 from acrlpd.data import rewards as reward_labels
-from acrlpd.data.episodes import IMAGE_PREFIX, KNOWN_SUCCESS, BadEpisodes, EpisodeInfo
+from acrlpd.data.episodes import (
+    IMAGE_PREFIX,
+    KNOWN_SUCCESS,
+    BadEpisodes,
+    EpisodeInfo,
+    check_alike,
+    usual_features,
+)
 from acrlpd.data.frame_cache import FrameCache, FrameOrigin
 from acrlpd.data.layouts import droid, stored
 from acrlpd.data.layouts.aloha import Aloha
@@ -363,21 +369,12 @@ def _decode_all(record: Record) -> None:
 def _alike(layout: Layout, records: dict[int, Record], bad: BadEpisodes) -> dict[int, Record]:
     """The episodes that have the shapes, dtype kinds and cameras that most of them have."""
     features = {index: record.features for index, record in records.items()}
-    names = {name: None for found in features.values() for name in found}  # in the order of the format
-    usual = {
-        name: collections.Counter(found.get(name) for found in features.values()).most_common(1)[0][0] for name in names
-    }
+    usual = usual_features(features.values())
     alike = {}
-    for index, found in features.items():
+    for index, record in records.items():
         with bad.guard(layout.sources[index]):
-            for name, expected in usual.items():
-                if found.get(name) != expected:
-                    model = next(other for other in features if features[other].get(name) == expected)
-                    raise ValueError(
-                        f"{layout.sources[index]}: {name}: expected {_described(expected)} as in "
-                        f"{layout.sources[model]} (most episodes agree), found {_described(found.get(name))}"
-                    )
-            alike[index] = records[index]
+            check_alike(features, index, usual, layout.sources.__getitem__, _described)
+            alike[index] = record
     return alike
 
 

@@ -19,7 +19,6 @@ from acrlpd.data.sources import Dataset
 CLIPPED_SHARE = 0.05  # of the steps at one end of a dimension's range, from which on clipping is suspected,
 CLIPPED_ARRIVALS = 2  # if it gets there so often in an episode: an arm at rest lies at an end, too, but stays there
 SWITCH_SHARE = 0.95  # of the steps at either end, from which on a dimension is a switch, such as a gripper's
-DECODE_BLOCK = 64  # pictures in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,7 @@ def inspect(data: Any, *, thorough: bool = False, decode: bool = False, **option
         options: the reader's, see ``sources.open_episodes``.
     """
     problems: list[Problem] = []
-    dataset = _opened(data, options, problems)
+    dataset = _opened(data, {"check_images": decode, **options}, problems)
     if dataset is None:
         return Inspection(None, problems)
     numbers = {key: _Dimensions() for key in ("state", "actions")}
@@ -101,8 +100,6 @@ def inspect(data: Any, *, thorough: bool = False, decode: bool = False, **option
             problems.append(Problem("warning", info.source, f"state and actions are those of {first}: recorded twice?"))
     if thorough:
         problems += [problem for key, dimensions in numbers.items() for problem in _suspicious(key, dimensions)]
-    if decode:
-        problems += _undecodable(dataset)
     return Inspection(_contents(dataset, numbers), problems)
 
 
@@ -142,12 +139,14 @@ def _steps_and_arrivals(at_end: Bool[np.ndarray, "t d"]) -> Int[np.ndarray, "2 d
 
 def _opened(data: Any, options: dict[str, Any], problems: list[Problem]) -> Dataset | None:
     """The data set without its bad episodes, which become problems."""
-    if sources.identify(data) == "hdf5":
-        options = {"check_images": False, **options}  # they are decoded in blocks, if at all
+    if sources.identify(data) not in ("hdf5", "lerobot"):
+        options = {name: value for name, value in options.items() if name != "check_images"}  # pictures are in memory
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            dataset = sources.open_episodes(data, on_bad_episode="skip", **options)
+            # what was once found out of the pictures does not count: their files may have been damaged since
+            remember = not options.get("check_images", False)
+            dataset = sources.open_episodes(data, on_bad_episode="skip", remember=remember, **options)
         except (ValueError, OSError) as error:
             problems.append(Problem("error", "", str(error)))
             dataset = None
@@ -196,14 +195,3 @@ def _suspicious(key: str, found: _Dimensions) -> Iterator[Problem]:
             share = f"{steps[dim] / found.count:.0%} of the steps"
             text = f"actions: dimension {dim} lies at its {end} value, {value[dim]:g}, in {share}: was it clipped?"
             yield Problem("warning", "", text)
-
-
-def _undecodable(dataset: Dataset) -> Iterator[Problem]:
-    """Episodes with a picture that cannot be read; the first of each camera."""
-    for index, length in enumerate(dataset.lengths.tolist()):
-        for camera in dataset.cameras:
-            try:
-                for start in range(0, length, DECODE_BLOCK):
-                    dataset.window(index, IMAGE_PREFIX + camera, start, min(start + DECODE_BLOCK, length))
-            except (ValueError, OSError) as error:
-                yield Problem("error", dataset.info(index).source, str(error))

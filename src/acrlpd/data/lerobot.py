@@ -24,7 +24,14 @@ from jaxtyping import Bool, Float, Shaped, UInt8
 
 from acrlpd.data import lerobot_checks as checks
 from acrlpd.data import lerobot_meta, video
-from acrlpd.data.episodes import IMAGE_PREFIX, KNOWN_SUCCESS, BadEpisodes, EpisodeInfo
+from acrlpd.data.episodes import (
+    IMAGE_PREFIX,
+    KNOWN_SUCCESS,
+    BadEpisodes,
+    EpisodeInfo,
+    check_alike,
+    usual_features,
+)
 from acrlpd.data.frame_cache import FrameCache, FrameOrigin
 from acrlpd.data.lerobot_meta import REQUIRED, TASK_INDEX, TIMESTAMP, EpisodeRow
 from acrlpd.data.mapped import MappedRows, map_rows
@@ -59,6 +66,7 @@ class _Checked:
     tasks: tuple[int, ...]  # task_index in the order in which its frames have them; mostly one
     success: bool | None  # as recorded
     reward_values: Float[np.ndarray, " n"] | None  # the different values of next.reward
+    sizes: dict[str, tuple[int, int]]  # height and width of the pictures, by feature
 
 
 class LeRobotSource:
@@ -76,7 +84,9 @@ class LeRobotSource:
         cameras: names without ``observation.images.``; None takes all, and an empty list opens no picture.
         rewards: None leaves rewards as they are stored, and 0 where none are: good for imitation only.
         on_bad_episode: ``"skip"`` leaves broken episodes out, with a warning that says which and why; ``skipped`` keeps
-            both. It looks at every video's packets and every embedded image, without decoding frames.
+            both.
+        check_images: decode every picture when opening; None is yes when skipping (an episode cannot be left out
+            later), else no. It takes long, and once: ``metadata_cache`` remembers the outcome.
         tolerance_s: how far a timestamp may be from its place, and a video frame from its timestamp. None: what the
             object has, else 1e-4.
         frame_cache: where to look for frames first. Frames then always have the cache's resolution.
@@ -93,6 +103,7 @@ class LeRobotSource:
         cameras: Sequence[str] | None = None,
         rewards: RewardConfig | None = None,
         on_bad_episode: Literal["error", "skip"] = "error",
+        check_images: bool | None = None,
         tolerance_s: float | None = None,
         frame_cache: FrameCache | None = None,
         metadata_cache: MetadataCache | None = None,
@@ -109,18 +120,22 @@ class LeRobotSource:
         self._parquet = ParquetReader()
         self._videos = video.VideoReaders()
         optional = [key for key in (REWARD, SUCCESS, TERMINAL) if key in self.meta.features]
+        self._sizes: dict[str, tuple[int, int]] = {}  # of the pictures of each camera's feature
+        self._video_sizes: dict[Path, tuple[int, int]] = {}  # of files that episodes share
         self._columns = (*dict.fromkeys((*self.state_keys, *self.action_keys, *REQUIRED, *optional)),)
         selected = _selected(self.meta, episodes)
+        check_images = on_bad_episode == "skip" if check_images is None else check_images
 
         def find_out() -> Arrays:
-            return self._find_out(selected, BadEpisodes(on_bad_episode))
+            return self._find_out(selected, BadEpisodes(on_bad_episode), check_images=check_images)
 
         numbers = [row.number for row in selected] if episodes is not None else None
-        asked = (self._columns, self._camera_keys, numbers, rewards, on_bad_episode, tolerance_s)
+        asked = (self._columns, self._camera_keys, numbers, rewards, on_bad_episode, check_images, tolerance_s)
         opened = metadata_cache.get(folder, asked, find_out) if metadata_cache else find_out()
         facts = unpack(opened["facts"])
         self.skipped = [tuple(entry) for entry in facts["skipped"]]  # name and fault of each episode left out
         self._threshold: float | None = facts["threshold"]
+        self._sizes = {key: (height, width) for key, (height, width) in facts["sizes"].items()}
         known = zip(*(opened[key].tolist() for key in ("numbers", "firsts", "tasks", "successes")), strict=True)
         self._facts = [
             _Facts(self.meta.episodes[number], first, self.meta.tasks[task], KNOWN_SUCCESS[success])
@@ -216,8 +231,11 @@ class LeRobotSource:
         """Decodes every frame of every camera; raises at the first that is missing, misplaced or damaged."""
         for facts in self._facts:
             for key in self._camera_keys.values():
-                for start in range(0, facts.row.length, FULL_CHECK_BLOCK):
-                    self._decoded(facts, key, start, min(start + FULL_CHECK_BLOCK, facts.row.length))
+                self._decode_all(facts, key)
+
+    def _decode_all(self, facts: _Facts | _Checked, key: str) -> None:
+        for start in range(0, facts.row.length, FULL_CHECK_BLOCK):
+            self._decoded(facts, key, start, min(start + FULL_CHECK_BLOCK, facts.row.length))
 
     def _numbers(self, facts: _Facts, keys: Sequence[str], start: int, stop: int) -> Float[np.ndarray, "t d"]:
         parts = [self._rows(facts, key)[start:stop] for key in keys]
@@ -251,7 +269,7 @@ class LeRobotSource:
         cached = self._frame_cache.read(camera, self._origin(facts, camera), facts.row.length, start, stop)
         return self._frame_cache.resize(self._decoded(facts, key, start, stop)) if cached is None else cached
 
-    def _decoded(self, facts: _Facts, key: str, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
+    def _decoded(self, facts: _Facts | _Checked, key: str, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
         if start == stop:
             return self._decoded(facts, key, 0, 1)[:0]
         row = facts.row
@@ -262,24 +280,32 @@ class LeRobotSource:
                 return self._videos.frames(span.path, times, self._tolerance_s, (span.start_s, span.stop_s))
         with _blaming(row, row.file, key):
             cells = self._parquet.cells(row.file, key, facts.first + start, facts.first + stop)
-            return checks.decode_images(cells, start)
+            return checks.decode_images(cells, start, self._sizes[key])
 
     def _frame_times(self, facts: _Facts | _Checked, key: str) -> Float[np.ndarray, " t"]:
-        """Where the frames of an episode lie in its mp4, in seconds."""
-        return facts.row.videos[key].start_s + self._rows(facts, TIMESTAMP).astype(np.float64).ravel()
+        """Where the frames of an episode lie in its mp4, in seconds.
 
-    def _find_out(self, rows: Sequence[EpisodeRow], bad: BadEpisodes) -> Arrays:
+        A float32 timestamp rounds, after 17 minutes by more than the tolerance: one that is as near to frame / fps as
+        its type can tell stands for exactly that.
+        """
+        stored = self._rows(facts, TIMESTAMP).ravel()
+        exact = np.arange(len(stored)) / self.meta.fps
+        rounded = np.abs(stored - exact) <= np.spacing(np.abs(stored))
+        return facts.row.videos[key].start_s + np.where(rounded, exact, stored.astype(np.float64))
+
+    def _find_out(self, rows: Sequence[EpisodeRow], bad: BadEpisodes, *, check_images: bool) -> Arrays:
         """All that is remembered of the episodes that can be used."""
-        good, usable = [], []
-        video_times: dict[Path, np.ndarray] = {}  # of files that episodes share
+        good: list[_Checked] = []
+        usable = []
         with contextlib.closing(self._checked(rows)) as outcomes:
             for row, outcome in zip(rows, outcomes, strict=True):
                 with bad.guard(_name(row)):
                     if isinstance(outcome, Exception):
                         raise outcome
-                    if bad.skip:
-                        self._check_pictures(outcome, video_times)
                     good.append(outcome)
+        good = self._with_usual_pictures(good, bad)
+        if check_images:
+            good = self._decodable(good, bad)
         self._check_total_frames()
         threshold = success_reward(self._rewards, _reward_values(good))
         for checked in good:
@@ -292,12 +318,57 @@ class LeRobotSource:
         bad.report(str(self.meta.root), len(rows))
         self._warn_of_several_tasks([checked for checked, _ in usable])
         return {
-            "facts": pack({"skipped": bad.skipped, "threshold": threshold}),
+            "facts": pack({"skipped": bad.skipped, "threshold": threshold, "sizes": self._sizes}),
             "numbers": np.array([checked.row.number for checked, _ in usable]),
             "firsts": np.array([checked.first for checked, _ in usable]),
             "tasks": np.array([checked.tasks[0] for checked, _ in usable]),
             "successes": np.array([KNOWN_SUCCESS.index(success) for _, success in usable], np.int8),
         }
+
+    def _with_usual_pictures(self, found: Sequence[_Checked], bad: BadEpisodes) -> list[_Checked]:
+        """The episodes whose pictures have the size that most of them have, which is kept."""
+        by_number = {checked.row.number: checked for checked in found}
+        sizes = {number: checked.sizes for number, checked in by_number.items()}
+        self._sizes = usual_features(sizes.values())
+        alike = []
+        for number, checked in by_number.items():
+            with bad.guard(_name(checked.row)):
+                check_alike(sizes, number, self._sizes, lambda at: _where(by_number[at].row), checks.told_size)
+                alike.append(checked)
+        return alike
+
+    def _decodable(self, found: Sequence[_Checked], bad: BadEpisodes) -> list[_Checked]:
+        """The episodes of which every picture decodes. Several files are read at once, each from front to back."""
+        files: dict[tuple[str, Path], list[_Checked]] = {}
+        for checked in found:
+            for key in self._camera_keys.values():
+                span = checked.row.videos.get(key)
+                files.setdefault((key, checked.row.file if span is None else span.path), []).append(checked)
+
+        def decode(key: str, episodes: Sequence[_Checked]) -> dict[int, Exception]:
+            """The faults, by episode."""
+            faults: dict[int, Exception] = {}
+            for checked in episodes:
+                try:
+                    self._decode_all(checked, key)
+                except (ValueError, OSError) as error:
+                    faults[checked.row.number] = error
+            return faults
+
+        faults: dict[int, Exception] = {}
+        pool = ThreadPoolExecutor(min(os.cpu_count() or 1, video.MAX_OPEN_FILES))
+        try:
+            for some in pool.map(decode, (key for key, _ in files), files.values()):
+                faults = some | faults
+        finally:
+            pool.shutdown(cancel_futures=True)
+        decodable = []
+        for checked in found:
+            with bad.guard(_name(checked.row)):
+                if checked.row.number in faults:
+                    raise faults[checked.row.number]
+                decodable.append(checked)
+        return decodable
 
     def _warn_of_several_tasks(self, found: Sequence[_Checked]) -> None:
         several = [checked.row.number for checked in found if len(checked.tasks) > 1]
@@ -333,10 +404,10 @@ class LeRobotSource:
             for key, values in rows.items():
                 checks.check_values(key, values, self.meta.features)
             checks.check_clock(rows, self.meta.fps, self._tolerance_s)
-            self._check_pictures_exist(row)
+            sizes = self._picture_sizes(row, first)
             success = bool(rows[SUCCESS].any()) if SUCCESS in rows else None
             rewards = np.unique(rows[REWARD]).astype(np.float32) if REWARD in rows else None
-            return _Checked(row, first, self._known_tasks(rows[TASK_INDEX]), success, rewards)
+            return _Checked(row, first, self._known_tasks(rows[TASK_INDEX]), success, rewards, sizes)
 
     def _known_tasks(self, task_index: np.ndarray) -> tuple[int, ...]:
         indices = list(dict.fromkeys(task_index.ravel().tolist()))
@@ -345,29 +416,22 @@ class LeRobotSource:
             raise DataError(f"task_index: {unknown[0]} is not in {self.meta.tasks_path}")
         return tuple(indices)
 
-    def _check_pictures_exist(self, row: EpisodeRow) -> None:
-        for key in self._camera_keys.values():
-            if key in row.videos and not row.videos[key].path.is_file():
-                raise _bad(row, row.videos[key].path, "no such video file", key)
-            if key not in row.videos and key not in self._parquet.names(row.file):
-                raise _bad(row, row.file, "the column of this camera is missing, though info.json lists it", key)
-
-    def _check_pictures(self, facts: _Checked, video_times: dict[Path, np.ndarray]) -> None:
-        """Looks whether all frames are there and whole."""
-        row = facts.row
+    def _picture_sizes(self, row: EpisodeRow, first: int) -> dict[str, tuple[int, int]]:
+        """By feature: from the header of the video, or of the first image."""
+        sizes = {}
         for key in self._camera_keys.values():
             if key in row.videos:
-                span = row.videos[key]
-                with _blaming(row, span.path, key):
-                    if span.path not in video_times:
-                        video_times[span.path] = video.frame_times(span.path)
-                    wanted, limits = self._frame_times(facts, key), (span.start_s, span.stop_s)
-                    video.check_times(video_times[span.path], wanted, self._tolerance_s, limits)
+                path = row.videos[key].path
+                with _blaming(row, path, key):
+                    if path not in self._video_sizes:
+                        self._video_sizes[path] = video.frame_size(path)
+                    sizes[key] = self._video_sizes[path]
+            elif key not in self._parquet.names(row.file):
+                raise _bad(row, row.file, "the column of this camera is missing, though info.json lists it", key)
             else:
                 with _blaming(row, row.file, key):
-                    cells = self._parquet.cells(row.file, key, facts.first, facts.first + row.length)
-                    for at, cell in enumerate(cells):
-                        checks.check_image(cell, at)
+                    sizes[key] = checks.image_size(self._parquet.cell(row.file, key, first))
+        return sizes
 
     def _check_total_frames(self) -> None:
         """Against the episode table; where that is wrong for one episode, the files themselves decide."""

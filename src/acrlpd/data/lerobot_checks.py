@@ -73,25 +73,29 @@ def check_clock(rows: dict[str, np.ndarray], fps: float, tolerance_s: float) -> 
         )
 
 
-def decode_images(cells: Sequence[Mapping[str, Any] | None], first: int) -> UInt8[np.ndarray, "t h w 3"]:
-    """The pictures in cells ``{bytes, path}``, as RGB; ``first`` is the number of the first frame."""
-    pictures = []
-    for frame, cell in enumerate(cells, start=first):
+def decode_images(
+    cells: Sequence[Mapping[str, Any] | None], first: int, size: tuple[int, int]
+) -> UInt8[np.ndarray, "t h w 3"]:
+    """The pictures in cells ``{bytes, path}``, as RGB, all of ``size`` (height, width); ``first`` is the number of the
+    first frame."""
+    pictures = np.empty((len(cells), *size, 3), np.uint8)
+    for frame, (cell, picture) in enumerate(zip(cells, pictures, strict=True), start=first):
         with _opened_image(cell, frame) as image:
-            pictures.append(np.asarray(image.convert("RGB")))
-    sizes = {picture.shape for picture in pictures}
-    if len(sizes) > 1:
-        raise DataError(f"expected images of one size, found {sorted(sizes)}")
-    return np.stack(pictures)
+            if (image.height, image.width) != size:
+                found = told_size((image.height, image.width))
+                raise DataError(f"frame {frame}: expected {told_size(size)}, as most episodes have it, found {found}")
+            picture[:] = np.asarray(image.convert("RGB"))
+    return pictures
 
 
-def check_image(cell: Mapping[str, Any] | None, frame: int) -> None:
-    """A PNG has check sums, which are enough; pictures of other formats have to be decoded."""
-    with _opened_image(cell, frame) as image:
-        if image.format == "PNG":
-            image.verify()
-        else:
-            image.load()
+def image_size(cell: Mapping[str, Any] | None) -> tuple[int, int]:
+    """Height and width of the picture in an episode's first cell, from its header."""
+    with _opened_image(cell, 0) as image:
+        return image.height, image.width
+
+
+def told_size(size: tuple[int, int] | None) -> str:
+    return "no picture" if size is None else f"pictures of {size[0]}x{size[1]}"
 
 
 @contextmanager
@@ -103,5 +107,7 @@ def _opened_image(cell: Mapping[str, Any] | None, frame: int) -> Iterator[Image.
     try:
         with Image.open(io.BytesIO(content)) as image:
             yield image
+    except DataError:
+        raise
     except (OSError, SyntaxError, ValueError, struct.error) as error:  # Pillow raises each of them for damaged files
         raise DataError(f"frame {frame}: the embedded image does not decode ({error})") from error

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of what the entries hold; raise it when readers find out something else
+VERSION = 2  # of what the entries hold; raise it when readers find out something else
 
 Arrays = dict[str, np.ndarray]
 

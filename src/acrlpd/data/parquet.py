@@ -56,6 +56,21 @@ class ParquetReader:
             first = last
         return cells
 
+    def cell(self, path: Path, name: str, row: int) -> Any:
+        """One cell as a Python object. Little more than what lies before it in its row group is read."""
+        self._check_names(path, [name])
+        metadata, group = self._metadata(path), 0
+        while row >= metadata.row_group(group).num_rows:
+            row -= metadata.row_group(group).num_rows
+            group += 1
+
+        def read() -> Any:
+            file = import_pyarrow().parquet.ParquetFile(path, memory_map=True, pre_buffer=False)
+            batches = file.iter_batches(row + 1, row_groups=[group], columns=[name])
+            return next(batches).column(0)[row].as_py()
+
+        return _readable(path, read)
+
     def _metadata(self, path: Path) -> Any:
         parquet = import_pyarrow().parquet
         return self._kept.get((path,), lambda: _readable(path, lambda: parquet.read_metadata(path)))

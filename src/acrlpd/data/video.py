@@ -131,6 +131,16 @@ class VideoReaders:
         return reader.frames(times_s, tolerance_s, span_s)
 
 
+def frame_size(path: Path) -> tuple[int, int]:
+    """Height and width, as the file's header has them."""
+    container = _open(import_av(), path)
+    try:
+        stream = container.streams.video[0]
+        return stream.height, stream.width
+    finally:
+        container.close()
+
+
 def frame_times(path: Path) -> Float[np.ndarray, " n"]:
     """Presentation times of the frames whose data is complete, ascending, in seconds. Nothing is decoded.
 

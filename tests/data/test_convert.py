@@ -1,7 +1,9 @@
 """There and back: numbers exactly, pictures exactly or within what a codec loses."""
 
+import contextlib
 import dataclasses
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -120,6 +122,33 @@ def test_a_size_the_codec_refuses_is_named(tmp_path):
     hdf5.write_episode(hdf5.episode_path(tmp_path / "own", 0), odd, {"fps": 10})
     with pytest.raises(ValueError, match=r"observation\.images\.top: libx264 cannot encode frames of 63x95.*png"):
         convert.to_lerobot(H5DatasetReader(tmp_path / "own"), tmp_path / "new", pictures="h264")
+
+
+@contextlib.contextmanager
+def file_size_limit(nbytes):
+    """As ``ulimit -f``, and much like a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("convert_to", "options"),
+    [
+        (convert.to_hdf5, {"compression": "gzip"}),
+        (convert.to_hdf5, {}),
+        (convert.to_lerobot, {"pictures": "h264"}),
+        (convert.to_lerobot, {"pictures": "png"}),
+    ],
+)
+def test_no_room_to_write_is_told_as_such(tmp_path, convert_to, options):
+    source = written(tmp_path / "own")
+    with file_size_limit(2000), pytest.raises(OSError, match=r"File too large; nothing was kept.*new"):
+        convert_to(source, tmp_path / "new", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
 @pytest.mark.parametrize("pictures", ["h264", "png"])

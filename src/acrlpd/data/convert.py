@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -42,6 +43,7 @@ ENCODERS: Mapping[str, tuple[str, dict[str, str]]] = {
 }
 STATE, ACTION, DONE = "observation.state", "action", "next.done"
 FRAMES_FOR_STATS = 10  # of each episode and camera
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def to_hdf5(dataset: Dataset, folder: str | os.PathLike[str], *, compression: str | None = None) -> Path:
@@ -103,6 +105,11 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, folder)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        text = f"{os.strerror(error.errno)}; nothing was kept. Free some space, or write to another disk"
+        raise OSError(error.errno, text, str(folder)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -377,6 +384,8 @@ class _VideoFiles:
             yield
         except self._av.FFmpegError as error:
             self._container = None  # there is nothing to finish
+            if error.errno in NO_ROOM:
+                raise OSError(error.errno, error.strerror, str(self._path)) from error
             raise ValueError(
                 f"{self._key}: {self._encoder} cannot encode frames of {self._stream.height}x{self._stream.width} "
                 f"({error}). Choose another codec, or embed pictures (--pictures png)."

@@ -13,6 +13,7 @@ action taken there and what it paid.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -52,17 +53,27 @@ def write_episode(
 ) -> Path:
     """Write the whole episode or nothing: a crash leaves at most a hidden temporary file beside ``path``.
 
-    ``metadata`` is anything JSON can hold. ``compression`` (``"gzip"``, ``"lzf"``) applies to pictures.
+    ``metadata`` is anything JSON can hold. ``compression`` (``"gzip"``, ``"lzf"``) applies to pictures. The file is
+    made in memory first, because the HDF5 library may crash where it cannot write.
+
+    Raises:
+        OSError: the disk is full, or the file larger than allowed; names the file.
     """
     path = Path(path)
     _check_episode(str(path), episode)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        _fill(file, episode, metadata or {}, compression)
     try:
-        with h5py.File(temporary, "w") as file:
-            _fill(file, episode, metadata or {}, compression)
-        sync(temporary)
+        with temporary.open("wb") as output:
+            output.write(content.getbuffer())
+            output.flush()
+            os.fsync(output.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write the episode: {error.strerror}", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)

@@ -230,6 +230,7 @@ COMMANDS = {
             "pictures": "--pictures png",
             "compression": ("--compression lzf", "--to hdf5"),
             "robot_type": "--robot_type arm",
+            "success": "--success True",
             "on_bad_episode": "--on_bad_episode skip",
             **READ,
         },
@@ -243,6 +244,7 @@ COMMANDS = {
             "output": "={tmp}/set other",
             "height": "--height 4",
             "width": "--width 4",
+            "on_bad_episode": "--on_bad_episode skip",
             **READ,
         },
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,9 +65,10 @@ class ConvertArguments:
     path: tyro.conf.Positional[str]  # a folder or file of episodes, in any format
     output: tyro.conf.Positional[str]  # the new folder
     to: Literal["hdf5", "lerobot"] = "lerobot"
-    pictures: Pictures = "av1"  # LeRobot: how they are stored; png alone loses nothing
+    pictures: Pictures | None = None  # LeRobot: how they are stored, av1 if left out; png alone loses nothing
     compression: Literal["gzip", "lzf"] | None = None  # HDF5: of pictures
     robot_type: str | None = None  # LeRobot: a label
+    success: bool | None = None  # of the episodes of which nothing says how they ended
     on_bad_episode: Literal["error", "skip"] = "error"
     read: ReadArguments = dataclasses.field(default_factory=ReadArguments)
 
@@ -79,6 +81,7 @@ class CacheArguments:
     output: tyro.conf.Positional[str]  # the cache's folder, one for each data set
     height: int = 224
     width: int = 224
+    on_bad_episode: Literal["error", "skip"] = "error"
     read: ReadArguments = dataclasses.field(default_factory=ReadArguments)
 
 
@@ -108,23 +111,30 @@ def _validate(arguments: ValidateArguments) -> int:
 
 
 def _convert(arguments: ConvertArguments) -> int:
+    others = ("pictures", "robot_type") if arguments.to == "hdf5" else ("compression",)
+    given = [name for name in others if getattr(arguments, name) is not None]
+    if given:
+        raise ValueError(f"--{given[0].replace('_', '-')} means nothing with --to {arguments.to}. Leave it out.")
     dataset = _opened(arguments.path, arguments.read, on_bad_episode=arguments.on_bad_episode)
     if arguments.to == "hdf5":
-        folder = convert.to_hdf5(dataset, arguments.output, compression=arguments.compression)
+        folder = convert.to_hdf5(
+            dataset, arguments.output, compression=arguments.compression, success=arguments.success
+        )
     else:
         folder = convert.to_lerobot(
             dataset,
             arguments.output,
             fps=arguments.read.fps,
-            pictures=arguments.pictures,
+            pictures=arguments.pictures or "av1",
             robot_type=arguments.robot_type,
+            success=arguments.success,
         )
     print(f"{folder}: {dataset.num_episodes} episodes, {int(dataset.lengths.sum())} steps")
     return 0
 
 
 def _cache(arguments: CacheArguments) -> int:
-    dataset = _opened(arguments.path, arguments.read)
+    dataset = _opened(arguments.path, arguments.read, on_bad_episode=arguments.on_bad_episode)
     if not dataset.cameras or not isinstance(dataset, FrameSource):
         raise ValueError(f"{arguments.path}: {dataset.format} data without pictures in files has nothing to cache")
     cache = FrameCache(Path(arguments.output), arguments.height, arguments.width)
@@ -155,11 +165,20 @@ def _show(path: str, found: Inspection, *, as_json: bool) -> int:
         content = dataclasses.asdict(found) | {"path": path, "usable": found.usable}
         if found.contents is not None:
             content["contents"]["success_rate"] = found.contents.success_rate
-        print(json.dumps(content, indent=2))
+        print(json.dumps(_finite(content), indent=2, allow_nan=False))
     else:
         lines = _table(path, found.contents) if found.contents is not None else [f"{path}: no usable episode"]
         print("\n".join([*lines, *_problems(found)]))
     return 0 if found.usable else EXIT_UNUSABLE
+
+
+def _finite(content: Any) -> Any:
+    """JSON has no NaN and no infinity: null in their place."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _table(path: str, contents: Contents) -> list[str]:

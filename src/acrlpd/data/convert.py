@@ -22,6 +22,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from acrlpd.data import hdf5
+from acrlpd.data.episodes import check_fps
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.lerobot import REWARD, SUCCESS, TERMINAL, LeRobotSource
 from acrlpd.data.lerobot_meta import DEFAULT_CHUNKS_SIZE, INDEX, TASK_INDEX, TIMESTAMP
@@ -29,6 +30,7 @@ from acrlpd.data.normalize import RunningStats
 from acrlpd.data.parquet import import_pyarrow
 from acrlpd.data.sources import Dataset
 from acrlpd.data.video import import_av
+from acrlpd.types import Episode
 
 Pictures = Literal["av1", "h264", "png"]
 
@@ -46,11 +48,20 @@ FRAMES_FOR_STATS = 10  # of each episode and camera
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def to_hdf5(dataset: Dataset, folder: str | os.PathLike[str], *, compression: str | None = None) -> Path:
-    """One file an episode; see ``layouts/own.py``. Pictures are stored raw, or losslessly compressed."""
+def to_hdf5(
+    dataset: Dataset,
+    folder: str | os.PathLike[str],
+    *,
+    compression: str | None = None,
+    success: bool | None = None,
+) -> Path:
+    """One file an episode; see ``layouts/own.py``. Pictures are stored raw, or losslessly compressed.
+
+    ``success`` is your word for the episodes of which nothing says how they ended.
+    """
     with _new_folder(Path(folder)) as temporary:
         for index in range(dataset.num_episodes):
-            episode = dataset.episode(index)
+            episode = _with_success(dataset.episode(index), success)
             metadata: dict[str, Any] = {"converted_from": episode.source}
             if dataset.fps is not None:
                 metadata["fps"] = dataset.fps
@@ -66,33 +77,43 @@ def to_lerobot(
     fps: float | None = None,
     pictures: Pictures = "av1",
     robot_type: str | None = None,
+    success: bool | None = None,
 ) -> Path:
     """LeRobot v3.0. Videos lose a little; ``"png"`` embeds pictures that do not.
 
     ``next.success`` is written where the success of every episode is known. A column of our own, ``next.terminal``,
-    keeps where the task ended.
+    keeps where the task ended. ``success`` is your word for the episodes of which nothing says how they ended.
 
     Raises:
         ValueError: the rate is unknown, or the success of some episodes alone.
     """
-    rate = fps or dataset.fps
+    rate = dataset.fps if fps is None else check_fps(fps)
     if rate is None:
         raise ValueError("LeRobot needs the frame rate, which this data set does not say: give fps (--fps 50)")
     successes = [dataset.info(index).success for index in range(dataset.num_episodes)]
-    unknown = successes.count(None)
+    unknown = successes.count(None) if success is None else 0
     if 0 < unknown < len(successes):
         example = dataset.info(successes.index(None)).source
         raise ValueError(
             f"{example}: success: unknown in {unknown} of {len(successes)} episodes, which LeRobot cannot say. "
-            "State it when opening the data: rewards=RewardConfig(success=...)."
+            "Say how they ended: --success True (in Python success=True) if they succeeded, False if they failed."
         )
     with _new_folder(Path(folder)) as temporary:
-        writer = _LeRobotWriter(temporary, dataset, float(rate), pictures, with_success=unknown == 0)
+        writer = _LeRobotWriter(temporary, dataset, float(rate), pictures, success, with_success=unknown == 0)
         writer.write(robot_type)
         written = LeRobotSource(temporary, on_bad_episode="skip")
         if written.skipped:
             raise ValueError(f"{folder}: the converted data set is not readable: {written.skipped[0][1]}")
     return Path(folder)
+
+
+def _with_success(episode: Episode, success: bool | None) -> Episode:
+    """The episode, with this success where it has none; a task that succeeded has ended at the last step."""
+    if success is None or episode.success is not None:
+        return episode
+    last = np.arange(len(episode)) == len(episode) - 1
+    terminals = episode.terminals if episode.terminals.any() else last & success
+    return dataclasses.replace(episode, success=success, terminals=terminals)
 
 
 @contextlib.contextmanager
@@ -124,11 +145,21 @@ class _Stretch:
 
 
 class _LeRobotWriter:
-    def __init__(self, folder: Path, dataset: Dataset, fps: float, pictures: Pictures, *, with_success: bool):
+    def __init__(
+        self,
+        folder: Path,
+        dataset: Dataset,
+        fps: float,
+        pictures: Pictures,
+        success: bool | None,
+        *,
+        with_success: bool,
+    ):
         self._folder = folder
         self._dataset = dataset
         self._fps = fps
         self._pictures = pictures
+        self._success = success  # of episodes that do not say
         self._with_success = with_success
         self._cameras = {camera: f"observation.images.{camera}" for camera in dataset.cameras}
         self._tasks: dict[str, int] = {}
@@ -167,7 +198,7 @@ class _LeRobotWriter:
 
     def _columns(self, number: int, first: int) -> tuple[dict[str, Any], dict[str, UInt8[np.ndarray, "t h w 3"]]]:
         """An episode's columns, in LeRobot's names, and its frames by feature."""
-        episode = self._dataset.episode(number)
+        episode = _with_success(self._dataset.episode(number), self._success)
         steps = np.arange(len(episode))
         task = self._tasks.setdefault(episode.task, len(self._tasks))
         last = steps == len(episode) - 1

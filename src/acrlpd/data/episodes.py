@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -19,6 +20,17 @@ from acrlpd.data.rows import Column, FixedColumn, RowReader, Rows
 from acrlpd.types import Episode
 
 IMAGE_PREFIX = "images/"  # a camera's key: "images/<camera>"
+
+
+class OptionError(ValueError):
+    """A choice of how to read that does not fit the data; nothing is wrong with the episodes."""
+
+
+def check_fps(fps: float | None) -> float | None:
+    """The rate itself; None stands for one that nobody said."""
+    if fps is not None and not 0 < fps < math.inf:
+        raise OptionError(f"fps must be a positive number, got {fps}")
+    return fps
 
 
 @dataclasses.dataclass(frozen=True)

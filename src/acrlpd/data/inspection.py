@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from acrlpd.data import sources
-from acrlpd.data.episodes import IMAGE_PREFIX
+from acrlpd.data.episodes import IMAGE_PREFIX, OptionError
 from acrlpd.data.sources import Dataset
 
 CLIPPED_SHARE = 0.05  # of the steps at one end of a dimension's range, from which on clipping is suspected,
@@ -138,8 +138,18 @@ def _steps_and_arrivals(at_end: Bool[np.ndarray, "t d"]) -> Int[np.ndarray, "2 d
 
 
 def _opened(data: Any, options: dict[str, Any], problems: list[Problem]) -> Dataset | None:
-    """The data set without its bad episodes, which become problems."""
-    if sources.identify(data) not in ("hdf5", "lerobot"):
+    """The data set without its bad episodes, which become problems.
+
+    Raises:
+        OptionError: an option does not fit the data, which may be good.
+        FileNotFoundError: nothing is there.
+    """
+    try:
+        kind = sources.identify(data)
+    except ValueError as error:
+        problems.append(Problem("error", "", str(error)))
+        return None
+    if kind not in ("hdf5", "lerobot"):
         options = {name: value for name, value in options.items() if name != "check_images"}  # pictures are in memory
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -147,6 +157,8 @@ def _opened(data: Any, options: dict[str, Any], problems: list[Problem]) -> Data
             # what was once found out of the pictures does not count: their files may have been damaged since
             remember = not options.get("check_images", False)
             dataset = sources.open_episodes(data, on_bad_episode="skip", remember=remember, **options)
+        except OptionError:
+            raise
         except (ValueError, OSError) as error:
             problems.append(Problem("error", "", str(error)))
             dataset = None

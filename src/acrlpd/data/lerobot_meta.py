@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from acrlpd.data.episodes import OptionError
 from acrlpd.data.parquet import import_pyarrow
 
 PICTURES = ("image", "video")  # dtypes of cameras
@@ -123,7 +124,7 @@ def _numeric(meta: Meta, name: str, keys: Sequence[str]) -> tuple[str, ...]:
     unknown = [key for key in keys if key not in there]
     if unknown or not keys:
         wrong = f"{unknown} are not among them" if unknown else "none has a usual name"
-        raise ValueError(
+        raise OptionError(
             f"{meta.info_path}: {name}: the numeric features are {', '.join(there)}; {wrong}. Name {name}."
         )
     return tuple(keys)
@@ -136,7 +137,7 @@ def camera_keys(meta: Meta, asked: Sequence[str] | None) -> dict[str, str]:
     keys = {name: key for key, name in names.items()}
     unknown = [name for name in asked or () if name not in keys]
     if unknown:
-        raise ValueError(f"{meta.info_path}: no camera {', '.join(unknown)}; the cameras are {', '.join(keys)}")
+        raise OptionError(f"{meta.info_path}: no camera {', '.join(unknown)}; the cameras are {', '.join(keys)}")
     return keys if asked is None else {name: keys[name] for name in asked}
 
 

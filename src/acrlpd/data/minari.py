@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from acrlpd.data import rewards as reward_labels
-from acrlpd.data.episodes import BadEpisodes, EpisodeStore, HeldEpisodes
+from acrlpd.data.episodes import BadEpisodes, EpisodeStore, HeldEpisodes, check_fps
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.types import Episode
 
@@ -30,6 +30,7 @@ class MinariSource(HeldEpisodes):
         state_keys: parts of a dictionary observation (``a/b`` where they nest); None takes all numbers.
         rewards: None leaves rewards as they are stored.
         default_task: the instruction; the format has none.
+        fps: the rate of the recording; the format has none.
 
     Raises:
         ImportError: ``minari`` is not installed.
@@ -43,8 +44,10 @@ class MinariSource(HeldEpisodes):
         state_keys: Sequence[str] | None = None,
         rewards: RewardConfig | None = None,
         default_task: str = "",
+        fps: float | None = None,
         on_bad_episode: Literal["error", "skip"] = "error",
     ):
+        self.fps = check_fps(fps)
         found = _opened(str(dataset))
         bad = BadEpisodes(on_bad_episode)
         self._store = EpisodeStore()
@@ -57,7 +60,6 @@ class MinariSource(HeldEpisodes):
         self.skipped = bad.skipped
 
     format = "minari"
-    fps = None
 
 
 def _opened(dataset: str) -> Any:

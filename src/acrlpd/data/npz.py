@@ -22,7 +22,7 @@ from typing import Literal, Protocol
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from acrlpd.data.episodes import BadEpisodes, EpisodeStore, HeldEpisodes
+from acrlpd.data.episodes import BadEpisodes, EpisodeStore, HeldEpisodes, check_fps
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.types import Episode
 
@@ -79,6 +79,7 @@ class NpzReader(HeldEpisodes):
         rewards: which rewards to give for the goal. ``source="sparse"`` has -1 until everything is in place, and 0
             there, instead of counting objects; ``convention="0/1"`` has 0 and 1 in their place.
         default_task: the instruction; the file has none.
+        fps: the rate of the recording; the file has none.
         clip_actions: to -1 + 1e-5 and 1 - 1e-5, as QC has it for the published data sets.
         on_bad_episode: ``"skip"`` leaves out trajectories that cannot be used, with a warning; see ``skipped``.
 
@@ -93,10 +94,12 @@ class NpzReader(HeldEpisodes):
         goal: Goal | None = None,
         rewards: RewardConfig | None = None,
         default_task: str = "",
+        fps: float | None = None,
         clip_actions: bool = False,
         on_bad_episode: Literal["error", "skip"] = "error",
     ):
         self.path = Path(path)
+        self.fps = check_fps(fps)
         arrays = _load(self.path)
         labels, done = _relabelled(self.path, arrays, goal, rewards)
         actions = arrays["actions"].astype(np.float32, copy=False)
@@ -125,7 +128,6 @@ class NpzReader(HeldEpisodes):
         self.skipped = bad.skipped
 
     format = "ogbench"
-    fps = None
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

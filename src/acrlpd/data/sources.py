@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from acrlpd.data import lerobot
-from acrlpd.data.episodes import EpisodeSource
+from acrlpd.data.episodes import EpisodeSource, OptionError
 from acrlpd.data.hdf5 import SUFFIXES, H5DatasetReader
 from acrlpd.data.layouts import droid
 from acrlpd.data.lerobot import LeRobotSource
@@ -77,7 +77,7 @@ def open_episodes(
     unknown = [name for name in options if name not in known]
     if unknown:
         own = ", ".join(name for name in list(known)[1:] if name not in GENERAL)
-        raise ValueError(f"{data}: {', '.join(unknown)} means nothing to {kind} data. It has the options {own}.")
+        raise OptionError(f"{data}: {', '.join(unknown)} means nothing to {kind} data. It has the options {own}.")
     options["rewards"] = rewards
     if "num_workers" in known:
         options["num_workers"] = num_workers

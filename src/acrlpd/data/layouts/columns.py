@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 from PIL import Image
 
-from acrlpd.data.episodes import IMAGE_PREFIX
+from acrlpd.data.episodes import IMAGE_PREFIX, OptionError, check_fps
 from acrlpd.types import typed
 
 
@@ -106,17 +106,16 @@ class Options:
     drop_idle: bool = False
 
     def __post_init__(self):
-        if self.fps is not None and not self.fps > 0:
-            raise ValueError(f"fps must be positive, got {self.fps}")
+        check_fps(self.fps)
         for name in ("state_keys", "action_keys"):
             if getattr(self, name) == ():
-                raise ValueError(f"{name} names no key. Leave it out for the default of the format.")
+                raise OptionError(f"{name} names no key. Leave it out for the default of the format.")
 
     def only(self, layout: str, *known: str) -> None:
         """Refuses an option that means nothing to ``layout``: to ignore it would be worse."""
         for name in ("state_keys", "action_keys", "filter_key", "align_observations", "jpeg_bgr", "drop_idle"):
             if getattr(self, name) and name not in known:
-                raise ValueError(f"{name} does not apply to the layout found here ({layout}). Leave it out.")
+                raise OptionError(f"{name} does not apply to the layout found here ({layout}). Leave it out.")
 
 
 class Reading:

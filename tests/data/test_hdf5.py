@@ -316,3 +316,30 @@ def test_processes_find_out_the_same(tmp_path, monkeypatch):
     np.testing.assert_array_equal(there.episode(2).state, here.episode(2).state)
     with pytest.raises(ValueError, match=r"episode_000002\.hdf5: expected a complete HDF5 file"):
         H5DatasetReader(tmp_path, num_workers=1)
+
+
+@pytest.mark.parametrize(
+    ("times", "fault"),
+    [
+        ([0, 66, 140, 200], None),
+        (None, None),
+        ([0, 66, 60, 200], "found 66 ms in row 1 and 60 ms in row 2"),
+        ([0, 66, 66, 200], "found 66 ms in row 1 and 66 ms in row 2"),
+        ([0, 66, 140], "expected 4 rows"),
+    ],
+)
+def test_droid_steps_follow_one_another(tmp_path, times, fault):
+    path = tmp_path / "success/2023-07-07/one/trajectory.h5"
+    path.parent.mkdir(parents=True)
+    with h5py.File(path, "w") as file:
+        for key, width in {"robot_state/joint_positions": (7,), "robot_state/gripper_position": ()}.items():
+            file[f"observation/{key}"] = np.zeros((4, *width))
+        file["action/joint_velocity"], file["action/gripper_position"] = np.zeros((4, 7)), np.zeros(4)
+        file.create_group("observation/camera_type")
+        if times is not None:
+            file["observation/timestamp/control/step_start"] = np.array(times, np.uint64)
+    if fault is None:
+        assert H5DatasetReader(tmp_path).lengths.tolist() == [4]
+    else:
+        with pytest.raises(ValueError, match=rf"trajectory\.h5: observation/timestamp/control/step_start: .*{fault}"):
+            H5DatasetReader(tmp_path)

@@ -29,7 +29,7 @@ class OptionError(ValueError):
 def check_fps(fps: float | None) -> float | None:
     """The rate itself; None stands for one that nobody said."""
     if fps is not None and not 0 < fps < math.inf:
-        raise OptionError(f"fps must be a positive number, got {fps}")
+        raise OptionError(f"fps must be positive, got {fps}")
     return fps
 
 

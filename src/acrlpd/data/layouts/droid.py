@@ -30,6 +30,7 @@ FILE = "trajectory.h5"
 FPS = 15.0
 STATE_KEYS = ("joint_positions", "gripper_position")
 ACTION_KEYS = ("joint_velocity", "gripper_position")
+CLOCK = "observation/timestamp/control/step_start"  # ms
 WRIST = "wrist_image_left"
 EXTERIOR = "exterior_image_{number}_left"
 
@@ -64,6 +65,7 @@ class Droid:
                 "actions": Joined(tuple(columns.numbers(where, file, label) for label in actions)),
             }
             columns.checked(where, Record(numbers))
+            _check_clock(where, file, len(numbers["state"]))
             serials = _cameras(where, file)
             success = _success(where, file, metadata, folder.relative_to(self._root.parent))
             driven = _driven(where, file) if options.drop_idle else None
@@ -101,6 +103,21 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     if not isinstance(parsed, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(parsed).__name__}")
     return parsed
+
+
+def _check_clock(where: str, file: h5py.File, steps: int) -> None:
+    """Steps start one after the other, where the file says when. How long they take varies."""
+    if CLOCK not in file:
+        return
+    times = columns.vector(where, file, CLOCK)
+    columns.check_lengths(where, {"state": steps, CLOCK: len(times)})
+    late = np.flatnonzero(times[1:] <= times[:-1])
+    if len(late):
+        row = int(late[0])
+        raise ValueError(
+            f"{where}: {CLOCK}: expected times that ascend, found {times[row]} ms in row {row} and {times[row + 1]} ms "
+            f"in row {row + 1}. Steps are missing, or out of order."
+        )
 
 
 def _cameras(where: str, file: h5py.File) -> dict[str, str]:

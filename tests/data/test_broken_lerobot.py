@@ -1,5 +1,7 @@
 """Damaged LeRobot sets: one clear error each, or the bad episodes left out where that was asked for."""
 
+import contextlib
+import dataclasses
 import io
 import json
 import subprocess
@@ -11,9 +13,11 @@ import pytest
 from PIL import Image
 
 from acrlpd.data import convert, hdf5
+from acrlpd.data import lerobot_checks as checks
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.inspection import inspect
 from acrlpd.data.lerobot import LeRobotSource
+from acrlpd.data.parquet import DataError
 from acrlpd.types import Episode
 
 pa = pytest.importorskip("pyarrow")
@@ -232,3 +236,160 @@ def test_an_image_of_another_size_is_named_when_it_is_read(tmp_path, monkeypatch
     assert source.window(1, "images/top", 0, 5).shape == (5, 64, 96, 3)
     with pytest.raises(ValueError, match=r"episode 1: observation\.images\.top: frame 5: expected pictures of 64x96"):
         source.window(1, "images/top", 5, 6)
+
+
+def write_tables(folder, version):
+    """The tables of one episode of three steps with a camera, but for the pictures themselves."""
+    v3 = version == "v3.0"
+    dtypes = {"observation.state": "float32", "action": "float32", "timestamp": "float32"}
+    features = {
+        key: {"dtype": dtypes.get(key, "int64"), "shape": [1]}
+        for key in (*dtypes, "frame_index", "episode_index", "index", "task_index")
+    }
+    features["observation.images.top"] = {"dtype": "video", "shape": [8, 8, 3]}
+    path = "{chunk_index}/{file_index}" if v3 else "{episode_chunk}/{episode_index}"
+    info = {
+        "codebase_version": version,
+        "fps": 10,
+        "total_episodes": 1,
+        "total_frames": 3,
+        "total_tasks": 1,
+        "chunks_size": 1000,
+        "data_path": f"data/{path}.parquet",
+        "video_path": f"{{video_key}}/{path}.mp4",
+        "features": features,
+    }
+    episode = {"episode_index": 0, "length": 3}
+    task = {"task_index": 0, "task": "lift"}
+    (folder / "meta/episodes/chunk-000").mkdir(parents=True)
+    (folder / "data/0").mkdir(parents=True)
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    if v3:
+        episode |= {"dataset_from_index": 0, "dataset_to_index": 3, "data/chunk_index": 0, "data/file_index": 0}
+        video = {"chunk_index": 0, "file_index": 0, "from_timestamp": 0.0, "to_timestamp": 0.3}
+        episode |= {f"videos/observation.images.top/{key}": value for key, value in video.items()}
+    (folder / "meta/episodes.jsonl").write_text(json.dumps(episode))
+    (folder / "meta/tasks.jsonl").write_text(json.dumps(task))
+    if v3:
+        write_rows(folder / V3_EPISODES, [episode])
+        write_rows(folder / V3_TASKS, [task])
+    steps = np.arange(3)
+    columns = {key: np.zeros(3, np.dtype(feature["dtype"])) for key, feature in features.items() if "images" not in key}
+    columns |= {"timestamp": (steps / 10).astype(np.float32), "frame_index": steps, "index": steps}
+    pq.write_table(pa.table(columns), folder / "data/0/0.parquet")
+    return folder
+
+
+V3_EPISODES, V3_TASKS = "meta/episodes/chunk-000/file-000.parquet", "meta/tasks.parquet"
+NOTHING = object()  # instead of a value: the key is deleted
+WRONG = [None, "x", -1, [], {}, True, 1.5, float("nan"), float("inf"), 10**400, "{", "{0}", "{video_key:d}", NOTHING]
+
+
+def write_rows(path, rows):
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def replaced(content, place, value):
+    """``content`` with another value at a place, named by its keys."""
+    if not place:
+        return value
+    changed = dict(content)
+    changed[place[0]] = replaced(content[place[0]], place[1:], value)
+    return {key: each for key, each in changed.items() if each is not NOTHING}
+
+
+def places(content, before=()):
+    for key, value in content.items():
+        yield (*before, key)
+        if isinstance(value, dict):
+            yield from places(value, (*before, key))
+
+
+def opens_or_tells(folder):
+    """Without the camera, whose pictures are not there."""
+    try:
+        LeRobotSource(folder, cameras=())
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+@pytest.mark.parametrize("table", ["meta/info.json", "meta/episodes.jsonl", "meta/tasks.jsonl"])
+def test_no_value_of_a_table_is_taken_for_granted(tmp_path, version, table):
+    folder = write_tables(tmp_path / "set", version)
+    assert opens_or_tells(folder) is None
+    good = json.loads((folder / table).read_text())
+    parquet = version == "v3.0" and {"meta/episodes.jsonl": V3_EPISODES, "meta/tasks.jsonl": V3_TASKS}.get(table)
+    for place in places(good):
+        for value in WRONG:
+            content = replaced(good, place, value)
+            if not parquet:
+                (folder / table).write_text(json.dumps(content))
+            elif value in ({}, 10**400):
+                continue  # parquet cannot hold them
+            else:
+                write_rows(folder / parquet, [content])
+            error = opens_or_tells(folder)  # any other exception ends the test
+            assert error is None or str(folder) in error, (place, value)
+            if value is None and place[-2:] != ("observation.images.top", "shape"):  # which nothing needs
+                assert error is not None, place
+                assert place[-1] in error
+
+
+@pytest.mark.parametrize("content", ["{", "\udcff", "[" * 100_000, "[1]"], ids=["cut", "latin1", "deep", "list"])
+@pytest.mark.parametrize("table", ["meta/info.json", "meta/episodes.jsonl", "meta/tasks.jsonl"])
+def test_text_that_is_no_table_is_told(tmp_path, table, content):
+    folder = write_tables(tmp_path / "set", "v2.1")
+    (folder / table).write_text(content, "utf-8", "surrogateescape")
+    assert table in opens_or_tells(folder)
+
+
+def test_a_copy_beside_the_episode_table_is_named(tmp_path):
+    folder = write_tables(tmp_path / "set", "v3.0")
+    (folder / "meta/episodes/chunk-000/file-000 (copy).parquet").write_bytes((folder / V3_EPISODES).read_bytes())
+    assert "file-000 (copy).parquet: expected a name like" in opens_or_tells(folder)
+
+
+SPOILT_COLUMNS = {
+    "a number beyond float32": ("observation.state", pa.array([[0.0, 0.0]] * 3 + [[0.0, 1e300]] + [[0.0, 0.0]] * 8)),
+    "a reward beyond float32": ("next.reward", pa.array([0.0] * 11 + [-1e300])),
+    "an index of text": ("index", pa.array(["0"] * STEPS)),
+    "a timestamp 1 ms late": ("timestamp", pa.array([t / FPS + 0.001 * (t > 5) for t in range(STEPS)], pa.float32())),
+    "images that are bytes": ("observation.images.top", pa.array([b"x"] * STEPS)),
+}
+
+
+@pytest.mark.parametrize(("key", "cells"), SPOILT_COLUMNS.values(), ids=SPOILT_COLUMNS)
+def test_a_spoilt_column_is_named(tmp_path, monkeypatch, key, cells):
+    folder = written(tmp_path, "png", monkeypatch)
+    change_column(folder / "data/chunk-000/file-001.parquet", key, lambda _: cells)
+    with pytest.raises(ValueError, match=rf"file-001\.parquet: episode 1: {key}: .*expected"):
+        LeRobotSource(folder)
+    with pytest.warns(UserWarning, match="1 of 3 episodes were left out"):
+        assert LeRobotSource(folder, on_bad_episode="skip").numbers == [0, 2]
+
+
+HOUR = 108_000  # steps at 30 a second: float32 tells times an hour in apart by no less than 0.24 ms
+
+
+@pytest.mark.parametrize(("late_s", "wrong"), [(0.0, False), (0.001, True)])
+def test_the_clock_of_an_hour_in_float32(late_s, wrong):
+    steps = np.arange(HOUR)
+    times = (steps / 30 + late_s * (steps >= HOUR - 10)).astype(np.float32)
+    rows = {"timestamp": times, "frame_index": steps}
+    with pytest.raises(DataError, match=rf"from frame {HOUR - 11} to") if wrong else contextlib.nullcontext():
+        checks.check_clock(rows, 30, 1e-4)
+
+
+def test_frames_after_an_hour_are_found(tmp_path, monkeypatch):
+    """The mp4's own times are exact; the table's are off by up to 0.12 ms there, and the tolerance is 0.1 ms."""
+    folder = written(tmp_path, "h264", monkeypatch)
+    source = LeRobotSource(folder)
+    monkeypatch.setattr(source, "_rows", lambda facts, key: (np.arange(HOUR) / 30).astype(np.float32))
+    source.meta = dataclasses.replace(source.meta, fps=30.0)
+    times = source._frame_times(source._facts[0], "observation.images.top")
+    np.testing.assert_allclose(times, np.arange(HOUR) / 30, rtol=0, atol=1e-9)
+    late = np.arange(HOUR) / 30 + 0.001  # a stated time that is no rounding counts as it is
+    monkeypatch.setattr(source, "_rows", lambda facts, key: late)
+    np.testing.assert_array_equal(source._frame_times(source._facts[0], "observation.images.top"), late)

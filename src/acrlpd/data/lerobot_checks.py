@@ -12,12 +12,15 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from acrlpd.data.lerobot_meta import INDEX, TIMESTAMP, EpisodeRow
+from acrlpd.data.lerobot_meta import INDEX, TIMESTAMP, EpisodeRow, is_numeric
 from acrlpd.data.parquet import DataError
 
 
 def first_row(row: EpisodeRow, table: dict[str, np.ndarray]) -> int:
     """Where in its file an episode begins; raises unless it has exactly the rows that the table gives it."""
+    for key in (INDEX, "episode_index"):
+        if table[key].dtype.kind not in "iu":
+            raise DataError(f"{key}: expected whole numbers, found {table[key].dtype}")
     num_rows = len(table[INDEX])
     if row.indices is None:
         if num_rows != row.length:
@@ -40,6 +43,8 @@ def check_values(key: str, values: np.ndarray, features: dict[str, dict[str, Any
     """Shape, kind of number, and that all are finite as float32, which they become."""
     if key not in features:
         raise DataError(f"{key}: info.json does not list this column")
+    if not is_numeric(features[key]["dtype"]):
+        raise DataError(f"{key}: expected numbers, but info.json gives the column dtype {features[key]['dtype']!r}")
     shape, dtype = tuple(features[key]["shape"]), np.dtype(features[key]["dtype"])
     allowed = ((), (1,)) if shape in ((), (1,)) else (shape,)  # a feature of one number is stored as a plain column
     if values.shape[1:] not in allowed:
@@ -101,6 +106,8 @@ def told_size(size: tuple[int, int] | None) -> str:
 @contextmanager
 def _opened_image(cell: Mapping[str, Any] | None, frame: int) -> Iterator[Image.Image]:
     """Damage becomes an error that names the frame."""
+    if not isinstance(cell, Mapping | None):
+        raise DataError(f"frame {frame}: expected a cell with bytes and path, found {type(cell).__name__}")
     content = (cell or {}).get("bytes")
     if not content:
         raise DataError(f"frame {frame}: no image is embedded, only its path: {(cell or {}).get('path')}")

@@ -12,9 +12,11 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+import reprlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,6 +30,50 @@ REQUIRED = (TIMESTAMP, "frame_index", "episode_index", INDEX, TASK_INDEX)  # col
 STATE_KEYS = (("observation.state",), ("state",), ("joint_position", "gripper_position"))  # the first that are there
 ACTION_KEYS = ("action", "actions")
 CAMERA_PREFIXES = ("observation.images.", "observation.")  # left out of a camera's name
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """What a value of a table must be."""
+
+    told: str
+    holds: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_number(value) and value == int(value) and abs(value) < 2**62
+
+
+COUNT = _Kind("a whole number from 0", lambda value: _is_whole(value) and value >= 0)
+SIZE = _Kind("a whole number from 1", lambda value: _is_whole(value) and value >= 1)
+SECONDS = _Kind("a number of seconds", _is_number)
+RATE = _Kind("a number above 0", lambda value: _is_number(value) and value > 0)
+TEXT = _Kind("text", lambda value: isinstance(value, str))
+OBJECT = _Kind("an object", lambda value: isinstance(value, dict))
+SHAPE = _Kind("a list of whole numbers", lambda value: isinstance(value, list) and all(map(COUNT.holds, value)))
+
+
+def _check(where: str, content: Mapping[str, Any], kinds: Mapping[str, _Kind]) -> None:
+    """Raises unless ``content`` has all of these keys, each with a value of its kind."""
+    for key, kind in kinds.items():
+        if key not in content:
+            raise ValueError(f"{where}: {key} is missing, expected {kind.told}; it has {', '.join(content)}")
+        if not kind.holds(content[key]):
+            raise ValueError(f"{where}: {key}: expected {kind.told}, found {reprlib.repr(content[key])}")
+
+
+def _check_rows(path: Path, table: Mapping[str, Sequence[Any]], kinds: Mapping[str, _Kind]) -> None:
+    for key, kind in kinds.items():
+        if key not in table:
+            raise ValueError(f"{path}: column {key!r} is missing; the table has {', '.join(table)}")
+        wrong = next((at for at, value in enumerate(table[key]) if not kind.holds(value)), None)
+        if wrong is not None:
+            found = reprlib.repr(table[key][wrong])
+            raise ValueError(f"{path}, row {wrong}: {key}: expected {kind.told}, found {found}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +115,7 @@ class Meta:
         return self.root / ("meta/tasks.parquet" if is_v3(self.version) else "meta/tasks.jsonl")
 
     def numeric(self, key: str) -> bool:
-        return self.features[key]["dtype"] not in (*PICTURES, "string")
+        return is_numeric(self.features[key]["dtype"])
 
     @property
     def cameras(self) -> list[str]:
@@ -95,6 +141,14 @@ def read(root: Path) -> Meta:
     return Meta(root, version, float(info["fps"]), int(info["total_frames"]), info["features"], tasks, episodes)
 
 
+def is_numeric(dtype: str) -> bool:
+    """Whether a feature of this dtype holds numbers or flags."""
+    try:
+        return np.dtype(dtype).kind in "biuf"
+    except (TypeError, ValueError):
+        return False
+
+
 def is_v3(version: str) -> bool:
     return version.startswith("v3")
 
@@ -103,7 +157,10 @@ def files_by_number(folder: Path) -> list[Path]:
     """``chunk-*/file-*.parquet`` in the order of their numbers, which grow wider past 999."""
 
     def numbers(path: Path) -> tuple[int, int]:
-        return int(path.parent.name.removeprefix("chunk-")), int(path.stem.removeprefix("file-"))
+        chunk, file = path.parent.name.removeprefix("chunk-"), path.stem.removeprefix("file-")
+        if not chunk.isdecimal() or not file.isdecimal():
+            raise ValueError(f"{path}: expected a name like chunk-000/file-000.parquet. Is it a copy? Move it away.")
+        return int(chunk), int(file)
 
     return sorted(folder.glob("chunk-*/file-*.parquet"), key=numbers)
 
@@ -111,22 +168,21 @@ def files_by_number(folder: Path) -> list[Path]:
 def state_keys(meta: Meta, asked: Sequence[str] | None) -> tuple[str, ...]:
     usual = [keys for keys in STATE_KEYS if all(key in meta.features for key in keys)]
     keys = usual[0] if asked is None and usual else tuple(asked or ())
-    return _numeric(meta, "state_keys", keys)
+    return _numeric(meta, "state_keys", keys, ValueError if asked is None else OptionError)
 
 
 def action_keys(meta: Meta, asked: Sequence[str] | None) -> tuple[str, ...]:
     usual = [key for key in ACTION_KEYS if key in meta.features]
-    return _numeric(meta, "action_keys", usual[:1] if asked is None else asked)
+    keys = usual[:1] if asked is None else asked
+    return _numeric(meta, "action_keys", keys, ValueError if asked is None else OptionError)
 
 
-def _numeric(meta: Meta, name: str, keys: Sequence[str]) -> tuple[str, ...]:
+def _numeric(meta: Meta, name: str, keys: Sequence[str], error: type[ValueError]) -> tuple[str, ...]:
     there = [key for key in meta.features if meta.numeric(key) and key not in REQUIRED]
     unknown = [key for key in keys if key not in there]
     if unknown or not keys:
         wrong = f"{unknown} are not among them" if unknown else "none has a usual name"
-        raise OptionError(
-            f"{meta.info_path}: {name}: the numeric features are {', '.join(there)}; {wrong}. Name {name}."
-        )
+        raise error(f"{meta.info_path}: {name}: the numeric features are {', '.join(there)}; {wrong}. Name {name}.")
     return tuple(keys)
 
 
@@ -159,15 +215,31 @@ def _version(path: Path, info: Mapping[str, Any]) -> str:
 
 
 def _check_info(path: Path, info: Mapping[str, Any]) -> None:
-    needed = ("fps", "features", "total_episodes", "total_frames", "data_path")
-    missing = [key for key in needed if key not in info]
-    if missing:
-        raise ValueError(f"{path}: {', '.join(missing)} missing; it is not the info.json of a LeRobot dataset")
-    if not info["fps"] > 0:
-        raise ValueError(f"{path}: fps must be above 0, got {info['fps']}")
-    has_videos = any(feature["dtype"] == "video" for feature in info["features"].values())
-    if has_videos and not info.get("video_path"):
-        raise ValueError(f"{path}: video_path is missing, though some features are stored as video")
+    needed = {"fps": RATE, "features": OBJECT, "total_episodes": COUNT, "total_frames": COUNT, "data_path": TEXT}
+    _check(str(path), info, needed)
+    _check(f"{path}: features", info["features"], dict.fromkeys(info["features"], OBJECT))
+    for key, feature in info["features"].items():
+        where = f"{path}: features: {key}"
+        _check(where, feature, {"dtype": TEXT})
+        if is_numeric(feature["dtype"]):
+            _check(where, feature, {"shape": SHAPE})
+    if any(feature["dtype"] == "video" for feature in info["features"].values()):
+        if not info.get("video_path"):
+            raise ValueError(f"{path}: video_path is missing, though some features are stored as video")
+        _check(str(path), info, {"video_path": TEXT})
+    optional = {"chunks_size": SIZE, "total_tasks": COUNT}
+    _check(str(path), info, {key: kind for key, kind in optional.items() if key in info})
+
+
+def _file_of(root: Path, info: Mapping[str, Any], kind: Literal["data_path", "video_path"], **names: Any) -> Path:
+    """The file that a template of info.json gives."""
+    try:
+        return root / info[kind].format(**names)
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{root / 'meta/info.json'}: {kind}: expected a template of the names {', '.join(names)}, found "
+            f"{info[kind]!r} ({error})"
+        ) from error
 
 
 def _check_total(path: Path, key: str, expected: int, found: int, what: str) -> None:
@@ -188,18 +260,18 @@ def _check_numbers(episodes: Sequence[EpisodeRow], table: str, root: Path) -> No
 
 
 def _tasks_v2(root: Path) -> dict[int, str]:
-    lines = _read_lines(root / "meta/tasks.jsonl", "task_index", "task")
+    lines = _read_lines(root / "meta/tasks.jsonl", {"task_index": COUNT, "task": TEXT})
     return {int(line["task_index"]): line["task"] for line in lines}
 
 
 def _episodes_v2(root: Path, info: Mapping[str, Any]) -> list[EpisodeRow]:
     cameras = [key for key, feature in info["features"].items() if feature["dtype"] == "video"]
     rows = []
-    for line in _read_lines(root / "meta/episodes.jsonl", "episode_index", "length"):
+    for line in _read_lines(root / "meta/episodes.jsonl", {"episode_index": COUNT, "length": COUNT}):
         number = int(line["episode_index"])
         place = {"episode_chunk": number // int(info.get("chunks_size", DEFAULT_CHUNKS_SIZE)), "episode_index": number}
-        videos = {key: VideoSpan(root / info["video_path"].format(**place, video_key=key)) for key in cameras}
-        file = root / info["data_path"].format(**place)
+        videos = {key: VideoSpan(_file_of(root, info, "video_path", **place, video_key=key)) for key in cameras}
+        file = _file_of(root, info, "data_path", **place)
         rows.append(EpisodeRow(number, int(line["length"]), file, None, videos))
     return rows
 
@@ -210,6 +282,7 @@ def _tasks_v3(root: Path) -> dict[int, str]:
     texts = [name for name in table if name != "task_index"]
     if "task_index" not in table or len(texts) != 1:
         raise ValueError(f"{path}: expected task_index and one column of texts, found {', '.join(table)}")
+    _check_rows(path, table, {"task_index": COUNT, texts[0]: TEXT})
     return dict(zip(table["task_index"], table[texts[0]], strict=True))
 
 
@@ -223,17 +296,15 @@ def _episodes_v3(root: Path, info: Mapping[str, Any]) -> list[EpisodeRow]:
 
 def _episodes_of(file: Path, root: Path, info: Mapping[str, Any], cameras: Sequence[str]) -> list[EpisodeRow]:
     table = _read_table(file)
-    needed = ["episode_index", "length", "dataset_from_index", "dataset_to_index"]
-    needed += ["data/chunk_index", "data/file_index"]
-    fields = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
-    needed += [f"videos/{key}/{field}" for key in cameras for field in fields]
-    missing = [name for name in needed if name not in table]
-    if missing:
-        raise ValueError(f"{file}: column {missing[0]!r} is missing; the table has {', '.join(table)}")
+    counts = ["episode_index", "length", "dataset_from_index", "dataset_to_index"]
+    counts += ["data/chunk_index", "data/file_index"]
+    fields = {"chunk_index": COUNT, "file_index": COUNT, "from_timestamp": SECONDS, "to_timestamp": SECONDS}
+    _check_rows(file, table, dict.fromkeys(counts, COUNT))
+    _check_rows(file, table, {f"videos/{key}/{field}": kind for key in cameras for field, kind in fields.items()})
 
     @functools.cache  # ten thousand episodes lie in few files, and a path takes longer than the rest of a row
-    def path_of(kind: str, chunk: int, number: int, key: str = "") -> Path:
-        return root / info[kind].format(chunk_index=chunk, file_index=number, video_key=key)
+    def path_of(kind: Literal["data_path", "video_path"], chunk: int, number: int, key: str = "") -> Path:
+        return _file_of(root, info, kind, chunk_index=int(chunk), file_index=int(number), video_key=key)
 
     def span(at: int, key: str) -> VideoSpan:
         chunk, number, start, stop = (table[f"videos/{key}/{field}"][at] for field in fields)
@@ -241,9 +312,9 @@ def _episodes_of(file: Path, root: Path, info: Mapping[str, Any], cameras: Seque
 
     def row(at: int) -> EpisodeRow:
         path = path_of("data_path", table["data/chunk_index"][at], table["data/file_index"][at])
-        indices = (table["dataset_from_index"][at], table["dataset_to_index"][at])
+        indices = (int(table["dataset_from_index"][at]), int(table["dataset_to_index"][at]))
         videos = {key: span(at, key) for key in cameras}
-        return EpisodeRow(table["episode_index"][at], table["length"][at], path, indices, videos)
+        return EpisodeRow(int(table["episode_index"][at]), int(table["length"][at]), path, indices, videos)
 
     return [row(at) for at in range(len(table["episode_index"]))]
 
@@ -264,15 +335,13 @@ def _read_table(path: Path) -> dict[str, list[Any]]:
         raise ValueError(f"{path}: expected a complete parquet file ({error})") from error
 
 
-def _read_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
+def _read_lines(path: Path, kinds: Mapping[str, _Kind]) -> list[dict[str, Any]]:
     lines = []
     for number, text in enumerate(_read_text(path).split("\n"), start=1):
         if not text.strip():
             continue
         line = _parsed(f"{path}, line {number}", text)
-        missing = [key for key in keys if key not in line]
-        if missing:
-            raise ValueError(f"{path}, line {number}: {', '.join(missing)} missing; it has {', '.join(line)}")
+        _check(f"{path}, line {number}", line, kinds)
         lines.append(line)
     return lines
 
@@ -284,7 +353,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _parsed(where: str, text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where}: expected complete JSON, found {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(content).__name__}")
@@ -298,3 +367,5 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path}: no such file; the dataset is incomplete") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8, found a byte that is none ({error}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise ValueError(f"{path}: expected a file that can be read ({error.strerror})") from error

@@ -86,17 +86,21 @@ def lerobot_object(root, episodes=None, tolerance_s=1e-4):
 
 
 @pytest.mark.reference
-def test_an_object_of_the_lerobot_library_counts_with_its_selection(shared):
+@pytest.mark.parametrize("chosen", [[2, 0], (2, 0), np.array([2, 0])])
+def test_an_object_of_the_lerobot_library_counts_with_its_selection(shared, chosen):
     root = shared / "data/lerobot-v3.0/aloha_image"
     if not root.is_dir():
         pytest.skip("this root has no such set")
     whole = sources.open_episodes(root)
-    dataset = sources.open_episodes(lerobot_object(root, episodes=[2, 0]))
+    dataset = sources.open_episodes(lerobot_object(root, episodes=chosen))
     assert dataset.lengths.tolist() == whole.lengths[[2, 0]].tolist()
     np.testing.assert_array_equal(dataset.episode(0).actions, whole.episode(2).actions)
     assert sources.open_episodes(lerobot_object(root)).num_episodes == whole.num_episodes
     with pytest.raises(ValueError, match="timestamp"):
         sources.open_episodes(lerobot_object(root, tolerance_s=-1.0))
+    for wrong in ([0, 3], [0, 0], [], np.array([0.5])):
+        with pytest.raises(ValueError, match=r"episodes must be different numbers in 0\.\.2"):
+            sources.open_episodes(lerobot_object(root, episodes=wrong))
 
 
 def test_other_objects_are_refused(tmp_path):

@@ -508,12 +508,12 @@ def dataset_folder(root: str | os.PathLike[str]) -> Path:
 def _selected(meta: lerobot_meta.Meta, episodes: Sequence[int] | None) -> list[EpisodeRow]:
     if episodes is None:
         return meta.episodes
-    unknown = [number for number in episodes if not 0 <= number < len(meta.episodes)]
-    if unknown or len(set(episodes)) < len(episodes) or not episodes:
-        raise ValueError(
-            f"{meta.root}: episodes must be different numbers in 0..{len(meta.episodes) - 1}, got {list(episodes)}"
-        )
-    return [meta.episodes[number] for number in episodes]
+    numbers = np.asarray(episodes).ravel().tolist()
+    known = all(isinstance(number, int) and 0 <= number < len(meta.episodes) for number in numbers)
+    if not known or len(set(numbers)) < len(numbers) or not numbers:
+        last = len(meta.episodes) - 1
+        raise ValueError(f"{meta.root}: episodes must be different numbers in 0..{last}, got {numbers}")
+    return [meta.episodes[number] for number in numbers]
 
 
 def _name(row: EpisodeRow) -> str:

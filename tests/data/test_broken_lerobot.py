@@ -175,13 +175,22 @@ def shrink_images(folder, frames):
 
 
 def shrink_video(folder):
+    write_video(folder, STEPS, 32, 48)
+
+
+def write_video(folder, steps, height, width):
     path = folder / "videos/observation.images.top/chunk-000/file-001.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=int(FPS))
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for _ in range(STEPS):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 48, 3), np.uint8), format="rgb24")))
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        frame = np.zeros((height, width, 3), np.uint8)
+        for _ in range(steps):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+def shorten_video(folder):
+    write_video(folder, STEPS - 2, 64, 96)
 
 
 def damage_video(folder):
@@ -199,8 +208,11 @@ ODD_SIZES = {
     "video": ("h264", shrink_video),
     "all images": ("png", lambda folder: shrink_images(folder, range(STEPS))),
 }
-FAULTY_PICTURES = ODD_SIZES | {
+SEEN_WITHOUT_DECODING = ODD_SIZES | {
     "one image": ("png", lambda folder: shrink_images(folder, [5])),
+    "short video": ("h264", shorten_video),
+}
+FAULTY_PICTURES = SEEN_WITHOUT_DECODING | {
     "damaged video": ("h264", damage_video),
 }
 
@@ -227,6 +239,15 @@ def test_episodes_with_faulty_pictures_are_left_out(tmp_path, monkeypatch, pictu
     assert found.contents.episodes == 2
     with pytest.raises(ValueError, match=r"episode 1: observation\.images\.top"):
         convert.to_hdf5(LeRobotSource(folder), tmp_path / "new")
+
+
+@pytest.mark.parametrize(("pictures", "spoil"), SEEN_WITHOUT_DECODING.values(), ids=SEEN_WITHOUT_DECODING)
+def test_inspect_sees_what_needs_no_decoding(tmp_path, monkeypatch, pictures, spoil):
+    folder = written(tmp_path, pictures, monkeypatch)
+    spoil(folder)
+    found = inspect(folder)
+    assert [problem.episode for problem in found.problems] == ["episode_000001"]
+    assert found.contents.episodes == 2
 
 
 def test_an_image_of_another_size_is_named_when_it_is_read(tmp_path, monkeypatch):

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import re
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -86,7 +87,8 @@ class LeRobotSource:
         on_bad_episode: ``"skip"`` leaves broken episodes out, with a warning that says which and why; ``skipped`` keeps
             both.
         check_images: decode every picture when opening; None is yes when skipping (an episode cannot be left out
-            later), else no. It takes long, and once: ``metadata_cache`` remembers the outcome.
+            later), else no. It takes long, and once: ``metadata_cache`` remembers the outcome. Skipping without it
+            looks whether frames are there.
         tolerance_s: how far a timestamp may be from its place, and a video frame from its timestamp. None: what the
             object has, else 1e-4.
         frame_cache: where to look for frames first. Frames then always have the cache's resolution.
@@ -305,7 +307,9 @@ class LeRobotSource:
                     good.append(outcome)
         good = self._with_usual_pictures(good, bad)
         if check_images:
-            good = self._decodable(good, bad)
+            good = self._with_whole_pictures(good, bad, self._decode_all)
+        elif bad.skip:
+            good = self._with_whole_pictures(good, bad, functools.partial(self._look_for_frames, {}))
         self._check_total_frames()
         threshold = success_reward(self._rewards, _reward_values(good))
         for checked in good:
@@ -337,20 +341,38 @@ class LeRobotSource:
                 alike.append(checked)
         return alike
 
-    def _decodable(self, found: Sequence[_Checked], bad: BadEpisodes) -> list[_Checked]:
-        """The episodes of which every picture decodes. Several files are read at once, each from front to back."""
+    def _look_for_frames(self, times_s: dict[Path, np.ndarray], facts: _Checked, key: str) -> None:
+        """Whether all frames of an episode are there, without decoding any; ``times_s`` keeps what each mp4 holds."""
+        row = facts.row
+        if key in row.videos:
+            span = row.videos[key]
+            with _blaming(row, span.path, key):
+                if span.path not in times_s:
+                    times_s[span.path] = video.frame_times(span.path)
+                wanted, limits = self._frame_times(facts, key), (span.start_s, span.stop_s)
+                video.check_times(times_s[span.path], wanted, self._tolerance_s, limits)
+        else:
+            with _blaming(row, row.file, key):
+                cells = self._parquet.cells(row.file, key, facts.first, facts.first + row.length)
+                for frame, cell in enumerate(cells):
+                    checks.check_image(cell, frame, self._sizes[key])
+
+    def _with_whole_pictures(
+        self, found: Sequence[_Checked], bad: BadEpisodes, check: Callable[[_Checked, str], None]
+    ) -> list[_Checked]:
+        """The episodes whose pictures pass a check. Several files are read at once, each from front to back."""
         files: dict[tuple[str, Path], list[_Checked]] = {}
         for checked in found:
             for key in self._camera_keys.values():
                 span = checked.row.videos.get(key)
                 files.setdefault((key, checked.row.file if span is None else span.path), []).append(checked)
 
-        def decode(key: str, episodes: Sequence[_Checked]) -> dict[int, Exception]:
-            """The faults, by episode."""
+        def faults_of(key: str, episodes: Sequence[_Checked]) -> dict[int, Exception]:
+            """By episode."""
             faults: dict[int, Exception] = {}
             for checked in episodes:
                 try:
-                    self._decode_all(checked, key)
+                    check(checked, key)
                 except (ValueError, OSError) as error:
                     faults[checked.row.number] = error
             return faults
@@ -358,17 +380,17 @@ class LeRobotSource:
         faults: dict[int, Exception] = {}
         pool = ThreadPoolExecutor(min(os.cpu_count() or 1, video.MAX_OPEN_FILES))
         try:
-            for some in pool.map(decode, (key for key, _ in files), files.values()):
+            for some in pool.map(faults_of, (key for key, _ in files), files.values()):
                 faults = some | faults
         finally:
             pool.shutdown(cancel_futures=True)
-        decodable = []
+        whole = []
         for checked in found:
             with bad.guard(_name(checked.row)):
                 if checked.row.number in faults:
                     raise faults[checked.row.number]
-                decodable.append(checked)
-        return decodable
+                whole.append(checked)
+        return whole
 
     def _warn_of_several_tasks(self, found: Sequence[_Checked]) -> None:
         several = [checked.row.number for checked in found if len(checked.tasks) > 1]

@@ -86,11 +86,23 @@ def decode_images(
     pictures = np.empty((len(cells), *size, 3), np.uint8)
     for frame, (cell, picture) in enumerate(zip(cells, pictures, strict=True), start=first):
         with _opened_image(cell, frame) as image:
-            if (image.height, image.width) != size:
-                found = told_size((image.height, image.width))
-                raise DataError(f"frame {frame}: expected {told_size(size)}, as most episodes have it, found {found}")
+            _check_size(image, frame, size)
             picture[:] = np.asarray(image.convert("RGB"))
     return pictures
+
+
+def check_image(cell: Mapping[str, Any] | None, frame: int, size: tuple[int, int]) -> None:
+    """Whether a picture is there and has this size (height, width), from its header."""
+    with _opened_image(cell, frame) as image:
+        _check_size(image, frame, size)
+
+
+def _check_size(image: Image.Image, frame: int, size: tuple[int, int]) -> None:
+    found = (image.height, image.width)
+    if found != size:
+        raise DataError(
+            f"frame {frame}: expected {told_size(size)}, as most episodes have it, found {told_size(found)}"
+        )
 
 
 def image_size(cell: Mapping[str, Any] | None) -> tuple[int, int]:

@@ -106,6 +106,11 @@ def test_an_option_that_does_not_fit_is_no_fault_of_the_data(tmp_path, capsys, f
     assert flags[0].removeprefix("--").replace("-", "_") in shown.err
 
 
+def test_a_camera_that_no_episode_has_is_no_fault_of_the_data(folder, capsys):
+    assert main(["data", "inspect", str(folder), "--cameras", "wrist"]) == 2
+    assert "images/wrist: no such camera; the episode has top" in capsys.readouterr().err
+
+
 def test_success_that_the_format_does_not_say(folder, tmp_path, capsys):
     pytest.importorskip("pyarrow")
     episode = hdf5.read_episode(hdf5.episode_path(folder, 1))

@@ -89,3 +89,11 @@ def test_the_extra_is_named_where_the_library_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "minari", None)
     with pytest.raises(ImportError, match=r"pip install 'acrlpd\[minari\]'"):
         sources.open_episodes("minari:D4RL/door/human-v2")
+
+
+@pytest.mark.usefixtures("library")
+def test_the_rate_is_what_the_user_says():
+    assert sources.open_episodes("minari:some/set-v0", default_task="go").fps is None
+    assert sources.open_episodes("minari:some/set-v0", fps=25).fps == 25
+    with pytest.raises(ValueError, match="fps must be positive, got inf"):
+        sources.open_episodes("minari:some/set-v0", fps=float("inf"))

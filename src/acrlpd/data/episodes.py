@@ -84,6 +84,7 @@ class BadEpisodes:
             raise ValueError(f"on_bad_episode must be 'error' or 'skip', got {on_bad_episode!r}")
         self.skip = on_bad_episode == "skip"
         self.skipped: list[tuple[str, str]] = []
+        self._fault: type[ValueError] = OptionError  # as long as nothing but options was wrong
 
     @contextlib.contextmanager
     def guard(self, name: str) -> Iterator[None]:
@@ -94,12 +95,14 @@ class BadEpisodes:
             if not self.skip:
                 raise
             self.skipped.append((name, str(error)))
+            if not isinstance(error, OptionError):
+                self._fault = ValueError
             warnings.warn(f"episode left out: {error}", stacklevel=4)
 
     def report(self, where: str, total: int) -> None:
         """Says how many of ``total`` episodes were left out; raises if none is left."""
         if total and len(self.skipped) == total:
-            raise ValueError(f"{where}: no episode is left, all {total} were skipped; the first: {self.skipped[0][1]}")
+            raise self._fault(f"{where}: no episode is left, all {total} were skipped; the first: {self.skipped[0][1]}")
         if self.skipped:
             warnings.warn(f"{where}: {len(self.skipped)} of {total} episodes were left out", stacklevel=3)
 

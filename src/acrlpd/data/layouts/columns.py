@@ -462,7 +462,7 @@ def choose_cameras(where: str, found: Sequence[str], wanted: Sequence[str] | Non
     """The cameras of an episode that are to be read: those asked for, by default all."""
     missing = [camera for camera in wanted or () if camera not in found]
     if missing:
-        raise ValueError(
+        raise OptionError(
             f"{where}: {IMAGE_PREFIX}{missing[0]}: no such camera; the episode has {', '.join(found) or 'none'}"
         )
     return list(found if wanted is None else wanted)

@@ -294,6 +294,22 @@ def test_our_own_rewards_are_given_as_stored_unless_sparse_ones_are_asked_for(tm
     assert (found.rewards.tolist(), found.terminals.any()) == ([0, 0, 0, 0], False)
 
 
+def test_a_success_reward_decides_on_rewards_and_terminals_of_our_own_files(tmp_path):
+    dense = np.array([0, 2, 3, 1], np.float32)
+    episode = dataclasses.replace(make_episode(success=None), rewards=dense)
+    hdf5.write_episode(tmp_path / "episode_0.hdf5", episode)
+    with pytest.raises(ValueError, match=r"episode_0\.hdf5: rewards: .* up to 3\."):
+        H5DatasetReader(tmp_path, rewards=RewardConfig())
+    cases = {
+        RewardConfig(success_reward=3.0): ([-1, -1, 0, -1], [False, False, True, False], True),
+        RewardConfig(convention="as_stored"): (dense.tolist(), [False, False, False, True], None),
+        RewardConfig(convention="as_stored", success_reward=3.0): (dense.tolist(), [False, False, True, False], True),
+    }
+    for config, expected in cases.items():
+        found = H5DatasetReader(tmp_path, rewards=config).episode(0)
+        assert (found.rewards.tolist(), found.terminals.tolist(), found.success) == expected
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"episode_5\.hdf5: no such file"):
         hdf5.read_episode(tmp_path / "episode_5.hdf5")

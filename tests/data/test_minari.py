@@ -97,3 +97,12 @@ def test_the_rate_is_what_the_user_says():
     assert sources.open_episodes("minari:some/set-v0", fps=25).fps == 25
     with pytest.raises(ValueError, match="fps must be positive, got inf"):
         sources.open_episodes("minari:some/set-v0", fps=float("inf"))
+
+
+def test_dense_rewards_keep_their_numbers_and_the_terminations(library):
+    dataset, _ = library
+    for each in dataset:
+        each.rewards, each.infos = np.arange(len(each.actions)) * 0.5, {}
+    found = sources.open_episodes("minari:a/b-v0", rewards=RewardConfig(convention="as_stored"))
+    assert [found.episode(index).rewards.max() for index in range(2)] == [1.5, 2.5]
+    assert [found.episode(index).terminals.tolist() for index in range(2)] == [[False] * 3 + [True], [False] * 6]

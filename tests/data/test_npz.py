@@ -68,6 +68,7 @@ def test_rewards_count_the_objects_that_are_missing(tmp_path):
     [
         (None, RewardConfig(), r"name the goal they are for.*--data\.cube_goal.*--data\.button_goal"),
         (GOAL, RewardConfig(convention="0/1"), "ask for rewards.source='sparse'"),
+        (GOAL, RewardConfig(convention="as_stored"), r"rewards\.convention 'as_stored' does not apply"),
         (GOAL, RewardConfig(success=True), r"rewards\.success does not apply"),
         (GOAL, RewardConfig(success_reward=1.0), r"rewards\.success_reward does not apply"),
         (GOAL, RewardConfig(terminal_on_failure=True), r"rewards\.terminal_on_failure does not apply"),

@@ -50,15 +50,17 @@ def test_an_undiscounted_success_returns_its_length_minus_one(length):
 
 
 def test_unknown_success_is_an_error_only_when_rewards_are_asked_for():
-    with pytest.raises(ValueError, match=r"episode_3\.hdf5: success: .* RewardConfig\(success=True\) if all"):
+    with pytest.raises(ValueError, match=r"episode_3\.hdf5: success: .*--data\.rewards\.success True if all"):
         rewards.label(RewardConfig(), 2, success=None, where="episode_3.hdf5")
+    with pytest.raises(ValueError, match=r"episode_3\.hdf5: rewards: expected stored ones .*found none"):
+        rewards.label(RewardConfig(convention="as_stored"), 2, success=True, where="episode_3.hdf5")
     found, done = rewards.label(None, 2, success=None, where="episode_3.hdf5")
     assert (found.tolist(), done.tolist()) == ([0, 0], [False, False])
 
 
 def test_staged_rewards_need_the_users_word():
     staged = f32(0, 1, 2, 4, 4)
-    with pytest.raises(ValueError, match=r"episode_0: rewards: .* up to 4\. .*success_reward=4\.0"):
+    with pytest.raises(ValueError, match=r"episode_0: rewards: .* up to 4\. .*success_reward 4, .*as_stored"):
         rewards.label(RewardConfig(), 5, success=None, stored=staged, threshold=None, where="episode_0")
     config = RewardConfig(success_reward=4.0)
     threshold = rewards.success_reward(config, [staged])
@@ -66,6 +68,34 @@ def test_staged_rewards_need_the_users_word():
     assert (found.tolist(), done.tolist()) == ([-1, -1, -1, 0, 0], [False, False, False, True, True])
     found, done = rewards.label(None, 5, success=True, stored=staged, threshold=None, where="episode_0")
     assert (found.tolist(), done.tolist()) == ([0, 1, 2, 4, 4], [False, False, False, False, True])
+
+
+DENSE = f32(0.25, 1.5, 3, -7)
+
+
+@pytest.mark.parametrize(
+    ("options", "success", "own", "terminals"),
+    [
+        ({}, True, None, [0, 0, 0, 1]),
+        ({}, False, None, [0, 0, 0, 0]),  # a time limit
+        ({"terminal_on_failure": True}, False, None, [0, 0, 0, 1]),
+        ({"success_reward": 3.0}, None, None, [0, 0, 1, 0]),
+        ({}, None, [0, 1, 0, 0], [0, 1, 0, 0]),  # the file says it
+        ({"success_reward": 3.0}, None, [0, 1, 0, 0], [0, 0, 1, 0]),  # the user says otherwise
+    ],
+)
+def test_dense_rewards_are_kept_as_stored(options, success, own, terminals):
+    config = RewardConfig(convention="as_stored", **options)
+    threshold = rewards.success_reward(config, [DENSE])
+    own = None if own is None else np.array(own, bool)
+    told = {"success": success, "stored": DENSE, "terminals": own, "threshold": threshold}
+    found, done = rewards.label(config, 4, **told, where="demo_0")
+    assert (found.tolist(), done.tolist()) == (DENSE.tolist(), [bool(flag) for flag in terminals])
+
+
+def test_dense_rewards_do_not_say_how_the_episode_ended():
+    with pytest.raises(ValueError, match=r"demo_0: success: .*--data\.rewards\.success"):
+        rewards.label(RewardConfig(convention="as_stored"), 4, success=None, stored=DENSE, where="demo_0")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +131,7 @@ def test_the_first_source_that_knows_decides_on_success():
     [
         ({"source": "dense"}, "source must be .* got 'dense'"),
         ({"convention": "1/0"}, "convention must be .* got '1/0'"),
+        ({"source": "sparse", "convention": "as_stored"}, "'sparse' makes rewards; the convention 'as_stored' keeps"),
     ],
 )
 def test_words_that_do_not_exist_are_refused(options, message):

@@ -12,6 +12,7 @@ from acrlpd.data import chunks, hdf5, normalize, windows
 from acrlpd.data.frame_cache import FrameCache
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.rewards import RewardConfig
+from acrlpd.overrides import apply_config_overrides
 from acrlpd.training import report, setup
 from acrlpd.types import Episode
 
@@ -99,6 +100,18 @@ def test_what_is_read(tiny_config, robomimic, tmp_path):
     assert (store.num_episodes, store.state.shape[1], store.actions.shape[1], store.tasks) == (1, 5, 3, ["lift it"])
     assert (store.cameras, store.rewards.tolist()) == (("right_image",), [0, 0, 0, 0, 1])
     assert (store.images["right_image"][np.arange(5)] == 7).all()  # it is the record that is read
+
+
+def test_dense_rewards_are_used_as_they_are_by_the_flag_that_the_error_names(tiny_config, robomimic):
+    with h5py.File(robomimic, "r+") as file:
+        for demo in file["data"].values():
+            demo["rewards"][...] = np.arange(5) * 0.25
+    config = with_data(tiny_config, path=str(robomimic), state_keys=("place",))
+    with pytest.raises(ValueError, match=r"data/demo_0: rewards: .*--data\.rewards\.convention as_stored"):
+        setup.open_prior(config)
+    flags = {"data.rewards.convention": "as_stored", "data.rewards.success": False}
+    store = loaded(apply_config_overrides(config, flags))
+    assert (store.rewards.tolist(), store.terminals.any()) == ([0, 0.25, 0.5, 0.75, 1] * 2, False)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ SEEN: dict[str, tuple[Any, Any] | tuple[Any, Any, dict[str, Any]]] = {
     "data.robot": (looks.mapped, "aloha"),
     "data.delta_mask": (looks.mapped, [1, -1]),
     "data.rewards.source": (looks.rewarded, "sparse"),
-    "data.rewards.convention": (looks.rewarded, "0/1"),
+    "data.rewards.convention": (looks.rewarded, "as_stored"),
     "data.rewards.success": (looks.rewarded, True),
     "data.rewards.terminal_on_failure": (looks.rewarded, True),
     "data.rewards.success_reward": (looks.rewarded, 2.0),

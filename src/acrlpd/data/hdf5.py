@@ -393,14 +393,18 @@ def _labelled(
     labelled = {}
     for index, record in records.items():
         source = layout.sources[index]
-        own = record.terminals is not None  # then the file says all of it, and nothing is to be guessed from rewards
+        own = record.terminals is not None and reward_labels.believes_terminals(config)
         with bad.guard(source):
             success = reward_labels.success_of(config, record.success, None if own else record.rewards, threshold)
             rewards, terminals = reward_labels.label(
-                config, len(record), success=success, stored=record.rewards, threshold=threshold, where=source
+                config,
+                len(record),
+                success=success,
+                stored=record.rewards,
+                terminals=record.terminals,
+                threshold=threshold,
+                where=source,
             )
-            if record.terminals is not None and (config is None or config.source == "stored"):
-                terminals = record.terminals
             info = EpisodeInfo(len(record), record.task, success, source)
             labelled[index] = _Labelled(record, info, rewards, terminals)
     return labelled

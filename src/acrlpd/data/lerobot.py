@@ -38,7 +38,7 @@ from acrlpd.data.lerobot_meta import REQUIRED, TASK_INDEX, TIMESTAMP, EpisodeRow
 from acrlpd.data.mapped import MappedRows, map_rows
 from acrlpd.data.metadata_cache import Arrays, MetadataCache, pack, unpack
 from acrlpd.data.parquet import DataError, ParquetReader
-from acrlpd.data.rewards import RewardConfig, label, success_of, success_reward
+from acrlpd.data.rewards import RewardConfig, believes_terminals, label, success_of, success_reward
 from acrlpd.types import Episode
 
 REWARD, SUCCESS = "next.reward", "next.success"
@@ -252,17 +252,16 @@ class LeRobotSource:
 
     def _label(self, facts: _Facts, threshold: float | None) -> tuple[Float[np.ndarray, " t"], Bool[np.ndarray, " t"]]:
         stored = self._rows(facts, REWARD).astype(np.float32).ravel() if REWARD in self._columns else None
-        rewards, terminals = label(
+        terminals = self._rows(facts, TERMINAL).astype(bool).ravel() if TERMINAL in self._columns else None
+        return label(
             self._rewards,
             facts.row.length,
             success=facts.success,
             stored=stored,
+            terminals=terminals,
             threshold=threshold,
             where=_where(facts.row),
         )
-        if TERMINAL in self._columns and (self._rewards is None or self._rewards.source == "stored"):
-            terminals = self._rows(facts, TERMINAL).astype(bool).ravel()
-        return rewards, terminals
 
     def _frames(self, facts: _Facts, camera: str, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
         key = self._camera_keys[camera]
@@ -314,7 +313,8 @@ class LeRobotSource:
         threshold = success_reward(self._rewards, _reward_values(good))
         for checked in good:
             with bad.guard(_name(checked.row)):
-                values = None if TERMINAL in self._columns else checked.reward_values  # as in our own HDF5 layout
+                own = TERMINAL in self._columns and believes_terminals(self._rewards)
+                values = None if own else checked.reward_values
                 success = success_of(self._rewards, checked.success, values, threshold)
                 facts = _Facts(checked.row, checked.first, self.meta.tasks[checked.tasks[0]], success)
                 self._label(facts, threshold)  # fails if nobody knows how it ended, or what its rewards mean

@@ -99,8 +99,9 @@ def _episode(
     terminals = np.asarray(found.terminations, bool)
     rewards = stored
     if config is not None:
+        own = terminals if config.convention == "as_stored" else None
         rewards, terminals = reward_labels.label(
-            config, length, success=success, stored=stored, threshold=threshold, where=source
+            config, length, success=success, stored=stored, terminals=own, threshold=threshold, where=source
         )
     return Episode(
         state=np.concatenate([parts[name][:length].reshape(length, -1) for name in names], axis=1, dtype=np.float32),

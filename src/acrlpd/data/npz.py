@@ -184,6 +184,8 @@ def _check_asked(path: Path, goal: Goal | None, config: RewardConfig | None) -> 
             "goal=CubeGoal(((0.425, 0.1, 0.02),)) or goal=ButtonGoal((0, 1)) of acrlpd.data.npz; in a run "
             "--data.cube_goal 0.425 0.1 0.02 (x, y, z of each cube in m) or --data.button_goal 0 1."
         )
+    if config.convention == "as_stored":
+        raise ValueError(f"{path}: rewards.convention 'as_stored' does not apply to play data: it stores no rewards.")
     if config.convention == "0/1" and config.source != "sparse":
         raise ValueError(f"{path}: rewards of 0 and 1 do not count objects: ask for rewards.source='sparse' with them.")
     for name in ("success", "success_reward"):

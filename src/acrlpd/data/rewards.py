@@ -10,6 +10,8 @@ A worked example: five steps, the task is done at step 3 and the recorder runs o
     stored, -1/0    -1 -1 -1  0  0
     sparse, 0/1      0  0  0  0  1      terminal at 4: success counts at the end of the recording, nothing is cut
     sparse, -1/0    -1 -1 -1 -1  0
+
+With the convention ``as_stored`` rewards keep their numbers: for dense or shaped ones, which have no such reading.
 """
 
 from __future__ import annotations
@@ -29,9 +31,8 @@ class RewardConfig:
     """Which rewards to give recorded episodes. A reader that is given none leaves stored rewards as they are."""
 
     source: Literal["stored", "sparse"] = "stored"  # sparse: always from success. stored: so where none are stored
-    convention: Literal["0/1", "-1/0"] = (
-        "-1/0"  # -1/0 is 0/1 minus one: every step costs, the one that succeeds is free
-    )
+    # -1/0 is 0/1 minus one: every step costs, the one that succeeds is free. as_stored: dense rewards, unchanged
+    convention: Literal["0/1", "-1/0", "as_stored"] = "-1/0"
     success: bool | None = None  # your word for the episodes of which the format does not say how they ended
     terminal_on_failure: bool = (
         False  # failing ends the task, so nothing is bootstrapped past it; a time limit does not
@@ -41,8 +42,10 @@ class RewardConfig:
     def __post_init__(self):
         if self.source not in ("stored", "sparse"):
             raise ValueError(f"source must be 'stored' or 'sparse', got {self.source!r}")
-        if self.convention not in ("0/1", "-1/0"):
-            raise ValueError(f"convention must be '0/1' or '-1/0', got {self.convention!r}")
+        if self.convention not in ("0/1", "-1/0", "as_stored"):
+            raise ValueError(f"convention must be '0/1', '-1/0' or 'as_stored', got {self.convention!r}")
+        if self.source == "sparse" and self.convention == "as_stored":
+            raise ValueError("rewards.source 'sparse' makes rewards; the convention 'as_stored' keeps those stored")
 
 
 def success_reward(config: RewardConfig | None, stored: Iterable[np.ndarray]) -> float | None:
@@ -77,6 +80,11 @@ def success_of(
     return config.success if config is not None else None
 
 
+def believes_terminals(config: RewardConfig | None) -> bool:
+    """Whether stored terminals decide, so that nothing is guessed from rewards; the user's ``success_reward`` wins."""
+    return config is None or config.success_reward is None
+
+
 @typed
 def label(
     config: RewardConfig | None,
@@ -84,6 +92,7 @@ def label(
     *,
     success: bool | None,
     stored: Float[np.ndarray, " t"] | None = None,
+    terminals: Bool[np.ndarray, " t"] | None = None,
     threshold: float | None = None,
     where: str,
 ) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
@@ -93,6 +102,7 @@ def label(
         config: None leaves rewards as they are stored, and 0 where none are: good for imitation only.
         success: as ``success_of`` found it.
         stored: the rewards the format holds for the episode, if it does.
+        terminals: where the format itself says the task ended, if it does; see ``believes_terminals``.
         threshold: as ``success_reward`` found it for the data set.
         where: the episode (and file), for messages.
 
@@ -100,33 +110,49 @@ def label(
         ValueError: rewards are asked for, and nobody says whether the episode succeeded, or what its rewards mean.
     """
     last = np.arange(length) == length - 1
-    if stored is not None and (config is None or config.source == "stored"):
-        if threshold is not None:
-            done = stored >= threshold
-        elif config is None:
-            done = last & bool(success)
-        else:
-            raise _unknown_meaning(where, stored)
+    kept = stored if config is None or config.source == "stored" else None
+    reached = None if kept is None or threshold is None else kept >= threshold
+    unchanged = config is None or config.convention == "as_stored"
+    if kept is None and config is not None and unchanged:
+        raise _nothing_stored(where)
+    if kept is not None and reached is None and not unchanged:
+        raise _unknown_meaning(where, kept)
+    if kept is not None and terminals is not None and believes_terminals(config):
+        done = terminals
+    elif reached is not None:
+        done = reached
     elif success is None and config is not None:
         raise unknown_success(where)
     else:
         done = last & bool(success)
     if config is None:
-        return (np.zeros(length, np.float32) if stored is None else stored), done
-    rewards = done.astype(np.float32) - (1 if config.convention == "-1/0" else 0)
-    return rewards, last if config.terminal_on_failure and not done.any() else done
+        return (np.zeros(length, np.float32) if kept is None else kept), done
+    ends = last if config.terminal_on_failure and not done.any() else done
+    if kept is not None and unchanged:
+        return kept, ends
+    succeeded = done if reached is None else reached
+    return succeeded.astype(np.float32) - (1 if config.convention == "-1/0" else 0), ends
 
 
 def unknown_success(where: str) -> ValueError:
     return ValueError(
         f"{where}: success: rewards were asked for, but nothing in the data says whether the episode succeeded. State "
-        "it: RewardConfig(success=True) if all such episodes succeeded, RewardConfig(success=False) if none did."
+        "it: --data.rewards.success True if all such episodes succeeded, False if none did (from Python "
+        "RewardConfig(success=True))."
     )
 
 
 def _unknown_meaning(where: str, stored: np.ndarray) -> ValueError:
     return ValueError(
         f"{where}: rewards: expected 0 and 1 (or -1 and 0), found shaped or staged rewards up to {stored.max():g}. "
-        "Name the one that means success, as in RewardConfig(success_reward=4.0), or make sparse rewards with "
-        "RewardConfig(source='sparse')."
+        "Name the one that means success, as in --data.rewards.success_reward 4, keep them as they are with "
+        "--data.rewards.convention as_stored, or make sparse ones with --data.rewards.source sparse (from Python "
+        "RewardConfig(success_reward=4.0) and so on)."
+    )
+
+
+def _nothing_stored(where: str) -> ValueError:
+    return ValueError(
+        f"{where}: rewards: expected stored ones (convention 'as_stored'), found none. Have them made from success: "
+        "--data.rewards.convention -1/0 or 0/1."
     )

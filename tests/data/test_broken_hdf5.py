@@ -6,12 +6,14 @@ import subprocess
 import sys
 import warnings
 
+import h5py
+import numpy as np
 import pytest
 
+from acrlpd.data import hdf5
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.rewards import RewardConfig
-
-pytestmark = pytest.mark.reference
+from acrlpd.types import Episode
 
 NAMES = ("aloha_", "rm_", "droid_")
 
@@ -50,6 +52,7 @@ def messages(broken) -> dict[str, str | None]:
     return found
 
 
+@pytest.mark.reference
 def test_every_fault_is_named(broken, messages):
     folder, expected = broken
     for name, case in expected.items():
@@ -59,6 +62,7 @@ def test_every_fault_is_named(broken, messages):
             assert any(word.lower() in message for word in words), f"{name}: {words} not in {message!r}"
 
 
+@pytest.mark.reference
 def test_skipping_leaves_the_good_episodes(broken, messages):
     folder, expected = broken
     for name, case in expected.items():
@@ -78,3 +82,80 @@ def test_skipping_leaves_the_good_episodes(broken, messages):
             total = len(reader.skipped) + reader.num_episodes
             assert messages[name] in spoken
             assert f"{len(reader.skipped)} of {total} episodes were left out" in spoken
+
+
+def write_aloha(path, length=4):
+    with h5py.File(path, "w") as file:
+        for key in ("observations/qpos", "action"):
+            file[key] = np.ones((length, 14))
+        file["observations/images/top"] = np.zeros((length, 4, 5, 3), np.uint8)
+        file.attrs["sim"] = True
+
+
+def write_robomimic(path, length=4):
+    with h5py.File(path, "w") as file:
+        for number in range(2):
+            demo = file.create_group(f"data/demo_{number}")
+            for key, width in {"robot0_eef_pos": 3, "robot0_eef_quat": 4, "robot0_gripper_qpos": 2}.items():
+                demo[f"obs/{key}"] = np.ones((length, width))
+            demo["obs/agentview_image"] = np.zeros((length, 4, 5, 3), np.uint8)
+            demo["actions"] = np.zeros((length, 7))
+            demo["rewards"] = np.arange(length) // (length - 1) * 1.0
+            demo.attrs.update(num_samples=length, ep_meta='{"lang": "lift"}')
+        file["data"].attrs.update(total=2 * length, env_args='{"env_kwargs": {"control_freq": 20}}')
+        file["mask/train"] = np.array([b"demo_1"])
+
+
+def write_own(path, length=4):
+    zeros = np.zeros((length, 2), np.float32)
+    frames = {"top": np.zeros((length, 4, 5, 3), np.uint8)}
+    ends = np.arange(length) == length - 1
+    episode = Episode(zeros, zeros, ends.astype(np.float32), ends, task="lift", images=frames, success=True)
+    hdf5.write_episode(path, episode, {"fps": 10})
+
+
+def write_droid(path, length=4):
+    with h5py.File(path, "w") as file:
+        for key in ("observation/robot_state/joint_positions", "action/joint_velocity"):
+            file[key] = np.zeros((length, 7))
+        for key in ("observation/robot_state/gripper_position", "action/gripper_position"):
+            file[key] = np.zeros(length)
+        file["observation/controller_info/movement_enabled"] = np.ones(length, bool)
+        file["observation/camera_type/1234"] = np.zeros(length)
+        file.attrs["success"] = True
+
+
+WRITERS = {
+    "aloha": (write_aloha, "episode_0.hdf5"),
+    "robomimic": (write_robomimic, "demos.hdf5"),
+    "acrlpd": (write_own, "episode_0.hdf5"),
+    "droid": (write_droid, "trajectory.h5"),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "key"),
+    [
+        ("aloha", "observations/qpos"),
+        ("aloha", "action"),
+        ("robomimic", "data/demo_0/obs/robot0_eef_pos"),
+        ("robomimic", "data/demo_0/actions"),
+        ("robomimic", "data/demo_0/rewards"),
+        ("acrlpd", "observations/state"),
+        ("acrlpd", "actions"),
+        ("acrlpd", "rewards"),
+        ("droid", "observation/robot_state/joint_positions"),
+        ("droid", "action/gripper_position"),
+    ],
+)
+def test_numbers_beyond_float32_are_named(tmp_path, layout, key):
+    write, name = WRITERS[layout]
+    write(tmp_path / name)
+    with h5py.File(tmp_path / name, "r+") as file:
+        values = file[key][...].astype(np.float64)
+        values[2] = 1e300
+        del file[key]
+        file[key] = values
+    label = key.removeprefix("data/demo_0/")
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: .*{label}: expected finite .*found 1e\+300 in row 2"):
+        H5DatasetReader(tmp_path)

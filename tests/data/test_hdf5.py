@@ -80,10 +80,13 @@ def remove(key):
         (replace("rewards", np.zeros((4, 1), np.float32)), r"rewards: expected 1 axes, found shape \(4, 1\)"),
         (replace("rewards", np.zeros(4, np.int64)), "rewards: expected float32, found int64"),
         (replace("terminals", np.zeros(4, np.float32)), "terminals: expected bool, found float32"),
-        (replace("actions", np.full((4, 2), np.nan, np.float32)), "actions: expected finite numbers, .* in row 0"),
+        (
+            replace("actions", np.full((4, 2), np.nan, np.float32)),
+            "actions: expected finite float32 numbers, .* in row 0",
+        ),
         (
             replace("observations/state", np.array([[0.0] * 3] * 3 + [[0, np.inf, 0]], np.float32)),
-            "observations/state: expected finite numbers, .* in row 3",
+            "observations/state: expected finite float32 numbers, .* in row 3",
         ),
         (replace("observations/images/top", np.zeros((4, 5, 6, 1), np.uint8)), "images/top: expected uint8"),
         (replace("observations/images/top", np.zeros((3, 5, 6, 3), np.uint8)), "images/top: expected 4 rows"),
@@ -126,6 +129,8 @@ def test_what_would_not_be_read_is_not_written(tmp_path):
     broken = dataclasses.replace(episode, rewards=np.full(4, np.nan, np.float32))
     with pytest.raises(ValueError, match="rewards: expected finite"):
         hdf5.write_episode(tmp_path / "episode_0.hdf5", broken)
+    with pytest.raises(ValueError, match=r"state: expected finite float32 numbers, found 1e\+300 in row 0"):
+        hdf5.write_episode(tmp_path / "episode_0.hdf5", dataclasses.replace(episode, state=np.full((4, 3), 1e300)))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -100,6 +100,7 @@ def test_actions_are_clipped_on_request(tmp_path):
         ),
         ({"terminals": np.array([1, 0, 0, 1])}, None, r"episode 0: the episode is empty \(0 steps\)"),
         ({"qpos": None}, GOAL, "qpos: the goal needs this array"),
+        ({"qpos": np.full((4, 21), "a")}, GOAL, "qpos: the goal needs this array of numbers"),
         ({}, CubeGoal(GOAL.positions * 2), "qpos: 21 numbers a row are too few for 2 cubes"),
         ({"button_states": np.zeros((4, 9))}, ButtonGoal((1,)), "button_states: 9 buttons, but the goal names 1"),
         ({"observations": np.array([[None, 1]] * 4)}, None, "expected a complete .npz file"),
@@ -121,12 +122,18 @@ def test_a_file_cut_anywhere_is_an_error(tmp_path):
         NpzReader(tmp_path / "b.npz")
 
 
-def test_a_bad_trajectory_is_skipped_on_request(tmp_path):
-    actions = np.zeros((8, 1))
-    actions[1] = np.inf
-    path = play(tmp_path / "a.npz", CUBE_X, [3, 7], actions=actions)
+@pytest.mark.parametrize("clip_actions", [False, True])
+@pytest.mark.parametrize("key", ["actions", "observations"])
+@pytest.mark.parametrize("number", [np.inf, 1e300])  # the second is beyond float32
+def test_a_bad_trajectory_is_skipped_on_request(tmp_path, key, number, clip_actions):
+    values = np.zeros((8, 2))
+    values[1] = number
+    path = play(tmp_path / "a.npz", CUBE_X, [3, 7], **{key: values})
+    name = {"observations": "state"}.get(key, key)
+    with pytest.raises(ValueError, match=rf"a\.npz: episode 0: {name} holds a number that is not finite"):
+        NpzReader(path, clip_actions=clip_actions)
     with pytest.warns(UserWarning, match="left out"):
-        reader = NpzReader(path, on_bad_episode="skip")
+        reader = NpzReader(path, on_bad_episode="skip", clip_actions=clip_actions)
     assert [info.source for info in (reader.info(0),)] == [f"{path}: episode 1"]
     assert [name for name, _ in reader.skipped] == [f"{path}: episode 0"]
 

@@ -431,17 +431,20 @@ class _Numbering:
 def _checked_rows(episode: Episode) -> dict[str, np.ndarray]:
     """The episode's arrays by key, in the dtypes of a store; refuses what no store should hold."""
     source = episode.source
-    rows = {
-        "state": np.asarray(episode.state, np.float32),
-        "actions": np.asarray(episode.actions, np.float32),
-        "rewards": np.asarray(episode.rewards, np.float32),
-        "terminals": np.asarray(episode.terminals, bool),
-    }
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+        rows = {
+            "state": np.asarray(episode.state, np.float32),
+            "actions": np.asarray(episode.actions, np.float32),
+            "rewards": np.asarray(episode.rewards, np.float32),
+            "terminals": np.asarray(episode.terminals, bool),
+        }
     for key, rank in (("state", 2), ("actions", 2), ("rewards", 1), ("terminals", 1)):
         if rows[key].ndim != rank:
             raise ValueError(f"{source}: {key} has shape {rows[key].shape}, expected {rank} axes, time first")
         if not np.isfinite(rows[key]).all():
-            raise ValueError(f"{source}: {key} holds a number that is not finite (nan or inf). Repair or skip it.")
+            raise ValueError(
+                f"{source}: {key} holds a number that is not finite (nan, inf, or beyond float32). Repair or skip it."
+            )
     for camera, images in episode.images.items():
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(

@@ -102,9 +102,8 @@ class NpzReader(HeldEpisodes):
         self.fps = check_fps(fps)
         arrays = _load(self.path)
         labels, done = _relabelled(self.path, arrays, goal, rewards)
-        actions = arrays["actions"].astype(np.float32, copy=False)
-        actions = np.clip(actions, -1 + CLIP, 1 - CLIP) if clip_actions else actions
-        state = arrays["observations"].astype(np.float32, copy=False)
+        state, actions = arrays["observations"], arrays["actions"]
+        actions = _clipped(actions) if clip_actions else actions
         bad = BadEpisodes(on_bad_episode)
         self._store = EpisodeStore()
         last_rows = np.flatnonzero(arrays["terminals"])
@@ -157,6 +156,13 @@ def _load(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+def _clipped(actions: np.ndarray) -> Float[np.ndarray, "r a"]:
+    """Numbers that float32 cannot hold stay infinite: they are refused, not clipped."""
+    with np.errstate(over="ignore"):
+        actions = actions.astype(np.float32)
+    return np.where(np.isfinite(actions), np.clip(actions, -1 + CLIP, 1 - CLIP), actions)
+
+
 def _relabelled(
     path: Path, arrays: Arrays, goal: Goal | None, config: RewardConfig | None
 ) -> tuple[Float[np.ndarray, " r"], Bool[np.ndarray, " r"]]:
@@ -196,6 +202,6 @@ def _check_asked(path: Path, goal: Goal | None, config: RewardConfig | None) -> 
 
 
 def _required(arrays: Arrays, key: str) -> np.ndarray:
-    if key not in arrays or arrays[key].ndim != 2:
-        raise ValueError(f"{key}: the goal needs this array with 2 axes; the file has {', '.join(arrays)}")
+    if key not in arrays or arrays[key].ndim != 2 or arrays[key].dtype.kind not in "fiub":
+        raise ValueError(f"{key}: the goal needs this array of numbers with 2 axes; the file has {', '.join(arrays)}")
     return arrays[key]

@@ -210,8 +210,6 @@ def _check_episode(where: str, episode: Episode) -> None:
             raise ValueError(f"{where}: {key}: expected {rank} axes, found shape {array.shape}")
         if len(array) != length:
             raise ValueError(f"{where}: {key}: expected {length} rows (as in actions), found {len(array)}")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            row = int(np.argwhere(~np.isfinite(array))[0, 0])
-            raise ValueError(f"{where}: {key}: expected finite numbers, found {array[row]} in row {row}")
+        columns.check_finite(where, key, np.asarray(array))
         if rank == 4 and (array.shape[-1] != 3 or array.dtype != np.uint8):
             raise ValueError(f"{where}: {key}: expected uint8 (T, h, w, 3), found {array.dtype} {array.shape}")

@@ -13,6 +13,7 @@ import json
 import logging
 import mmap
 import os
+import stat
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -84,25 +85,27 @@ class MetadataCache:
 def fingerprint(path: Path) -> str:
     """Changes with the name, size or time of any file that is not hidden."""
     digest = hashlib.sha256()
-    for name, size, time_ns in sorted(_files(path, "")):
+    for name, size, time_ns in sorted(_files(path, "", frozenset())):
         digest.update(f"{name}\0{size}\0{time_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-def _files(path: Path, name: str) -> Iterator[tuple[str, int, int]]:
-    if path.is_file():
-        status = path.stat()
-        yield name, status.st_size, status.st_mtime_ns
+def _files(
+    path: str | os.PathLike[str], name: str, above: frozenset[tuple[int, int]]
+) -> Iterator[tuple[str, int, int]]:
+    """``above``: the folders that this one lies in. A link may lead back to one of them."""
+    try:
+        status = os.stat(path)
+    except OSError:  # a link that leads nowhere; where it is an episode, its reader says so
+        yield name, -1, -1
         return
-    with os.scandir(path) as found:
-        for entry in found:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _files(Path(entry.path), f"{name}/{entry.name}")
-            else:
-                status = entry.stat()
-                yield f"{name}/{entry.name}", status.st_size, status.st_mtime_ns
+    if not stat.S_ISDIR(status.st_mode):
+        yield name, status.st_size, status.st_mtime_ns
+    elif (place := (status.st_dev, status.st_ino)) not in above:
+        with os.scandir(path) as found:
+            for entry in found:
+                if not entry.name.startswith("."):
+                    yield from _files(entry.path, f"{name}/{entry.name}", above | {place})
 
 
 def _read(entry: Path, files: str) -> tuple[Arrays, list[str]] | None:

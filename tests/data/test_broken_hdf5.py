@@ -2,16 +2,19 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
-from acrlpd.data import hdf5
+from acrlpd.data import hdf5, sources
 from acrlpd.data.hdf5 import H5DatasetReader
+from acrlpd.data.metadata_cache import MetadataCache
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.types import Episode
 
@@ -159,3 +162,168 @@ def test_numbers_beyond_float32_are_named(tmp_path, layout, key):
     label = key.removeprefix("data/demo_0/")
     with pytest.raises(ValueError, match=rf"{re.escape(name)}: .*{label}: expected finite .*found 1e\+300 in row 2"):
         H5DatasetReader(tmp_path)
+
+
+def put(values):
+    return lambda parent, key: parent.__setitem__(key, values)
+
+
+CONTENTS = {  # what takes the place of a dataset or group
+    "nothing": lambda parent, key: None,
+    "a group": lambda parent, key: parent.create_group(key),
+    "a dead link": put(h5py.SoftLink("/nowhere")),
+    "no content": put(h5py.Empty("f4")),
+    "a number": put(1.0),
+    "rows": put(np.zeros(2)),
+    "no rows": put(np.zeros(0)),
+    "many axes": put(np.zeros((4, 2, 2, 2, 2), np.float32)),
+    "complex numbers": put(np.zeros((4, 2), complex)),
+    "texts": put(np.array([b"a"] * 4)),
+    "a text": put("demo_0"),
+    "records": put(np.zeros(4, [("a", "f4"), ("b", "i4")])),
+    "a type": put(np.dtype("i4")),
+}
+ATTRIBUTES = [
+    *(None, "abc", "", "{}", "[1, 2]", '{"env_kwargs": 3}', '{"env_kwargs": {"control_freq": "x"}}', '{"fps": "x"}'),
+    *(np.bytes_(b"\xff"), 7, np.nan, np.array([1, 2]), np.array(["a", "b"], object), h5py.Empty("f4"), 1j),
+]
+
+
+def places(path) -> tuple[list[str], list[tuple[str, str]]]:
+    """The datasets and groups of a file, and its attributes; of several demos, the first one's."""
+    with h5py.File(path) as file:
+        items, holders = [], ["/"]
+        file.visit(items.append)
+        items = [item for item in items if not re.match(r"data/demo_[1-9]", item)]
+        holders += items
+        return items, [(holder, name) for holder in holders for name in file[holder].attrs]
+
+
+def opens_or_names(path, **options):
+    """The set opens and its numbers are read, or the error is one for people and names the file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            reader = H5DatasetReader(path.parent, **options)
+        for index in range(reader.num_episodes):
+            reader.episode(index)
+    except (ValueError, FileNotFoundError) as error:
+        assert path.parent.name in str(error), error  # noqa: PT017 every other kind of error fails the test
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("layout", [*WRITERS, pytest.param("committed", marks=pytest.mark.slow)])
+def test_whatever_takes_the_place_of_something_is_no_traceback(tmp_path, layout):
+    if layout == "committed":
+        original = Path(__file__).parent / "shared/data/h5-robomimic/low_dim.hdf5"
+    else:
+        write, name = WRITERS[layout]
+        original = tmp_path / name
+        write(original)
+    path = tmp_path / "broken" / original.name
+    path.parent.mkdir()
+    options = [{"rewards": RewardConfig(success=True)}, {"on_bad_episode": "skip"}]
+    options += [{"filter_key": "train"}] if (layout in ("robomimic", "committed")) else []
+    items, attributes = places(original)
+    assert items
+    failures = []
+
+    def attempt(change):
+        shutil.copyfile(original, path)
+        with h5py.File(path, "r+") as file:
+            change(file)
+        failures.extend(message for asked in options if (message := opens_or_names(path, **asked)))
+
+    for item in items:
+        for place in CONTENTS.values():
+
+            def change(file, item=item, place=place):
+                del file[item]
+                place(file, item)
+
+            attempt(change)
+    for holder, name in attributes:
+        for value in ATTRIBUTES:
+
+            def change(file, holder=holder, name=name, value=value):
+                file[holder].attrs.pop(name)
+                if value is not None:
+                    file[holder].attrs[name] = value
+
+            attempt(change)
+    assert failures
+
+
+@pytest.mark.parametrize(
+    ("layout", "place", "name", "value", "message"),
+    [
+        (
+            "robomimic",
+            "data/demo_0",
+            "num_samples",
+            "many",
+            r"demo_0: attribute num_samples: it says many steps, but 4",
+        ),
+        ("robomimic", "data", "env_args", '{"env_kwargs": 3}', "attribute env_args: expected an object env_kwargs"),
+        ("acrlpd", "/", "success", "perhaps", "success: expected true or false, found 'perhaps'"),
+        ("acrlpd", "/", "task", 5, "attribute task: expected text, found .*5"),
+        ("acrlpd", "/", "metadata", '{"fps": "x"}', "attribute metadata: expected a positive fps, found 'x'"),
+        ("droid", "/", "success", np.array([1, 0]), "success: expected true or false, found array"),
+    ],
+)
+def test_attributes_of_the_wrong_type_are_named(tmp_path, layout, place, name, value, message):
+    write, file_name = WRITERS[layout]
+    write(tmp_path / file_name)
+    with h5py.File(tmp_path / file_name, "r+") as file:
+        file[place].attrs[name] = value
+    with pytest.raises(ValueError, match=rf"{re.escape(file_name)}: .*{message}|{re.escape(file_name)}: {message}"):
+        H5DatasetReader(tmp_path)
+
+
+def test_one_bad_demo_does_not_cost_the_others(tmp_path):
+    write_robomimic(tmp_path / "demos.hdf5")
+    with h5py.File(tmp_path / "demos.hdf5", "r+") as file:
+        file["data/demo_0"].attrs["num_samples"] = "many"
+        file["data/demo_2"] = h5py.SoftLink("/nowhere")
+    with pytest.warns(UserWarning, match="left out"):
+        reader = H5DatasetReader(tmp_path, on_bad_episode="skip")
+    assert [name.rpartition("/")[2] for name, _ in reader.skipped] == ["demo_0", "demo_2"]
+    assert "data/demo_2: expected a group, found nothing" in reader.skipped[1][1]
+
+
+@pytest.mark.parametrize(("stored", "expected"), [("False", False), ("true", True), (0, False), (np.bool_(True), True)])
+def test_a_success_that_is_a_word_is_read_as_it_says(tmp_path, stored, expected):
+    write_own(tmp_path / "episode_0.hdf5")
+    with h5py.File(tmp_path / "episode_0.hdf5", "r+") as file:
+        file.attrs["success"] = stored
+    assert H5DatasetReader(tmp_path).info(0).success is expected
+    assert hdf5.read_episode(tmp_path / "episode_0.hdf5").success is expected
+
+
+def test_a_folder_is_no_episode(tmp_path):
+    write_own(tmp_path / "episode_0.hdf5")
+    (tmp_path / "episode_1.hdf5").mkdir()
+    assert H5DatasetReader(tmp_path).num_episodes == 1
+    (tmp_path / "episode_0.hdf5").unlink()
+    with pytest.raises(ValueError, match="and no episodes"):
+        sources.open_episodes(tmp_path)
+    with pytest.raises(ValueError, match="expected files named"):
+        H5DatasetReader(tmp_path)
+
+
+def test_links_that_lead_nowhere(tmp_path):
+    cache = MetadataCache(tmp_path / "cache")
+    folder = tmp_path / "set"
+    write_own(folder / "episode_0.hdf5")
+    (folder / "notes.txt").symlink_to("gone")
+    (folder / "around").symlink_to("around")
+    (folder / "up").symlink_to(folder)
+    assert H5DatasetReader(folder, metadata_cache=cache).num_episodes == 1
+    (folder / "episode_1.hdf5").symlink_to("gone.hdf5")
+    (folder / "episode_2.hdf5").symlink_to("episode_2.hdf5")
+    with pytest.raises(FileNotFoundError, match=r"episode_1\.hdf5: the link leads to no file"):
+        H5DatasetReader(folder, metadata_cache=cache)
+    with pytest.warns(UserWarning, match="left out"):
+        reader = H5DatasetReader(folder, metadata_cache=cache, on_bad_episode="skip")
+    assert [name.rpartition("/")[2] for name, _ in reader.skipped] == ["episode_1.hdf5", "episode_2.hdf5"]

@@ -415,7 +415,8 @@ def _open_layout(path: Path, options: Options) -> Layout:
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        files = [file for file in path.iterdir() if file.suffix in SUFFIXES and not file.name.startswith(".")]
+        named = [file for file in path.iterdir() if file.suffix in SUFFIXES and not file.name.startswith(".")]
+        files = [file for file in named if not file.is_dir()]
         files = [] if path / droid.FILE in files else files
     else:
         raise FileNotFoundError(f"{path}: no such file or folder. Point it at recorded episodes.")
@@ -442,7 +443,7 @@ def _kind(path: Path) -> Callable[[list[Path], Options], Layout] | None:
     """The layout of one file; None if it cannot be read or has another."""
     try:
         with Reading(path) as file:
-            if file.attrs.get("format") == FORMAT:
+            if np.array_equal(file.attrs.get("format"), FORMAT):
                 return Own
             if isinstance(file.get("data"), h5py.Group):
                 return Robomimic

@@ -120,7 +120,7 @@ def identify(data: Any) -> Format:
     if any((path / name).is_file() for name in ("data/metadata.json", "metadata.json")):
         return "minari"
     names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
-    if any(name.endswith(SUFFIXES) for name in names):
+    if any(name.endswith(SUFFIXES) and not (path / name).is_dir() for name in names):
         return "hdf5"
     below = [name for name in names if (path / name / "meta/info.json").is_file()]
     if below:

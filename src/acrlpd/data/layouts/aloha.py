@@ -45,7 +45,7 @@ class Aloha:
                 ),
             }
             # Names containing "depth" are not colour pictures.
-            cameras = [name for name in file.get("observations/images", {}) if "depth" not in name]
+            cameras = [name for name in columns.names(where, file, "observations/images") if "depth" not in name]
             pictures = {
                 IMAGE_PREFIX + camera: _pictures(where, file, f"observations/images/{camera}")
                 for camera in columns.choose_cameras(where, cameras, options.cameras)

@@ -126,7 +126,8 @@ class Reading:
 
     def __enter__(self) -> h5py.File:
         if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path}: no such file")
+            reason = "the link leads to no file" if self.path.is_symlink() else "no such file"
+            raise FileNotFoundError(f"{self.path}: {reason}")
         try:
             self.file = h5py.File(self.path, "r")
         except (OSError, RuntimeError) as error:
@@ -137,6 +138,11 @@ class Reading:
         self.file.close()
         if isinstance(error, OSError | RuntimeError):  # h5py raises either, depending on what is damaged
             raise self._damaged(error) from error
+        if isinstance(error, LookupError | TypeError | AttributeError):  # and these for what is no such thing
+            raise ValueError(
+                f"{self.path}: expected another content: something in it has a type or shape that its layout does not "
+                f"have ({error})"
+            ) from error
 
     def _damaged(self, error: Exception) -> ValueError:
         return ValueError(f"{self.path}: expected a complete HDF5 file; it is truncated or not HDF5 ({error})")
@@ -147,6 +153,18 @@ def dataset(where: str, group: h5py.Group, label: str) -> h5py.Dataset:
     if not isinstance(found, h5py.Dataset):
         raise ValueError(f"{where}: {label}: expected a dataset, found {'nothing' if found is None else 'a group'}")
     return found
+
+
+def group(where: str, parent: h5py.Group, label: str) -> h5py.Group:
+    found = parent.get(label)
+    if not isinstance(found, h5py.Group):
+        raise ValueError(f"{where}: {label}: expected a group, found {'nothing' if found is None else 'a dataset'}")
+    return found
+
+
+def names(where: str, parent: h5py.Group, label: str) -> list[str]:
+    """What a group has; an absent one has nothing."""
+    return list(group(where, parent, label)) if label in parent else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +182,8 @@ class Rows:
     def of(cls, where: str, data: h5py.Dataset, label: str, *, kinds: str, ranks: Sequence[int]) -> Rows:
         """What a data set holds; refuses other dtype kinds and numbers of axes."""
         shape, dtype = data.shape, data.dtype
+        if shape is None:
+            raise ValueError(f"{where}: {label}: expected numbers, found a dataset without any content")
         if dtype.kind not in kinds:
             names = " or ".join(
                 {"f": "floats", "i": "integers", "u": "unsigned integers", "b": "booleans"}[kind] for kind in kinds
@@ -470,10 +490,26 @@ def choose_cameras(where: str, found: Sequence[str], wanted: Sequence[str] | Non
 
 def text(where: str, name: str, value: Any) -> str:
     """An attribute as text. h5py hands out invalid UTF-8 as surrogates, or as bytes where the length is fixed."""
+    if not isinstance(value, str | bytes):
+        raise ValueError(f"{where}: attribute {name}: expected text, found {value!r}")
     try:
-        return (value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogateescape")).decode("utf-8")
+        return (value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")).decode("utf-8")
     except UnicodeError as error:
         raise ValueError(f"{where}: attribute {name}: expected UTF-8 text ({error})") from error
+
+
+KNOWN_FLAGS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def flag(where: str, name: str, value: Any) -> bool | None:
+    """An attribute that is true or false: a boolean, 0, 1 or such a word; an absent one (None) is unknown."""
+    if value is None:
+        return None
+    plain = value.item() if isinstance(value, np.generic | np.ndarray) and value.size == 1 else value
+    word = text(where, name, plain).strip().lower() if isinstance(plain, str | bytes) else str(plain).lower()
+    if word.removesuffix(".0") not in KNOWN_FLAGS:
+        raise ValueError(f"{where}: {name}: expected true or false, found {value!r}")
+    return KNOWN_FLAGS[word.removesuffix(".0")]
 
 
 def json_text(where: str, name: str, value: Any) -> dict[str, Any]:

@@ -139,8 +139,8 @@ def _serial_order(serial: str) -> tuple[int, str]:
 def _success(where: str, file: h5py.File, metadata: Mapping[str, Any], place: Path) -> bool | None:
     """From the first source that knows: attribute, JSON, controller, name of a folder."""
     for source in (file.attrs, metadata):
-        if source.get("success") is not None:
-            return bool(source["success"])
+        if (found := columns.flag(where, "success", source.get("success"))) is not None:
+            return found
     label = "observation/controller_info/success"
     if label in file and len(recorded := columns.vector(where, file, label)):
         return bool(recorded[-1])

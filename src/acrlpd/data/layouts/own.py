@@ -84,16 +84,15 @@ def read_episode(path: str | os.PathLike[str]) -> Episode:
     """Read and check one episode: finite, of one length, at least one step."""
     with Reading(Path(path)) as file:
         check_layout(str(path), file)
-        images = file.get("observations/images", {})
-        success = file.attrs.get("success")
+        images = columns.names(str(path), file, "observations/images")
         episode = Episode(
             state=_array(str(path), file, "observations/state", "f", np.float32),
             actions=_array(str(path), file, "actions", "f", np.float32),
             rewards=_array(str(path), file, "rewards", "f", np.float32),
             terminals=_array(str(path), file, "terminals", "b", np.bool_),
-            task=str(file.attrs["task"]),
+            task=columns.text(str(path), "task", file.attrs["task"]),
             images={name: _array(str(path), file, f"observations/images/{name}", "u", np.uint8) for name in images},
-            success=None if success is None else bool(success),
+            success=columns.flag(str(path), "success", file.attrs.get("success")),
             source=str(path),
         )
     _check_episode(str(path), episode)
@@ -103,7 +102,7 @@ def read_episode(path: str | os.PathLike[str]) -> Episode:
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     with Reading(Path(path)) as file:
         check_layout(str(path), file)
-        return json.loads(file.attrs.get("metadata", "{}"))
+        return columns.json_text(str(path), "metadata", file.attrs.get("metadata"))
 
 
 class Own:
@@ -122,18 +121,18 @@ class Own:
         where = self.sources[index]
         with Reading(self._paths[index]) as file:
             check_layout(where, file)
-            cameras = columns.choose_cameras(where, list(file.get("observations/images", {})), self._options.cameras)
+            recorded = columns.names(where, file, "observations/images")
+            cameras = columns.choose_cameras(where, recorded, self._options.cameras)
             found: dict[str, Column] = {
                 "state": Joined((columns.numbers(where, file, "observations/state", kinds="f", ranks=(2,)),)),
                 "actions": Joined((columns.numbers(where, file, "actions", kinds="f", ranks=(2,)),)),
             }
             for camera in cameras:
                 found[IMAGE_PREFIX + camera] = columns.raw_pictures(where, file, f"observations/images/{camera}")
-            success = file.attrs.get("success")
             record = Record(
                 found,
                 columns.text(where, "task", file.attrs["task"]) or self._options.default_task,
-                None if success is None else bool(success),
+                columns.flag(where, "success", file.attrs.get("success")),
                 columns.vector(where, file, "rewards", kinds="f").astype(np.float32),
                 columns.vector(where, file, "terminals", kinds="b"),
             )
@@ -147,7 +146,11 @@ def _stated_fps(paths: Sequence[Path]) -> float | None:
             fps = read_metadata(path).get("fps")
         except ValueError:  # damaged: told when its episode is read
             continue
-        return None if fps is None else float(fps)
+        if fps is None:
+            return None
+        if not (isinstance(fps, int | float) and 0 < fps < np.inf):
+            raise ValueError(f"{path}: attribute metadata: expected a positive fps, found {fps!r}")
+        return float(fps)
     return None
 
 
@@ -177,12 +180,12 @@ def _fill(file: h5py.File, episode: Episode, metadata: Mapping[str, Any], compre
 def check_layout(where: str, file: h5py.File) -> None:
     """Raises unless ``file`` holds an episode as described above."""
     found = file.attrs.get("format")
-    if found != FORMAT:
+    if not isinstance(found, str) or found != FORMAT:
         raise ValueError(
             f"{where}: expected the attribute format={FORMAT!r} on '/', found {found!r} (keys: {sorted(file)}). "
             "The file has another layout."
         )
-    if file.attrs.get("version") != VERSION:
+    if not np.array_equal(file.attrs.get("version"), VERSION):
         raise ValueError(
             f"{where}: expected version={VERSION}, found {file.attrs.get('version')!r}. "
             "The file was written by another release of acrlpd; upgrade, or write it again."

@@ -60,14 +60,14 @@ class Robomimic:
         state_keys = options.state_keys or (LIBERO_STATE_KEYS if self._libero else STATE_KEYS)
         convert = options.state_keys is None
         with Reading(path) as file:
-            demo = file[f"data/{name}"]
+            demo = columns.group(where, file, f"data/{name}")
             found: dict[str, Column] = {
                 "state": Joined(tuple(_state(where, demo, f"obs/{key}", convert=convert) for key in state_keys)),
                 "actions": Joined(
                     tuple(columns.numbers(where, demo, label) for label in options.action_keys or ACTION_KEYS)
                 ),
             }
-            for camera in columns.choose_cameras(where, _cameras(demo), options.cameras):
+            for camera in columns.choose_cameras(where, _cameras(where, demo), options.cameras):
                 found[IMAGE_PREFIX + camera] = columns.raw_pictures(
                     where, demo, f"obs/{camera}", flip=self._flips[path]
                 )
@@ -86,13 +86,13 @@ class Robomimic:
         with Reading(path) as file:
             demos = _demo_names(where, file, self._options.filter_key)
             attributes = file["data"].attrs
-            _check_total(where, file)
+            _check_total(where, file["data"])
             problem = columns.json_text(where, "problem_info", attributes.get("problem_info"))
-            arguments = columns.json_text(where, "env_args", attributes.get("env_args"))
-            libero = bool(problem) or any("agentview_rgb" in file[f"data/{demo}"].get("obs", {}) for demo in demos)
+            arguments = _environment(where, attributes)
+            libero = bool(problem) or any(f"data/{demo}/obs/agentview_rgb" in file for demo in demos)
             convention = attributes.get("macros_image_convention", "opengl")
             self._demos += [(path, demo) for demo in demos]
-            self._tasks[path] = str(problem.get("language_instruction") or _environment_text(arguments))
+            self._tasks[path] = str(problem.get("language_instruction") or arguments.get("env_lang") or "")
             # pi0's pictures are mirrored; OpenGL's have the rows upside down as well.
             upside_down = columns.text(where, "macros_image_convention", convention) == "opengl"
             self._flips[path] = ((0, 1) if upside_down else (1,)) if libero else ()
@@ -102,13 +102,14 @@ class Robomimic:
 
 def _demo_names(where: str, file: h5py.File, filter_key: str | None) -> list[str]:
     """The demos, or those that the filter key names, by number: text order puts demo_10 before demo_2."""
-    data = file["data"]
-    stored = [name for name in data if re.fullmatch(r"demo_\d+", name) and isinstance(data[name], h5py.Group)]
+    stored = [name for name in columns.group(where, file, "data") if re.fullmatch(r"demo_\d+", name)]
     if filter_key is not None:
         mask = file.get(f"mask/{filter_key}")
         if not isinstance(mask, h5py.Dataset):
-            known = ", ".join(file.get("mask", {})) or "none"
+            known = ", ".join(columns.names(where, file, "mask")) or "none"
             raise ValueError(f"{where}: mask/{filter_key}: no such filter key; the file has {known}")
+        if mask.ndim != 1:
+            raise ValueError(f"{where}: mask/{filter_key}: expected a list of names, found the shape {mask.shape}")
         names = [columns.text(where, f"mask/{filter_key}", name) for name in mask[...].tolist()]
         unknown = sorted(set(names) - set(stored))
         if unknown:
@@ -128,32 +129,37 @@ def _state(where: str, demo: h5py.Group, label: str, *, convert: bool) -> Column
     return Converted(rows, columns.axis_angle, (3,)) if convert and is_quaternion else rows
 
 
-def _cameras(demo: h5py.Group) -> list[str]:
+def _cameras(where: str, demo: h5py.Group) -> list[str]:
     """Keys that hold colour pictures: ``<camera>_image``, in LIBERO ``<camera>_rgb``."""
-    return [key for key in demo.get("obs", {}) if key.endswith(("_image", "_rgb"))]
+    return [key for key in columns.names(where, demo, "obs") if key.endswith(("_image", "_rgb"))]
 
 
 def _check_num_samples(where: str, demo: h5py.Group, stored: int) -> None:
     stated = demo.attrs.get("num_samples", stored)
-    if int(stated) != stored:
+    if not np.array_equal(stated, stored):
         raise ValueError(f"{where}: attribute num_samples: it says {stated} steps, but {stored} are stored")
 
 
-def _check_total(where: str, file: h5py.File) -> None:
+def _check_total(where: str, data: h5py.Group) -> None:
     """A warning only: copies with some demos taken out keep the old number, and nothing is read by it."""
-    total = file["data"].attrs.get("total")
-    counted = sum(int(demo.attrs.get("num_samples", 0)) for demo in file["data"].values())
-    if total is not None and int(total) != counted:
+    total = data.attrs.get("total")
+    stated = [demo.attrs.get("num_samples", 0) for demo in map(data.get, data) if isinstance(demo, h5py.Group)]
+    counted = sum(steps for steps in stated if isinstance(steps, int | np.number))  # others: told with their demo
+    if total is not None and not np.array_equal(total, counted):
         warnings.warn(f"{where}: attribute total of /data: {total} steps, but its demos have {counted}", stacklevel=2)
 
 
-def _environment_text(arguments: dict[str, Any]) -> str:
-    return str((arguments.get("env_kwargs") or {}).get("env_lang") or "")
+def _environment(where: str, attributes: h5py.AttributeManager) -> dict[str, Any]:
+    """The arguments of the environment, of which its text and rate are used."""
+    arguments = columns.json_text(where, "env_args", attributes.get("env_args")).get("env_kwargs") or {}
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{where}: attribute env_args: expected an object env_kwargs, found {arguments!r}")
+    return arguments
 
 
 def _control_rate(where: str, arguments: dict[str, Any]) -> float | None:
-    rate = (arguments.get("env_kwargs") or {}).get("control_freq")
-    if rate is not None and not float(rate) > 0:
+    rate = arguments.get("control_freq")
+    if rate is not None and not (isinstance(rate, int | float) and 0 < rate < np.inf):
         raise ValueError(f"{where}: attribute env_args: expected a positive control_freq, found {rate!r}")
     return None if rate is None else float(rate)
 

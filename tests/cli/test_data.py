@@ -72,6 +72,8 @@ def test_nothing_usable(folder, capsys):
         (["data", "convert", "{set}", "{tmp}/new", "--to", "hdf5", "--pictures", "png"], "--pictures means nothing"),
         (["data", "convert", "{set}", "{tmp}/new", "--to", "hdf5", "--robot-type", "arm"], "--robot-type means"),
         (["data", "convert", "{set}", "{tmp}/new", "--compression", "gzip"], "--compression means nothing"),
+        (["data", "cache", "{set}", "{tmp}/new", "--height", "0"], "height must be at least 1 pixel, got 0"),
+        (["data", "cache", "{set}", "{tmp}/new", "--width", "-5"], "width must be at least 1 pixel, got -5"),
     ],
 )
 def test_mistakes(folder, capsys, tmp_path, arguments, hint):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import subprocess
 import time
 import warnings
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from acrlpd.data import hdf5
+from acrlpd.data import hdf5, unfinished
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.metadata_cache import MetadataCache, default_folder
 from acrlpd.types import Episode
@@ -160,6 +161,17 @@ def test_a_full_disk_is_no_error(cache, file, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         assert cache.get(file.parent, "", Counting(file))["size"] == 5
     assert "No space left" in caplog.text
+
+
+def test_what_a_killed_process_left_is_removed(cache, file):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    entry = cache.entry_path(file.parent, "")
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    ours = unfinished.temporary_path(entry).name
+    entry.with_name(ours.replace(f"-{os.getpid()}.", f"-{process.pid}.")).write_bytes(b"half")
+    cache.get(file.parent, "", Counting(file))
+    assert list(entry.parent.iterdir()) == [entry]
 
 
 def test_a_failure_is_not_remembered(cache, file):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from acrlpd.data import hdf5
+from acrlpd.data import hdf5, unfinished
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.data.sources import open_episodes
 from acrlpd.types import Episode
@@ -31,6 +31,14 @@ def journal(tmp_path) -> ReplayJournal:
     journal = ReplayJournal(tmp_path / "replay")
     assert [journal.append(make_episode(number)) for number in range(4)] == [0, 1, 2, 3]
     return journal
+
+
+def abandoned(path):
+    """What a process that was killed while it wrote ``path`` leaves behind."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    name = unfinished.temporary_path(path).name.replace(f"-{os.getpid()}.", f"-{process.pid}.")
+    path.with_name(name).write_bytes(b"half")
 
 
 def lengths(journal: ReplayJournal) -> list[int]:
@@ -111,7 +119,8 @@ def test_half_an_index_line_is_set_aside_with_its_file(journal, cut):
 
 def test_a_crash_between_file_and_line(journal, tmp_path):
     hdf5.write_episode(hdf5.episode_path(journal.directory, 4), make_episode(4))
-    (journal.directory / ".episode_000005.hdf5.1.tmp").write_bytes(b"half")
+    abandoned(journal.directory / "episode_000005.hdf5")
+    abandoned(journal.directory / "journal.jsonl")
     with pytest.warns(UserWarning, match=r"episode_000004\.hdf5: journal\.jsonl has no line for it"):
         again = ReplayJournal(journal.directory)
     assert lengths(again) == [1, 2, 3, 4]

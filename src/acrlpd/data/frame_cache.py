@@ -1,18 +1,21 @@
 """Decoded frames at the model's resolution, made once and read from memory-mapped files.
 
 Decoding a video and resizing its frames costs milliseconds a frame, reading a record microseconds. A record is the
-frames of one camera in one episode, ``<folder>/<height>x<width>/<camera>/<episode>-<key>.npy``, uint8 [t h w 3]. Its
-key is made from size and time of the file that the frames came from, so a changed file is decoded anew. Records are
-written whole or not at all; a build that was stopped goes on with the records that are missing. Use one folder for each
-data set.
+frames of one camera in one episode, ``<folder>/<height>x<width>/<camera>/<episode>-<state>-<stretch>.npy``, uint8
+[t h w 3]. The state is made from size and time of the file that the frames came from, so a changed file is decoded
+anew. Records are written whole or not at all; a build that was stopped goes on with the records that are missing. Use
+one folder for each data set; selections of its episodes share their records.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import io
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -24,6 +27,7 @@ from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeSource
 from acrlpd.data.layouts.columns import Rows
 from acrlpd.data.layouts.own import sync
 from acrlpd.data.transforms import resize_with_pad
+from acrlpd.data.unfinished import remove_abandoned, temporary_path
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +39,7 @@ HEADER_BYTES = 128  # of a npy file of this form
 class FrameOrigin:
     """Where the frames of one camera in one episode lie."""
 
-    name: str  # of the episode, good for a file name
+    name: str  # of the episode, whatever others are selected; good for a file name
     file: Path
     stretch: str  # which part of the file
 
@@ -55,6 +59,11 @@ class FrameCache:
     height: int = 224
     width: int = 224
 
+    def __post_init__(self):
+        for name in ("height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 pixel, got {getattr(self, name)}")
+
     def build(self, source: FrameSource) -> None:
         """Makes the records that are missing; their size is logged first.
 
@@ -70,6 +79,8 @@ class FrameCache:
             *(total / 1e6, self.folder, needed / 1e6),
         )
         self.folder.mkdir(parents=True, exist_ok=True)
+        for camera in source.cameras:
+            remove_abandoned(self._camera_folder(camera))
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise OSError(
@@ -96,26 +107,26 @@ class FrameCache:
         self, camera: str, origin: FrameOrigin, length: int, start: int, stop: int
     ) -> UInt8[np.ndarray, "t h w 3"] | None:
         """Frames ``start`` to ``stop`` of an episode of ``length`` frames; None where there is no record."""
+        rows = self.rows(camera, origin, length)
+        if rows is not None:
+            return rows.read(start, stop)
         path = self.record_path(camera, origin)
         if not path.is_file():
             return None
-        try:
-            record = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path}: the record is damaged ({error}). Delete the file.") from error
-        expected = (length, self.height, self.width, 3)
-        if record.shape != expected or record.dtype != np.uint8:
-            raise ValueError(
-                f"{path}: expected a record of uint8 {expected}, found {record.dtype} {record.shape}. Delete the file."
-            )
-        return np.array(record[start:stop])
+        raise ValueError(
+            f"{path}: the record is damaged or of another size: expected uint8 {self._shape(length)}. Delete the file, "
+            "or have it made anew with `acrlpd data cache`."
+        )
 
     def rows(self, camera: str, origin: FrameOrigin, length: int) -> Rows | None:
         """Where a record's frames lie in its file, to be mapped; None where there is no record of this form."""
-        path = self.record_path(camera, origin)
+        path, shape = self.record_path(camera, origin), self._shape(length)
         if not path.is_file() or path.stat().st_size != self._record_bytes(length):
             return None
-        return Rows(path, "", camera, (length, self.height, self.width, 3), np.dtype(np.uint8), HEADER_BYTES)
+        with path.open("rb", buffering=0) as file:
+            if file.read(HEADER_BYTES) != _header(shape):
+                return None
+        return Rows(path, "", camera, shape, np.dtype(np.uint8), HEADER_BYTES)
 
     def resize(self, frames: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t h w 3"]:
         """As a record would hold them, so that a source's frames have one size whether or not they are cached."""
@@ -126,9 +137,14 @@ class FrameCache:
     def record_path(self, camera: str, origin: FrameOrigin) -> Path:
         """The record's file, there or not."""
         status = origin.file.stat()
-        text = f"{status.st_size}:{status.st_mtime_ns}:{origin.stretch}"
-        key = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return self.folder / f"{self.height}x{self.width}" / camera / f"{origin.name}-{key}.npy"
+        state = _digest(f"{status.st_size}:{status.st_mtime_ns}")
+        return self._camera_folder(camera) / f"{origin.name}-{state}-{_digest(origin.stretch)}.npy"
+
+    def _camera_folder(self, camera: str) -> Path:
+        return self.folder / f"{self.height}x{self.width}" / camera
+
+    def _shape(self, length: int) -> tuple[int, int, int, int]:
+        return length, self.height, self.width, 3
 
     def _record_bytes(self, length: int) -> int:
         return length * self.height * self.width * 3 + HEADER_BYTES
@@ -137,10 +153,9 @@ class FrameCache:
         origin, length = source.frame_origin(index, camera), int(source.lengths[index])
         path = self.record_path(camera, origin)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = temporary_path(path)
         try:
-            shape = (length, self.height, self.width, 3)
-            record = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+            record = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=self._shape(length))
             for start in range(0, length, BLOCK):
                 stop = min(start + BLOCK, length)
                 record[start:stop] = self.resize(source.window(index, IMAGE_PREFIX + camera, start, stop))
@@ -150,6 +165,20 @@ class FrameCache:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        for stale in path.parent.glob(f"{origin.name}-*.npy"):  # of an earlier state of the file
-            if stale != path:
-                stale.unlink()
+        state = path.stem.removeprefix(f"{origin.name}-").partition("-")[0]
+        for other in path.parent.glob(f"{origin.name}-*.npy"):  # or of an episode whose name goes on like this
+            found = re.fullmatch(r"([0-9a-f]+)-[0-9a-f]+", other.stem.removeprefix(f"{origin.name}-"))
+            if found is not None and found[1] != state:  # of an earlier state of the file
+                other.unlink()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _header(shape: tuple[int, int, int, int]) -> bytes:
+    """What a record begins with."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()

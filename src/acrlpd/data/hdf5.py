@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -229,9 +231,11 @@ class H5DatasetReader:
         return self._origin(index, self._columns(index)[IMAGE_PREFIX + camera])
 
     def _origin(self, index: int, column: Column) -> FrameOrigin:
-        """The stored form of the column says all that decides which frames these are."""
-        stretch = hashlib.sha256(stored.encode({"": column})).hexdigest()
-        return FrameOrigin(f"episode_{self.indices[index]:06d}", column.path, stretch)
+        """The stored form of the column says all that decides which frames these are, wherever the data set lies."""
+        stretch = stored.encode({"": column}).decode().replace(json.dumps(str(column.path)), "")
+        place = self.info(index).source.removeprefix(str(self.path)) or self.path.name  # of the file, and of the demo
+        words = "_".join(re.findall(r"[\w.]+", place, re.ASCII))[-80:]
+        return FrameOrigin(f"{words}-{hashlib.sha256(place.encode()).hexdigest()[:8]}", column.path, stretch)
 
     def _columns(self, index: int) -> dict[str, Column]:
         if index not in self._decoded:

@@ -24,6 +24,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from acrlpd.data.unfinished import remove_abandoned, temporary_path
+
 logger = logging.getLogger(__name__)
 
 VERSION = 2  # of what the entries hold; raise it when readers find out something else
@@ -137,9 +139,10 @@ def _mapped(content: mmap.mmap, start: int, *, dtype: str, shape: list[int], dat
 def _write(entry: Path, files: str, arrays: Arrays, told: list[str]) -> None:
     """The whole entry or nothing. Without room for it, opening stays as slow as it was."""
     facts = {"version": str(VERSION), "files": files, "warnings": json.dumps(told)}
-    temporary = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(entry)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(entry.parent)
         try:
             save_file(arrays, temporary, metadata=facts | {"checksum": _checksum(arrays, facts)})
             os.replace(temporary, entry)

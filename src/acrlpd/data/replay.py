@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from acrlpd.data import hdf5
+from acrlpd.data.unfinished import remove_abandoned, temporary_path
 from acrlpd.types import Episode
 
 logger = logging.getLogger(__name__)
@@ -104,8 +105,7 @@ class ReplayJournal:
         return None if found == entry.sha256 else f"expected sha256 {entry.sha256}, found {found}"
 
     def _recover_index(self) -> list[Entry]:
-        for unfinished in self.directory.glob(".*.tmp"):
-            unfinished.unlink()
+        remove_abandoned(self.directory)
         lines = self._index.read_bytes().splitlines(keepends=True) if self._index.is_file() else []
         parsed = [_parse(line) for line in lines]
         entries = [entry for entry in parsed if entry is not None]
@@ -121,7 +121,7 @@ class ReplayJournal:
         return entries
 
     def _write_index(self, entries: list[Entry]) -> None:
-        temporary = self.directory / f".{INDEX}.tmp"
+        temporary = temporary_path(self._index)
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(entry._asdict()) + "\n" for entry in entries)
             file.flush()

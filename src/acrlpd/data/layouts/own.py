@@ -27,6 +27,7 @@ import numpy as np
 from acrlpd.data.episodes import IMAGE_PREFIX
 from acrlpd.data.layouts import columns
 from acrlpd.data.layouts.columns import Column, Joined, Options, Reading, Record
+from acrlpd.data.unfinished import temporary_path
 from acrlpd.types import Episode
 
 FORMAT = "acrlpd"
@@ -62,7 +63,7 @@ def write_episode(
     path = Path(path)
     _check_episode(str(path), episode)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
         _fill(file, episode, metadata or {}, compression)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -5,13 +6,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from acrlpd.data import hdf5, unfinished
+from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.data.sources import open_episodes
+from acrlpd.training.run import Interaction
 from acrlpd.types import Episode
 
 
@@ -125,6 +129,58 @@ def test_a_crash_between_file_and_line(journal, tmp_path):
         again = ReplayJournal(journal.directory)
     assert lengths(again) == [1, 2, 3, 4]
     assert not list(journal.directory.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("left", [None, b"", b"\0" * 300])
+def test_a_lost_index_is_made_anew(journal, left):
+    index = journal.directory / "journal.jsonl"
+    before = index.read_bytes()
+    index.unlink()
+    if left is not None:
+        index.write_bytes(left)
+    bad = hdf5.episode_path(journal.directory, 1)
+    bad.write_bytes(bad.read_bytes()[:500])
+    with (
+        pytest.warns(UserWarning, match=r"journal\.jsonl: lost, and made anew from the 3 episode files"),
+        pytest.warns(UserWarning, match=r"episode_000001\.hdf5: it cannot be read"),
+    ):
+        again = ReplayJournal(journal.directory)
+    assert lengths(again) == [1, 3, 4]
+    assert damaged(again) == ["episode_000001.hdf5", *(["journal.jsonl"] if left else [])]
+    lines = before.splitlines()
+    assert index.read_bytes().splitlines() == [lines[0], *lines[2:]]
+    assert again.append(make_episode(4)) == 4
+    assert lengths(ReplayJournal(journal.directory)) == [1, 3, 4, 5]  # and nothing warns again
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"actions": [[0.0]] * 5}, "actions: expected an array of numbers, found list"),
+        ({"state": np.zeros(5, np.float32)}, r"observations/state: expected 2 axes, found shape \(5,\)"),
+        ({"actions": np.float32(1)}, "actions: expected an array of numbers, found float32"),
+        ({"actions": np.array(1.0)}, r"actions: expected 2 axes, found shape \(\)"),
+        ({"rewards": np.array(["a"] * 5)}, "rewards: expected an array of numbers, found <U1"),
+        ({"terminals": None}, "terminals: expected an array of numbers, found NoneType"),
+        ({"images": {"top": [1, 2]}}, "observations/images/top: expected an array of numbers, found list"),
+        ({"task": 3}, "task: expected text, found int"),
+        ({"success": "perhaps"}, "success: expected true or false, found 'perhaps'"),
+    ],
+)
+def test_what_is_no_episode_is_refused_before_anything_is_written(journal, changes, message):
+    before = sorted(journal.directory.rglob("*"))
+    with pytest.raises(ValueError, match=rf"episode_000004\.hdf5: {message}"):
+        journal.append(dataclasses.replace(make_episode(4), **changes))
+    assert (sorted(journal.directory.rglob("*")), len(journal)) == (before, 4)
+
+
+def test_an_episode_that_the_replay_cannot_hold_is_not_journalled(journal):
+    replay = EpisodeStore(max_bytes=100)
+    interaction = Interaction(None, journal, replay)
+    with pytest.raises(ValueError, match=r"more than max_bytes \(100\).*--data\.max_replay_bytes"):
+        interaction.keep(SimpleNamespace(episode=make_episode(9), seed=0, number=0))
+    interaction.keep(SimpleNamespace(episode=make_episode(3), seed=0, number=1))
+    assert (len(journal), replay.num_episodes) == (5, 1)
 
 
 def test_what_is_set_aside_overwrites_nothing(journal):

@@ -310,12 +310,11 @@ class EpisodeStore:
             ValueError: rows are missing, not finite, or shaped otherwise than in the first episode; or the episode
                 alone exceeds ``max_bytes``. Names the episode's source.
         """
-        rows = _checked_rows(episode)
+        rows = self.checked(episode)
         if not self._columns:
             self._columns = {key: Column(value.shape[1:], value.dtype) for key, value in rows.items()}
             self._first_source = episode.source
-        self._check_shapes(rows, episode.source)
-        self._make_room(sum(value.nbytes for value in rows.values()), episode.source)
+        self._make_room(sum(value.nbytes for value in rows.values()))
         for key, value in rows.items():
             self._columns[key].append(value)
         self._ends.append(np.array([self._rows_dropped + self.num_rows]))
@@ -323,6 +322,19 @@ class EpisodeStore:
         self._infos.append(EpisodeInfo(len(episode), episode.task, episode.success, episode.source))
         self._known_numbering = None
         return self.next_episode_id - 1
+
+    def checked(self, episode: Episode) -> dict[str, np.ndarray]:
+        """The episode's rows by key, if ``append`` would take it; raises what that raises, and changes nothing."""
+        rows = _checked_rows(episode)
+        if self._columns:
+            self._check_shapes(rows, episode.source)
+        nbytes = sum(value.nbytes for value in rows.values())
+        if self.max_bytes is not None and nbytes > self.max_bytes:
+            raise ValueError(
+                f"{episode.source}: the episode needs {nbytes} bytes, more than max_bytes ({self.max_bytes}). "
+                "Raise it (in a run: --data.max_replay_bytes), or record shorter episodes."
+            )
+        return rows
 
     def info(self, index: int) -> EpisodeInfo:
         return self._infos[self._checked_index(index)]
@@ -395,12 +407,8 @@ class EpisodeStore:
                     f"episode ({self._first_source}). Convert the episode or keep it in a store of its own."
                 )
 
-    def _make_room(self, nbytes: int, source: str) -> None:
-        if self.max_bytes is None:
-            return
-        if nbytes > self.max_bytes:
-            raise ValueError(f"{source}: the episode needs {nbytes} bytes, more than max_bytes ({self.max_bytes})")
-        while self.nbytes + nbytes > self.max_bytes:
+    def _make_room(self, nbytes: int) -> None:
+        while self.max_bytes is not None and self.nbytes + nbytes > self.max_bytes:
             self._drop_oldest()
 
     def _drop_oldest(self) -> None:

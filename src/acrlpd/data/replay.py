@@ -36,6 +36,7 @@ class ReplayJournal:
 
     The file comes first, its line second, each forced to the disk. So what a crash can leave behind is half an index
     line or a file without a line; both, and any file whose checksum is wrong, move to ``damaged/`` with a warning.
+    Where the index is lost as a whole, it is made anew from the episode files that can be read.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
@@ -115,10 +116,35 @@ class ReplayJournal:
         strays = [name for name in files if name not in known]
         if broken:
             self._keep_broken_lines(broken)
+        if strays and not entries:
+            entries, strays = self._entries_of(strays), []
+        if broken or (files and not known):
             self._write_index(entries)
         for name in strays:
             self._set_aside(name, f"{INDEX} has no line for it: the writer was stopped before the episode was complete")
         return entries
+
+    def _entries_of(self, names: list[str]) -> list[Entry]:
+        """Entries of episode files about which no index says anything. The others move to ``damaged/``."""
+        entries = []
+        for name in names:
+            path = self.directory / name
+            number = hdf5.episode_number(path)
+            if number is None or path != hdf5.episode_path(self.directory, number):
+                self._set_aside(name, "not the name of an episode of this journal")
+                continue
+            try:
+                episode = hdf5.read_episode(path)
+            except (ValueError, OSError) as error:
+                self._set_aside(name, f"it cannot be read ({error})")
+                continue
+            entries.append(Entry(number, name, len(episode), episode.success, _sha256(path)))
+        warnings.warn(
+            f"{self._index}: lost, and made anew from the {len(entries)} episode files that can be read. Whether a "
+            "number in them changed since they were written, nobody can tell any more.",
+            stacklevel=4,
+        )
+        return sorted(entries)
 
     def _write_index(self, entries: list[Entry]) -> None:
         temporary = temporary_path(self._index)

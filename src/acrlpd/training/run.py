@@ -42,7 +42,8 @@ class Interaction:
     replay: EpisodeStore
 
     def keep(self, finished: Rollout) -> None:
-        """To the journal first: an episode that is used is on disk."""
+        """To the journal first: an episode that is used is on disk, and one that cannot be used is not."""
+        self.replay.checked(finished.episode)
         self.journal.append(finished.episode, {"seed": finished.seed, "episode": finished.number})
         self.replay.append(finished.episode)
 

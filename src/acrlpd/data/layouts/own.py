@@ -59,6 +59,7 @@ def write_episode(
 
     Raises:
         OSError: the disk is full, or the file larger than allowed; names the file.
+        ValueError: not what ``read_episode`` would read; names the key, and nothing is written.
     """
     path = Path(path)
     _check_episode(str(path), episode)
@@ -203,15 +204,22 @@ def _array(where: str, file: h5py.File, key: str, kind: str, dtype: type[np.gene
 
 
 def _check_episode(where: str, episode: Episode) -> None:
-    length = len(episode.actions)
-    if length < 1:
-        raise ValueError(f"{where}: actions: expected at least 1 step, found 0. Leave empty episodes out.")
+    if not isinstance(episode.task, str):
+        raise ValueError(f"{where}: task: expected text, found {type(episode.task).__name__}")
+    columns.flag(where, "success", episode.success)
     arrays = {"observations/state": (episode.state, 2), "actions": (episode.actions, 2)}
     arrays |= {"rewards": (episode.rewards, 1), "terminals": (episode.terminals, 1)}
     arrays |= {f"observations/images/{camera}": (frames, 4) for camera, frames in episode.images.items()}
     for key, (array, rank) in arrays.items():
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
+            found = getattr(array, "dtype", type(array).__name__)
+            raise ValueError(f"{where}: {key}: expected an array of numbers, found {found}")
         if array.ndim != rank:
             raise ValueError(f"{where}: {key}: expected {rank} axes, found shape {array.shape}")
+    length = len(episode.actions)
+    if length < 1:
+        raise ValueError(f"{where}: actions: expected at least 1 step, found 0. Leave empty episodes out.")
+    for key, (array, rank) in arrays.items():
         if len(array) != length:
             raise ValueError(f"{where}: {key}: expected {length} rows (as in actions), found {len(array)}")
         columns.check_finite(where, key, np.asarray(array))

@@ -47,6 +47,15 @@ def videos(shared):
     return found[0]
 
 
+@pytest.fixture(scope="module")
+def lerobot_folder(shared):
+    found = [path.parent.parent for path in sorted((shared / "data").rglob("meta/info.json"))]
+    found = [path for path in found if "image" in path.name]
+    if not found:
+        pytest.skip("this root has no LeRobot pictures")
+    return found[0]
+
+
 def assert_same(first, second):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
@@ -78,6 +87,39 @@ def test_what_cannot_be_is_said(folder):
         LeRobotACRLPDDataLoader(folder, 8, 3)
     with pytest.raises(ValueError, match="give cameras to the source itself"):
         ACRLPDDataLoader(H5DatasetReader(folder), 8, 3, cameras=())
+
+
+def test_signatures_of_the_founding_design(folder):
+    keywords = {"batch_size": 8, "horizon_length": 3, "sequence_ratio": 1.0, "device_placement": "none"}
+    for loader in (ACRLPDDataLoader(str(folder), 8, 3, 1, "none"), ACRLPDDataLoader(data_dir=str(folder), **keywords)):
+        batch = loader.sample_batch()
+        loader.close()
+        assert batch.actions.shape == (8, 3, 2)
+        assert (batch.step_id <= 6).all()  # every window of 3 fits into its episode
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_reader_of_the_founding_design(folder, by_name):
+    told = {"fps": 12.5, "task": "push"}
+    reader = H5DatasetReader(data_dir=str(folder), episode_metadata=told) if by_name else H5DatasetReader(folder, told)
+    assert (reader.num_episodes, reader.fps, reader.info(0).task) == (3, 12.5, "lift")  # the file's own word goes first
+    with pytest.raises(ValueError, match="episode_metadata has robot: expected fps, task or both"):
+        H5DatasetReader(folder, {"robot": "aloha"})
+
+
+@pytest.mark.reference
+def test_lerobot_signatures_of_the_founding_design(lerobot_folder):
+    loaders = [
+        LeRobotACRLPDDataLoader(lerobot_folder, 4),
+        LeRobotACRLPDDataLoader(lerobot_dataset=lerobot_folder, batch_size=4),
+        create_lerobot_acrlpd_dataloader(lerobot_folder, 4, 3),
+        create_lerobot_acrlpd_dataloader(lerobot_dataset=lerobot_folder, batch_size=4, horizon_length=3),
+    ]
+    for loader, horizon in zip(loaders, (50, 50, 3, 3), strict=True):
+        batch = loader.batch(0)
+        loader.close()
+        assert isinstance(loader, ACRLPDDataLoader)
+        assert batch.actions.shape[:2] == (4, horizon)
 
 
 @pytest.mark.reference

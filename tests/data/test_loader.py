@@ -70,6 +70,11 @@ def test_shapes_and_dtypes():
     assert {batch.episode_id.dtype, batch.step_id.dtype} == {np.dtype(np.int32)}
 
 
+@pytest.mark.parametrize("share", [0, 1])
+def test_a_share_may_be_an_int(share):
+    assert_same(make_loader(sequence_ratio=share).batch(3), make_loader(sequence_ratio=float(share)).batch(3))
+
+
 def test_a_batch_holds_what_its_ids_say():
     prior = make_store([7, 2, 9])
     batch = make_loader(prior).batch(5)

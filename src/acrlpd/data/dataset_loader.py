@@ -14,6 +14,8 @@ from acrlpd.data.loader import ChunkLoader, place
 from acrlpd.data.transforms import Compose, Transform
 from acrlpd.types import ChunkBatch
 
+PI0_HORIZON = 50  # steps that pi0 predicts
+
 
 class ACRLPDDataLoader(ChunkLoader):
     """A ``ChunkLoader`` of all episodes of a data set in any format we read.
@@ -79,7 +81,21 @@ class ACRLPDDataLoader(ChunkLoader):
 
 
 class LeRobotACRLPDDataLoader(ACRLPDDataLoader):
-    """The same for a LeRobot dataset: a folder, an object of the ``lerobot`` library, or a ``LeRobotSource``."""
+    """The same for a LeRobot dataset: a folder, an object of the ``lerobot`` library, or a ``LeRobotSource``.
+
+    ``horizon_length`` is pi0's, unless another one is given.
+    """
+
+    def __init__(
+        self,
+        lerobot_dataset: Any,
+        batch_size: int,
+        horizon_length: int = PI0_HORIZON,
+        sequence_ratio: float = 0.5,
+        device_placement: Literal["auto", "none"] = "auto",
+        **options: Any,
+    ):
+        super().__init__(lerobot_dataset, batch_size, horizon_length, sequence_ratio, device_placement, **options)
 
     def _open(self, data: Any, num_workers: int, options: dict[str, Any]) -> EpisodeSource:
         if (kind := sources.identify(data)) != "lerobot":

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -81,7 +81,8 @@ class H5DatasetReader:
     pictures are decoded then, and a damaged one is an error then, unless ``check_images`` has them all decoded at once.
 
     Args:
-        path: a folder of episode files, a robomimic file (or a folder of LIBERO's), or the root of a DROID tree.
+        data_dir: a folder of episode files, a robomimic file (or a folder of LIBERO's), or the root of a DROID tree.
+        episode_metadata: ``fps`` and ``task`` of all episodes: another way to say ``fps`` and ``default_task``.
         filter_key: robomimic's name for a subset of the demos.
         on_bad_episode: ``"skip"`` leaves out episodes that cannot be used, with a warning; see ``skipped``.
         rewards: which rewards to give. None: those stored, and 0 where none are (good for imitation only).
@@ -104,7 +105,8 @@ class H5DatasetReader:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        data_dir: str | os.PathLike[str],
+        episode_metadata: Mapping[str, Any] | None = None,
         *,
         filter_key: str | None = None,
         on_bad_episode: Literal["error", "skip"] = "error",
@@ -122,10 +124,11 @@ class H5DatasetReader:
         metadata_cache: MetadataCache | None = None,
         frame_cache: FrameCache | None = None,
     ):
-        self.path = Path(path)
+        self.path = Path(data_dir)
+        known = dict(episode_metadata or {})
         options = Options(
-            fps=fps,
-            default_task=default_task,
+            fps=known.pop("fps", None) if fps is None else fps,
+            default_task=default_task or known.pop("task", ""),
             state_keys=None if state_keys is None else tuple(state_keys),
             action_keys=None if action_keys is None else tuple(action_keys),
             cameras=None if cameras is None else tuple(cameras),
@@ -134,6 +137,8 @@ class H5DatasetReader:
             jpeg_bgr=jpeg_bgr,
             drop_idle=drop_idle,
         )
+        if unknown := known.keys() - {"fps", "task"}:
+            raise ValueError(f"episode_metadata has {', '.join(sorted(unknown))}: expected fps, task or both")
         check_images = on_bad_episode == "skip" if check_images is None else check_images
 
         def find_out() -> Arrays:

@@ -3,9 +3,13 @@ opening takes; and what share of its time a training run waits for data.
 
     python benchmarks/data.py [--cases state-1M state-10M] [--seconds 5] [--folder data-bench] [--json]
 
-Every case runs in a process of its own. ``peak_resident_mb`` is all it had in memory, with ``mapped_mb`` of pages of
-files, which the kernel takes back when others need the room; ``private_mb`` is the rest. Data is made up, in
-``--folder``, and made once; without a folder it is thrown away (all of it takes 4 GB).
+Every case runs in a process of its own, whose memory is told three times (workers of its own are not in it):
+
+    private_at_end_mb      what it alone has and nobody can take back, when it is done: this is what must fit
+    mapped_at_end_mb       pages of the data's files on top, which the kernel takes back when others need the room
+    peak_resident_mb       the most that both were together at any moment: grows with the data that is touched
+
+Data is made up, in ``--folder``, and made once; without a folder it is thrown away (all of it takes 4 GB).
 """
 
 from __future__ import annotations
@@ -85,7 +89,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.folder or temporary)
         results = {case: alone(case, folder, arguments.seconds) for case in arguments.cases}
-    machine.show({**about, "cases": results}, as_json=arguments.json, table=table(results))
+    machine.show({**about, "memory": MEMORY, "cases": results}, as_json=arguments.json, table=table(results))
 
 
 def alone(case: str, folder: Path, seconds: float) -> dict[str, Any]:
@@ -100,18 +104,28 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     lines = ["| case | measured |", "| --- | --- |"]
     for case, found in results.items():
         lines.append(f"| {case} | {', '.join(f'{name} {value}' for name, value in found.items())} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *(f"{name}: {meaning}" for name, meaning in MEMORY.items())])
+
+
+MEMORY = {
+    "private_at_end_mb": "of the process alone, without pages of files, when the case is done",
+    "mapped_at_end_mb": "pages of files in memory then, which the kernel can take back",
+    "peak_resident_mb": "the most of both together at any moment of the case",
+}
 
 
 def memory() -> dict[str, int]:
-    """In MB; the kind of memory is known on Linux alone."""
+    """In MB, by the names of ``MEMORY``; the first two on Linux alone."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KB on Linux
     found = {"peak_resident_mb": round(peak / 1e6)}
     status = Path("/proc/self/status")
     if status.exists():
         lines = (line.split() for line in status.read_text().splitlines() if line.startswith("Rss"))
         kinds = {name: int(kilobytes) for name, kilobytes, _ in lines}
-        found |= {"private_mb": round(kinds["RssAnon:"] / 1e3), "mapped_mb": round(kinds["RssFile:"] / 1e3)}
+        found |= {
+            "private_at_end_mb": round(kinds["RssAnon:"] * 1024 / 1e6),
+            "mapped_at_end_mb": round(kinds["RssFile:"] * 1024 / 1e6),
+        }
     return found
 
 

@@ -1,6 +1,7 @@
 """Damaged copies of the small data sets: one clear error, or, when skipping, exactly the good episodes."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -268,6 +269,7 @@ def test_whatever_takes_the_place_of_something_is_no_traceback(tmp_path, layout)
         ("robomimic", "data", "env_args", '{"env_kwargs": 3}', "attribute env_args: expected an object env_kwargs"),
         ("acrlpd", "/", "success", "perhaps", "success: expected true or false, found 'perhaps'"),
         ("acrlpd", "/", "task", 5, "attribute task: expected text, found .*5"),
+        ("acrlpd", "/", "metadata", "[1]", "attribute metadata: expected a JSON object, found list"),
         ("acrlpd", "/", "metadata", '{"fps": "x"}', "attribute metadata: expected a positive fps, found 'x'"),
         ("droid", "/", "success", np.array([1, 0]), "success: expected true or false, found array"),
     ],
@@ -322,6 +324,7 @@ def test_links_that_lead_nowhere(tmp_path):
     assert H5DatasetReader(folder, metadata_cache=cache).num_episodes == 1
     (folder / "episode_1.hdf5").symlink_to("gone.hdf5")
     (folder / "episode_2.hdf5").symlink_to("episode_2.hdf5")
+    os.replace(folder / "episode_0.hdf5", folder / "episode_3.hdf5")
     with pytest.raises(FileNotFoundError, match=r"episode_1\.hdf5: the link leads to no file"):
         H5DatasetReader(folder, metadata_cache=cache)
     with pytest.warns(UserWarning, match="left out"):

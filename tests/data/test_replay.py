@@ -131,6 +131,25 @@ def test_a_crash_between_file_and_line(journal, tmp_path):
     assert not list(journal.directory.glob(".*.tmp"))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"number": "1"}, {"number": None}, {"number": 0}, {"number": 7}, {"file": None}, {"sha256": None}),
+        *({"file": "../replay/episode_000001.hdf5"}, {"length": "a"}, {"success": "x"}, {"more": 1}),
+        {"number": 0, "file": "episode_000000.hdf5"},
+    ],
+)
+def test_a_line_that_is_no_entry_is_set_aside_with_its_file(journal, changes):
+    index = journal.directory / "journal.jsonl"
+    lines = index.read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | changes)
+    index.write_text("\n".join([*lines, ""]))
+    with pytest.warns(UserWarning, match="not a complete entry"), pytest.warns(UserWarning, match="has no line for it"):
+        again = ReplayJournal(journal.directory)
+    assert lengths(again) == [1, 3, 4]
+    assert damaged(again) == ["episode_000001.hdf5", "journal.jsonl"]
+
+
 @pytest.mark.parametrize("left", [None, b"", b"\0" * 300])
 def test_a_lost_index_is_made_anew(journal, left):
     index = journal.directory / "journal.jsonl"

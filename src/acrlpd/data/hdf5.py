@@ -450,16 +450,13 @@ def _open_layout(path: Path, options: Options) -> Layout:
 
 def _kind(path: Path) -> Callable[[list[Path], Options], Layout] | None:
     """The layout of one file; None if it cannot be read or has another."""
-    try:
-        with Reading(path) as file:
-            if np.array_equal(file.attrs.get("format"), FORMAT):
-                return Own
-            if isinstance(file.get("data"), h5py.Group):
-                return Robomimic
-            if "action" in file or "observations" in file:
-                return Aloha
-    except ValueError:
-        pass
+    with contextlib.suppress(ValueError, OSError), Reading(path) as file:
+        if np.array_equal(file.attrs.get("format"), FORMAT):
+            return Own
+        if isinstance(file.get("data"), h5py.Group):
+            return Robomimic
+        if "action" in file or "observations" in file:
+            return Aloha
     return None
 
 

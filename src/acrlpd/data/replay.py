@@ -108,9 +108,15 @@ class ReplayJournal:
     def _recover_index(self) -> list[Entry]:
         remove_abandoned(self.directory)
         lines = self._index.read_bytes().splitlines(keepends=True) if self._index.is_file() else []
-        parsed = [_parse(line) for line in lines]
-        entries = [entry for entry in parsed if entry is not None]
-        broken = b"".join(line for line, entry in zip(lines, parsed, strict=True) if entry is None)
+        found: dict[int, Entry] = {}
+        broken = b""
+        for line in lines:
+            entry = _parse(line)
+            if entry is None or entry.number in found:
+                broken += line
+            else:
+                found[entry.number] = entry
+        entries = list(found.values())
         known = {entry.file for entry in entries}
         files = [path.name for path in sorted(self.directory.iterdir()) if path.suffix in hdf5.SUFFIXES]
         strays = [name for name in files if name not in known]
@@ -179,9 +185,12 @@ def _parse(line: bytes) -> Entry | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        return Entry(**json.loads(line))
+        entry = Entry(**json.loads(line))
     except (ValueError, TypeError):  # not JSON or not UTF-8; JSON of another form
         return None
+    kinds = (type(entry.number), type(entry.length), type(entry.sha256))
+    good = kinds == (int, int, str) and entry.success in (None, True, False)
+    return entry if good and entry.file == hdf5.episode_path("", entry.number).name else None
 
 
 def _sha256(path: Path) -> str:

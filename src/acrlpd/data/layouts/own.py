@@ -13,6 +13,7 @@ action taken there and what it paid.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -123,6 +124,9 @@ class Own:
         where = self.sources[index]
         with Reading(self._paths[index]) as file:
             check_layout(where, file)
+            metadata = columns.json_text(where, "metadata", file.attrs.get("metadata"))
+            if self._options.fps is None:
+                _fps(where, metadata)
             recorded = columns.names(where, file, "observations/images")
             cameras = columns.choose_cameras(where, recorded, self._options.cameras)
             found: dict[str, Column] = {
@@ -144,16 +148,16 @@ class Own:
 def _stated_fps(paths: Sequence[Path]) -> float | None:
     """From the metadata of the first file that can be read; ``acrlpd data convert`` puts it there."""
     for path in paths:
-        try:
-            fps = read_metadata(path).get("fps")
-        except ValueError:  # damaged: told when its episode is read
-            continue
-        if fps is None:
-            return None
-        if not (isinstance(fps, int | float) and 0 < fps < np.inf):
-            raise ValueError(f"{path}: attribute metadata: expected a positive fps, found {fps!r}")
-        return float(fps)
+        with contextlib.suppress(ValueError, OSError):  # damaged: told when its episode is read
+            return _fps(str(path), read_metadata(path))
     return None
+
+
+def _fps(where: str, metadata: Mapping[str, Any]) -> float | None:
+    fps = metadata.get("fps")
+    if fps is not None and not (isinstance(fps, int | float) and 0 < fps < np.inf):
+        raise ValueError(f"{where}: attribute metadata: expected a positive fps, found {fps!r}")
+    return None if fps is None else float(fps)
 
 
 def sync(path: Path) -> None:

@@ -103,7 +103,7 @@ def test_no_file_stays_open_and_one_may_be_replaced(tmp_path):
     expected = rows_of(source, "state")
     before = len(os.listdir("/proc/self/fd"))
     found = source.mapped()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     os.replace(hdf5.episode_path(tmp_path, 0), hdf5.episode_path(tmp_path, 2))
     np.testing.assert_array_equal(found["state"][:], expected)
 

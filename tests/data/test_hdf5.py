@@ -269,7 +269,7 @@ def test_folders_without_episodes(tmp_path):
     [
         ({"filter_key": "train"}, r"filter_key does not apply to the layout found here \(acrlpd\)"),
         ({"drop_idle": True}, "drop_idle does not apply"),
-        ({"fps": 0}, "fps must be a positive number, got 0"),
+        ({"fps": 0}, "fps must be positive, got 0"),
         ({"state_keys": []}, "state_keys names no key"),
         ({"cameras": ["wrist"]}, r"episode_0\.hdf5: images/wrist: no such camera; the episode has top"),
     ],

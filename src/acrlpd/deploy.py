@@ -31,7 +31,7 @@ from acrlpd.data.transforms import (
     Transform,
     to_model,
 )
-from acrlpd.models import torch_names, weights
+from acrlpd.models import paligemma, torch_names, weights
 from acrlpd.models.pi0 import Pi0, Pi0Config
 from acrlpd.models.pi0_fast import Pi0Fast, Pi0FastConfig
 from acrlpd.models.recognize import recognize
@@ -75,7 +75,7 @@ class OpenPIOptions:
 
     robot: Robot | None = None  # whose observations and actions
     action_horizon: int = 50  # as trained; the parameters do not tell
-    tokenizer: str | None = None  # PaliGemma's SentencePiece model
+    tokenizer: str | None = None  # PaliGemma's paligemma_tokenizer.model; None: of a nano model
     fast_tokenizer: str | None = None  # folder of the FAST tokenizer: the checkpoint is pi0-FAST's
     temperature: float = 0.0  # of pi0-FAST's tokens; 0 takes the likeliest
     delta_mask: tuple[int, ...] | None = None  # 6 -1: six joints relative to the state, one not; None: the robot's
@@ -401,6 +401,7 @@ def openpi_policy(
     arrays = weights.read_params(path)
     local = weights.fetch(path)
     model = model or _recognized(path, arrays, openpi)
+    tokenize = _tokenize(openpi, model)
     stats = read_norm_stats(_assets(local))
     policy = nnx.eval_shape(lambda: model.create(nnx.Rngs(0)))
     weights.load_into(policy, arrays)
@@ -410,7 +411,7 @@ def openpi_policy(
     transform = to_model(
         [*_default_prompt(options.default_prompt, needed=True), *before],
         stats,
-        _tokenize(openpi, model),
+        tokenize,
         quantiles=is_fast or pi05 if openpi.quantiles is None else openpi.quantiles,
         image_size=model.image_size,
         action_dim=None if is_fast else model.action_dim,
@@ -441,10 +442,11 @@ def _sampler(policy: Pi0 | Pi0Fast, openpi: OpenPIOptions, options: ActingOption
 
 
 def _tokenize(openpi: OpenPIOptions, model: Pi0Config | Pi0FastConfig) -> Transform:
+    text = PromptTokenizer(openpi.tokenizer, max_length=model.max_token_len, vocab_size=model.vocab_size)
+    if isinstance(model, Pi0Config) or model.vocab_size == paligemma.VOCAB_SIZE:  # a nano pi0-FAST has action tokens more
+        text.check_trained(model.vocab_size)
     if isinstance(model, Pi0Config):
-        return TokenizePrompt(
-            PromptTokenizer(openpi.tokenizer, max_length=model.max_token_len), model.discrete_state_input
-        )
+        return TokenizePrompt(text, model.discrete_state_input)
     assert openpi.fast_tokenizer is not None  # or the model was not recognized
     return TokenizeFast(
         FastPromptTokenizer(

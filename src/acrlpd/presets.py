@@ -176,7 +176,7 @@ def _cosine(warmup_steps: int, peak_lr: float, decay_steps: int, decay_lr: float
 
 
 # acrlpd train droid --data.path /path/to/droid --policy.weights /path/to/pi0_droid/params \
-#     --data.norm_stats /path/to/pi0_droid
+#     --policy.tokenizer /path/to/paligemma_tokenizer.model --data.norm_stats /path/to/pi0_droid
 # Offline, on the large DROID set: conservative rates, long phases. Needs accelerators.
 def get_droid_config() -> TrainConfig:
     return TrainConfig(
@@ -209,7 +209,8 @@ def get_droid_config() -> TrainConfig:
     )
 
 
-# acrlpd train aloha --data.path /path/to/aloha --policy.weights /path/to/pi0_base/params
+# acrlpd train aloha --data.path /path/to/aloha --policy.weights /path/to/pi0_base/params \
+#     --policy.tokenizer /path/to/paligemma_tokenizer.model
 # Fine-tunes the action expert for two arms; the backbone stays as it is.
 def get_aloha_config() -> TrainConfig:
     return TrainConfig(
@@ -250,7 +251,8 @@ def get_aloha_config() -> TrainConfig:
     )
 
 
-# acrlpd train libero --data.path /path/to/libero --policy.weights /path/to/pi0_base/params
+# acrlpd train libero --data.path /path/to/libero --policy.weights /path/to/pi0_base/params \
+#     --policy.tokenizer /path/to/paligemma_tokenizer.model
 # Everything trains, at high rates: for simulation.
 def get_libero_config() -> TrainConfig:
     return TrainConfig(

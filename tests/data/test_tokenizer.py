@@ -102,6 +102,18 @@ def test_missing_and_foreign_models_are_refused(tmp_path):
         PromptTokenizer(tmp_path / "foreign.model")
 
 
+def test_a_tokenizer_that_does_not_belong_to_the_model_is_refused(tmp_path):
+    own = PromptTokenizer().vocab_size
+    with pytest.raises(ValueError, match=rf"tokenizer of this package has {own} pieces, .* vocabulary has {own - 1}"):
+        PromptTokenizer(vocab_size=own - 1)
+    PromptTokenizer(vocab_size=own).check_trained(own)
+    with pytest.raises(ValueError, match=r"vocabulary of 257152.*paligemma_tokenizer.model, with --tokenizer"):
+        PromptTokenizer(vocab_size=257_152).check_trained(257_152)
+    copy = tmp_path / "own.model"
+    copy.write_bytes(resources.files("acrlpd.data").joinpath("assets/nano_tokenizer.model").read_bytes())
+    PromptTokenizer(copy, vocab_size=257_152).check_trained(257_152)  # whoever names one is taken at their word
+
+
 def test_the_packaged_model_is_what_the_script_makes():
     path = Path(__file__).parents[2] / "scripts/train_tokenizer.py"
     spec = importlib.util.spec_from_file_location("train_tokenizer", path)

@@ -4,9 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from acrlpd import deploy
-from acrlpd.models import gemma, siglip
+from acrlpd.data import normalize
+from acrlpd.data.tokenizer import PromptTokenizer
+from acrlpd.models import gemma, siglip, weights
 from acrlpd.models.pi0 import Pi0Config
 from acrlpd.serving.request import OPTIONS_KEY
 
@@ -50,3 +53,25 @@ def test_openpis_checkpoint_is_served(shared):
     np.testing.assert_array_equal(prompted.infer(unsaid)["actions"], first["actions"])
     with pytest.raises(ValueError, match="say whose: --robot aloha"):
         deploy.openpi_policy(checkpoint, deploy.OpenPIOptions(), deploy.ActingOptions(), model=model)
+
+
+def write_released(folder, *, vocab_size):
+    """A nano model as openpi's releases have it: parameters and statistics side by side, no training state."""
+    sizes = {"paligemma_variant": "nano", "action_expert_variant": "nano_expert", "vision_variant": "nano"}
+    model = Pi0Config(action_dim=8, vocab_size=vocab_size, **sizes)
+    arrays = weights.flatten(nnx.eval_shape(lambda: model.create(nnx.Rngs(0))))
+    weights.write_params(folder / "params", {path: np.zeros(leaf.shape, np.float32) for path, leaf in arrays.items()})
+    stats = normalize.bounds_stats(-np.ones(8), np.ones(8))
+    normalize.save(folder / "assets" / "lab" / "arm" / normalize.FILE_NAME, {"state": stats, "actions": stats})
+    return folder
+
+
+def test_a_vocabulary_needs_its_own_tokenizer(tmp_path):
+    """Tokens of the small one would be words of another language to a trained model."""
+    own = PromptTokenizer().vocab_size
+    larger = write_released(tmp_path / "larger", vocab_size=own + 1)
+    with pytest.raises(ValueError, match=r"paligemma_tokenizer.model, with --tokenizer"):
+        deploy.openpi_policy(larger, deploy.OpenPIOptions("libero"), deploy.ActingOptions())
+    smaller = write_released(tmp_path / "smaller", vocab_size=own - 1)
+    with pytest.raises(ValueError, match=rf"has {own} pieces, but the model's vocabulary has {own - 1}"):
+        deploy.openpi_policy(smaller, deploy.OpenPIOptions("libero"), deploy.ActingOptions())

@@ -40,6 +40,14 @@ def test_weights_of_another_size_are_refused(finished, tiny_config):
         setup.make_trainer(with_policy(tiny_config, weights=weights, hidden_dims=(8,)))
 
 
+def test_another_models_tokenizer_is_refused(tiny_config):
+    dims = setup.Dims(4, 2)
+    with pytest.raises(ValueError, match="has 512 pieces, but the model's vocabulary has 100"):
+        setup.make_transform(with_policy(tiny_config, kind="pi0", vocab_size=100), {}, dims)
+    with pytest.raises(ValueError, match=r"paligemma_tokenizer.model.*--policy.tokenizer"):
+        setup.create_agent(with_policy(tiny_config, kind="pi0", vocab_size=257_152), dims, (), weights="pi0")
+
+
 def test_a_checkpoint_needs_neither_the_weights_it_started_from_nor_an_environment(tiny_config, tmp_path):
     """A policy whose cameras come from the data alone."""
     rng = np.random.default_rng(0)

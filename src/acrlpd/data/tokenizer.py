@@ -26,16 +26,32 @@ class PromptTokenizer:
         path: a SentencePiece model, such as PaliGemma's ``paligemma_tokenizer.model``; by default the small one of this
             package, for the nano models.
         max_length: tokens of a prompt, padded or cut to it (openpi: 48 for pi0, 200 for pi0.5).
+        vocab_size: tokens that the model has embeddings for; a tokenizer with more is refused. None: not checked.
     """
 
-    def __init__(self, path: Path | str | None = None, *, max_length: int = 48):
+    def __init__(self, path: Path | str | None = None, *, max_length: int = 48, vocab_size: int | None = None):
         self.max_length = max_length
+        self._path = path
         self._processor = load_processor(path)
+        if vocab_size is not None and self.vocab_size > vocab_size:
+            raise ValueError(
+                f"{path or 'the tokenizer of this package'} has {self.vocab_size} pieces, but the model's vocabulary "
+                f"has {vocab_size}: the others would have no embedding. Name the tokenizer that belongs to the model."
+            )
         self._tokens = functools.lru_cache(maxsize=CACHE_SIZE)(self._encode_uncached)
 
     @property
     def vocab_size(self) -> int:
         return self._processor.vocab_size()
+
+    def check_trained(self, vocab_size: int) -> None:
+        """Raises ValueError where the package's own tokenizer would stand in for that of a trained model."""
+        if self._path is None and self.vocab_size != vocab_size:
+            raise ValueError(
+                f"the model was trained with a vocabulary of {vocab_size}, and the tokenizer of this package has "
+                f"{self.vocab_size} pieces: its tokens would mean nothing to the model. Name the model's own, "
+                "PaliGemma's paligemma_tokenizer.model, with --tokenizer (in training --policy.tokenizer)."
+            )
 
     @typed
     def encode(

@@ -328,12 +328,18 @@ def make_transform(config: TrainConfig, stats: Mapping[str, NormStats], dims: Di
     return to_model(
         before_normalization(config),
         stats,
-        TokenizePrompt(PromptTokenizer(policy.tokenizer, max_length=policy.max_token_len), policy.kind == "pi05"),
+        TokenizePrompt(make_tokenizer(policy), policy.kind == "pi05"),
         quantiles=_has_quantiles(config),
         image_size=policy.image_size,
         action_dim=policy.action_dim,
         robot_action_dim=dims.action,
     )
+
+
+def make_tokenizer(policy: PolicyConfig) -> PromptTokenizer:
+    """Its tokens are read by a pi0 alone."""
+    vocab_size = policy.vocab_size if policy.kind in ("pi0", "pi05") else None
+    return PromptTokenizer(policy.tokenizer, max_length=policy.max_token_len, vocab_size=vocab_size)
 
 
 def _has_quantiles(config: TrainConfig) -> bool:
@@ -376,7 +382,7 @@ def pi0_config(config: PolicyConfig, dims: Dims, cameras: tuple[str, ...]) -> Pi
         paligemma_variant=config.paligemma_variant,
         action_expert_variant=config.action_expert_variant,
         vision_variant=config.vision_variant,
-        vocab_size=config.vocab_size or PromptTokenizer(config.tokenizer).vocab_size,
+        vocab_size=config.vocab_size or make_tokenizer(config).vocab_size,
         image_size=config.image_size,
         cameras=cameras,
         dtype=config.dtype,
@@ -395,6 +401,8 @@ def create_agent(
     config: TrainConfig, dims: Dims, cameras: tuple[str, ...], *, weights: str | None = None
 ) -> ACRLPDAgent:
     """A fresh agent where JAX puts it; without weights it may be traced, to see shapes without memory for them."""
+    if weights is not None and config.policy.kind in ("pi0", "pi05") and config.policy.vocab_size is not None:
+        make_tokenizer(config.policy).check_trained(config.policy.vocab_size)
     policy_rng, agent_rng = jax.random.split(jax.random.key(config.seed))
     policy = make_policy(config.policy, dims, model_cameras(config, cameras), nnx.Rngs(params=policy_rng))
     if weights is not None:

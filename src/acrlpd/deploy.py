@@ -75,6 +75,7 @@ class OpenPIOptions:
 
     robot: Robot | None = None  # whose observations and actions
     action_horizon: int = 50  # as trained; the parameters do not tell
+    asset_id: str | None = None  # whose statistics, where the checkpoint has several; None: the only ones
     tokenizer: str | None = None  # PaliGemma's paligemma_tokenizer.model; None: of a nano model
     fast_tokenizer: str | None = None  # folder of the FAST tokenizer: the checkpoint is pi0-FAST's
     temperature: float = 0.0  # of pi0-FAST's tokens; 0 takes the likeliest
@@ -402,7 +403,7 @@ def openpi_policy(
     local = weights.fetch(path)
     model = model or _recognized(path, arrays, openpi)
     tokenize = _tokenize(openpi, model)
-    stats = read_norm_stats(_assets(local))
+    stats = read_norm_stats(_assets(local), openpi.asset_id)
     policy = nnx.eval_shape(lambda: model.create(nnx.Rngs(0)))
     weights.load_into(policy, arrays)
     is_fast = isinstance(model, Pi0FastConfig)

@@ -160,6 +160,7 @@ COMMANDS = {
             "acting.seed": "--seed 1",
             "openpi.robot": "--robot libero",
             "openpi.action_horizon": "--action_horizon 3",
+            "openpi.asset_id": "--asset_id arm",
             "openpi.tokenizer": "--tokenizer file",
             "openpi.fast_tokenizer": "--fast_tokenizer folder",
             "openpi.temperature": "--temperature 0.5",

@@ -33,3 +33,9 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
 def test_a_mistake_is_one_line(arguments, hint, capsys):
     assert main(["serve", *arguments]) == 2
     assert hint in capsys.readouterr().err
+
+
+def test_what_only_openpis_checkpoints_lack_is_refused_with_one_of_ours(monkeypatch, capsys):
+    monkeypatch.setattr(serve.deploy, "is_ours", lambda path: True)
+    assert main(["serve", "--checkpoint", "runs/x", "--tokenizer", "t.model", "--asset_id", "arm"]) == 2
+    assert "--asset_id and --tokenizer say what a checkpoint of openpi's does not hold" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """A checkpoint that openpi's training wrote: served as it is, one sample an answer."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -55,14 +56,15 @@ def test_openpis_checkpoint_is_served(shared):
         deploy.openpi_policy(checkpoint, deploy.OpenPIOptions(), deploy.ActingOptions(), model=model)
 
 
-def write_released(folder, *, vocab_size):
+def write_released(folder, *, vocab_size, asset_ids=("lab/arm",)):
     """A nano model as openpi's releases have it: parameters and statistics side by side, no training state."""
     sizes = {"paligemma_variant": "nano", "action_expert_variant": "nano_expert", "vision_variant": "nano"}
     model = Pi0Config(action_dim=8, vocab_size=vocab_size, **sizes)
     arrays = weights.flatten(nnx.eval_shape(lambda: model.create(nnx.Rngs(0))))
     weights.write_params(folder / "params", {path: np.zeros(leaf.shape, np.float32) for path, leaf in arrays.items()})
-    stats = normalize.bounds_stats(-np.ones(8), np.ones(8))
-    normalize.save(folder / "assets" / "lab" / "arm" / normalize.FILE_NAME, {"state": stats, "actions": stats})
+    for number, asset_id in enumerate(asset_ids, start=1):
+        stats = normalize.bounds_stats(np.zeros(8), np.full(8, 2.0 * number))  # its mean is the number
+        normalize.save(folder / "assets" / asset_id / normalize.FILE_NAME, {"state": stats, "actions": stats})
     return folder
 
 
@@ -75,3 +77,15 @@ def test_a_vocabulary_needs_its_own_tokenizer(tmp_path):
     smaller = write_released(tmp_path / "smaller", vocab_size=own - 1)
     with pytest.raises(ValueError, match=rf"has {own} pieces, but the model's vocabulary has {own - 1}"):
         deploy.openpi_policy(smaller, deploy.OpenPIOptions("libero"), deploy.ActingOptions())
+
+
+def test_one_of_several_robots_statistics_is_chosen(tmp_path, monkeypatch):
+    folder = write_released(tmp_path, vocab_size=PromptTokenizer().vocab_size, asset_ids=("arm", "lab/hand"))
+    read = mock.Mock(wraps=deploy.to_model)
+    monkeypatch.setattr(deploy, "to_model", read)
+    deploy.openpi_policy(folder, deploy.OpenPIOptions("libero", asset_id="lab/hand"), deploy.ActingOptions())
+    np.testing.assert_array_equal(read.call_args.args[1]["state"].mean, np.full(8, 2.0))
+    with pytest.raises(ValueError, match=r"2 robots: name one \(--asset_id\) of arm, lab/hand"):
+        deploy.openpi_policy(folder, deploy.OpenPIOptions("libero"), deploy.ActingOptions())
+    with pytest.raises(ValueError, match="no statistics of asset id 'foot'; there are arm, lab/hand"):
+        deploy.openpi_policy(folder, deploy.OpenPIOptions("libero", asset_id="foot"), deploy.ActingOptions())

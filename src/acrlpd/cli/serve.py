@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     config, api_keys = arguments.server, _api_keys(arguments.api_key_file)
     refresh = None
     if deploy.is_ours(arguments.checkpoint):
+        _refuse_unused(arguments.checkpoint, arguments.openpi)
         follower = deploy.Follower(arguments.checkpoint, arguments.acting)
         policy, refresh = follower.policy, follower.refresh
     else:
@@ -63,6 +64,16 @@ def _parse(argv: Sequence[str], platform: Platform | None) -> ServeArguments:
         default = ServeArguments(tyro.MISSING, limits, acting)
     config = (tyro.conf.OmitArgPrefixes,)
     return tyro.cli(ServeArguments, args=argv, default=default, prog="acrlpd serve", config=config)
+
+
+def _refuse_unused(checkpoint: str, openpi: OpenPIOptions) -> None:
+    """A checkpoint of ours holds its whole configuration."""
+    given = [f.name for f in dataclasses.fields(openpi) if getattr(openpi, f.name) != f.default]
+    if given:
+        raise ValueError(
+            f"--{' and --'.join(given)} say what a checkpoint of openpi's does not hold; {checkpoint} is one of this "
+            "project and holds it: leave them out"
+        )
 
 
 def _api_keys(path: str | None) -> tuple[str, ...]:

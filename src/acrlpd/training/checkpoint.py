@@ -64,12 +64,18 @@ class AssetsRestore(ocp.args.CheckpointArgs):
     """Nothing to say: the statistics come as they are."""
 
 
-def read_norm_stats(assets: Path) -> dict[str, NormStats]:
-    """The statistics under an ``assets`` folder, whatever their asset id."""
-    files = sorted(assets.rglob(normalize.FILE_NAME))
-    if len(files) != 1:
-        raise ValueError(f"{assets} should hold exactly one {normalize.FILE_NAME}, found {len(files)}: {files}")
-    return normalize.load(files[0])
+def read_norm_stats(assets: Path, asset_id: str | None = None) -> dict[str, NormStats]:
+    """The statistics of an asset id under an ``assets`` folder; None: of the only one there."""
+    files = {file.parent.relative_to(assets).as_posix(): file for file in sorted(assets.rglob(normalize.FILE_NAME))}
+    if not files:
+        raise ValueError(f"{assets} holds no {normalize.FILE_NAME}: expected <asset id>/{normalize.FILE_NAME} there")
+    if asset_id is None and len(files) > 1:
+        raise ValueError(
+            f"{assets} holds statistics of {len(files)} robots: name one (--asset_id) of {', '.join(files)}"
+        )
+    if asset_id is not None and asset_id not in files:
+        raise ValueError(f"{assets} holds no statistics of asset id {asset_id!r}; there are {', '.join(files)}")
+    return normalize.load(next(iter(files.values())) if asset_id is None else files[asset_id])
 
 
 @dataclasses.dataclass(frozen=True)

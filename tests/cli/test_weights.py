@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -102,6 +103,33 @@ def test_a_folder_of_something_else_is_never_deleted(tmp_path, capsys):
     assert (target / "letter.txt").read_text() == "dear"
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "notes"])
+def test_a_file_of_something_else_is_never_replaced(tmp_path, capsys, name):
+    weights.write(tmp_path / "w.npz", SMALL)
+    (tmp_path / name).write_text("dear")
+    assert main(["weights", "convert", str(tmp_path / "w.npz"), str(tmp_path / name), "--overwrite"]) == 2
+    assert f"{name} is no file of weights (.npz or .safetensors) and will not be replaced" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "dear"
+
+
+@pytest.mark.parametrize("name", FILES.values())
+def test_an_interrupt_at_the_last_moment_leaves_what_was_there(tmp_path, monkeypatch, name):
+    """Between taking the old weights away and putting the new ones in their place."""
+    target, rename = tmp_path / name, Path.rename
+    weights.write(target, {"old": np.zeros(1, np.float32)})
+
+    def interrupted(path, to):
+        if to == target and path.name == name:
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        weights.write(target, SMALL, overwrite=True)
+    assert os.listdir(tmp_path) == [name]
+    assert weights.read_params(target).keys() == {"old"}
+
+
 @pytest.mark.parametrize("name", FILES.values())
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, name):
     target = tmp_path / name
@@ -124,6 +152,8 @@ def fail(*_args, **_kwargs):
     [
         (["w.npz", "x.npz", "--layout", "orbax"], "the layout orbax needs the name of a folder"),
         (["w.npz", "x", "--layout", "npz"], "needs a name that ends in .npz"),
+        (["w.npz", "gs://bucket/x"], "gs://bucket/x: weights are written to local paths only"),
+        (["foo://bucket/x", "x"], "foo:// cannot be read here (Protocol not known: foo). gs:// and hf:// can"),
         (["wide.npz", "x"], "no float64 arrays: cast the weights"),
         (["nowhere.npz", "x"], "the path does not exist"),
         (["text.npz", "x"], "text.npz: expected a complete .npz file"),
@@ -144,6 +174,7 @@ def test_mistakes_are_explained(tmp_path, monkeypatch, capsys, arguments, compla
     for name in ("text.npz", "text.safetensors"):
         (tmp_path / name).write_text("not weights")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "w.npz").read_bytes()[:-40])
+    monkeypatch.setenv("OPENPI_DATA_HOME", str(tmp_path))
     before = set(os.listdir())
     assert main(["weights", "convert", *arguments]) == 2
     error = capsys.readouterr().err

@@ -50,6 +50,10 @@ def anonymous(path):
     return re.sub("(^|/)d/[0-9a-f]{32}$", r"\1d/*", path)
 
 
+def items(step):
+    return json.loads((step / "_CHECKPOINT_METADATA").read_text())["item_handlers"].keys()
+
+
 def tree_keys(item):
     return json.loads((item / "_METADATA").read_text())["tree_metadata"].keys()
 
@@ -100,10 +104,12 @@ def test_training_checkpoint_is_written_as_openpi_does(golden, tmp_path, run):
         np.testing.assert_array_equal(theirs.params[path].astype("float32"), value, err_msg=path)
 
     weights.write_checkpoint(tmp_path / "2", theirs)
-    wanted = {anonymous(path) for path in described["files"] if "/assets/" not in path}
-    assert wanted <= files_below(tmp_path)
+    assert {anonymous(path) for path in described["files"]} <= files_below(tmp_path)
+    assert items(tmp_path / "2") == items(golden.folder / f"{run}_checkpoint" / "2")
     ours = weights.read_checkpoint(tmp_path)
     assert ours.step == theirs.step
+    assert ours.norm_stats == theirs.norm_stats
+    assert theirs.norm_stats.keys() == {"tiny_robot"}
     assert_same(ours.params, theirs.params)
     if theirs.ema_params is not None:
         assert_same(ours.ema_params, theirs.ema_params)
@@ -192,6 +198,40 @@ def test_folder_without_weights_is_explained(tmp_path):
         weights.read_params(tmp_path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         weights.read_params(tmp_path / "nowhere")
+
+
+def without_metadata(item):
+    (item / "_METADATA").unlink()
+
+
+def with_other_metadata(item):
+    (item / "_METADATA").write_text("{}")
+
+
+def with_broken_sharding(item):
+    (item / "_sharding").write_text("{")
+
+
+def with_half_a_manifest(item):
+    content = (item / "manifest.ocdbt").read_bytes()
+    (item / "manifest.ocdbt").write_bytes(content[: len(content) // 2])
+
+
+def with_empty_data(item):
+    for file in item.rglob("d/*"):
+        file.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "damage", [without_metadata, with_other_metadata, with_broken_sharding, with_half_a_manifest, with_empty_data]
+)
+def test_a_damaged_folder_is_named(tmp_path, caplog, damage):
+    weights.write_params(tmp_path / "params", tiny_weights())
+    caplog.clear()
+    damage(tmp_path / "params")
+    with pytest.raises(ValueError, match=r"params: expected a complete Orbax folder; .* Copy it anew"):
+        weights.read_params(tmp_path)
+    assert not caplog.records
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------

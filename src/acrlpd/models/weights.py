@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import logging
 import os
 import re
+import sys
 import tempfile
+import time
+import traceback
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +35,7 @@ LORA = ".*lora.*"
 NOT_IN_PALIGEMMA = f"{LORA}|(?!PaliGemma/).*|PaliGemma/llm/.*_1/.*"
 """What a model has beyond a PaliGemma checkpoint: adapters, the action expert, the top-level projections."""
 
+_NORM_STATS = "norm_stats.json"
 _MAX_LISTED = 20
 _SUFFIXES: dict[Layout, str] = {"npz": ".npz", "paligemma": ".npz", "safetensors": ".safetensors"}
 _BFLOAT16 = np.dtype(jnp.bfloat16)
@@ -44,6 +50,26 @@ class TrainingCheckpoint:
     params: Weights
     ema_params: Weights | None  # None: the run kept no average
     opt_state: Any  # nested lists and dictionaries with arrays, as openpi's optimizer chain (see ``write_checkpoint``)
+    norm_stats: Mapping[str, str]  # the text of each asset id's norm_stats.json
+
+
+class _AssetsHandler(ocp.CheckpointHandler):
+    """Files of text, which Orbax lists as an item like the others."""
+
+    def save(self, directory: os.PathLike[str], args: _AssetsSave) -> None:
+        for name, text in args.texts.items():
+            file = Path(directory) / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+
+    def restore(self, directory: os.PathLike[str], args: Any = None) -> None:
+        raise NotImplementedError("assets are read as files")
+
+
+@ocp.args.register_with_handler(_AssetsHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _AssetsSave(ocp.args.CheckpointArgs):
+    texts: Mapping[str, str]  # by path
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -68,7 +94,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainingCheckpoint:
     """A step folder of openpi's training loop, or the newest one of a run."""
     local = fetch(path)
     saved = read_params(local)
-    state = _restore(_find_item(local, "train_state"))
+    item = _find_item(local, "train_state")
+    state, assets = _restore(item), item.parent / "assets"
     # openpi keeps the average, if there is one, in the item that inference reads, and the plain weights elsewhere.
     plain = _flatten_params(state, local) if state.get("params") else None
     return TrainingCheckpoint(
@@ -76,6 +103,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainingCheckpoint:
         params=saved if plain is None else plain,
         ema_params=None if plain is None else saved,
         opt_state=state["opt_state"],
+        norm_stats={
+            file.parent.relative_to(assets).as_posix(): file.read_text(encoding="utf-8")
+            for file in sorted(assets.rglob(_NORM_STATS))
+        },
     )
 
 
@@ -112,8 +143,13 @@ def _download(url: str, scheme: str, target: Path) -> None:
         import fsspec
 
         filesystem, remote = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise ImportError(f"reading {scheme}:// needs an extra: pip install 'acrlpd[remote]' ({error})") from error
+    except (ImportError, ValueError) as error:  # a package is missing, or no package knows the scheme
+        if scheme in ("gs", "gcs", "hf"):
+            raise ImportError(f"reading {scheme}:// needs an extra: pip install 'acrlpd[remote]' ({error})") from error
+        raise ValueError(
+            f"{url}: {scheme}:// cannot be read here ({error}). gs:// and hf:// can, with acrlpd[remote]; copy other "
+            "weights to a local path."
+        ) from error
     with _replacing(target) as partial:
         try:
             filesystem.get(remote, str(partial), recursive=True)
@@ -140,25 +176,59 @@ def _find_item(path: Path, item: str) -> Path:
     for candidate in candidates:
         if (candidate / "_METADATA").exists():
             return candidate
+        if (candidate / "manifest.ocdbt").exists():
+            raise ValueError(f"{candidate}: expected a complete Orbax folder; its _METADATA is missing. Copy it anew.")
     raise ValueError(
         f"{path} holds no {item}: expected an Orbax folder (with a _METADATA file) there, in {item}/ or in "
         f"<step>/{item}/" + (", or a .npz or .safetensors file" if item == "params" else "")
     )
 
 
-def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-
-
 def _metadata(item: Path) -> Any:
-    return _checkpointer().metadata(item).item_metadata.tree
+    with _naming_item(item):
+        return ocp.PyTreeCheckpointHandler().metadata(item).tree
 
 
 def _restore(item: Path) -> Any:
     """The whole tree as numpy, whatever devices it was written from."""
     tree = _metadata(item)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    return _checkpointer().restore(item, args=ocp.args.PyTreeRestore(tree, restore_args=as_numpy))
+    with _naming_item(item):
+        return ocp.PyTreeCheckpointHandler().restore(item, args=ocp.args.PyTreeRestore(tree, restore_args=as_numpy))
+
+
+@contextlib.contextmanager
+def _naming_item(item: Path) -> Iterator[None]:
+    quiet_orbax()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # as many kinds as files to damage
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{item}: expected a complete Orbax folder; a file in it is damaged or missing ({reason}). Copy it anew."
+        ) from error
+
+
+@functools.cache
+def quiet_orbax() -> None:
+    """What is raised while reading or writing is not printed besides, by each of the threads that it went through.
+
+    Orbax logs it there with a traceback, and TensorStore prints one for every operation that ends after Orbax gave up.
+    """
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+    logging.getLogger("asyncio").addFilter(lambda record: not _was_raised_in_orbax(record))
+    show = sys.unraisablehook
+
+    def unraisablehook(args: sys.UnraisableHookArgs) -> None:
+        if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"):
+            show(args)
+
+    sys.unraisablehook = unraisablehook
+
+
+def _was_raised_in_orbax(record: logging.LogRecord) -> bool:
+    trace = record.exc_info[2] if record.exc_info else None
+    return any("orbax" in frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace))
 
 
 def _flatten_params(tree: Any, source: Path) -> dict[str, Any]:
@@ -166,9 +236,11 @@ def _flatten_params(tree: Any, source: Path) -> dict[str, Any]:
 
     Only the last element counts: the image tower has modules named "key" and "value".
     """
-    flat = traverse_util.flatten_dict(tree.get("params") or {})
+    params = tree.get("params") if isinstance(tree, dict) else None
+    flat = traverse_util.flatten_dict(params) if isinstance(params, dict) else {}
     if not flat:
-        raise ValueError(f"{source} holds no arrays under 'params'; it has {sorted(tree)}")
+        found = sorted(tree) if isinstance(tree, dict) else f"a {type(tree).__name__}"
+        raise ValueError(f"{source} holds no arrays under 'params'; it has {found}")
     if all(path[-1] == "value" for path in flat):
         flat = {path[:-1]: leaf for path, leaf in flat.items()}
     return {"/".join(path): leaf for path, leaf in flat.items()}
@@ -336,11 +408,13 @@ def write(
             _write_npz(partial, flat if layout == "npz" else _for_paligemma(flat))
         else:
             tree = _nest(flat) if layout == "orbax" else _nest(flat, level=())
-            _checkpointer().save(partial, args=ocp.args.PyTreeSave({"params": tree}))
+            _save(partial, ocp.PyTreeCheckpointHandler(), ocp.args.PyTreeSave({"params": tree}))
 
 
 def check_target(path: str | os.PathLike[str], layout: Layout | None = None, *, overwrite: bool = False) -> Layout:
     """The layout ``write`` would choose, if it may write there at all."""
+    if "://" in os.fspath(path):
+        raise ValueError(f"{path}: weights are written to local paths only; write them here, then copy them there")
     suffix = Path(path).suffix
     if layout is None:
         by_suffix: dict[str, Layout] = {".npz": "npz", ".safetensors": "safetensors"}
@@ -378,10 +452,32 @@ def write_checkpoint(path: str | os.PathLike[str], checkpoint: TrainingCheckpoin
     }
     saved = checkpoint.ema_params if checkpoint.ema_params is not None else checkpoint.params
     items = ocp.args.Composite(
-        params=ocp.args.PyTreeSave({"params": _nest(saved)}), train_state=ocp.args.PyTreeSave(train_state)
+        assets=_AssetsSave({f"{asset_id}/{_NORM_STATS}": text for asset_id, text in checkpoint.norm_stats.items()}),
+        params=ocp.args.PyTreeSave({"params": _nest(saved)}),
+        train_state=ocp.args.PyTreeSave(train_state),
     )
     with _replacing(Path(path).absolute()) as partial:
-        ocp.Checkpointer(ocp.CompositeCheckpointHandler()).save(partial, args=items)
+        _save(partial, ocp.CompositeCheckpointHandler(), items)
+
+
+def _save(path: Path, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs) -> None:
+    quiet_orbax()
+    try:
+        ocp.Checkpointer(handler).save(path, args=args)
+    except BaseException:
+        _await_writes(path.parent)
+        raise
+
+
+def _await_writes(folder: Path) -> None:
+    """TensorStore's threads end what they have begun, and would make a deleted folder anew."""
+    before, now = -1, 0
+    while now != before:
+        time.sleep(1)
+        before, now = now, 0
+        for path in folder.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                now += path.lstat().st_size
 
 
 def _write_safetensors(path: Path, flat: Mapping[str, Any]) -> None:
@@ -428,15 +524,22 @@ def _replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     _check_free(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        partial = Path(folder) / target.name
+        partial, replaced = Path(folder) / target.name, Path(folder) / "replaced"
         yield partial
-        if target.exists():
-            target.rename(Path(folder) / "replaced")
-        partial.rename(target)
+        if os.path.lexists(target):
+            target.rename(replaced)
+        try:
+            partial.rename(target)
+        except BaseException:
+            if os.path.lexists(replaced):
+                replaced.rename(target)
+            raise
 
 
 def _check_free(target: Path, *, overwrite: bool) -> None:
-    if target.exists() and not overwrite:
+    if os.path.lexists(target) and not overwrite:
         raise FileExistsError(f"{target} exists already: name another path, or overwrite it")
     if target.is_dir() and not (target / "_METADATA").exists():
         raise ValueError(f"{target} is a folder without weights (no _METADATA in it) and will not be deleted")
+    if os.path.lexists(target) and not target.is_dir() and target.suffix not in _SUFFIXES.values():
+        raise ValueError(f"{target} is no file of weights (.npz or .safetensors) and will not be replaced")

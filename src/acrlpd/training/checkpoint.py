@@ -14,8 +14,6 @@ import importlib.metadata
 import json
 import logging
 import os
-import sys
-import traceback
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +29,7 @@ from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.data import normalize
 from acrlpd.data.normalize import NormStats
 from acrlpd.models.parameters import Params
+from acrlpd.models.weights import quiet_orbax
 from acrlpd.training.faults import RunFault
 from acrlpd.training.metrics import write_json
 
@@ -118,7 +117,7 @@ class ACRLPDCheckpointManager:
         writer: bool = False,
     ):
         if writer:
-            _tell_failed_writes_once()
+            quiet_orbax()
         self.directory = Path(directory).absolute()
         self._always = frozenset(keep)
         self.keep = set(keep)
@@ -313,28 +312,6 @@ class ACRLPDCheckpointManager:
         if step is not None and step not in steps:
             raise ValueError(f"{self.directory} holds no checkpoint of step {step}; there are {steps}")
         return steps[-1] if step is None else step
-
-
-@functools.cache
-def _tell_failed_writes_once() -> None:
-    """What is raised in ``save`` and ``wait`` is not printed besides, by each of the threads that it went through.
-
-    Orbax logs it there with a traceback, and TensorStore prints one for every write that ends after Orbax gave up.
-    """
-    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
-    logging.getLogger("asyncio").addFilter(lambda record: not _was_raised_in_orbax(record))
-    show = sys.unraisablehook
-
-    def unraisablehook(args: sys.UnraisableHookArgs) -> None:
-        if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"):
-            show(args)
-
-    sys.unraisablehook = unraisablehook
-
-
-def _was_raised_in_orbax(record: logging.LogRecord) -> bool:
-    trace = record.exc_info[2] if record.exc_info else None
-    return any("orbax" in frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace))
 
 
 @functools.cache  # a look at each package's files, while no update can run

@@ -38,7 +38,9 @@ class NormStatsArguments:
     state_keys: tuple[str, ...] = ()  # the format's names of what makes the state; empty: the usual ones
     action_keys: tuple[str, ...] = ()  # likewise for the actions
     num_episodes: int | None = None  # only so many, evenly spread
-    min_std: float = normalize.MIN_STD  # floor for dimensions that hardly move, in raw units; 0: openpi's bare numbers
+    min_std: float = (
+        normalize.MIN_STD
+    )  # floor for dimensions that hardly or rarely move, in raw units; 0: openpi's bare numbers
     on_bad_episode: Literal["error", "skip"] = "error"
 
 

@@ -1,8 +1,8 @@
 """Normalization statistics: openpi's formulas and file, and four ways to make them.
 
 z-score (pi0): ``(x - mean) / (std + 1e-6)``; quantiles (pi0.5, pi0-FAST): 1 % and 99 % to -1 and 1. Nothing is clipped.
-The formulas are openpi's, so that its statistics work here; the floors for dimensions that hardly move are put into
-statistics when this project makes them.
+The formulas are openpi's, so that its statistics work here; the floors for dimensions that hardly or rarely move are
+put into statistics when this project makes them (``with_floor``).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 EPSILON = 1e-6  # openpi's, in both formulas
 MIN_STD = 1e-3  # default floor, in raw units
+MAX_NORMALIZED = 10.0  # farther from 0 no value comes to lie that statistics with a floor were made of
 FILE_NAME = "norm_stats.json"
 
 
@@ -262,26 +263,54 @@ def exact(values: Float[np.ndarray, "n d"]) -> NormStats:
     )
 
 
-def with_floor(stats: NormStats, key: str, *, min_std: float = MIN_STD) -> NormStats:
-    """Keeps dimensions that hardly move from being blown up: std at least ``min_std``, q99 - q01 at least twice that.
+def with_floor(
+    stats: NormStats,
+    key: str,
+    *,
+    min_std: float = MIN_STD,
+    bounds: tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]] | None = None,
+) -> NormStats:
+    """Keeps dimensions that hardly or rarely move from being blown up, and warns of them by name.
 
-    A joint that stood still in the data would otherwise turn sensor noise at run time into huge inputs.
+    std and (q99 - q01) / 2 become at least ``min_std``: a joint that stood still in the data would otherwise turn
+    sensor noise at run time into huge inputs. With ``bounds``, the least and greatest value seen, they also become so
+    large that no value seen is normalized to more than ``MAX_NORMALIZED``: a gripper that closes in 0.4 % of the rows
+    has both quantiles where it is open, and would otherwise close at 1000. ``min_std=0`` leaves openpi's bare numbers.
     """
+    if min_std == 0:
+        return stats
+    low, high = (stats.mean, stats.mean) if bounds is None else bounds
+
+    def widened(half_width: np.ndarray, middle: np.ndarray) -> np.ndarray:
+        farthest = np.maximum(high - middle, middle - low)
+        return np.maximum(half_width, np.maximum(min_std, farthest / MAX_NORMALIZED))
+
+    std = widened(stats.std, stats.mean)
     still = stats.std < min_std
+    rare = (std > stats.std) & ~still
     q01, q99 = stats.q01, stats.q99
     if q01 is not None and q99 is not None:
-        narrow = (q99 - q01) / 2 < min_std
-        middle = (q01 + q99) / 2
-        q01, q99 = np.where(narrow, middle - min_std, q01), np.where(narrow, middle + min_std, q99)
-        still = still | narrow
+        half_width, middle = (q99 - q01) / 2, (q01 + q99) / 2
+        half = widened(half_width, middle)
+        narrow = half > half_width
+        rare |= narrow & ~still
+        q01, q99 = np.where(narrow, middle - half, q01), np.where(narrow, middle + half, q99)
     if still.any():
         warnings.warn(
-            f"{key}: {still.sum()} of {still.size} dimensions ({_ranges(np.flatnonzero(still))}) hardly move (std or "
-            f"quantile range below min_std={min_std:g}); their statistics were widened to it. Check that they are "
-            "meant to be constant.",
+            f"{key}: {still.sum()} of {still.size} dimensions ({_ranges(np.flatnonzero(still))}) hardly move (std "
+            f"below min_std={min_std:g}); their statistics were widened to it. Check that they are meant to be "
+            "constant.",
             stacklevel=2,
         )
-    return NormStats(mean=stats.mean, std=np.maximum(stats.std, min_std), q01=q01, q99=q99)
+    if rare.any():
+        warnings.warn(
+            f"{key}: {rare.sum()} of {rare.size} dimensions ({_ranges(np.flatnonzero(rare))}) move in few rows or have "
+            f"values far from all others; their statistics were widened to min_std={min_std:g}, and so that no value "
+            f"is normalized to more than {MAX_NORMALIZED:g}. Check that these values are real, such as a gripper's "
+            "that is seldom used: a faulty one hides how the others differ.",
+            stacklevel=2,
+        )
+    return NormStats(mean=stats.mean, std=std, q01=q01, q99=q99)
 
 
 def _ranges(indices: Int[np.ndarray, " n"]) -> str:
@@ -307,7 +336,10 @@ def from_store(
             key: np.concatenate([np.reshape(part[key], (-1, part[key].shape[-1])) for part in parts])
             for key in ("state", "actions")
         }
-    return {key: with_floor(exact(value), key, min_std=min_std) for key, value in values.items()}
+    return {
+        key: with_floor(exact(value), key, min_std=min_std, bounds=(value.min(axis=0), value.max(axis=0)))
+        for key, value in values.items()
+    }
 
 
 def _transformed(
@@ -354,7 +386,10 @@ def from_source(
     for block in blocks():
         for key, value in block.items():
             running[key].update(value)
-    return {key: with_floor(stats.result(), key, min_std=min_std) for key, stats in running.items()}
+    return {
+        key: with_floor(stats.result(), key, min_std=min_std, bounds=(low[key], high[key]))
+        for key, stats in running.items()
+    }
 
 
 def _without_pictures(source: EpisodeSource, index: int, cameras: Sequence[str]) -> Episode:

@@ -124,8 +124,8 @@ class DataConfig:
                 raise ValueError(f"data.{name} must be at least {least}, got {value}")
         for name in ("memory_bytes", "prefix_bytes", "min_std"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"data.{name} must not be negative, got {value}")
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"data.{name} must be finite and not negative, got {value}")
         if self.delta_mask is not None and 0 in self.delta_mask:
             raise ValueError(f"data.delta_mask must be counts of actions, below 0 or above, got {self.delta_mask}")
         for name in ("sequence_ratio", "online_ratio"):

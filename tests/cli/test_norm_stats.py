@@ -106,6 +106,19 @@ def test_part_of_the_episodes(folder, episodes, capsys):
     np.testing.assert_allclose(printed["state"]["mean"], ends.mean(axis=0), rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("flag", "values", "complaint"),
+    [
+        ("--min_std", ("nan", "inf", "-1"), "min_std must be finite and not negative"),
+        ("--num_episodes", ("0", "-2"), "num_episodes must be at least 1"),
+    ],
+)
+def test_numbers_without_meaning_are_refused(folder, capsys, flag, values, complaint):
+    for value in values:
+        assert main(["norm-stats", str(folder), flag, value]) == 2
+        assert complaint in capsys.readouterr().err
+
+
 def printed_means(capsys, *arguments):
     assert main(["norm-stats", *map(str, arguments), "--min_std", "0", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)["norm_stats"]

@@ -76,6 +76,13 @@ def test_file_round_trip(tmp_path):
         ('{"norm_stats": {"state": {"mean": [1.0]}}}', "std"),
         ('{"norm_stats": {"state": {"mean": [1.0], "std": [1.0, 2.0]}}}', "same length"),
         ('{"norm_stats": {"state": {"mean": ["x"], "std": [1.0]}}}', "could not convert"),
+        ('{"norm_stats": {"state": {"mean": [0, NaN], "std": [1, 1]}}}', "state: mean must be finite, .* dimension 1"),
+        ('{"norm_stats": {"state": {"mean": [0], "std": [Infinity]}}}', "state: std must be finite, .* dimension 0"),
+        ('{"norm_stats": {"state": {"mean": [0], "std": [-1]}}}', "state: std must not be negative"),
+        (
+            '{"norm_stats": {"actions": {"mean": [0], "std": [1], "q01": [1], "q99": [-1]}}}',
+            "actions: q01 exceeds q99 in dimension 0",
+        ),
     ],
 )
 def test_broken_files_are_named(tmp_path, text, message):

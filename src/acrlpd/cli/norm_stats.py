@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,10 @@ class NormStatsArguments:
 
 def main(argv: Sequence[str]) -> int:
     arguments = tyro.cli(NormStatsArguments, args=argv, prog="acrlpd norm-stats")
+    if arguments.num_episodes is not None and arguments.num_episodes < 1:
+        raise ValueError(f"num_episodes must be at least 1, got {arguments.num_episodes}: leave it out for all")
+    if not 0 <= arguments.min_std < math.inf:
+        raise ValueError(f"min_std must be finite and not negative, got {arguments.min_std}")
     options = {name: keys for name in ("state_keys", "action_keys") if (keys := getattr(arguments, name))}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

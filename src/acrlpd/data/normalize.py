@@ -106,13 +106,30 @@ def load(path: Path | str) -> dict[str, NormStats]:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))["norm_stats"]
-        return {key: _from_lists(entry) for key, entry in content.items()}
+        stats = {key: _from_lists(entry) for key, entry in content.items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path}: expected openpi's layout "
             '{"norm_stats": {"state": {"mean": [...], "std": [...], "q01": [...], "q99": [...]}, "actions": ...}}, '
             f"got {error!r}"
         ) from error
+    for key, each in stats.items():
+        _check_numbers(path, key, each)
+    return stats
+
+
+def _check_numbers(file: Path, key: str, stats: NormStats) -> None:
+    """Raises ValueError for numbers that no data has, such as those of a file that was edited or cut."""
+    for name, value in vars(stats).items():
+        if value is not None and not np.isfinite(value).all():
+            wrong = _ranges(np.flatnonzero(~np.isfinite(value)))
+            raise ValueError(f"{file}: {key}: {name} must be finite, and is not in dimension {wrong}. Make it anew.")
+    if (stats.std < 0).any():
+        wrong = _ranges(np.flatnonzero(stats.std < 0))
+        raise ValueError(f"{file}: {key}: std must not be negative, and is in dimension {wrong}. Make it anew.")
+    if stats.q01 is not None and stats.q99 is not None and (stats.q01 > stats.q99).any():
+        wrong = _ranges(np.flatnonzero(stats.q01 > stats.q99))
+        raise ValueError(f"{file}: {key}: q01 exceeds q99 in dimension {wrong}. Make it anew.")
 
 
 def load_for(path: Path | str, dims: Mapping[str, int], *, quantiles: bool) -> dict[str, NormStats]:

@@ -405,7 +405,7 @@ def openpi_policy(
     tokenize = _tokenize(openpi, model)
     stats = read_norm_stats(_assets(local), openpi.asset_id)
     policy = nnx.eval_shape(lambda: model.create(nnx.Rngs(0)))
-    weights.load_into(policy, arrays)
+    weights.load_into(policy, arrays, source=path)
     is_fast = isinstance(model, Pi0FastConfig)
     pi05 = isinstance(model, Pi0Config) and model.pi05
     before = before_normalization(openpi.robot, openpi.delta_mask, pi05=pi05, fast=is_fast)

@@ -155,6 +155,7 @@ def fail(*_args, **_kwargs):
         (["w.npz", "gs://bucket/x"], "gs://bucket/x: weights are written to local paths only"),
         (["foo://bucket/x", "x"], "foo:// cannot be read here (Protocol not known: foo). gs:// and hf:// can"),
         (["wide.npz", "x"], "no float64 arrays: cast the weights"),
+        (["both.npz", "x", "--layout", "orbax-bare"], "a is an array and has arrays below it"),
         (["nowhere.npz", "x"], "the path does not exist"),
         (["text.npz", "x"], "text.npz: expected a complete .npz file"),
         (["text.safetensors", "x"], "text.safetensors: expected a complete .safetensors file"),
@@ -169,6 +170,7 @@ def test_mistakes_are_explained(tmp_path, monkeypatch, capsys, arguments, compla
     monkeypatch.chdir(tmp_path)
     weights.write("w.npz", SMALL)
     weights.write("wide.npz", {"w": np.zeros(2)})
+    weights.write("both.npz", {"a": np.zeros(2, np.float32), "a/b": np.zeros(2, np.float32)})
     weights.write("plain.npz", {"w": np.zeros(2, np.float32)})
     np.savez("pickle.npz", w=np.array([{}], dtype=object))
     for name in ("text.npz", "text.safetensors"):

@@ -116,6 +116,24 @@ def write_published(folder):
     (folder / "processor_config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "holds a list"),
+        ('{"scale": 10}', "has no min_token"),
+        ('{"scale": 0, "min_token": -1}', "scale must be a positive number, got 0"),
+        ('{"scale": 10, "min_token": "x"}', "min_token must be a whole number, got 'x'"),
+        ('{"scale": 10, "min_token": -1, "action_dim": 0}', "time_horizon and action_dim must be positive or null"),
+    ],
+)
+def test_broken_configurations_are_named(tmp_path, text, complaint):
+    write_published(tmp_path / "fast")
+    (tmp_path / "fast" / "processor_config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"processor_config.json:? {complaint}"):
+        FastTokenizer.load(tmp_path / "fast")
+
+
 def test_published_files_load(tmp_path):
     write_published(tmp_path / "fast")
     fast = FastTokenizer.load(tmp_path / "fast")

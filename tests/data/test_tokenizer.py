@@ -102,6 +102,13 @@ def test_missing_and_foreign_models_are_refused(tmp_path):
         PromptTokenizer(tmp_path / "foreign.model")
 
 
+@pytest.mark.parametrize("content", [b"", b"hello world"])
+def test_a_file_of_something_else_is_named(tmp_path, content):
+    (tmp_path / "notes.model").write_bytes(content)
+    with pytest.raises(ValueError, match=r"notes.model: expected a SentencePiece model"):
+        PromptTokenizer(tmp_path / "notes.model")
+
+
 def test_a_tokenizer_that_does_not_belong_to_the_model_is_refused(tmp_path):
     own = PromptTokenizer().vocab_size
     with pytest.raises(ValueError, match=rf"tokenizer of this package has {own} pieces, .* vocabulary has {own - 1}"):

@@ -188,6 +188,29 @@ def test_pickle_is_refused(tmp_path):
         weights.read_params(path)
 
 
+@pytest.mark.parametrize(
+    ("array", "complaint"),
+    [
+        (np.array(["a"]), "odd is <U1, expected real numbers"),
+        (np.zeros(2, complex), "odd is complex128, expected real numbers"),
+        (np.array([{}], object), "odd holds pickled objects"),
+    ],
+)
+@pytest.mark.parametrize("read", [weights.read_params, weights.inspect])
+def test_arrays_that_are_no_weights_are_named(tmp_path, array, complaint, read):
+    np.savez(tmp_path / "w.npz", w=np.zeros(2), odd=array)
+    with pytest.raises(ValueError, match=f"w.npz: .*{complaint}"):
+        read(tmp_path / "w.npz")
+
+
+@pytest.mark.parametrize("name", ["w.npz", "w.safetensors"])
+def test_a_file_without_arrays_is_named(tmp_path, name):
+    weights.write(tmp_path / name, {})
+    for read in (weights.read_params, weights.inspect):
+        with pytest.raises(ValueError, match=f"{name} holds no arrays"):
+            read(tmp_path / name)
+
+
 def test_existing_folder_is_not_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match="exists already"):
         weights.write_params(tmp_path, tiny_weights())
@@ -262,6 +285,21 @@ def test_only_adapters_may_be_missing():
         weights.load_into(model, without, may_miss="")
     with pytest.raises(ValueError, match="missing: lora_a, and the model was built without values"):
         weights.load_into(nnx.eval_shape(Tiny), without)
+
+
+class Adapted(nnx.Module):
+    def __init__(self):
+        self.linear_lora_a, self.linear_lora_b = (nnx.Param(jnp.zeros(2)) for _ in range(2))
+
+
+@pytest.mark.parametrize("there", ["linear_lora_a", "linear_lora_b"])
+def test_half_an_adapter_is_refused(there):
+    """The other half would stay as it was drawn, and the sum be neither trained nor fresh."""
+    [absent] = {"linear_lora_a", "linear_lora_b"} - {there}
+    message = rf"\(some/params\)(?s:.*)missing: {absent}, half of an adapter whose other half {there} is there"
+    with pytest.raises(ValueError, match=message):
+        weights.load_into(Adapted(), {there: np.ones(2)}, source="some/params")
+    weights.load_into(Adapted(), {})
 
 
 def test_weights_take_the_dtype_of_the_model():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,10 +63,7 @@ class FastTokenizer:
                     f"no FAST tokenizer at {path}: {file.name} is missing. Download physical-intelligence/fast from "
                     "the Hugging Face hub into that folder, or fit one to your actions (FastTokenizer.fit) and save it."
                 )
-        config = json.loads(config_file.read_text())
-        missing = sorted({"scale", "min_token"} - config.keys())
-        if missing:
-            raise ValueError(f"{config_file} has no {', '.join(missing)}: expected a FAST processor's configuration")
+        config = _read_config(config_file)
         try:
             bpe = tokenizers.Tokenizer.from_file(str(tokenizer_file))
         except Exception as error:  # the library raises nothing narrower
@@ -150,6 +148,27 @@ def _quantize(chunks: Float[np.ndarray, "n h a"], scale: float) -> Int[np.ndarra
     if not np.isfinite(chunks).all():
         raise ValueError("actions to tokenize must be finite: some are NaN or infinite")
     return np.around(fft.dct(chunks, axis=1, norm="ortho") * scale).astype(np.int64)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    expected = "expected a FAST processor's configuration"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}): {expected}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds a {type(config).__name__}: {expected}")
+    missing = sorted({"scale", "min_token"} - config.keys())
+    if missing:
+        raise ValueError(f"{file} has no {', '.join(missing)}: {expected}")
+    scale, sizes = config["scale"], [config.get("time_horizon"), config.get("action_dim")]
+    if not (isinstance(scale, int | float) and 0 < scale < math.inf):
+        raise ValueError(f"{file}: scale must be a positive number, got {scale!r}: {expected}")
+    if not isinstance(config["min_token"], int):
+        raise ValueError(f"{file}: min_token must be a whole number, got {config['min_token']!r}: {expected}")
+    if any(size is not None and not (isinstance(size, int) and size > 0) for size in sizes):
+        raise ValueError(f"{file}: time_horizon and action_dim must be positive or null, got {sizes}: {expected}")
+    return config
 
 
 def _import_tokenizers() -> Any:

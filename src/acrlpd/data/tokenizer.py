@@ -119,7 +119,14 @@ def load_processor(path: Path | str | None) -> sentencepiece.SentencePieceProces
             f"no tokenizer model at {path}. pi0 and pi0.5 need PaliGemma's paligemma_tokenizer.model; "
             "leave the path out for the small tokenizer of the nano models."
         )
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(model)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: expected a SentencePiece model, such as PaliGemma's paligemma_tokenizer.model; it is damaged or "
+            f"another file ({str(error).strip()})"
+        ) from error
     ids = (processor.pad_id(), processor.eos_id(), processor.bos_id())
     if ids != (0, 1, 2):
         raise ValueError(f"{path}: pad, EOS and BOS must be tokens 0, 1 and 2 as in PaliGemma, got {ids}")

@@ -20,7 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
 
 Weights: TypeAlias = dict[str, np.ndarray]
+_Array = TypeVar("_Array", np.ndarray, jax.ShapeDtypeStruct)
 Layout = Literal["orbax", "orbax-bare", "npz", "paligemma", "safetensors"]
 
 LORA = ".*lora.*"
@@ -83,11 +84,8 @@ def read_params(path: str | os.PathLike[str]) -> Weights:
     these are the averaged weights if it kept an average.
     """
     local = fetch(path)
-    if local.suffix == ".npz":
-        return _read_npz(local)
-    if local.suffix == ".safetensors":
-        return _read_safetensors(local)
-    return _flatten_params(_restore(_find_item(local, "params")), local)
+    readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
+    return _checked(readers.get(local.suffix, _read_item)(local), local)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> TrainingCheckpoint:
@@ -113,12 +111,18 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainingCheckpoint:
 def inspect(path: str | os.PathLike[str]) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every array that ``read_params`` would return; no array is read for it."""
     local = fetch(path)
-    if local.suffix == ".npz":
-        return _inspect_npz(local)
-    if local.suffix == ".safetensors":
-        return _inspect_safetensors(local)
-    tree = _metadata(_find_item(local, "params"))
-    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _flatten_params(tree, local).items()}
+    readers = {".npz": _inspect_npz, ".safetensors": _inspect_safetensors}
+    return _checked(readers.get(local.suffix, _inspect_item)(local), local)
+
+
+def _checked(arrays: dict[str, _Array], path: Path) -> dict[str, _Array]:
+    """Raises ValueError where there is nothing, or what no parameter is: text, complex numbers, dates."""
+    if not arrays:
+        raise ValueError(f"{path} holds no arrays: expected the parameters of a model")
+    for name, array in arrays.items():
+        if not any(jnp.issubdtype(array.dtype, allowed) for allowed in (jnp.floating, jnp.integer, jnp.bool_)):
+            raise ValueError(f"{path}: {name} is {array.dtype}, expected real numbers: these are no model's weights")
+    return arrays
 
 
 def fetch(path: str | os.PathLike[str]) -> Path:
@@ -246,7 +250,17 @@ def _flatten_params(tree: Any, source: Path) -> dict[str, Any]:
     return {"/".join(path): leaf for path, leaf in flat.items()}
 
 
+def _read_item(path: Path) -> Weights:
+    return _flatten_params(_restore(_find_item(path, "params")), path)
+
+
+def _inspect_item(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    tree = _metadata(_find_item(path, "params"))
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _flatten_params(tree, path).items()}
+
+
 def _read_npz(path: Path) -> Weights:
+    _inspect_npz(path)  # which knows the names of what cannot be read
     with _naming(path), np.load(path, allow_pickle=False) as file:
         return {name: _as_bfloat16(file[stored]) for stored, name in _npz_names(file.files).items()}
 
@@ -334,12 +348,13 @@ def load_into(
     *,
     may_miss: str = LORA,
     place: Callable[[np.ndarray], Any] = jnp.asarray,
+    source: str | os.PathLike[str] | None = None,
 ) -> None:
     """Puts ``weights`` into ``model``, in the model's dtypes; all problems are listed before anything changes.
 
-    Parameters whose path matches ``may_miss`` keep what they hold, if the weights lack them. ``place`` moves an array
-    to where it belongs, such as a sharding. The model may be abstract (``nnx.eval_shape``), but then must become
-    complete.
+    Parameters whose path matches ``may_miss`` keep what they hold, if the weights lack them; half an adapter is never
+    kept. ``place`` moves an array to where it belongs, such as a sharding. The model may be abstract
+    (``nnx.eval_shape``), but then must become complete. ``source`` is named in errors.
     """
     params = _params(model)
     kept = {path for path in params.keys() - weights.keys() if re.fullmatch(may_miss, path)}
@@ -349,14 +364,27 @@ def load_into(
         for path in sorted(kept)
         if isinstance(params[path].get_value(), jax.ShapeDtypeStruct)
     ]
+    problems += [
+        f"missing: {path}, half of an adapter whose other half {half} is there"
+        for path in sorted(kept)
+        if (half := _other_half(path)) in weights
+    ]
     if problems:
         listed = problems[:_MAX_LISTED] + [f"... and {len(problems) - _MAX_LISTED} more"] * (
             len(problems) > _MAX_LISTED
         )
-        raise ValueError("the weights do not fit the model; is its config the right one?\n  " + "\n  ".join(listed))
+        where = "" if source is None else f" ({source})"
+        raise ValueError(
+            f"the weights do not fit the model{where}; is its config the right one?\n  " + "\n  ".join(listed)
+        )
     for path in params.keys() - kept:
         param = params[path]
         param.set_value(place(np.asarray(weights[path]).astype(param.get_value().dtype)))
+
+
+def _other_half(path: str) -> str | None:
+    halves = {"lora_a": "lora_b", "lora_b": "lora_a"}
+    return path[:-6] + halves[path[-6:]] if path[-6:] in halves else None
 
 
 def mismatches(expected: Mapping[str, Any], found: Mapping[str, Any], *, may_miss: str = "") -> list[str]:
@@ -506,7 +534,12 @@ def _flat(params: nnx.Module | Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _nest(flat: Mapping[str, Any], *, level: tuple[str, ...] = ("value",)) -> dict[str, Any]:
-    return traverse_util.unflatten_dict({(*path.split("/"), *level): _on_host(value) for path, value in flat.items()})
+    paths = {path: (*path.split("/"), *level) for path in flat}
+    folders = {keys[:end] for keys in paths.values() for end in range(1, len(keys))}
+    both = sorted(path for path, keys in paths.items() if keys in folders)
+    if both:
+        raise ValueError(f"{both[0]} is an array and has arrays below it, which openpi's layout cannot hold")
+    return traverse_util.unflatten_dict({paths[path]: _on_host(value) for path, value in flat.items()})
 
 
 def _on_host(value: Any) -> jax.Array:

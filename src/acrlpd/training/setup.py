@@ -425,7 +425,7 @@ def load_weights(policy: FlowPolicy, path: str) -> None:
     arrays = policy_weights.read_params(path)
     bare = recognize(arrays).get("model") == "paligemma"
     may_miss = policy_weights.NOT_IN_PALIGEMMA if bare else policy_weights.LORA
-    policy_weights.load_into(cast(nnx.Module, policy), arrays, may_miss=may_miss)
+    policy_weights.load_into(cast(nnx.Module, policy), arrays, may_miss=may_miss, source=path)
     logger.info("policy: %d arrays from %s", len(arrays), path)
 
 

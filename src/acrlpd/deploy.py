@@ -399,13 +399,11 @@ def openpi_policy(
         )
     if options.num_samples not in (None, 1):
         raise ValueError(f"{path} has no critic to choose among num_samples={options.num_samples}: leave it out")
-    arrays = weights.read_params(path)
-    local = weights.fetch(path)
-    model = model or _recognized(path, arrays, openpi)
+    model = model or _recognized(path, weights.inspect(path), openpi)
     tokenize = _tokenize(openpi, model)
-    stats = read_norm_stats(_assets(local), openpi.asset_id)
+    stats = _stats(weights.fetch(path), openpi.robot, openpi.asset_id)
     policy = nnx.eval_shape(lambda: model.create(nnx.Rngs(0)))
-    weights.load_into(policy, arrays, source=path)
+    weights.load_into(policy, weights.read_params(path), source=path)
     is_fast = isinstance(model, Pi0FastConfig)
     pi05 = isinstance(model, Pi0Config) and model.pi05
     before = before_normalization(openpi.robot, openpi.delta_mask, pi05=pi05, fast=is_fast)
@@ -495,6 +493,20 @@ def _recognized(path: str | Path, arrays: Mapping[str, Any], openpi: OpenPIOptio
         discrete_state_input=openpi.discrete_state_input,  # type: ignore[arg-type]  # None: as the model has it
         action_expert_variant=found["action_expert_variant"],
     )
+
+
+def _stats(checkpoint: Path, robot: Robot, asset_id: str | None) -> dict[str, NormStats]:
+    """Statistics beside the parameters, of at least as many dimensions as the robot has."""
+    assets = _assets(checkpoint)
+    stats = read_norm_stats(assets, asset_id)
+    for key, dim in (("state", ROBOTS[robot].state_dim), ("actions", ROBOTS[robot].action_dim)):
+        known = len(stats[key].mean) if key in stats else 0
+        if known < dim:
+            raise ValueError(
+                f"{assets}: statistics of {known} dimensions of {key}, but {robot} has {dim}: name another --robot, or "
+                "--asset_id if there are several"
+            )
+    return stats
 
 
 def _assets(checkpoint: Path) -> Path:

@@ -87,5 +87,9 @@ def test_one_of_several_robots_statistics_is_chosen(tmp_path, monkeypatch):
     np.testing.assert_array_equal(read.call_args.args[1]["state"].mean, np.full(8, 2.0))
     with pytest.raises(ValueError, match=r"2 robots: name one \(--asset_id\) of arm, lab/hand"):
         deploy.openpi_policy(folder, deploy.OpenPIOptions("libero"), deploy.ActingOptions())
+    with pytest.raises(
+        ValueError, match="8 dimensions of state, but aloha has 14: name another --robot, or --asset_id"
+    ):
+        deploy.openpi_policy(folder, deploy.OpenPIOptions("aloha", asset_id="arm"), deploy.ActingOptions())
     with pytest.raises(ValueError, match="no statistics of asset id 'foot'; there are arm, lab/hand"):
         deploy.openpi_policy(folder, deploy.OpenPIOptions("libero", asset_id="foot"), deploy.ActingOptions())

@@ -555,8 +555,7 @@ def _on_host(value: Any) -> jax.Array:
 def _replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A path beside ``target`` to write to; it takes the target's place at the end, or vanishes in an error."""
     _check_free(target, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+    with _parents(target), tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         partial, replaced = Path(folder) / target.name, Path(folder) / "replaced"
         yield partial
         if os.path.lexists(target):
@@ -567,6 +566,20 @@ def _replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             if os.path.lexists(replaced):
                 replaced.rename(target)
             raise
+
+
+@contextlib.contextmanager
+def _parents(target: Path) -> Iterator[None]:
+    """Makes the folders above ``target``; those that were not there vanish in an error."""
+    made = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):  # somebody else's files are in it by now
+                folder.rmdir()
+        raise
 
 
 def _check_free(target: Path, *, overwrite: bool) -> None:

@@ -415,7 +415,7 @@ def openpi_policy(
         image_size=model.image_size,
         action_dim=None if is_fast else model.action_dim,
     )
-    state_dim = len(stats["state"].mean) if is_fast else model.action_dim
+    state_dim = ROBOTS[openpi.robot].state_dim if is_fast else model.action_dim
     return Policy(
         _sampler(policy, openpi, options),
         transform,
@@ -442,7 +442,8 @@ def _sampler(policy: Pi0 | Pi0Fast, openpi: OpenPIOptions, options: ActingOption
 
 def _tokenize(openpi: OpenPIOptions, model: Pi0Config | Pi0FastConfig) -> Transform:
     text = PromptTokenizer(openpi.tokenizer, max_length=model.max_token_len, vocab_size=model.vocab_size)
-    if isinstance(model, Pi0Config) or model.vocab_size == paligemma.VOCAB_SIZE:  # a nano pi0-FAST has action tokens more
+    has_own_vocabulary = isinstance(model, Pi0FastConfig) and model.vocab_size != paligemma.VOCAB_SIZE
+    if not has_own_vocabulary:  # a small pi0-FAST has room for action tokens behind the text's
         text.check_trained(model.vocab_size)
     if isinstance(model, Pi0Config):
         return TokenizePrompt(text, model.discrete_state_input)

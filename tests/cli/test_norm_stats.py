@@ -70,8 +70,8 @@ def test_statistics_of_all_episodes_reach_the_file(folder, episodes, tmp_path, c
 def test_dimensions_that_hardly_move_are_named(folder, caplog, capsys):
     assert main(["norm-stats", str(folder), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    [warning] = [message for message in printed["warnings"] if "hardly move" in message]
-    assert warning.startswith("state: 1 of 3 dimensions (2) hardly move")
+    [warning] = [message for message in printed["warnings"] if "rarely move" in message]
+    assert warning.startswith("state: 1 of 3 dimensions (2) hardly or rarely move")
     assert warning in caplog.messages
     assert printed["norm_stats"]["state"]["std"][2] == normalize.MIN_STD
     assert printed["file"] is None

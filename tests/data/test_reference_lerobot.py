@@ -126,7 +126,7 @@ def test_versions_of_a_set_hold_the_same_rows(sets):
                     np.testing.assert_array_equal(left, right)
 
 
-@pytest.mark.filterwarnings("ignore:.*hardly move")
+@pytest.mark.filterwarnings("ignore:.*rarely move")
 def test_statistics(sets):
     for source, reference in sets:
         stats = normalize.from_source(source)

@@ -18,7 +18,7 @@ from acrlpd.data.episodes import EpisodeSource
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.robots import mapping
 from acrlpd.data.robots.mapping import Robot
-from acrlpd.data.sources import open_episodes
+from acrlpd.data.sources import identify, open_episodes
 from acrlpd.data.transforms import Compose, Transform
 
 logger = logging.getLogger(__name__)
@@ -39,9 +39,7 @@ class NormStatsArguments:
     state_keys: tuple[str, ...] = ()  # the format's names of what makes the state; empty: the usual ones
     action_keys: tuple[str, ...] = ()  # likewise for the actions
     num_episodes: int | None = None  # only so many, evenly spread
-    min_std: float = (
-        normalize.MIN_STD
-    )  # floor for dimensions that hardly or rarely move, in raw units; 0: openpi's bare numbers
+    min_std: float = normalize.MIN_STD  # floor where a dimension hardly moves, in raw units; 0: openpi's bare numbers
     on_bad_episode: Literal["error", "skip"] = "error"
 
 
@@ -52,6 +50,8 @@ def main(argv: Sequence[str]) -> int:
     if not 0 <= arguments.min_std < math.inf:
         raise ValueError(f"min_std must be finite and not negative, got {arguments.min_std}")
     options = {name: keys for name in ("state_keys", "action_keys") if (keys := getattr(arguments, name))}
+    if identify(arguments.data_path) in ("hdf5", "lerobot"):
+        options["cameras"] = ()  # no picture is opened, and none can be found damaged
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         source = open_episodes(arguments.data_path, on_bad_episode=arguments.on_bad_episode, **options)

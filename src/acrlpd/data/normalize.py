@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from acrlpd.data import chunks
 from acrlpd.data.episodes import EpisodeSource, EpisodeStore
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 EPSILON = 1e-6  # openpi's, in both formulas
 MIN_STD = 1e-3  # default floor, in raw units
-MAX_NORMALIZED = 10.0  # farther from 0 no value comes to lie that statistics with a floor were made of
+MAX_NORMALIZED = 10.0  # farther from 0 no value comes to lie by which a dimension that hardly moves was widened
+FAULTY = 1000.0  # times half of q99 - q01, from which on a value is no part of a motion
 FILE_NAME = "norm_stats.json"
 
 
@@ -247,6 +248,10 @@ class RunningStats:
             q99=self._quantile(0.99),
         )
 
+    @property
+    def bin_width(self) -> Float[np.ndarray, " d"]:
+        return self._edges[:, 1] - self._edges[:, 0]
+
     def _make_edges(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         return np.linspace(low, high, self._num_bins + 1, axis=-1)
 
@@ -289,45 +294,48 @@ def with_floor(
 ) -> NormStats:
     """Keeps dimensions that hardly or rarely move from being blown up, and warns of them by name.
 
-    std and (q99 - q01) / 2 become at least ``min_std``: a joint that stood still in the data would otherwise turn
-    sensor noise at run time into huge inputs. With ``bounds``, the least and greatest value seen, they also become so
-    large that no value seen is normalized to more than ``MAX_NORMALIZED``: a gripper that closes in 0.4 % of the rows
-    has both quantiles where it is open, and would otherwise close at 1000. ``min_std=0`` leaves openpi's bare numbers.
+    Where std or (q99 - q01) / 2 is below ``min_std``, both become at least that: a joint that stood still in the data
+    would otherwise turn sensor noise at run time into huge inputs. With ``bounds``, the least and greatest value seen,
+    they also become so large that no value seen is normalized to more than ``MAX_NORMALIZED``: a gripper that closes in
+    0.4 % of the rows has both quantiles where it is open, and would otherwise close at 1000. The same holds for the
+    quantiles of a dimension whose other values are noise. Where most values move and one lies ``FAULTY`` times farther
+    out, it is likely a fault of the data, and to make room for it would hide the others: that one is left outside.
+    ``min_std=0`` leaves openpi's bare numbers.
     """
     if min_std == 0:
         return stats
     low, high = (stats.mean, stats.mean) if bounds is None else bounds
-
-    def widened(half_width: np.ndarray, middle: np.ndarray) -> np.ndarray:
-        farthest = np.maximum(high - middle, middle - low)
-        return np.maximum(half_width, np.maximum(min_std, farthest / MAX_NORMALIZED))
-
-    std = widened(stats.std, stats.mean)
-    still = stats.std < min_std
-    rare = (std > stats.std) & ~still
+    if stats.q01 is None or stats.q99 is None:
+        middle, half_width = stats.mean, stats.std
+    else:
+        middle, half_width = (stats.q01 + stats.q99) / 2, (stats.q99 - stats.q01) / 2
+    farthest = np.maximum(high - middle, middle - low)
+    enough = np.maximum(min_std, farthest / MAX_NORMALIZED)
+    still = (stats.std < min_std) | (half_width < min_std)
+    faulty = ~still & (farthest > FAULTY * half_width)
+    narrow = still | (~faulty & (half_width < enough))
+    std = np.where(still, np.maximum(stats.std, enough), stats.std)
     q01, q99 = stats.q01, stats.q99
     if q01 is not None and q99 is not None:
-        half_width, middle = (q99 - q01) / 2, (q01 + q99) / 2
-        half = widened(half_width, middle)
-        narrow = half > half_width
-        rare |= narrow & ~still
+        half = np.maximum(half_width, enough)
         q01, q99 = np.where(narrow, middle - half, q01), np.where(narrow, middle + half, q99)
-    if still.any():
+    if narrow.any():
         warnings.warn(
-            f"{key}: {still.sum()} of {still.size} dimensions ({_ranges(np.flatnonzero(still))}) hardly move (std "
-            f"below min_std={min_std:g}); their statistics were widened to it. Check that they are meant to be "
-            "constant.",
+            f"{key}: {_named(narrow)} hardly or rarely move; their statistics were widened to min_std={min_std:g}, and "
+            f"so that no value is normalized to more than {MAX_NORMALIZED:g}. Check that they are meant to.",
             stacklevel=2,
         )
-    if rare.any():
+    if faulty.any():
         warnings.warn(
-            f"{key}: {rare.sum()} of {rare.size} dimensions ({_ranges(np.flatnonzero(rare))}) move in few rows or have "
-            f"values far from all others; their statistics were widened to min_std={min_std:g}, and so that no value "
-            f"is normalized to more than {MAX_NORMALIZED:g}. Check that these values are real, such as a gripper's "
-            "that is seldom used: a faulty one hides how the others differ.",
+            f"{key}: {_named(faulty)} have values more than {FAULTY:g} times as far out as most. Check that these are "
+            "no faults of the recording.",
             stacklevel=2,
         )
     return NormStats(mean=stats.mean, std=std, q01=q01, q99=q99)
+
+
+def _named(chosen: Bool[np.ndarray, " d"]) -> str:
+    return f"{chosen.sum()} of {chosen.size} dimensions ({_ranges(np.flatnonzero(chosen))})"
 
 
 def _ranges(indices: Int[np.ndarray, " n"]) -> str:
@@ -381,7 +389,8 @@ def from_source(
 ) -> dict[str, NormStats]:
     """As ``from_store``, for sets larger than memory: an episode at a time, twice, for the range and for the rest.
 
-    Quantiles are off by less than a 5000th of a dimension's range. No picture is read: a ``transform`` that expects
+    Quantiles are off by less than a 5000th of a dimension's range. Where that is coarse, because a few values lie far
+    from all others, the others are counted once more in finer bins. No picture is read: a ``transform`` that expects
     ``cameras`` is shown black ones. ``num_episodes`` takes so many, evenly spread.
     """
     spread = np.linspace(0, source.num_episodes - 1, min(num_episodes or source.num_episodes, source.num_episodes))
@@ -403,10 +412,39 @@ def from_source(
     for block in blocks():
         for key, value in block.items():
             running[key].update(value)
-    return {
-        key: with_floor(stats.result(), key, min_std=min_std, bounds=(low[key], high[key]))
-        for key, stats in running.items()
-    }
+    found = {key: stats.result() for key, stats in running.items()}
+    closer = {key: _CloserQuantiles(found[key], stats.bin_width) for key, stats in running.items()}
+    if any(each.dims.any() for each in closer.values()):
+        for block in blocks():
+            for key, value in block.items():
+                closer[key].update(value)
+        found = {key: closer[key].improved(stats) for key, stats in found.items()}
+    return {key: with_floor(stats, key, min_std=min_std, bounds=(low[key], high[key])) for key, stats in found.items()}
+
+
+class _CloserQuantiles:
+    """Counts again where too few bins lay between q01 and q99: in new ones, from just below q01 to just above q99."""
+
+    def __init__(self, stats: NormStats, bin_width: Float[np.ndarray, " d"], *, num_bins: int = 5000):
+        self._q01, self._q99 = _quantiles(stats)
+        self.dims = bin_width > (self._q99 - self._q01) / 50
+        self._edges = np.linspace(self._q01 - bin_width, self._q99 + 2 * bin_width, num_bins + 1, axis=-1)
+        self._counts = np.zeros((len(self._edges), num_bins + 1))  # the first one is of all values below
+        self._count = 0
+
+    def update(self, batch: Float[np.ndarray, "n d"]) -> None:
+        self._count += len(batch)
+        for dim in np.flatnonzero(self.dims):
+            self._counts[dim, 0] += np.sum(batch[:, dim] < self._edges[dim, 0])
+            self._counts[dim, 1:] += np.histogram(batch[:, dim], bins=self._edges[dim])[0]
+
+    def improved(self, stats: NormStats) -> NormStats:
+        q01, q99 = (np.where(self.dims, self._at(q), old) for q, old in ((0.01, self._q01), (0.99, self._q99)))
+        return dataclasses.replace(stats, q01=q01, q99=q99)
+
+    def _at(self, q: float) -> Float[np.ndarray, " d"]:
+        below = np.cumsum(self._counts, axis=1) < q * self._count
+        return self._edges[np.arange(len(self._edges)), np.maximum(below.sum(axis=1) - 1, 0)]
 
 
 def _without_pictures(source: EpisodeSource, index: int, cameras: Sequence[str]) -> Episode:

@@ -88,13 +88,8 @@ def open_episodes(
     return reader(data, on_bad_episode=on_bad_episode, **options)
 
 
-GENERAL = (
-    "episode_metadata",
-    "metadata_cache",
-    "num_workers",
-    "on_bad_episode",
-    "rewards",
-)  # not options of one format
+# not options of one format
+GENERAL = ("episode_metadata", "metadata_cache", "num_workers", "on_bad_episode", "rewards")
 READERS: dict[Format, Callable[..., Dataset]] = {
     "lerobot": LeRobotSource,
     "hdf5": H5DatasetReader,

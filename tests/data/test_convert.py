@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import json
+import os
 import resource
+import subprocess
 
 import numpy as np
 import pytest
 
-from acrlpd.data import convert, hdf5
+from acrlpd.data import convert, hdf5, unfinished
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.lerobot import LeRobotSource
 from acrlpd.types import Episode
@@ -114,6 +116,16 @@ def test_nothing_is_left_of_a_failure(tmp_path):
         with pytest.raises(ValueError, match=r"episode_000002\.hdf5"):
             convert_to(source, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own", "taken"]
+
+
+def test_what_a_killed_conversion_left_is_removed(tmp_path):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    ours = unfinished.temporary_path(tmp_path / "set")
+    dead = ours.with_name(ours.name.replace(f"-{os.getpid()}.", f"-{process.pid}."))
+    (dead / "meta").mkdir(parents=True)
+    convert.to_hdf5(written(tmp_path / "ours"), tmp_path / "set")
+    assert not dead.exists()
 
 
 def test_a_size_the_codec_refuses_is_named(tmp_path):

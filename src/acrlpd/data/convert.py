@@ -29,6 +29,7 @@ from acrlpd.data.lerobot_meta import DEFAULT_CHUNKS_SIZE, INDEX, TASK_INDEX, TIM
 from acrlpd.data.normalize import RunningStats
 from acrlpd.data.parquet import import_pyarrow
 from acrlpd.data.sources import Dataset
+from acrlpd.data.unfinished import remove_abandoned, temporary_path
 from acrlpd.data.video import import_av
 from acrlpd.types import Episode
 
@@ -101,7 +102,7 @@ def to_lerobot(
     with _new_folder(Path(folder)) as temporary:
         writer = _LeRobotWriter(temporary, dataset, float(rate), pictures, success, with_success=unknown == 0)
         writer.write(robot_type)
-        written = LeRobotSource(temporary, on_bad_episode="skip")
+        written = LeRobotSource(temporary, on_bad_episode="skip", check_images=False)
         if written.skipped:
             raise ValueError(f"{folder}: the converted data set is not readable: {written.skipped[0][1]}")
     return Path(folder)
@@ -121,7 +122,8 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     """A hidden folder beside ``folder``, which gets its name when all went well."""
     if folder.exists():
         raise ValueError(f"{folder} already exists. Name a folder that does not, or remove it first.")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    remove_abandoned(folder.parent)
+    temporary = temporary_path(folder)
     temporary.mkdir(parents=True)
     try:
         yield temporary

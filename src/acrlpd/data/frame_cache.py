@@ -25,7 +25,6 @@ from jaxtyping import UInt8
 
 from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeSource
 from acrlpd.data.layouts.columns import Rows
-from acrlpd.data.layouts.own import sync
 from acrlpd.data.transforms import resize_with_pad
 from acrlpd.data.unfinished import remove_abandoned, temporary_path
 
@@ -155,13 +154,14 @@ class FrameCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_path(path)
         try:
-            record = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=self._shape(length))
-            for start in range(0, length, BLOCK):
-                stop = min(start + BLOCK, length)
-                record[start:stop] = self.resize(source.window(index, IMAGE_PREFIX + camera, start, stop))
-            record.flush()
-            del record
-            sync(temporary)
+            with temporary.open("wb") as record:  # not mapped: a disk that fills up meanwhile would end the process
+                record.write(_header(self._shape(length)))
+                for start in range(0, length, BLOCK):
+                    stop = min(start + BLOCK, length)
+                    frames = self.resize(source.window(index, IMAGE_PREFIX + camera, start, stop))
+                    record.write(np.ascontiguousarray(frames).data)
+                record.flush()
+                os.fsync(record.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

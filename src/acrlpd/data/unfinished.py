@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 from pathlib import Path
 
 HOST = platform.node() or "here"  # process ids mean nothing on another machine that shares the folder
@@ -27,7 +28,10 @@ def remove_abandoned(folder: Path) -> None:
     for path in folder.glob(".*.tmp"):
         found = NAME.fullmatch(path.name)
         if found is not None and not _is_running(int(found[1])):
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _is_running(process: int) -> bool:

@@ -75,7 +75,7 @@ def test_layers_mean_the_same_in_torchs_conventions(arrays):
     heads = rng.normal(size=(3, *query.shape[1:])).astype(np.float32)
     ours = np.einsum("tnh,nhd->td", heads, params[f"{attention}/out/kernel"][1]) + params[f"{attention}/out/bias"][1]
     same(ours, linear(f"{layer}.self_attn.out_proj", heads.reshape(3, -1)))
-    patch = rng.normal(size=(14, 14, 3)).astype(np.float32)
+    patch = rng.normal(size=params["PaliGemma/img/embedding/kernel"].shape[:3]).astype(np.float32)
     kernel = renamed[f"{TOWER}.embeddings.patch_embedding.weight"]
     ours = np.einsum("hwc,hwcd->d", patch, params["PaliGemma/img/embedding/kernel"])
     same(ours, np.einsum("chw,dchw->d", patch.transpose(2, 0, 1), kernel))

@@ -44,7 +44,8 @@ def first_batch(config, stats, state, actions, images):
     )
     transform = setup.make_transform(config, stats, setup.Dims(state.shape[-1], actions.shape[-1]))
     store = EpisodeStore.from_episodes([episode])
-    loader = ChunkLoader(store, transform, batch_size=2, horizon=5, sequence_ratio=1.0, seed=0, prefetch=0)
+    horizon = len(actions)
+    loader = ChunkLoader(store, transform, batch_size=2, horizon=horizon, sequence_ratio=1.0, seed=0, prefetch=0)
     batch = loader.batch(0)
     back = transform.inverse({"state": batch.observations.state, "actions": batch.actions})["actions"]
     np.testing.assert_allclose(back[1], actions, atol=1e-5)
@@ -64,6 +65,8 @@ def test_a_batch_of_libero_is_openpis(tiny_config, shared, kind):
     config = with_robot(tiny_config, "libero", kind=kind, delta_mask=(6, -1) if kind == "pi05" else None)
     images = {"image": call["observation/image"], "wrist_image": call["observation/wrist_image"]}
     state, actions = call["observation/state"], call["actions"]
+    sizes = {"action_horizon": len(actions), "image_size": len(images["wrist_image"])}
+    config = dataclasses.replace(config, policy=dataclasses.replace(config.policy, **sizes))
     batch = first_batch(config, stats, state, actions, images)
     deltas = actions - np.append(state[:6], 0.0)[None]
     for found, raw, key in (

@@ -121,6 +121,18 @@ def test_a_query_that_sees_nothing_averages_everything():
     assert not np.allclose(attended[0, 0], np.repeat(average, 2, axis=0), atol=1e-2)
 
 
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", 1.0625 / 3), ("bfloat16", 0.35546875)])
+def test_weights_are_rounded_as_openpis(dtype, expected):
+    """One of three equal weights, on 1.0625: openpi rounds 1/3 to 0.333984375, then the product; 0.35352 would be off.
+
+    In float32 the order does not matter.
+    """
+    nothing, values = jnp.zeros((1, 3, 1, 2), dtype), jnp.zeros((1, 3, 1, 2), dtype).at[0, 0].set(1.0625)
+    cache, new = (nothing[:, :1], values[:, :1]), (nothing[:, 1:], values[:, 1:])
+    attended = gemma.attend(nothing[:, :1], *new, jnp.ones((1, 1, 3), bool), cache)
+    np.testing.assert_allclose(attended.astype("float32"), np.full((1, 1, 1, 2), expected), rtol=1e-6)
+
+
 def test_query_heads_share_key_heads_in_order():
     """Values are their key head's number: heads 0 and 1 read key head 0, heads 2 and 3 read key head 1."""
     values = jnp.broadcast_to(jnp.array([0.0, 1.0])[None, None, :, None], (1, 3, 2, 4))

@@ -125,7 +125,7 @@ def attend(
     """Attention over cached and new keys under one float32 softmax; n/k query heads share a key head.
 
     The two parts are never joined in memory: under a ``vmap`` over candidates that does not map the cache, all of them
-    read one copy of it. The softmax divides the attended values, which are few, instead of the weights.
+    read one copy of it.
     """
     b, t, n, h = queries.shape
     k = keys.shape[2]
@@ -142,7 +142,12 @@ def attend(
 
     scores = [masked_scores(part_keys, part_mask) for part_keys, _, part_mask in parts]
     highest = functools.reduce(jnp.maximum, [part.max(axis=-1, keepdims=True) for part in scores])
-    weights = [jnp.exp(part - jax.lax.stop_gradient(highest)) for part in scores]  # divided by their sum at the end
+    weights = [jnp.exp(part - jax.lax.stop_gradient(highest)) for part in scores]
+    total = sum(part.sum(axis=-1, keepdims=True) for part in weights)
+    # Dividing the attended values, which are few, is cheaper; but openpi rounds weights that are divided already.
+    divides_weights = values.dtype != jnp.float32
+    if divides_weights:
+        weights = [part / total for part in weights]
     attended = [
         jnp.einsum(
             "bkqs,bskh->bkqh",
@@ -152,8 +157,8 @@ def attend(
         )
         for part, (_, part_values, _) in zip(weights, parts, strict=True)
     ]
-    total = sum(part.sum(axis=-1, keepdims=True) for part in weights)
-    joined = (sum(attended[1:], start=attended[0]) / total).astype(values.dtype)
+    joined = sum(attended[1:], start=attended[0])
+    joined = (joined if divides_weights else joined / total).astype(values.dtype)
     return jnp.moveaxis(joined.reshape(b, k, t, n // k, h), 2, 1).reshape(b, t, n, h)
 
 

@@ -21,6 +21,7 @@ from acrlpd.types import Observation
 MODELS = ("pi0", "pi05", "pi0_lora")
 PRECISIONS = {"f32": ("float32", "float32"), "bf16": ("bfloat16", "float32"), "bf16params": ("bfloat16", "bfloat16")}
 SAMPLES = {"sample_1": 1, "sample_5": 5, "sample_10": 10}
+TRAINING = {"pi0_ema": "pi0", "pi05_noema": "pi05", "pi0_lora": "pi0_lora"}
 
 
 # -- openpi's numbers --------------------------------------------------------------------------------------------------
@@ -32,21 +33,19 @@ class Compiled:
     def __init__(self, policy, jit):
         self.policy = policy
         self.graphdef, self.state = nnx.split(policy)
-        self._stages = jit(self._traced_stages, static_argnames="with_joint_pass")
+        self._stages = jit(self._traced_stages)
         self._sample = jit(self._traced_sample)
         self.loss_and_gradient = jit(jax.value_and_grad(self._mean_loss, has_aux=True))
 
-    def stages(self, observation, actions, noise, time, *, with_joint_pass=True):
+    def stages(self, observation, actions, noise, time):
         """All on the way to the loss, by the names of the golden files."""
-        return jax.device_get(
-            self._stages(self.state, observation, actions, noise, time, with_joint_pass=with_joint_pass)
-        )
+        return jax.device_get(self._stages(self.state, observation, actions, noise, time))
 
     def sample(self, observation, noise, num_steps, *, state=None):
         state = self.state if state is None else state
         return jax.device_get(self._sample(state, observation, noise, jnp.int32(num_steps)))
 
-    def _traced_stages(self, state, observation, actions, noise, time, with_joint_pass):
+    def _traced_stages(self, state, observation, actions, noise, time):
         policy = nnx.merge(self.graphdef, state)
         t = time[:, None, None]
         x_t = t * noise + (1 - t) * actions
@@ -57,7 +56,7 @@ class Compiled:
             "v_t_cached": policy.velocity(prefix, x_t[None], time[None])[0],
             "loss": flow.flow_loss(policy, prefix, actions, noise, time),
         }
-        return outputs | joint_pass(policy, observation, x_t, time) if with_joint_pass else outputs
+        return outputs | joint_pass(policy, observation, x_t, time)
 
     def _traced_sample(self, state, observation, noise, num_steps):
         policy = nnx.merge(self.graphdef, state)
@@ -139,130 +138,157 @@ def loss_inputs(golden, model):
 
 
 @pytest.fixture(scope="module")
-def computed(golden, compiled):
-    """Our outputs for a golden model in float32, and openpi's; ``apart`` with its layers as a server keeps them."""
+def gradient(golden, compiled):
+    """Mean loss, its gradient by path and the gradient's norm, for the golden batch."""
 
     @functools.cache
-    def compute(model, apart=False):
-        program = compiled(model, apart=apart)
-        inputs = loss_inputs(golden, model)
-        ours = program.stages(*inputs)
-        ours |= {name: program.sample(inputs[0], inputs[2], steps) for name, steps in SAMPLES.items()}
-        return ours, golden.group(f"{model}_outputs", "f32/")
+    def compute(model):
+        program = compiled(model)
+        (mean, _), found = program.loss_and_gradient(program.state, nnx.State({}), *loss_inputs(golden, model))
+        found = by_path(found)
+        return mean, found, np.sqrt(sum(np.sum(np.square(array, dtype=np.float64)) for array in found.values()))
 
     return compute
 
 
-@pytest.mark.golden
-@pytest.mark.parametrize("model", MODELS)
-def test_masks_and_positions_are_openpis(computed, model):
-    ours, theirs = computed(model)
-    for name in ("prefix_mask", "prefix_ar_mask", "suffix_mask", "suffix_ar_mask", "attn_mask", "positions"):
-        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+@pytest.fixture(scope="module")
+def computed(golden, compiled):
+    """Our stages and samples of a golden model; ``apart`` with its layers as a server keeps them."""
+
+    @functools.cache
+    def compute(model, precision="f32", apart=False):
+        program = compiled(model, precision, apart)
+        inputs = loss_inputs(golden, model)
+        return program.stages(*inputs) | {
+            name: program.sample(inputs[0], inputs[2], steps) for name, steps in SAMPLES.items()
+        }
+
+    return compute
 
 
-@pytest.mark.golden
-@pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("model", MODELS)
-def test_embeddings_and_cache_are_openpis(computed, model, apart):
-    ours, theirs = computed(model, apart)
-    names = {"prefix_tokens", "suffix_tokens", "adarms_cond"} & theirs.keys()
-    assert ("adarms_cond" in names) == (model == "pi05")
-    for name in names:
-        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5, err_msg=name)
-    for name in ("cache_k", "cache_v"):  # these went through a layer
-        np.testing.assert_allclose(ours[name], theirs[name], atol=5e-5, err_msg=name)
-
-
-@pytest.mark.golden
-@pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("model", MODELS)
-def test_joint_pass_is_openpis(computed, model, apart):
-    ours, theirs = computed(model, apart)
-    valid = theirs["prefix_mask"]
-    np.testing.assert_allclose(ours["prefix_out"][valid], theirs["prefix_out"][valid], atol=5e-4)
-    for name in ("suffix_out", "v_t"):
-        np.testing.assert_allclose(ours[name], theirs[name], atol=5e-4, err_msg=name)
-    np.testing.assert_allclose(ours["v_t_cached"], ours["v_t"], atol=1e-5)
-
-
-@pytest.mark.golden
-@pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("model", MODELS)
-def test_velocity_loss_and_samples_are_openpis(computed, model, apart):
-    ours, theirs = computed(model, apart)
-    for name in ("v_t_cached", "loss", *SAMPLES):
-        np.testing.assert_allclose(ours[name], theirs[name], atol=5e-4, err_msg=name)
-
-
-@pytest.mark.golden
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("model", ["pi0", "pi05"])
-def test_loss_of_a_key_is_openpis(golden, compiled, drawn, model, train):
-    """Noise and time are drawn from it, and so is the augmentation in training."""
-    outputs = golden.group(f"{model}_outputs", "f32/")
+def of_a_key(golden, program, drawn, model):
+    """Losses and samples whose noise and time are drawn from a key, as is the augmentation in training."""
     observation, actions, *_ = loss_inputs(golden, model)
-    observation, noise, time = drawn(jax.random.key(7), observation, actions, train=train)
-    loss = compiled(model).stages(observation, actions, noise, time)["loss"]
-    np.testing.assert_allclose(loss, outputs["loss_key7_train" if train else "loss_key7"], atol=5e-4)
-
-
-@pytest.mark.golden
-@pytest.mark.parametrize("model", ["pi0", "pi05"])
-def test_sample_of_a_key_is_openpis(golden, compiled, monkeypatch, model):
-    program, (observation, *_) = compiled(model), loss_inputs(golden, model)
-    with monkeypatch.context() as patch:  # the noise that the policy draws, without compiling it all once more
+    ours = {}
+    for name, train in {"loss_key7": False, "loss_key7_train": True}.items():
+        seen, noise, time = drawn(jax.random.key(7), observation, actions, train=train)
+        ours[name] = program.stages(seen, actions, noise, time)["loss"]
+    with pytest.MonkeyPatch.context() as patch:  # the noise that the policy draws, without compiling it all once more
         patch.setattr(pi0.Pi0, "encode", lambda self, observation: None)
         patch.setattr(flow, "sample", lambda policy, prefix, noise, num_steps: noise)
-        noise = program.policy.sample_actions(jax.random.key(3), observation)
-    expected = golden.group(f"{model}_outputs", "f32/")["sample_10_key3"]
-    np.testing.assert_allclose(program.sample(observation, noise, 10), expected, atol=5e-4)
+        start = program.policy.sample_actions(jax.random.key(3), observation)
+    ours["sample_10_key3"] = program.sample(observation, start, 10)
+    return ours | {"loss_key7_noise": noise, "loss_key7_time": time}
 
 
-@pytest.mark.golden
-@pytest.mark.parametrize("model", ["pi0", "pi05"])
-def test_odd_image_sizes_are_openpis(golden, compiled, jit, model):
-    program, (observation, _, noise, _) = compiled(model), loss_inputs(golden, model)
+def of_odd_images(golden, program, jit, model):
+    """A sample from cameras of other sizes than the model's."""
+    observation, _, noise, _ = loss_inputs(golden, model)
     odd = observation.replace(images=jax.tree.map(jnp.asarray, golden.group(f"{model}_outputs", "odd_images/")))
     resized = jit(program.policy.PaliGemma.preprocess)(odd)  # as the policy does by itself:
     as_is = jax.eval_shape(lambda odd: program.policy.sample_actions(jax.random.key(0), odd), odd)
     assert as_is.shape == noise.shape
-    expected = golden.group(f"{model}_outputs", "f32/")["sample_5_odd_images"]
-    np.testing.assert_allclose(program.sample(resized, noise, 5), expected, atol=5e-4)
+    return {"sample_5_odd_images": program.sample(resized, noise, 5)}
 
 
-@pytest.mark.golden
-def test_noise_and_time_of_a_key_are_openpis(golden):
-    outputs = golden.group("pi0_outputs", "f32/")
-    _, noise_rng, time_rng = jax.random.split(jax.random.key(7), 3)
-    noise = outputs["loss_key7_noise"]
-    # Bit for bit, so not with the tests' faster compilation, which rounds erf_inv otherwise.
-    options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-    options["xla_cpu_use_fusion_emitters"] = True
-    normal = jax.jit(lambda key: jax.random.normal(key, noise.shape), compiler_options=options)
-    np.testing.assert_array_equal(normal(noise_rng), noise)
-    np.testing.assert_allclose(flow.sample_time(time_rng, noise.shape[:1]), outputs["loss_key7_time"], atol=1e-6)
-    for name in ("loss_key7_noise", "loss_key7_time"):  # drawn alike
-        np.testing.assert_array_equal(golden.group("pi05_outputs", "f32/")[name], outputs[name])
+# How near float32 comes to each output, absolutely; the norm of the gradient relatively.
+TOLERANCES = {
+    **dict.fromkeys(("prefix_mask", "prefix_ar_mask", "suffix_mask", "suffix_ar_mask", "attn_mask", "positions"), 0.0),
+    **dict.fromkeys(("loss_key7_noise", "loss_key7_time"), 1e-6),
+    **dict.fromkeys(("prefix_tokens", "suffix_tokens", "adarms_cond"), 1e-5),
+    **dict.fromkeys(("cache_k", "cache_v"), 5e-5),  # these went through a layer
+    **dict.fromkeys(("prefix_out", "suffix_out", "v_t", "v_t_cached", "loss", *SAMPLES), 5e-4),
+    **dict.fromkeys(("loss_key7", "loss_key7_train", "sample_10_key3", "sample_5_odd_images"), 5e-4),
+    **dict.fromkeys(("grads_mean_loss", "grads_global_norm"), 5e-4),
+}
+
+
+def assert_openpis(ours, theirs):
+    for name, value in ours.items():
+        expected = theirs[name]
+        if name == "prefix_out":  # what stands at masked tokens has no meaning
+            value, expected = value[theirs["prefix_mask"]], expected[theirs["prefix_mask"]]
+        rtol, atol = (1e-4, 0.0) if name == "grads_global_norm" else (0.0, TOLERANCES[name])
+        np.testing.assert_allclose(value, expected, rtol=rtol, atol=atol, err_msg=name)
+    np.testing.assert_allclose(ours["v_t_cached"], ours["v_t"], atol=1e-5)
 
 
 @pytest.mark.golden
 @pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_every_output_is_openpis(golden, compiled, computed, drawn, gradient, jit, model):
+    """Every array of the file: the tower's stages are compared in test_siglip, those in bfloat16 below."""
+    arrays = golden.arrays(f"{model}_outputs")
+    assert {name.split("/")[0] for name in arrays} <= {*PRECISIONS, "odd_images"}
+    theirs = {name: value for name, value in golden.group(f"{model}_outputs", "f32/").items() if "img/" not in name}
+    mean, _, norm = gradient(model)
+    ours = computed(model) | {"grads_mean_loss": mean, "grads_global_norm": norm}
+    if model != "pi0_lora":
+        program = compiled(model)
+        ours |= of_a_key(golden, program, drawn, model) | of_odd_images(golden, program, jit, model)
+    assert ours.keys() == theirs.keys()
+    assert_openpis(ours, theirs)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("model", MODELS)
+def test_layers_kept_apart_give_openpis_outputs(golden, computed, model):
+    assert_openpis(computed(model, apart=True), golden.group(f"{model}_outputs", "f32/"))
+
+
+@pytest.mark.golden
+@pytest.mark.slow
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("precision", ["bf16", "bf16params"])
 @pytest.mark.parametrize("model", ["pi0", "pi05"])
-def test_bfloat16_drifts_no_more_than_twice_openpis(golden, compiled, model, precision):
-    program, inputs = compiled(model, precision), loss_inputs(golden, model)
-    stages = program.stages(*inputs, with_joint_pass=False)
-    ours = {"v_t": stages["v_t_cached"], "loss": stages["loss"]}
-    ours |= {name: program.sample(inputs[0], inputs[2], steps) for name, steps in SAMPLES.items()}
-    exact = golden.group(f"{model}_outputs", "f32/")
-    drifts = golden.meta[model]["bf16_drift"]
-    drifts = {name.split("/")[1]: drift for name, drift in drifts.items() if name.startswith(f"{precision}/")}
-    assert drifts.keys() == ours.keys()
-    for name, allowed in drifts.items():
-        drift = np.abs(ours[name].astype("float32") - exact[name])
-        assert drift.max() <= 2 * allowed["max_abs"], name
-        assert drift.mean() <= 2 * allowed["mean_abs"], name
+def test_bfloat16_drifts_no_more_than_twice_openpis(golden, computed, model, precision, apart):
+    """From float32, in the largest and the mean difference. Layers apart are a server's, which computes no loss.
+
+    Where openpi's drift is not recorded, its array and ours must be as near to each other.
+    """
+    ours, theirs = computed(model, precision, apart), golden.group(f"{model}_outputs", f"{precision}/")
+    exact, recorded = golden.group(f"{model}_outputs", "f32/"), golden.meta[model]["bf16_drift"]
+    recorded = {name: recorded[f"{precision}/{name}"] for name in exact if f"{precision}/{name}" in recorded}
+    assert recorded.keys() >= {"v_t", "loss", *SAMPLES}
+    for name in recorded.keys() | theirs.keys():
+        if apart and name == "loss":
+            continue
+        value, their = ours[name].astype("float32"), theirs.get(name)
+        for key, measure in {"max_abs": np.max, "mean_abs": np.mean}.items():
+            drift = measure(np.abs(value - exact[name]))
+            their_drift = recorded[name][key] if name in recorded else measure(np.abs(their - exact[name]))
+            at_least = TOLERANCES[name]  # what runs in float32 here, too, is as near as there
+            assert drift <= max(2 * their_drift, at_least), (name, key)
+            if name not in recorded:
+                assert measure(np.abs(value - their)) <= max(2 * drift, at_least), (name, key)
+            elif their is not None:
+                assert measure(np.abs(their - exact[name])) == pytest.approx(their_drift, rel=1e-3), (name, key)
+
+
+@pytest.mark.golden
+def test_noise_of_a_key_is_openpis_bit_for_bit(golden):
+    _, noise_rng, _ = jax.random.split(jax.random.key(7), 3)
+    noise = golden.group("pi0_outputs", "f32/")["loss_key7_noise"]
+    # Not with the tests' faster compilation, which rounds erf_inv otherwise.
+    options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    options["xla_cpu_use_fusion_emitters"] = True
+    normal = jax.jit(lambda key: jax.random.normal(key, noise.shape), compiler_options=options)
+    np.testing.assert_array_equal(normal(noise_rng), noise)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", [*(f"{model}_inputs" for model in MODELS), *(f"{run}_train" for run in TRAINING)])
+def test_times_and_noisy_chunks_are_openpis(golden, monkeypatch, name):
+    """Between noise and actions, at a beta sample squeezed away from 0."""
+    arrays = {key: jnp.asarray(value) for key, value in golden.arrays(name).items()}
+    monkeypatch.setattr(jax.random, "beta", lambda rng, a, b, shape: arrays["beta_sample"])
+    time = flow.sample_time(jax.random.key(0), arrays["time"].shape)
+    np.testing.assert_allclose(time, arrays["time"], atol=1e-6)
+    policy, noisy = nnx.eval_shape(lambda: golden.config("pi0").create(nnx.Rngs(0))), []
+    monkeypatch.setattr(pi0.Pi0, "velocity", lambda self, prefix, x_t, time: noisy.append(x_t[0]) or x_t)
+    prefix = flow.Prefix(state=arrays["state"], features=None, mask=None, cache=None)
+    flow.flow_loss(policy, prefix, arrays["actions"], arrays["noise"], arrays["time"])
+    np.testing.assert_allclose(noisy[0], arrays["x_t"], atol=1e-6)
 
 
 @pytest.mark.golden
@@ -292,24 +318,14 @@ def by_path(state):
 @pytest.mark.golden
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
-def test_gradients_are_openpis(golden, compiled, model):
+def test_gradients_are_openpis(golden, gradient, model):
     """Every array, in the norm of its difference."""
-    program, outputs = compiled(model), golden.group(f"{model}_outputs", "f32/")
-    inputs = loss_inputs(golden, model)
-    (mean, loss), gradient = program.loss_and_gradient(program.state, nnx.State({}), *inputs)
-    ours, theirs = by_path(gradient), golden.arrays(f"{model}_grads")
+    (_, ours, norm), theirs = gradient(model), golden.arrays(f"{model}_grads")
     assert ours.keys() == theirs.keys()
-    norm = np.sqrt(sum(np.sum(np.square(array, dtype=np.float64)) for array in ours.values()))
-    np.testing.assert_allclose(loss, outputs["loss"], atol=5e-4)
-    np.testing.assert_allclose(mean, outputs["grads_mean_loss"], atol=5e-4)
-    np.testing.assert_allclose(norm, outputs["grads_global_norm"], rtol=1e-4)
     for path, expected in theirs.items():
         # A bias on all keys shifts every score alike: its gradient is zero but for rounding, here as in openpi.
         rounding = 1e-6 * norm
         assert np.linalg.norm(ours[path] - expected) <= 1e-4 * np.linalg.norm(expected) + rounding, path
-
-
-TRAINING = {"pi0_ema": "pi0", "pi05_noema": "pi05", "pi0_lora": "pi0_lora"}
 
 
 def kernel_norm(state):

@@ -237,6 +237,12 @@ def test_what_is_masked_cannot_matter(run, seed, camera, length):
     assert not np.allclose(run(observation)[1][1], run(unmasked)[1][1], atol=1e-4)
 
 
+def test_state_is_seen_as_text_alone(run):
+    observation = draw_observation(0)
+    moved = dataclasses.replace(observation, state=observation.state + 1)
+    jax.tree.map(np.testing.assert_array_equal, run(observation), run(moved))
+
+
 def test_padding_behind_the_text_cannot_matter(run):
     observation, other = draw_observation(0), draw_observation(1)
     text_mask = observation.tokenized_prompt_mask.at[1, -2:].set(False)

@@ -16,8 +16,8 @@ def tower(**changes):
     return siglip.SigLIP(TINY, out_width=8, rngs=nnx.Rngs(0), **options)
 
 
-def golden_tower(golden):
-    params = golden.group("pi0_params", "PaliGemma/img/")
+def golden_tower(golden, policy):
+    params = golden.group(f"{policy}_params", "PaliGemma/img/")
     out_width = params["head/bias"].shape[0]
     model = nnx.eval_shape(
         lambda: siglip.SigLIP(
@@ -35,29 +35,26 @@ def golden_tower(golden):
 
 
 @pytest.mark.golden
-def test_every_stage_is_openpis(golden):
-    inputs, outputs = golden.arrays("pi0_inputs"), golden.group("pi0_outputs", "f32/img/")
+@pytest.mark.parametrize("policy", ["pi0", "pi05"])
+def test_every_stage_is_openpis(golden, policy):
+    inputs, theirs = golden.arrays(f"{policy}_inputs"), golden.group(f"{policy}_outputs", "f32/img/")
     first_camera = next(key for key in inputs if key.startswith("image/"))
     image = jnp.asarray(inputs[first_camera])
-    model = golden_tower(golden)
+    model = golden_tower(golden, policy)
 
-    np.testing.assert_allclose(model.embedding(image), outputs["stem"], atol=1e-5)
     x = model.embed_patches(image)
-    np.testing.assert_allclose(x, outputs["with_posemb"], atol=1e-5)
+    ours = {"stem": model.embedding(image), "with_posemb": x, "encoded": model.Transformer(x), "logits": model(image)}
     graphdef, state = nnx.split(model.Transformer.encoderblock)
     for number in range(golden.vision().depth):
         block = nnx.merge(graphdef, jax.tree.map(lambda stacked, number=number: stacked[number], state))
-        attended = block.MultiHeadDotProductAttention_0(block.LayerNorm_0(x))
-        np.testing.assert_allclose(attended, outputs[f"encoder/block{number:02d}/sa"], atol=1e-5)
-        x = x + attended
-        np.testing.assert_allclose(x, outputs[f"encoder/block{number:02d}/+sa"], atol=1e-5)
-        mlp = block.MlpBlock_0(block.LayerNorm_1(x))
-        np.testing.assert_allclose(mlp, outputs[f"encoder/block{number:02d}/mlp"], atol=1e-5)
-        x = x + mlp
-        np.testing.assert_allclose(x, outputs[f"encoder/block{number:02d}/+mlp"], atol=1e-5)
-    encoded = model.Transformer(model.embed_patches(image))
-    np.testing.assert_allclose(encoded, outputs["encoded"], atol=1e-5)
-    np.testing.assert_allclose(model(image), outputs["logits"], atol=1e-5)
+        stages = {"sa": block.MultiHeadDotProductAttention_0(block.LayerNorm_0(x))}
+        stages["+sa"] = x + stages["sa"]
+        stages["mlp"] = block.MlpBlock_0(block.LayerNorm_1(stages["+sa"]))
+        stages["+mlp"] = x = stages["+sa"] + stages["mlp"]
+        ours |= {f"encoder/block{number:02d}/{name}": value for name, value in stages.items()}
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        np.testing.assert_allclose(ours[name], expected, atol=1e-5, err_msg=name)
 
 
 def test_patch_embedding_is_a_strided_convolution(fill):

@@ -286,6 +286,7 @@ COMMANDS = {
             "on_bad_episode": "--on_bad_episode skip",
         },
         (
+            (norm_stats, "identify", "hdf5"),
             (norm_stats, "open_episodes", SOURCE),
             (mapping, "check", None),  # of the data's widths, which are no robot's here
             (normalize, "from_source", STATS),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.extend.core
@@ -97,13 +98,13 @@ def compiled(golden, jit):
     """A golden model in one precision; pi0.5 computes activations again in its backward pass."""
 
     @functools.cache
-    def make(model, precision="f32", apart=False):
+    def make(model, precision, apart):
         dtype, param_dtype = PRECISIONS[precision]
         options = {"dtype": dtype, "param_dtype": param_dtype, "remat": model == "pi05", "unroll": apart}
         policy = golden.model(model, **options)
         return Compiled(stacked.unrolled(policy) if apart else policy, jit)
 
-    return make
+    return lambda model, precision="f32", apart=False: make(model, precision, apart)
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +307,28 @@ def test_attention_mask_is_openpis(golden):
     for case in cases:
         mask = pi0.attention_mask(jnp.asarray(arrays["valid"]), jnp.asarray(arrays[f"ar_{case}"]))
         np.testing.assert_array_equal(mask, arrays[f"out_{case}"])
+
+
+COMPARED_IN = {  # groups of functions.npz
+    "models/test_pi0.py": ("posemb", "mask"),
+    "models/test_gemma.py": ("rope", "norm"),
+    "models/test_lora.py": ("lora_einsum", "lora_ffn"),
+    "models/test_images.py": ("resize", "augment"),
+    "data/test_normalize.py": ("stats", "normalize", "unnormalize"),
+    "data/test_transforms.py": ("resize", "delta"),
+    "data/test_tokenizer.py": ("state_bins",),
+    "data/test_robots.py": ("aloha",),
+    "training/test_optimizer.py": ("schedule",),
+}
+
+
+@pytest.mark.golden
+def test_every_group_of_functions_is_compared_somewhere(golden):
+    groups = {name.split("/")[0] for name in golden.arrays("functions")}
+    assert groups == {name for names in COMPARED_IN.values() for name in names}
+    for file, names in COMPARED_IN.items():
+        source = (Path(__file__).parents[1] / file).read_text()
+        assert all(f'"{name}/' in source for name in names), file
 
 
 # -- gradients and training --------------------------------------------------------------------------------------------

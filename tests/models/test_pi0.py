@@ -325,7 +325,7 @@ COMPARED_IN = {  # groups of functions.npz
 @pytest.mark.golden
 def test_every_group_of_functions_is_compared_somewhere(golden):
     groups = {name.split("/")[0] for name in golden.arrays("functions")}
-    assert groups == {name for names in COMPARED_IN.values() for name in names}
+    assert groups <= {name for names in COMPARED_IN.values() for name in names}
     for file, names in COMPARED_IN.items():
         source = (Path(__file__).parents[1] / file).read_text()
         assert all(f'"{name}/' in source for name in names), file

@@ -342,13 +342,33 @@ def by_path(state):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_gradients_are_openpis(golden, gradient, model):
+    _, ours, norm = gradient(model)
+    are_openpis(ours, golden.arrays(f"{model}_grads"), norm=norm)
+
+
+def are_openpis(ours, theirs, *, norm):
     """Every array, in the norm of its difference."""
-    (_, ours, norm), theirs = gradient(model), golden.arrays(f"{model}_grads")
     assert ours.keys() == theirs.keys()
     for path, expected in theirs.items():
         # A bias on all keys shifts every score alike: its gradient is zero but for rounding, here as in openpi.
         rounding = 1e-6 * norm
         assert np.linalg.norm(ours[path] - expected) <= 1e-4 * np.linalg.norm(expected) + rounding, path
+
+
+@pytest.mark.golden
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_through_layers_apart_are_openpis(golden, jit, gradient, model):
+    """As the agent's update takes them, with respect to the stored arrays: cameras and adapters included."""
+    options = {"dtype": "float32", "param_dtype": "float32", "remat": model == "pi05", "unroll": True}
+    graphdef, state = nnx.split(golden.model(model, **options))
+
+    def mean_loss(state, observation, actions, noise, time):
+        policy = stacked.unrolled(nnx.merge(graphdef, state))
+        return policy.compute_loss(jax.random.key(0), observation, actions, noise=noise, time=time).mean()
+
+    ours = by_path(jit(jax.grad(mean_loss))(state, *loss_inputs(golden, model)))
+    are_openpis(ours, golden.arrays(f"{model}_grads"), norm=gradient(model)[2])
 
 
 def kernel_norm(state):

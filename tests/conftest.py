@@ -1,5 +1,6 @@
 """CPU, two fake devices so that sharding is exercised, and no silent broadcasts between ranks."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -52,3 +53,11 @@ def shared() -> Path:
     if asked or os.environ.get("CI"):
         pytest.fail(f"reference files not found: {root} has no golden/ folder; set ACRLPD_SHARED to the right root")
     return COMMITTED
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """A worker that keeps every program that any test compiled comes to hold 6 GB."""
+    yield
+    jax.clear_caches()
+    gc.collect()

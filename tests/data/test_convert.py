@@ -13,6 +13,8 @@ import pytest
 from acrlpd.data import convert, hdf5, unfinished
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.lerobot import LeRobotSource
+from acrlpd.data.rewards import RewardConfig
+from acrlpd.data.sources import open_episodes
 from acrlpd.types import Episode
 
 pytest.importorskip("pyarrow")
@@ -82,6 +84,21 @@ def test_unknown_success_and_rate(tmp_path):
     mixed = written(tmp_path / "mixed", successes=(True, None))
     with pytest.raises(ValueError, match=r"episode_000001\.hdf5: success: unknown in 1 of 2 episodes"):
         convert.to_lerobot(mixed, tmp_path / "other")
+
+
+@pytest.mark.parametrize("convert_to", [convert.to_hdf5, convert.to_lerobot])
+def test_what_had_no_rewards_gets_the_same_ones_from_success(shared, tmp_path, convert_to):
+    """The zeros in the copy are nobody's rewards."""
+    rewards = RewardConfig(convention="0/1")
+    droid = shared / "data" / "h5-droid"
+    copy = open_episodes(convert_to(open_episodes(droid), tmp_path / "copy"), rewards=rewards)
+    original = open_episodes(droid, rewards=rewards)
+    sums = [[data.episode(index).rewards.sum() for index in range(data.num_episodes)] for data in (original, copy)]
+    assert sums[0] == sums[1]
+    assert sorted(sums[0]) != [0.0] * len(sums[0])
+    unknown = convert_to(open_episodes(shared / "data" / "h5-aloha" / "sim_raw", fps=50), tmp_path / "unknown")
+    with pytest.raises(ValueError, match="success: rewards were asked for"):
+        open_episodes(unknown, rewards=rewards)
 
 
 def test_files_begin_anew_at_their_size_limits(tmp_path, monkeypatch):

@@ -137,3 +137,36 @@ def test_the_first_source_that_knows_decides_on_success():
 def test_words_that_do_not_exist_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         RewardConfig(**options)
+
+
+def test_zeros_throughout_say_nothing():
+    """As converters write them where there were none: success decides, and must be known."""
+    assert not rewards.are_known(RewardConfig(), [f32(0, 0), f32(0)])
+    assert rewards.are_known(RewardConfig(), [f32(0, 0), f32(1)])
+    assert rewards.are_known(RewardConfig(convention="as_stored"), [f32(0, 0)])
+
+
+@pytest.mark.parametrize(
+    ("success", "own", "expected", "terminals"),
+    [
+        (True, [0, 0, 1], [0, 0, 1], [0, 0, 1]),
+        (True, [0, 0, 0], [0, 0, 1], [0, 0, 1]),  # a success without a terminal ends with the recording
+        (False, [0, 0, 1], [0, 0, 0], [0, 0, 1]),  # failing ended the task
+        (False, [0, 0, 0], [0, 0, 0], [0, 0, 0]),
+    ],
+)
+def test_terminals_of_episodes_without_rewards_are_kept(success, own, expected, terminals):
+    config, own = RewardConfig(convention="0/1"), np.array(own, bool)
+    found, done = rewards.label(config, 3, success=success, terminals=own, where="episode_0")
+    assert (found.tolist(), done.tolist()) == (expected, [bool(flag) for flag in terminals])
+
+
+def test_a_stage_reached_in_a_failure_is_not_its_end():
+    """Rewards of 0 and 1 are taken for successes; where one is a recorded failure, they mean something else."""
+    touched = {"success": False, "stored": f32(0, 1, 1), "threshold": 1.0, "where": "episode_2"}
+    with pytest.raises(ValueError, match=r"episode_2: rewards: .* up to 1 in an episode that did not succeed"):
+        rewards.label(RewardConfig(), 3, **touched)
+    _, done = rewards.label(None, 3, **touched)
+    assert not done.any()
+    found, done = rewards.label(RewardConfig(convention="0/1", success_reward=1.0), 3, **touched)
+    assert (found.tolist(), done.tolist()) == ([0, 1, 1], [False, True, True])

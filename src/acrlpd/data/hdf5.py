@@ -399,17 +399,20 @@ def _labelled(
 ) -> dict[int, _Labelled]:
     stored = [record.rewards for record in records.values() if record.rewards is not None]
     threshold = reward_labels.success_reward(config, stored)
+    # robomimic's zeros are failures; our own layout has zeros, too, where nobody knew of a reward
+    are_known = reward_labels.are_known(config, stored)
     labelled = {}
     for index, record in records.items():
         source = layout.sources[index]
         own = record.terminals is not None and reward_labels.believes_terminals(config)
+        rewards = record.rewards if are_known or record.terminals is None else None
         with bad.guard(source):
-            success = reward_labels.success_of(config, record.success, None if own else record.rewards, threshold)
+            success = reward_labels.success_of(config, record.success, None if own else rewards, threshold)
             rewards, terminals = reward_labels.label(
                 config,
                 len(record),
                 success=success,
-                stored=record.rewards,
+                stored=rewards,
                 terminals=record.terminals,
                 threshold=threshold,
                 where=source,

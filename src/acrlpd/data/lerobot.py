@@ -38,7 +38,7 @@ from acrlpd.data.lerobot_meta import REQUIRED, TASK_INDEX, TIMESTAMP, EpisodeRow
 from acrlpd.data.mapped import MappedRows, map_rows
 from acrlpd.data.metadata_cache import Arrays, MetadataCache, pack, unpack
 from acrlpd.data.parquet import DataError, ParquetReader
-from acrlpd.data.rewards import RewardConfig, believes_terminals, label, success_of, success_reward
+from acrlpd.data.rewards import RewardConfig, are_known, believes_terminals, label, success_of, success_reward
 from acrlpd.types import Episode
 
 REWARD, SUCCESS = "next.reward", "next.success"
@@ -137,6 +137,7 @@ class LeRobotSource:
         facts = unpack(opened["facts"])
         self.skipped = [tuple(entry) for entry in facts["skipped"]]  # name and fault of each episode left out
         self._threshold: float | None = facts["threshold"]
+        self._rewards_are_known: bool = facts["rewards_are_known"]
         self._sizes = {key: (height, width) for key, (height, width) in facts["sizes"].items()}
         known = zip(*(opened[key].tolist() for key in ("numbers", "firsts", "tasks", "successes")), strict=True)
         self._facts = [
@@ -251,7 +252,7 @@ class LeRobotSource:
         return table[key][facts.first : facts.first + facts.row.length]
 
     def _label(self, facts: _Facts, threshold: float | None) -> tuple[Float[np.ndarray, " t"], Bool[np.ndarray, " t"]]:
-        stored = self._rows(facts, REWARD).astype(np.float32).ravel() if REWARD in self._columns else None
+        stored = self._rows(facts, REWARD).astype(np.float32).ravel() if self._rewards_are_known else None
         terminals = self._rows(facts, TERMINAL).astype(bool).ravel() if TERMINAL in self._columns else None
         return label(
             self._rewards,
@@ -310,11 +311,13 @@ class LeRobotSource:
         elif bad.skip:
             good = self._with_whole_pictures(good, bad, functools.partial(self._look_for_frames, {}))
         self._check_total_frames()
-        threshold = success_reward(self._rewards, _reward_values(good))
+        values_of_all = _reward_values(good)
+        threshold = success_reward(self._rewards, values_of_all)
+        self._rewards_are_known = are_known(self._rewards, values_of_all)
         for checked in good:
             with bad.guard(_name(checked.row)):
                 own = TERMINAL in self._columns and believes_terminals(self._rewards)
-                values = None if own else checked.reward_values
+                values = checked.reward_values if self._rewards_are_known and not own else None
                 success = success_of(self._rewards, checked.success, values, threshold)
                 facts = _Facts(checked.row, checked.first, self.meta.tasks[checked.tasks[0]], success)
                 self._label(facts, threshold)  # fails if nobody knows how it ended, or what its rewards mean
@@ -322,7 +325,10 @@ class LeRobotSource:
         bad.report(str(self.meta.root), len(rows))
         self._warn_of_several_tasks([checked for checked, _ in usable])
         return {
-            "facts": pack({"skipped": bad.skipped, "threshold": threshold, "sizes": self._sizes}),
+            "facts": pack(
+                {"skipped": bad.skipped, "threshold": threshold, "sizes": self._sizes}
+                | {"rewards_are_known": self._rewards_are_known}
+            ),
             "numbers": np.array([checked.row.number for checked, _ in usable]),
             "firsts": np.array([checked.first for checked, _ in usable]),
             "tasks": np.array([checked.tasks[0] for checked, _ in usable]),

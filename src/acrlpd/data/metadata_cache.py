@@ -28,7 +28,7 @@ from acrlpd.data.unfinished import remove_abandoned, temporary_path
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # of what the entries hold; raise it when readers find out something else
+VERSION = 3  # of what the entries hold; raise it when readers find out something else
 
 Arrays = dict[str, np.ndarray]
 

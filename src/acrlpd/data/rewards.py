@@ -48,6 +48,14 @@ class RewardConfig:
             raise ValueError("rewards.source 'sparse' makes rewards; the convention 'as_stored' keeps those stored")
 
 
+def are_known(config: RewardConfig | None, stored: Iterable[np.ndarray]) -> bool:
+    """Whether the stored rewards of a data set say anything.
+
+    Zeros throughout are what recorders and converters write that know of none; only success can then tell.
+    """
+    return (config is not None and config.convention == "as_stored") or any(np.any(rewards) for rewards in stored)
+
+
 def success_reward(config: RewardConfig | None, stored: Iterable[np.ndarray]) -> float | None:
     """The stored reward from which on a step counts as a success; None where nobody can tell.
 
@@ -101,7 +109,7 @@ def label(
     Args:
         config: None leaves rewards as they are stored, and 0 where none are: good for imitation only.
         success: as ``success_of`` found it.
-        stored: the rewards the format holds for the episode, if it does.
+        stored: the rewards the format holds for the episode, if it does; see ``are_known``.
         terminals: where the format itself says the task ended, if it does; see ``believes_terminals``.
         threshold: as ``success_reward`` found it for the data set.
         where: the episode (and file), for messages.
@@ -110,27 +118,31 @@ def label(
         ValueError: rewards are asked for, and nobody says whether the episode succeeded, or what its rewards mean.
     """
     last = np.arange(length) == length - 1
-    kept = stored if config is None or config.source == "stored" else None
+    kept, own = (stored, terminals) if config is None or config.source == "stored" else (None, None)
+    own = own if believes_terminals(config) else None
     reached = None if kept is None or threshold is None else kept >= threshold
+    guessed = own is None and (config is None or config.success_reward is None)
+    if reached is not None and guessed and success is False and reached.any():
+        reached = None  # a stage of the task, not its end
     unchanged = config is None or config.convention == "as_stored"
     if kept is None and config is not None and unchanged:
         raise _nothing_stored(where)
     if kept is not None and reached is None and not unchanged:
-        raise _unknown_meaning(where, kept)
-    if kept is not None and terminals is not None and believes_terminals(config):
-        done = terminals
+        raise _unknown_meaning(where, kept, success)
+    if kept is not None and own is not None:
+        done = own
     elif reached is not None:
         done = reached
     elif success is None and config is not None:
         raise unknown_success(where)
     else:
-        done = last & bool(success)
+        done = own if own is not None and own.any() else last & bool(success)
     if config is None:
         return (np.zeros(length, np.float32) if kept is None else kept), done
     ends = last if config.terminal_on_failure and not done.any() else done
     if kept is not None and unchanged:
         return kept, ends
-    succeeded = done if reached is None else reached
+    succeeded = done & bool(success) if reached is None else reached
     return succeeded.astype(np.float32) - (1 if config.convention == "-1/0" else 0), ends
 
 
@@ -142,9 +154,11 @@ def unknown_success(where: str) -> ValueError:
     )
 
 
-def _unknown_meaning(where: str, stored: np.ndarray) -> ValueError:
+def _unknown_meaning(where: str, stored: np.ndarray, success: bool | None) -> ValueError:
+    failed = " in an episode that did not succeed" if success is False else ""
     return ValueError(
-        f"{where}: rewards: expected 0 and 1 (or -1 and 0), found shaped or staged rewards up to {stored.max():g}. "
+        f"{where}: rewards: expected 0 and 1 (or -1 and 0), found shaped or staged rewards up to "
+        f"{stored.max():g}{failed}. "
         "Name the one that means success, as in --data.rewards.success_reward 4, keep them as they are with "
         "--data.rewards.convention as_stored, or make sparse ones with --data.rewards.source sparse (from Python "
         "RewardConfig(success_reward=4.0) and so on)."

@@ -10,8 +10,9 @@ from flax.traverse_util import flatten_dict
 
 from acrlpd.config import CollectConfig
 from acrlpd.data import hdf5
+from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.rewards import RewardConfig
-from acrlpd.envs.env import EnvConfig
+from acrlpd.envs.env import EnvConfig, EnvSpec
 from acrlpd.serving.policy import AgentSampler, Policy
 from acrlpd.training import setup
 from acrlpd.types import Episode
@@ -46,6 +47,17 @@ def test_another_models_tokenizer_is_refused(tiny_config):
         setup.make_transform(with_policy(tiny_config, kind="pi0", vocab_size=100), {}, dims)
     with pytest.raises(ValueError, match=r"paligemma_tokenizer.model.*--policy.tokenizer"):
         setup.create_agent(with_policy(tiny_config, kind="pi0", vocab_size=257_152), dims, (), weights="pi0")
+
+
+def test_data_of_another_robot_than_the_environments_is_refused(tiny_config):
+    low = -np.ones(4)
+    spec = EnvSpec("metaworld/drawer-open-v3", "open", 39, 4, low, -low, 100, (), 64, 50.0, -1.0)
+    with pytest.raises(
+        ValueError, match="has 4 state and 2 action dimensions, but metaworld/drawer-open-v3 has 39 and 4"
+    ):
+        setup.check_prior(tiny_config, EpisodeStore(), setup.Dims(4, 2), spec)
+    fitting = dataclasses.replace(spec, state_dim=4, action_dim=2)
+    setup.check_prior(tiny_config, EpisodeStore(), setup.Dims(4, 2), fitting)
 
 
 def test_a_checkpoint_needs_neither_the_weights_it_started_from_nor_an_environment(tiny_config, tmp_path):

@@ -100,7 +100,8 @@ def _make_trainer(
     source = open_prior(config)
     prior = windows.open_store(source, memory_bytes=config.data.memory_bytes, num_workers=config.data.num_workers)
     dims = Dims(prior.state.shape[1], prior.actions.shape[1])
-    check_prior(config, prior, dims)
+    spec = environments.spec if environments else None
+    check_prior(config, prior, dims, spec)
     checkpoints = ACRLPDCheckpointManager(
         files.checkpoints,
         max_to_keep=config.max_to_keep,
@@ -119,7 +120,7 @@ def _make_trainer(
     else:
         resuming.check_nothing_was_learned(config, files, checkpoints)
         agent, progress = fresh_agent(), Progress()
-        stats = make_norm_stats(config, prior, source, environments.spec if environments else None)
+        stats = make_norm_stats(config, prior, source, spec)
     settle_best(progress, Progress(), checkpoints, files)
     transform = make_transform(config, stats, dims)
     interaction = make_interaction(config, files, progress) if config.env and config.online_steps else None
@@ -140,12 +141,18 @@ def _make_trainer(
     )
 
 
-def check_prior(config: TrainConfig, prior: EpisodeStore, dims: Dims) -> None:
-    """Refuses data of another robot than the configuration speaks of."""
+def check_prior(config: TrainConfig, prior: EpisodeStore, dims: Dims, spec: EnvSpec | None) -> None:
+    """Refuses data of another robot than the configuration speaks of, or the environment is."""
     if config.data.action_dim not in (None, dims.action):
         raise ValueError(
             f"data.action_dim is {config.data.action_dim}, but the actions in {config.data.path} have {dims.action} "
             "dimensions: this is data of another robot, or another choice of its keys"
+        )
+    if spec is not None and (spec.state_dim, spec.action_dim) != (dims.state, dims.action):
+        raise ValueError(
+            f"{prior_path(config)} has {dims.state} state and {dims.action} action dimensions, but {spec.name} has "
+            f"{spec.state_dim} and {spec.action_dim}: name an environment of the same robot (--env.name), none (env: "
+            "null in a --config file), or other keys of the data (--data.state_keys, --data.action_keys)"
         )
     mapping.check(
         config.data.robot,

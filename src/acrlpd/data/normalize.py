@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 EPSILON = 1e-6  # openpi's, in both formulas
 MIN_STD = 1e-3  # default floor, in raw units
 MAX_NORMALIZED = 10.0  # farther from 0 no value comes to lie by which a dimension that hardly moves was widened
-FAULTY = 1000.0  # times half of q99 - q01, from which on a value is no part of a motion
+FAULTY = 100.0  # times half of q99 - q01, from which on a few values are likely faults
+FEW = 5  # values, or a thousandth of all
+MAX_RECOUNTS = 8  # of values in ever finer bins
 FILE_NAME = "norm_stats.json"
 
 
@@ -291,6 +293,7 @@ def with_floor(
     *,
     min_std: float = MIN_STD,
     bounds: tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]] | None = None,
+    rare: Bool[np.ndarray, " d"] | None = None,
 ) -> NormStats:
     """Keeps dimensions that hardly or rarely move from being blown up, and warns of them by name.
 
@@ -298,22 +301,19 @@ def with_floor(
     would otherwise turn sensor noise at run time into huge inputs. With ``bounds``, the least and greatest value seen,
     they also become so large that no value seen is normalized to more than ``MAX_NORMALIZED``: a gripper that closes in
     0.4 % of the rows has both quantiles where it is open, and would otherwise close at 1000. The same holds for the
-    quantiles of a dimension whose other values are noise. Where most values move and one lies ``FAULTY`` times farther
-    out, it is likely a fault of the data, and to make room for it would hide the others: that one is left outside.
-    ``min_std=0`` leaves openpi's bare numbers.
+    quantiles of ``rare`` dimensions, of which that many values lie farther out though the others are not still. A few
+    such values are no motion: room for them would hide the others, and they are left outside. ``min_std=0`` leaves
+    openpi's bare numbers.
     """
     if min_std == 0:
         return stats
     low, high = (stats.mean, stats.mean) if bounds is None else bounds
-    if stats.q01 is None or stats.q99 is None:
-        middle, half_width = stats.mean, stats.std
-    else:
-        middle, half_width = (stats.q01 + stats.q99) / 2, (stats.q99 - stats.q01) / 2
+    middle, half_width = _middle(stats)
     farthest = np.maximum(high - middle, middle - low)
     enough = np.maximum(min_std, farthest / MAX_NORMALIZED)
     still = (stats.std < min_std) | (half_width < min_std)
-    faulty = ~still & (farthest > FAULTY * half_width)
-    narrow = still | (~faulty & (half_width < enough))
+    narrow = still if rare is None else still | rare
+    faulty = ~narrow & (farthest > FAULTY * half_width)
     std = np.where(still, np.maximum(stats.std, enough), stats.std)
     q01, q99 = stats.q01, stats.q99
     if q01 is not None and q99 is not None:
@@ -327,11 +327,36 @@ def with_floor(
         )
     if faulty.any():
         warnings.warn(
-            f"{key}: {_named(faulty)} have values more than {FAULTY:g} times as far out as most. Check that these are "
-            "no faults of the recording.",
+            f"{key}: {_named(faulty)} have a few values more than {FAULTY:g} times as far out as most. Check that "
+            "these are no faults of the recording.",
             stacklevel=2,
         )
     return NormStats(mean=stats.mean, std=std, q01=q01, q99=q99)
+
+
+def _middle(stats: NormStats) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:
+    """About what most values lie, and how far out they reach."""
+    if stats.q01 is None or stats.q99 is None:
+        return stats.mean, stats.std
+    return (stats.q01 + stats.q99) / 2, (stats.q99 - stats.q01) / 2
+
+
+class _FarOut:
+    """Counts the values that would be normalized to more than ``MAX_NORMALIZED``."""
+
+    def __init__(self, stats: NormStats):
+        self._middle, half_width = _middle(stats)
+        self._limit = MAX_NORMALIZED * half_width
+        self._far, self._count = np.zeros(len(stats.mean), int), 0
+
+    def update(self, batch: Float[np.ndarray, "n d"]) -> None:
+        self._far += np.sum(np.abs(batch - self._middle) > self._limit, axis=0)
+        self._count += len(batch)
+
+    @property
+    def are_rare_motions(self) -> Bool[np.ndarray, " d"]:
+        """Where they are too many to be faults."""
+        return self._far > max(FEW, self._count / 1000)
 
 
 def _named(chosen: Bool[np.ndarray, " d"]) -> str:
@@ -361,10 +386,14 @@ def from_store(
             key: np.concatenate([np.reshape(part[key], (-1, part[key].shape[-1])) for part in parts])
             for key in ("state", "actions")
         }
-    return {
-        key: with_floor(exact(value), key, min_std=min_std, bounds=(value.min(axis=0), value.max(axis=0)))
-        for key, value in values.items()
-    }
+    return {key: _of_all(value, key, min_std) for key, value in values.items()}
+
+
+def _of_all(values: Float[np.ndarray, "n d"], key: str, min_std: float) -> NormStats:
+    stats, bounds = exact(values), (values.min(axis=0), values.max(axis=0))
+    far = _FarOut(stats)
+    far.update(values)
+    return with_floor(stats, key, min_std=min_std, bounds=bounds, rare=far.are_rare_motions)
 
 
 def _transformed(
@@ -387,7 +416,7 @@ def from_source(
     cameras: Sequence[str] = (),
     min_std: float = MIN_STD,
 ) -> dict[str, NormStats]:
-    """As ``from_store``, for sets larger than memory: an episode at a time, twice, for the range and for the rest.
+    """As ``from_store``, for sets larger than memory: an episode at a time, for the range, the rest and the floors.
 
     Quantiles are off by less than a 5000th of a dimension's range. Where that is coarse, because a few values lie far
     from all others, the others are counted once more in finer bins. No picture is read: a ``transform`` that expects
@@ -413,22 +442,36 @@ def from_source(
         for key, value in block.items():
             running[key].update(value)
     found = {key: stats.result() for key, stats in running.items()}
-    closer = {key: _CloserQuantiles(found[key], stats.bin_width) for key, stats in running.items()}
-    if any(each.dims.any() for each in closer.values()):
+    bin_width = {key: stats.bin_width for key, stats in running.items()}
+    for _ in range(MAX_RECOUNTS):
+        closer = {key: _CloserQuantiles(found[key], width, min_std) for key, width in bin_width.items()}
+        if not any(each.dims.any() for each in closer.values()):
+            break
         for block in blocks():
             for key, value in block.items():
                 closer[key].update(value)
         found = {key: closer[key].improved(stats) for key, stats in found.items()}
-    return {key: with_floor(stats, key, min_std=min_std, bounds=(low[key], high[key])) for key, stats in found.items()}
+        bin_width = {key: each.bin_width for key, each in closer.items()}
+    if min_std == 0:
+        return found
+    far = {key: _FarOut(stats) for key, stats in found.items()}
+    for block in blocks():
+        for key, value in block.items():
+            far[key].update(value)
+    return {
+        key: with_floor(stats, key, min_std=min_std, bounds=(low[key], high[key]), rare=far[key].are_rare_motions)
+        for key, stats in found.items()
+    }
 
 
 class _CloserQuantiles:
     """Counts again where too few bins lay between q01 and q99: in new ones, from just below q01 to just above q99."""
 
-    def __init__(self, stats: NormStats, bin_width: Float[np.ndarray, " d"], *, num_bins: int = 5000):
+    def __init__(self, stats: NormStats, bin_width: Float[np.ndarray, " d"], min_std: float, *, num_bins: int = 5000):
         self._q01, self._q99 = _quantiles(stats)
-        self.dims = bin_width > (self._q99 - self._q01) / 50
+        self.dims = bin_width > np.maximum(self._q99 - self._q01, max(min_std, 1e-6)) / 50
         self._edges = np.linspace(self._q01 - bin_width, self._q99 + 2 * bin_width, num_bins + 1, axis=-1)
+        self.bin_width = np.where(self.dims, self._edges[:, 1] - self._edges[:, 0], bin_width)
         self._counts = np.zeros((len(self._edges), num_bins + 1))  # the first one is of all values below
         self._count = 0
 

@@ -34,7 +34,7 @@ from acrlpd.data.transforms import (
 from acrlpd.models import paligemma, torch_names, weights
 from acrlpd.models.pi0 import Pi0, Pi0Config
 from acrlpd.models.pi0_fast import Pi0Fast, Pi0FastConfig
-from acrlpd.models.recognize import recognize
+from acrlpd.models.recognize import recognize, unsized
 from acrlpd.serving import export
 from acrlpd.serving.budget import Plan
 from acrlpd.serving.export import Interface
@@ -472,6 +472,11 @@ def _recognized(path: str | Path, arrays: Mapping[str, Any], openpi: OpenPIOptio
         )
     if kind != "paligemma" and openpi.fast_tokenizer is not None:
         raise ValueError(f"{path} holds {kind}, which writes no action tokens: leave out --fast_tokenizer")
+    if problems := unsized(arrays, kind):
+        raise ValueError(
+            f"{path} looks like {kind}, but it is incomplete: arrays that tell the model's sizes are not as expected. "
+            "Copy it anew.\n  " + "\n  ".join(problems)
+        )
     assert openpi.robot is not None  # was asked for
     sizes: dict[str, Any] = {
         "action_horizon": openpi.action_horizon,

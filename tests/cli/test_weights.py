@@ -269,6 +269,17 @@ def test_unknown_arrays_look_like_nothing():
     assert recognize({"layers_0/kernel": np.zeros((2, 3))}) == {}
 
 
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [("action_out_proj/bias", "action_dim"), ("PaliGemma/llm/embedder/input_embedding", "vocab_size")],
+)
+def test_what_a_damaged_array_would_tell_is_left_out(variants, path, field):
+    expected = recognize(variants["pi05"])
+    assert expected.pop(field)
+    assert recognize({name: leaf for name, leaf in variants["pi05"].items() if name != path}) == expected
+    assert recognize(variants["pi05"] | {path: np.zeros(())}) == expected
+
+
 def test_differences_from_a_variant_are_listed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "_expected", lambda variant: {
         "a/kernel": jax.ShapeDtypeStruct((2, 3), np.float32), "b": jax.ShapeDtypeStruct((4,), np.float32),

@@ -79,6 +79,30 @@ def test_a_vocabulary_needs_its_own_tokenizer(tmp_path):
         deploy.openpi_policy(smaller, deploy.OpenPIOptions("libero"), deploy.ActingOptions())
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "PaliGemma/llm/embedder/input_embedding",
+        "PaliGemma/llm/layers/attn/q_einsum/w",
+        "PaliGemma/llm/layers/mlp_1/linear",
+        "PaliGemma/img/embedding/kernel",
+        "action_out_proj/bias",
+    ],
+)
+@pytest.mark.parametrize("misshapen", [False, True])
+def test_a_checkpoint_without_an_array_is_explained(tmp_path, path, misshapen):
+    folder = write_released(tmp_path / "whole", vocab_size=PromptTokenizer().vocab_size)
+    arrays = weights.read_params(folder)
+    if misshapen:
+        arrays[path] = np.zeros((), np.float32)
+    else:
+        del arrays[path]
+    weights.write(folder / "params", arrays, overwrite=True)
+    problem = rf"shape: {path}, .* found \(\)" if misshapen else f"missing: {path}$"
+    with pytest.raises(ValueError, match=rf"{folder} looks like pi0, but it is incomplete(.|\n)*{problem}"):
+        deploy.openpi_policy(folder, deploy.OpenPIOptions("libero"), deploy.ActingOptions())
+
+
 def test_one_of_several_robots_statistics_is_chosen(tmp_path, monkeypatch):
     folder = write_released(tmp_path, vocab_size=PromptTokenizer().vocab_size, asset_ids=("arm", "lab/hand"))
     read = mock.Mock(wraps=deploy.to_model)

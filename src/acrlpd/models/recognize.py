@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from acrlpd.models import gemma, lora, siglip
 
+_EMBEDDING, _ACTION_BIAS = "PaliGemma/llm/embedder/input_embedding", "action_out_proj/bias"
+_BLOCK = "PaliGemma/img/Transformer/encoderblock"
+_TOWER = {  # ranks, by path
+    "PaliGemma/img/embedding/kernel": 4,
+    f"{_BLOCK}/MultiHeadDotProductAttention_0/query/kernel": 4,
+    f"{_BLOCK}/MlpBlock_0/Dense_0/kernel": 3,
+}
+_OF_ACTIONS = r"(action_in_proj|action_out_proj|state_proj|time_mlp_\w+|action_time_mlp_\w+)/.*|PaliGemma/llm/.*_1/.*"
+
 
 def recognize(arrays: Mapping[str, Any]) -> dict[str, str]:
     """The model that has arrays of these paths and shapes, in the fields of ``pi0.Pi0Config``; {} if none of ours.
 
-    ``model`` is pi0, pi05 or paligemma (which pi0-FAST shares every array with). Sizes without a name are spelled out.
+    ``model`` is pi0, pi05 or paligemma (which pi0-FAST shares every array with). Sizes without a name are spelled out;
+    those that ``unsized`` arrays would tell are left out.
     """
-    if "PaliGemma/llm/embedder/input_embedding" not in arrays:
+    if not any(path.startswith("PaliGemma/") for path in arrays):
         return {}
-    if "action_out_proj/bias" not in arrays:
+    if not any(re.fullmatch(_OF_ACTIONS, path) for path in arrays):
         found = {"model": "paligemma"}
     else:
-        found = {"model": "pi05" if "time_mlp_in/kernel" in arrays else "pi0"}
-        found["action_dim"] = str(arrays["action_out_proj/bias"].shape[0])
-    found["vocab_size"] = str(arrays["PaliGemma/llm/embedder/input_embedding"].shape[0])
+        found = {"model": "pi05" if any(path.startswith("time_mlp_") for path in arrays) else "pi0"}
+        if _has(arrays, _ACTION_BIAS, 1):
+            found["action_dim"] = str(arrays[_ACTION_BIAS].shape[0])
+    if _has(arrays, _EMBEDDING, 2):
+        found["vocab_size"] = str(arrays[_EMBEDDING].shape[0])
     parts: dict[str, tuple[dict[str, int], Mapping[str, Any]]] = {
         "paligemma_variant": (_expert_sizes(arrays, 0), gemma.VARIANTS),
         "action_expert_variant": (_expert_sizes(arrays, 1), gemma.VARIANTS),
@@ -30,42 +43,62 @@ def recognize(arrays: Mapping[str, Any]) -> dict[str, str]:
     return found | {part: _name_of(sizes, variants) for part, (sizes, variants) in parts.items() if sizes}
 
 
+def unsized(arrays: Mapping[str, Any], model: str) -> list[str]:
+    """Why sizes of ``model`` (as ``recognize`` names it) are not known: a line for each array missing or misshapen."""
+    ranks = {_EMBEDDING: 2} | _stack(0) | _TOWER
+    if model != "paligemma":
+        ranks |= {_ACTION_BIAS: 1} | _stack(1)
+    return [
+        f"missing: {path}"
+        if path not in arrays
+        else f"shape: {path}, expected {rank} axes, found {tuple(arrays[path].shape)}"
+        for path, rank in ranks.items()
+        if not _has(arrays, path, rank)
+    ]
+
+
+def _has(arrays: Mapping[str, Any], path: str, rank: int) -> bool:
+    return path in arrays and len(arrays[path].shape) == rank
+
+
+def _stack(expert: int) -> dict[str, int]:
+    """The arrays that tell a Gemma stack's sizes: their ranks by path."""
+    ranks = {"attn/q_einsum": ("w", 4), "attn/kv_einsum": ("w", 5), "mlp": ("linear", 3)}
+    return {
+        f"PaliGemma/llm/layers/{gemma.expert_name(name, expert)}/{leaf}": rank for name, (leaf, rank) in ranks.items()
+    }
+
+
 def _expert_sizes(arrays: Mapping[str, Any], expert: int) -> dict[str, int]:
     """Sizes of a Gemma stack, and the ranks of its adapters; {} if it is not there."""
-
-    def shape(part: str, name: str, leaf: str) -> tuple[int, ...]:
-        path = f"PaliGemma/llm/layers/{part}{gemma.expert_name(name, expert)}{leaf}"
-        return arrays[path].shape if path in arrays else ()
-
-    q, kv, mlp = shape("attn/", "q_einsum", "/w"), shape("attn/", "kv_einsum", "/w"), shape("", "mlp", "/linear")
-    if (len(q), len(kv), len(mlp)) != (4, 5, 3):
+    if not all(_has(arrays, path, rank) for path, rank in _stack(expert).items()):
         return {}
+    q, kv, mlp = (arrays[path].shape for path in _stack(expert))
     sizes = {"depth": q[0], "width": q[2], "mlp_dim": mlp[1], "num_heads": q[1], "num_kv_heads": kv[2]}
     sizes["head_dim"] = q[3]
+
+    def shape(part: str, leaf: str) -> tuple[int, ...]:
+        path = f"PaliGemma/llm/layers/{gemma.expert_name(part, expert)}/{leaf}"
+        return arrays[path].shape if path in arrays else ()
+
     ranks = {
-        "attention_lora": shape("attn/", "q_einsum", "/lora_a")[-1:],
-        "mlp_lora": shape("", "mlp", "/linear_lora_a")[-1:],
+        "attention_lora": shape("attn/q_einsum", "lora_a")[-1:],
+        "mlp_lora": shape("mlp", "linear_lora_a")[-1:],
     }
     return sizes | {name: rank[0] for name, rank in ranks.items() if rank}
 
 
 def _tower_sizes(arrays: Mapping[str, Any]) -> dict[str, int]:
     """Sizes of a SigLIP tower; {} if it is not there."""
-    block = "PaliGemma/img/Transformer/encoderblock"
-    paths = {
-        "patch": "PaliGemma/img/embedding/kernel",
-        "query": f"{block}/MultiHeadDotProductAttention_0/query/kernel",
-        "mlp": f"{block}/MlpBlock_0/Dense_0/kernel",
-    }
-    shapes = {name: arrays[path].shape for name, path in paths.items() if path in arrays}
-    if {name: len(shape) for name, shape in shapes.items()} != {"patch": 4, "query": 4, "mlp": 3}:
+    if not all(_has(arrays, path, rank) for path, rank in _TOWER.items()):
         return {}
-    depth, width, heads, _ = shapes["query"]
+    patch, query, mlp = (arrays[path].shape for path in _TOWER)
+    depth, width, heads, _ = query
     return {
-        "patch_size": shapes["patch"][0],
+        "patch_size": patch[0],
         "depth": depth,
         "width": width,
-        "mlp_dim": shapes["mlp"][2],
+        "mlp_dim": mlp[2],
         "num_heads": heads,
     }
 

@@ -399,11 +399,12 @@ def openpi_policy(
         )
     if options.num_samples not in (None, 1):
         raise ValueError(f"{path} has no critic to choose among num_samples={options.num_samples}: leave it out")
-    model = model or _recognized(path, weights.inspect(path), openpi)
+    parameters = weights.locate(path)  # once: a run that goes on writes newer ones
+    model = model or _recognized(parameters, weights.inspect(parameters), openpi)
     tokenize = _tokenize(openpi, model)
-    stats = _stats(weights.fetch(path), openpi.robot, openpi.asset_id)
+    stats = _stats(parameters.parent / "assets", openpi.robot, openpi.asset_id)
     policy = nnx.eval_shape(lambda: model.create(nnx.Rngs(0)))
-    weights.load_into(policy, weights.read_params(path), source=path)
+    weights.load_into(policy, weights.read_params(parameters), source=parameters)
     is_fast = isinstance(model, Pi0FastConfig)
     pi05 = isinstance(model, Pi0Config) and model.pi05
     before = before_normalization(openpi.robot, openpi.delta_mask, pi05=pi05, fast=is_fast)
@@ -460,7 +461,7 @@ def _tokenize(openpi: OpenPIOptions, model: Pi0Config | Pi0FastConfig) -> Transf
     )
 
 
-def _recognized(path: str | Path, arrays: Mapping[str, Any], openpi: OpenPIOptions) -> Pi0Config | Pi0FastConfig:
+def _recognized(path: Path, arrays: Mapping[str, Any], openpi: OpenPIOptions) -> Pi0Config | Pi0FastConfig:
     found = recognize(arrays)
     kind = found.get("model")
     if kind is None:
@@ -501,9 +502,10 @@ def _recognized(path: str | Path, arrays: Mapping[str, Any], openpi: OpenPIOptio
     )
 
 
-def _stats(checkpoint: Path, robot: Robot, asset_id: str | None) -> dict[str, NormStats]:
-    """Statistics beside the parameters, of at least as many dimensions as the robot has."""
-    assets = _assets(checkpoint)
+def _stats(assets: Path, robot: Robot, asset_id: str | None) -> dict[str, NormStats]:
+    """Statistics in ``assets``, of at least as many dimensions as the robot has."""
+    if not assets.is_dir():
+        raise ValueError(f"{assets}: expected a folder of normalization statistics beside the parameters")
     stats = read_norm_stats(assets, asset_id)
     for key, dim in (("state", ROBOTS[robot].state_dim), ("actions", ROBOTS[robot].action_dim)):
         known = len(stats[key].mean) if key in stats else 0
@@ -513,11 +515,3 @@ def _stats(checkpoint: Path, robot: Robot, asset_id: str | None) -> dict[str, No
                 "--asset_id if there are several"
             )
     return stats
-
-
-def _assets(checkpoint: Path) -> Path:
-    """The folder of statistics beside the parameters."""
-    for folder in (checkpoint / "assets", checkpoint.parent / "assets"):
-        if folder.is_dir():
-            return folder
-    raise ValueError(f"{checkpoint} has no assets/ with normalization statistics beside its parameters")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 
 import jax
@@ -159,6 +160,32 @@ def test_newest_step_is_read(tmp_path):
     for step in (2, 10):
         weights.write_params(tmp_path / str(step) / "params", {"w": np.full(1, step, np.float32)})
     assert weights.read_params(tmp_path)["w"] == 10
+
+
+@pytest.mark.parametrize("folder", ["", "checkpoints"])
+@pytest.mark.parametrize("damage", ["10/params", "10/params/_METADATA", "10"])
+def test_an_incomplete_newest_step_is_named(tmp_path, folder, damage):
+    """The one before is not taken in its place: nobody would notice."""
+    for step in (2, 10):
+        weights.write_params(tmp_path / folder / str(step) / "params", tiny_weights())
+    damaged = tmp_path / folder / damage
+    if damaged.is_dir():
+        shutil.rmtree(damaged)
+        (tmp_path / folder / "10").mkdir(exist_ok=True)
+    else:
+        damaged.unlink()
+    for read in (weights.read_params, weights.inspect):
+        with pytest.raises(ValueError, match=rf"{tmp_path / folder / '10'}.* Copy it anew"):
+            read(tmp_path)
+
+
+def test_a_checkpoint_is_of_one_step(tmp_path):
+    checkpoint = weights.TrainingCheckpoint(3, tiny_weights(), None, [], {})
+    weights.write_checkpoint(tmp_path / "2", checkpoint)
+    weights.write_params(tmp_path / "10" / "params", tiny_weights())
+    with pytest.raises(ValueError, match=rf"{tmp_path / '10'} holds no train_state"):
+        weights.read_checkpoint(tmp_path)
+    assert weights.read_checkpoint(tmp_path / "2").step == 3
 
 
 def test_paligemma_file(tmp_path):

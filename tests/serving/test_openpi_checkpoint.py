@@ -99,8 +99,19 @@ def test_a_checkpoint_without_an_array_is_explained(tmp_path, path, misshapen):
         del arrays[path]
     weights.write(folder / "params", arrays, overwrite=True)
     problem = rf"shape: {path}, .* found \(\)" if misshapen else f"missing: {path}$"
-    with pytest.raises(ValueError, match=rf"{folder} looks like pi0, but it is incomplete(.|\n)*{problem}"):
+    with pytest.raises(ValueError, match=rf"{folder}/params looks like pi0, but it is incomplete(.|\n)*{problem}"):
         deploy.openpi_policy(folder, deploy.OpenPIOptions("libero"), deploy.ActingOptions())
+
+
+@pytest.mark.parametrize("below", ["", "10", "10/params"])
+def test_statistics_are_those_of_the_step_that_is_served(tmp_path, monkeypatch, below):
+    vocab_size = PromptTokenizer().vocab_size
+    write_released(tmp_path / "2", vocab_size=vocab_size)
+    write_released(tmp_path / "10", vocab_size=vocab_size, asset_ids=("lab/other",))
+    read = mock.Mock(wraps=deploy.read_norm_stats)
+    monkeypatch.setattr(deploy, "read_norm_stats", read)
+    deploy.openpi_policy(tmp_path / below, deploy.OpenPIOptions("libero"), deploy.ActingOptions())
+    read.assert_called_once_with(tmp_path / "10" / "assets", None)
 
 
 def test_one_of_several_robots_statistics_is_chosen(tmp_path, monkeypatch):

@@ -90,7 +90,7 @@ def read_params(path: str | os.PathLike[str]) -> Weights:
 
 def read_checkpoint(path: str | os.PathLike[str]) -> TrainingCheckpoint:
     """A step folder of openpi's training loop, or the newest one of a run."""
-    local = fetch(path)
+    local = _step_of(fetch(path))  # once: a run that goes on writes newer ones
     saved = read_params(local)
     item = _find_item(local, "train_state")
     state, assets = _restore(item), item.parent / "assets"
@@ -166,22 +166,40 @@ def _download(url: str, scheme: str, target: Path) -> None:
             ) from error
 
 
-def _find_item(path: Path, item: str) -> Path:
-    """The Orbax folder of ``item``: ``path`` itself, inside it, or inside its highest-numbered step.
+def locate(path: str | os.PathLike[str]) -> Path:
+    """The file or Orbax folder that ``read_params`` would read; statistics lie in ``assets`` beside it."""
+    local = fetch(path)
+    return local if local.suffix in _SUFFIXES.values() else _find_item(local, "params")
 
-    The steps may lie in a folder ``checkpoints``, as in a run of this project.
-    """
-    candidates = [path / item]
+
+def _step_of(path: Path) -> Path:
+    """``path``, or the newest step of a run; the steps may lie in ``checkpoints``, as in a run of this project."""
+    if any(_is_item(folder) for folder in (path, path / "params", path / "train_state")):
+        return path
     for parent in (path, path / "checkpoints"):
-        steps = [int(child.name) for child in parent.iterdir() if child.name.isdigit()] if parent.is_dir() else []
-        candidates += [parent / str(step) / item for step in sorted(steps, reverse=True)]
-    if item == "params":
-        candidates.insert(0, path)
-    for candidate in candidates:
-        if (candidate / "_METADATA").exists():
-            return candidate
-        if (candidate / "manifest.ocdbt").exists():
-            raise ValueError(f"{candidate}: expected a complete Orbax folder; its _METADATA is missing. Copy it anew.")
+        steps = [child for child in parent.glob("*") if child.name.isdecimal() and child.is_dir()]
+        if steps:
+            return max(steps, key=lambda step: int(step.name))
+    return path
+
+
+def _is_item(folder: Path) -> bool:
+    return (folder / "_METADATA").exists() or (folder / "manifest.ocdbt").exists()
+
+
+def _find_item(path: Path, item: str) -> Path:
+    """The Orbax folder of ``item``: ``path`` itself, inside it, or inside its highest-numbered step."""
+    step = _step_of(path)
+    folder = step if item == "params" and _is_item(step) else step / item
+    if (folder / "_METADATA").exists():
+        return folder
+    if _is_item(folder):
+        raise ValueError(f"{folder}: expected a complete Orbax folder; its _METADATA is missing. Copy it anew.")
+    if step != path:
+        raise ValueError(
+            f"{step}, the newest step of {path}, holds no {item}: it is incomplete. Copy it anew, delete it, or name "
+            "another step."
+        )
     raise ValueError(
         f"{path} holds no {item}: expected an Orbax folder (with a _METADATA file) there, in {item}/ or in "
         f"<step>/{item}/" + (", or a .npz or .safetensors file" if item == "params" else "")

@@ -316,4 +316,4 @@ def test_transform_of_one_observation(prompts):
     back = TokenizeFast(prompts).inverse(data | {"actions": one.tokenized_prompt[0]})
     assert back["actions"].shape == (HORIZON, DIM)
     with pytest.raises(ValueError, match="the data has no prompt"):
-        TokenizeFast(prompts)({"state": data["state"]})
+        TokenizeFast(prompts)({"state": data["state"], "prompt": None})

@@ -123,6 +123,8 @@ def test_default_prompt_fills_only_what_is_missing():
     assert default({})["prompt"] == "do it"
     assert default({"prompt": "fold"})["prompt"] == "fold"
     assert default({"prompt": ""})["prompt"] == "do it"
+    assert default({"prompt": None})["prompt"] == "do it"
+    assert default({"prompt": ["a", None]})["prompt"].tolist() == ["a", "do it"]
     assert default({"prompt": b"f\xc3\xbcnf"})["prompt"] == "fünf"
     assert default({"prompt": np.array(["a", "", "a longer text"])})["prompt"].tolist() == [
         "a",
@@ -166,9 +168,17 @@ def test_the_rim_is_black_and_the_smaller_half_comes_first(height, width, rows, 
     np.testing.assert_array_equal(resized, expected)
 
 
-def test_a_prompt_is_needed():
+@pytest.mark.parametrize("data", [{}, {"prompt": None}, {"prompt": np.array(None)}, {"prompt": ["lift", None]}])
+def test_a_prompt_is_needed(data):
     with pytest.raises(ValueError, match="no prompt"):
-        tf.TokenizePrompt(PromptTokenizer())({"state": np.zeros(3)})
+        tf.TokenizePrompt(PromptTokenizer())({"state": np.zeros((2, 3))} | data)
+
+
+@pytest.mark.parametrize("prompt", [3, np.float32(0.5), np.array([1, 2]), ["lift", 3], True])
+def test_a_prompt_is_text(prompt):
+    for transform in (tf.DefaultPrompt("do it"), tf.TokenizePrompt(PromptTokenizer())):
+        with pytest.raises(ValueError, match="a prompt must be text, got "):
+            transform({"state": np.zeros((2, 3)), "prompt": prompt})
 
 
 def test_one_prompt_serves_a_whole_batch():

@@ -160,6 +160,14 @@ def test_observation_is_left_as_it_was(flow_policy):
     assert obs.keys() == {"state"}
 
 
+@pytest.mark.parametrize("real_time", [False, True])
+def test_a_recorded_row_is_an_observation(flow_policy, real_time):
+    """Its actions are not read, as openpi's transforms do not read them."""
+    request = make_policy(flow_policy, real_time=real_time).prepare(OBS | {"actions": np.zeros((2, 7))})
+    assert request.guidance is None
+    np.testing.assert_array_equal(request.observation.state, make_policy(flow_policy).prepare(OBS).observation.state)
+
+
 def test_any_sampler_can_be_served():
     """What chooses among candidates is a function of observations, draws and a plan."""
 

@@ -313,13 +313,9 @@ class TokenizeFast:
     tokenizer: FastPromptTokenizer
 
     def __call__(self, data: Data) -> Data:
-        if "prompt" not in data:
-            raise ValueError(
-                "the data has no prompt. Add a task text to the dataset or a default prompt to the config."
-            )
         state = np.asarray(data["state"])
         batch = state.shape[:-1]
-        prompts = np.broadcast_to(prompt_texts(data["prompt"]), batch).ravel().tolist()
+        prompts = np.broadcast_to(prompt_texts(data.get("prompt")), batch).ravel().tolist()
         actions = None
         if "actions" in data:
             actions = np.asarray(data["actions"])

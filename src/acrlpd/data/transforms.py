@@ -84,15 +84,12 @@ class Repack:
 
 @dataclasses.dataclass(frozen=True)
 class DefaultPrompt:
-    """A task text where the data brings none (no prompt, or an empty one)."""
+    """A task text where the data brings none (no prompt, None, or an empty one)."""
 
     prompt: str
 
     def __call__(self, data: Data) -> Data:
-        if "prompt" not in data:
-            return data | {"prompt": np.asarray(self.prompt)}
-        texts = prompt_texts(data["prompt"])
-        return data | {"prompt": np.where(texts == "", self.prompt, texts)}
+        return data | {"prompt": prompt_texts(data.get("prompt"), self.prompt)}
 
     def inverse(self, data: Data) -> Data:
         return data
@@ -204,12 +201,8 @@ class TokenizePrompt:
     discrete_state_input: bool = False
 
     def __call__(self, data: Data) -> Data:
-        if "prompt" not in data:
-            raise ValueError(
-                "the data has no prompt. Add a task text to the dataset or a default prompt to the config."
-            )
         state = np.asarray(data["state"])
-        texts = np.broadcast_to(prompt_texts(data["prompt"]), state.shape[:-1])
+        texts = np.broadcast_to(prompt_texts(data.get("prompt")), state.shape[:-1])
         states = state.reshape(-1, state.shape[-1]) if self.discrete_state_input else None
         tokens, mask = self.tokenizer.encode_batch(texts.ravel().tolist(), states)
         rest = {key: value for key, value in data.items() if key != "prompt"}
@@ -295,12 +288,26 @@ def _optional(data: Data, key: str, dtype: np.typing.DTypeLike) -> np.ndarray | 
     return np.asarray(data[key], dtype) if key in data else None
 
 
-def prompt_texts(prompt: Any) -> np.ndarray:
-    """A prompt, or a batch of prompts, as an array of str; bytes are UTF-8."""
-    texts = np.asarray(prompt)
-    if texts.dtype.kind == "S":
-        return np.char.decode(texts, "utf-8")
-    return texts if texts.dtype.kind == "U" else texts.astype(np.str_)
+def prompt_texts(prompt: Any, default: str | None = None) -> np.ndarray:
+    """A prompt, or a batch of prompts, as an array of str; bytes are UTF-8. ``default`` stands for None and "".
+
+    Raises:
+        ValueError: one is None and there is no default, or something else than text.
+    """
+    texts = np.asarray(prompt, None if isinstance(prompt, np.ndarray | np.generic) else object)
+    if texts.dtype.kind != "U":
+        rows = [_text(each, default) for each in texts.ravel().tolist()]
+        texts = np.array(rows, np.str_).reshape(texts.shape)
+    return texts if default is None else np.where(texts == "", default, texts)
+
+
+def _text(prompt: Any, default: str | None) -> str:
+    text = default if prompt is None else prompt.decode() if isinstance(prompt, bytes) else prompt
+    if text is None:
+        raise ValueError("the data has no prompt. Add a task text to the dataset or a default prompt to the config.")
+    if not isinstance(text, str):
+        raise ValueError(f"a prompt must be text, got {prompt!r:.80} ({type(prompt).__name__})")
+    return text
 
 
 def _lookup(data: Any, path: str) -> Any:

@@ -248,13 +248,13 @@ class Policy:
         return self.infer_batch([request])[0]
 
     def prepare(self, obs: Data) -> Request:
-        """Everything before the model, for one observation; ``obs`` is left as it is.
+        """Everything before the model, for one observation; ``obs`` is left as it is, its ``actions`` are not read.
 
         Raises:
             ValueError: it is not what the model takes: a shape, a dtype, a number that is not finite, an option.
         """
         start = time.monotonic()
-        data = dict(obs)
+        data = {key: value for key, value in obs.items() if key != "actions"}  # which a recorded row has
         options = Options.parse(data.pop(OPTIONS_KEY, {}))
         if options.previous_actions is not None:
             data["actions"] = self._whole_chunk(options.previous_actions)
@@ -274,7 +274,7 @@ class Policy:
         return Request(
             observation,
             key,
-            guidance=self._guidance(transformed["actions"], options) if "actions" in data else None,
+            guidance=None if options.previous_actions is None else self._guidance(transformed["actions"], options),
             options=options,
             deadline=self._deadline(start, options),
         )
@@ -291,7 +291,7 @@ class Policy:
         return np.concatenate([previous, np.repeat(previous[-1:], horizon - len(previous), axis=0)])
 
     def _guidance(self, actions: np.ndarray, options: Options) -> Guidance:
-        assert options.previous_actions is not None  # or there were no actions
+        assert options.previous_actions is not None  # or there is nothing to continue
         horizon, width = self._sampler.action_shape
         if actions.shape != (horizon, width):
             raise ValueError(

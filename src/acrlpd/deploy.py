@@ -21,6 +21,7 @@ from acrlpd.data import normalize, windows
 from acrlpd.data.fast_tokenizer import FastPromptTokenizer, FastTokenizer, TokenizeFast
 from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.normalize import NormStats
+from acrlpd.data.robots import mapping
 from acrlpd.data.robots.mapping import ROBOTS, Robot, before_normalization, fast_cameras, unseen
 from acrlpd.data.tokenizer import PromptTokenizer
 from acrlpd.data.transforms import (
@@ -29,6 +30,7 @@ from acrlpd.data.transforms import (
     DefaultPrompt,
     TokenizePrompt,
     Transform,
+    make_bool_mask,
     to_model,
 )
 from acrlpd.models import paligemma, torch_names, weights
@@ -88,6 +90,10 @@ class OpenPIOptions:
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 or a positive number, got {self.temperature}")
+        for name in ("action_horizon", "max_token_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 class ActionsOnly:
@@ -399,6 +405,15 @@ def openpi_policy(
         )
     if options.num_samples not in (None, 1):
         raise ValueError(f"{path} has no critic to choose among num_samples={options.num_samples}: leave it out")
+    platform = ROBOTS[openpi.robot]
+    mapping.check(
+        openpi.robot,
+        make_bool_mask(*(openpi.delta_mask or ())),
+        where=str(path),
+        dims=(platform.state_dim, platform.action_dim),
+        cameras=None,
+        prefix="",
+    )
     parameters = weights.locate(path)  # once: a run that goes on writes newer ones
     model = model or _recognized(parameters, weights.inspect(parameters), openpi)
     tokenize = _tokenize(openpi, model)
@@ -416,7 +431,7 @@ def openpi_policy(
         image_size=model.image_size,
         action_dim=None if is_fast else model.action_dim,
     )
-    state_dim = ROBOTS[openpi.robot].state_dim if is_fast else model.action_dim
+    state_dim = platform.state_dim if is_fast else model.action_dim
     return Policy(
         _sampler(policy, openpi, options),
         transform,

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,8 @@ from scipy import fft
 from acrlpd.data.tokenizer import load_processor, state_bins
 from acrlpd.data.transforms import Data, prompt_texts
 from acrlpd.types import typed
+
+logger = logging.getLogger(__name__)
 
 PAD, EOS, BOS = 0, 1, 2
 NUM_RESERVED = 128  # ids at the vocabulary's end that openpi keeps free of actions: PaliGemma's segmentation tokens
@@ -251,10 +253,10 @@ class FastPromptTokenizer:
         for row, prefix, suffix in zip(tokens, prefixes, suffixes, strict=True):
             text = prefix + suffix
             if len(text) > l:
-                warnings.warn(
-                    f"a text of {len(text)} tokens, {len(suffix)} of them actions, was cut to max_length={l}. "
-                    "Shorten the prompt or the chunk, or raise max_length here and in the model's configuration.",
-                    stacklevel=2,
+                logger.warning(
+                    "a text of %d tokens, %d of them actions, was cut to max_length=%d. Shorten the prompt or the "
+                    "chunk, or raise max_length here and in the model's configuration.",
+                    *(len(text), len(suffix), l),
                 )
             row[: len(text)] = text[:l]
         column = np.arange(l)[None, :]
@@ -293,7 +295,9 @@ class FastPromptTokenizer:
         ]
 
     def _none(self, reason: str) -> np.ndarray:
-        warnings.warn(f"the model wrote no action chunk, zeros stand for it: {reason}", stacklevel=3)
+        logger.warning(
+            "the model wrote no action chunk, zeros stand for it: %s", reason
+        )  # each time: a robot gets them
         return np.zeros((self.action_horizon, self.action_dim))
 
 

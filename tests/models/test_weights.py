@@ -238,6 +238,28 @@ def test_a_file_without_arrays_is_named(tmp_path, name):
             read(tmp_path / name)
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("read", [weights.read_params, weights.inspect])
+def test_a_damaged_npz_is_named(tmp_path, save, read):
+    """Whichever bit of its headers is flipped: numpy and zipfile raise ten kinds of errors for that."""
+    path = tmp_path / "w.npz"
+    save(path, w=np.random.default_rng(0).random(1000))  # the first header is parsed before the sum at the end is seen
+    whole = path.read_bytes()
+    refused = unnamed = 0
+    for bit in (*range(8 * 200), *range(8 * (len(whole) - 100), 8 * len(whole))):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            read(path)
+        except ValueError as error:
+            refused += str(path) in str(error)
+            unnamed += str(path) not in str(error)
+    assert refused
+    assert not unnamed
+
+
 def test_existing_folder_is_not_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match="exists already"):
         weights.write_params(tmp_path, tiny_weights())

@@ -15,6 +15,7 @@ import re
 import sys
 import tempfile
 import time
+import tokenize
 import traceback
 import zipfile
 import zlib
@@ -341,12 +342,15 @@ _SAFETENSORS_DTYPES = {"BF16": _BFLOAT16, "BOOL": np.dtype(bool)} | {
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Adds the file to errors that only know what is wrong."""
+    """Adds the file to errors that only know what is wrong, of as many kinds as there are bits to flip in an .npz."""
     from safetensors import SafetensorError
 
+    damaged = (ValueError, KeyError, TypeError, EOFError, OSError, RuntimeError, SyntaxError, SafetensorError)
     try:
         yield
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
+    except (PermissionError, IsADirectoryError):
+        raise
+    except (*damaged, zipfile.BadZipFile, zlib.error, tokenize.TokenError) as error:
         raise ValueError(
             f"{path}: expected a complete {path.suffix} file with arrays; it is truncated or another ({error})"
         ) from error

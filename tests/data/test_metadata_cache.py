@@ -61,10 +61,15 @@ def test_it_is_found_out_once(cache, file):
     assert find_out.calls == 2
 
 
-@pytest.mark.parametrize("change", ["size", "time", "name", "new", "gone", "below"])
+@pytest.mark.parametrize("change", ["size", "time", "name", "new", "gone", "below", "swapped", "rewritten", "folders"])
 def test_any_change_of_the_files_is_noticed(cache, file, change):
     other = file.with_name("b.bin")
     other.write_bytes(b"x")
+    for number in range(2):
+        (file.parent / f"episode_{number}").mkdir()
+        (file.parent / f"episode_{number}/d.bin").write_bytes(b"%d" % number)
+    for path in file.parent.rglob("*.bin"):
+        os.utime(path, (0, 0))
     find_out = Counting(file)
     cache.get(file.parent, "", find_out)
     if change == "size":
@@ -74,6 +79,16 @@ def test_any_change_of_the_files_is_noticed(cache, file, change):
         os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     elif change == "name":
         other.rename(file.with_name("c.bin"))
+    elif change == "swapped":
+        file.with_name("c.bin").write_bytes(b"54321")
+        os.utime(file.with_name("c.bin"), (0, 0))
+        os.replace(file.with_name("c.bin"), file)
+    elif change == "rewritten":
+        file.write_bytes(b"54321")
+        os.utime(file, (0, 0))
+    elif change == "folders":
+        for old, new in (("episode_0", "x"), ("episode_1", "episode_0"), ("x", "episode_1")):
+            (file.parent / old).rename(file.parent / new)
     elif change == "new":
         file.with_name("c.bin").write_bytes(b"")
     elif change == "gone":

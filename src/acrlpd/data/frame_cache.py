@@ -3,8 +3,9 @@
 Decoding a video and resizing its frames costs milliseconds a frame, reading a record microseconds. A record is the
 frames of one camera in one episode, ``<folder>/<height>x<width>/<camera>/<episode>-<state>-<stretch>.npy``, uint8
 [t h w 3]. The state is made from size and time of the file that the frames came from, so a changed file is decoded
-anew. Records are written whole or not at all; a build that was stopped goes on with the records that are missing. Use
-one folder for each data set; selections of its episodes share their records.
+anew; where files of equal size and time were swapped, delete the folder. Records are written whole or not at all; a
+build that was stopped goes on with the records that are missing. Use one folder for each data set; selections of its
+episodes share their records.
 """
 
 from __future__ import annotations
@@ -136,6 +137,7 @@ class FrameCache:
     def record_path(self, camera: str, origin: FrameOrigin) -> Path:
         """The record's file, there or not."""
         status = origin.file.stat()
+        # Not the inode or the time of change: records take hours to make, and hold for a copy of the data set too.
         state = _digest(f"{status.st_size}:{status.st_mtime_ns}")
         return self._camera_folder(camera) / f"{origin.name}-{state}-{_digest(origin.stretch)}.npy"
 

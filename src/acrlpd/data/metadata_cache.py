@@ -2,7 +2,8 @@
 
 An entry is a ``.safetensors`` file of numbers, flags and JSON texts, which stay in it: they are mapped into memory, and
 only what is used of them is read. It holds for one path, one set of options and one state of the files (name, size and
-time of each); anything else, a damaged entry too, is found out anew. Entries may be deleted at any time.
+times of each, and that no other took its place); anything else, a damaged entry too, is found out anew. Entries may be
+deleted at any time.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import json
 import logging
 import mmap
 import os
-import stat
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from acrlpd.data.tree import files_below
 from acrlpd.data.unfinished import remove_abandoned, temporary_path
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class MetadataCache:
 
         ``asked`` is everything that its result depends on, by its ``repr``. Warnings are told again each time.
         """
-        files = fingerprint(path)
+        files = fingerprint(path, in_place=True)
         entry = self.entry_path(path, asked)
         found = _read(entry, files)
         if found is not None:
@@ -84,30 +85,18 @@ class MetadataCache:
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
 
 
-def fingerprint(path: Path) -> str:
-    """Changes with the name, size or time of any file that is not hidden."""
+def fingerprint(path: Path, *, in_place: bool = False) -> str:
+    """Changes with the name, size or time of any file that is not hidden; a copy that keeps times has the same.
+
+    ``in_place``: also where a file of equal size and time took its place, as when two were swapped. A copy has another.
+    """
     digest = hashlib.sha256()
-    for name, size, time_ns in sorted(_files(path, "", frozenset())):
-        digest.update(f"{name}\0{size}\0{time_ns}\n".encode(errors="surrogateescape"))
+    for name, status in sorted(files_below(path), key=lambda file: file[0]):
+        facts = [-1, -1] if status is None else [status.st_size, status.st_mtime_ns]
+        if in_place and status is not None:
+            facts += [status.st_ino, status.st_ctime_ns]
+        digest.update("\0".join([name, *map(str, facts)]).encode(errors="surrogateescape") + b"\n")
     return digest.hexdigest()
-
-
-def _files(
-    path: str | os.PathLike[str], name: str, above: frozenset[tuple[int, int]]
-) -> Iterator[tuple[str, int, int]]:
-    """``above``: the folders that this one lies in. A link may lead back to one of them."""
-    try:
-        status = os.stat(path)
-    except OSError:  # a link that leads nowhere; where it is an episode, its reader says so
-        yield name, -1, -1
-        return
-    if not stat.S_ISDIR(status.st_mode):
-        yield name, status.st_size, status.st_mtime_ns
-    elif (place := (status.st_dev, status.st_ino)) not in above:
-        with os.scandir(path) as found:
-            for entry in found:
-                if not entry.name.startswith("."):
-                    yield from _files(entry.path, f"{name}/{entry.name}", above | {place})
 
 
 def _read(entry: Path, files: str) -> tuple[Arrays, list[str]] | None:

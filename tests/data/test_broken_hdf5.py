@@ -330,3 +330,21 @@ def test_links_that_lead_nowhere(tmp_path):
     with pytest.warns(UserWarning, match="left out"):
         reader = H5DatasetReader(folder, metadata_cache=cache, on_bad_episode="skip")
     assert [name.rpartition("/")[2] for name, _ in reader.skipped] == ["episode_1.hdf5", "episode_2.hdf5"]
+
+
+def test_linked_folders_of_droid_count_once(tmp_path):
+    root, elsewhere = tmp_path / "set", tmp_path / "disk"
+    for folder in (root / "success/1", elsewhere / "2"):
+        folder.mkdir(parents=True)
+        write_droid(folder / "trajectory.h5")
+        with h5py.File(folder / "trajectory.h5", "r+") as file:
+            del file.attrs["success"]
+    (root / "failure").symlink_to(elsewhere)
+    (root / "latest").symlink_to(root / "success/1")
+    (elsewhere / "up").symlink_to(root)
+    reader = sources.open_episodes(root, cameras=[], remember=False)
+    found = {reader.info(index).source: reader.info(index).success for index in range(reader.num_episodes)}
+    assert found == {f"{root}/failure/2/trajectory.h5": False, f"{root}/success/1/trajectory.h5": True}
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all/set").symlink_to(root)
+    assert sources.open_episodes(tmp_path / "all", cameras=[], remember=False).num_episodes == 2

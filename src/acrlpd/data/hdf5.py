@@ -433,7 +433,7 @@ def _open_layout(path: Path, options: Options) -> Layout:
     else:
         raise FileNotFoundError(f"{path}: no such file or folder. Point it at recorded episodes.")
     if not files:
-        if next(path.rglob(droid.FILE), None) is None:
+        if not any(droid.trajectories(path)):
             raise ValueError(
                 f"{path}: expected files named episode_*.hdf5, a robomimic file, or DROID's folders with "
                 f"{droid.FILE}, found none. Record some with `acrlpd collect`, or point it at the folder that holds "

@@ -126,7 +126,7 @@ def identify(data: Any) -> Format:
     below = [name for name in names if (path / name / "meta/info.json").is_file()]
     if below:
         raise ValueError(f"{path}: this folder holds LeRobot datasets. Name one of them, such as {path / below[0]}.")
-    if next(path.rglob(droid.FILE), None) is not None:
+    if any(droid.trajectories(path)):
         return "hdf5"
     arrays = [name for name in names if name.endswith(".npz")]
     if arrays:

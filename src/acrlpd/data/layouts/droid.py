@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from acrlpd.data.episodes import IMAGE_PREFIX
 from acrlpd.data.layouts import columns
 from acrlpd.data.layouts.columns import Column, Joined, Options, Picked, Reading, Record
 from acrlpd.data.layouts.mp4 import Video
+from acrlpd.data.tree import files_below
 from acrlpd.data.video import VideoReaders
 
 FILE = "trajectory.h5"
@@ -36,7 +37,7 @@ EXTERIOR = "exterior_image_{number}_left"
 
 
 class Droid:
-    """Every episode below a folder, sorted by path.
+    """Every episode below a folder, sorted by path. Links to folders are followed; each folder counts once.
 
     ``state_keys`` are below ``observation/robot_state``, ``action_keys`` below ``action``. With ``drop_idle``, steps at
     which the operator was not driving are left out.
@@ -48,7 +49,7 @@ class Droid:
         options.only(self.name, "state_keys", "action_keys", "drop_idle")
         self._root = root
         self._options = options
-        self._folders = sorted(path.parent for path in root.rglob(FILE))
+        self._folders = _folders(root)
         self._annotations = _annotations(root)
         self.sources = [str(folder / FILE) for folder in self._folders]
         self.fps: float | None = options.fps or FPS
@@ -81,6 +82,22 @@ class Droid:
     def _task(self, uuid: str) -> str:
         entry = self._annotations.get(uuid) or {}
         return str(entry.get("language_instruction1") or self._options.default_task)
+
+
+def trajectories(root: Path) -> Iterator[Path]:
+    """Every ``trajectory.h5`` below a folder, behind links too; a folder with two ways to it comes twice."""
+    return (root / place[1:] for place, _ in files_below(root) if place.endswith(f"/{FILE}"))
+
+
+def _folders(root: Path) -> list[Path]:
+    """Each folder by one way: where it lies itself, else the first of the links."""
+    real_root = root.resolve()
+    places = {path.parent: path.parent.resolve() for path in sorted(trajectories(root))}
+    direct = {folder for folder, place in places.items() if place == real_root / folder.relative_to(root)}
+    by_place: dict[Path, Path] = {}
+    for folder in sorted(places, key=lambda folder: folder not in direct):
+        by_place.setdefault(places[folder], folder)
+    return sorted(by_place.values())
 
 
 def _annotations(root: Path) -> Mapping[str, Mapping[str, str]]:

@@ -348,3 +348,39 @@ def test_linked_folders_of_droid_count_once(tmp_path):
     (tmp_path / "all").mkdir()
     (tmp_path / "all/set").symlink_to(root)
     assert sources.open_episodes(tmp_path / "all", cameras=[], remember=False).num_episodes == 2
+
+
+@pytest.mark.parametrize(
+    ("annotations", "task"),
+    [
+        ({"u1": {"language_instruction1": "lift"}}, "lift"),
+        ({"u1": {"language_instruction2": "lift"}}, "none said"),
+        ({"u1": "lift"}, None),
+        ({"u1": ["lift"]}, None),
+        ({"u1": {"language_instruction1": ["lift"]}}, None),
+    ],
+)
+def test_annotations_of_another_form_are_named(tmp_path, annotations, task):
+    write_droid(tmp_path / "trajectory.h5")
+    (tmp_path / "metadata_u1.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "aggregated-annotations-1.json").write_text(json.dumps(annotations), encoding="utf-8")
+    if task is None:
+        with pytest.raises(ValueError, match=r"aggregated-annotations-1\.json: u1: expected an object .*lift"):
+            H5DatasetReader(tmp_path, cameras=[])
+    else:
+        assert H5DatasetReader(tmp_path, cameras=[], default_task="none said").info(0).task == task
+
+
+DEEP = "[" * 100_000
+
+
+def test_json_of_too_many_brackets_is_named(tmp_path):
+    write_droid(tmp_path / "trajectory.h5")
+    (tmp_path / "metadata_u1.json").write_text(DEEP, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"metadata_u1\.json: expected JSON"):
+        H5DatasetReader(tmp_path, cameras=[])
+    write_robomimic(tmp_path / "demos.hdf5")
+    with h5py.File(tmp_path / "demos.hdf5", "r+") as file:
+        file["data"].attrs["env_args"] = DEEP[:60_000]  # an attribute holds no more than 64 KiB
+    with pytest.raises(ValueError, match=r"demos\.hdf5: attribute env_args: expected JSON"):
+        H5DatasetReader(tmp_path / "demos.hdf5")

@@ -516,7 +516,7 @@ def json_text(where: str, name: str, value: Any) -> dict[str, Any]:
     """An attribute that holds a JSON object; an absent one (None) is empty."""
     try:
         parsed = json.loads(text(where, name, value)) if value is not None else {}
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where}: attribute {name}: expected JSON ({error})") from error
     if not isinstance(parsed, dict):
         raise ValueError(f"{where}: attribute {name}: expected a JSON object, found {type(parsed).__name__}")

@@ -32,6 +32,7 @@ FPS = 15.0
 STATE_KEYS = ("joint_positions", "gripper_position")
 ACTION_KEYS = ("joint_velocity", "gripper_position")
 CLOCK = "observation/timestamp/control/step_start"  # ms
+INSTRUCTION = "language_instruction1"
 WRIST = "wrist_image_left"
 EXTERIOR = "exterior_image_{number}_left"
 
@@ -50,7 +51,8 @@ class Droid:
         self._root = root
         self._options = options
         self._folders = _folders(root)
-        self._annotations = _annotations(root)
+        self._annotations_file = max(root.glob("aggregated-annotations-*.json"), default=None)
+        self._annotations = _read_json(self._annotations_file) if self._annotations_file else {}
         self.sources = [str(folder / FILE) for folder in self._folders]
         self.fps: float | None = options.fps or FPS
         self._videos = VideoReaders()
@@ -81,7 +83,12 @@ class Droid:
 
     def _task(self, uuid: str) -> str:
         entry = self._annotations.get(uuid) or {}
-        return str(entry.get("language_instruction1") or self._options.default_task)
+        text = (entry.get(INSTRUCTION) or "") if isinstance(entry, dict) else entry
+        if not isinstance(entry, dict) or not isinstance(text, str):
+            raise ValueError(
+                f"{self._annotations_file}: {uuid}: expected an object with a text {INSTRUCTION}, found {text!r}"
+            )
+        return text or self._options.default_task
 
 
 def trajectories(root: Path) -> Iterator[Path]:
@@ -100,12 +107,6 @@ def _folders(root: Path) -> list[Path]:
     return sorted(by_place.values())
 
 
-def _annotations(root: Path) -> Mapping[str, Mapping[str, str]]:
-    """Instructions by uuid; empty where the folder has no such file."""
-    found = sorted(root.glob("aggregated-annotations-*.json"))
-    return _read_json(found[-1]) if found else {}
-
-
 def _metadata(folder: Path) -> tuple[str, Mapping[str, Any]]:
     """The episode's uuid and what its JSON says; both empty where there is none."""
     found = sorted(folder.glob("metadata_*.json"))
@@ -115,7 +116,7 @@ def _metadata(folder: Path) -> tuple[str, Mapping[str, Any]]:
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # both JSON's and UTF-8's
+    except (ValueError, RecursionError) as error:  # JSON's and UTF-8's; too many brackets
         raise ValueError(f"{path}: expected JSON in UTF-8 ({error})") from error
     if not isinstance(parsed, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(parsed).__name__}")

@@ -1,5 +1,6 @@
 """Damaged copies of the small data sets: one clear error, or, when skipping, exactly the good episodes."""
 
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from PIL import Image
 
 from acrlpd.data import hdf5, sources
 from acrlpd.data.hdf5 import H5DatasetReader
@@ -369,6 +371,27 @@ def test_annotations_of_another_form_are_named(tmp_path, annotations, task):
             H5DatasetReader(tmp_path, cameras=[])
     else:
         assert H5DatasetReader(tmp_path, cameras=[], default_task="none said").info(0).task == task
+
+
+@pytest.mark.parametrize("frame", [0, 2])
+def test_a_jpeg_that_claims_an_enormous_size_is_skipped(tmp_path, frame):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(buffer, "JPEG")
+    row = np.frombuffer(buffer.getvalue(), np.uint8)
+    for number in range(2):
+        rows = np.tile(row, (4, 1))
+        if number == 1:
+            size = buffer.getvalue().index(b"\xff\xc0") + 5
+            rows[frame, size : size + 4] = 255
+        write_aloha(tmp_path / f"episode_{number}.hdf5")
+        with h5py.File(tmp_path / f"episode_{number}.hdf5", "r+") as file:
+            del file["observations/images/top"]
+            file["observations/images/top"] = rows
+    with pytest.warns(UserWarning, match="left out"):
+        reader = H5DatasetReader(tmp_path, on_bad_episode="skip")
+    ((source, reason),) = reader.skipped
+    assert source == str(tmp_path / "episode_1.hdf5")
+    assert f"images/top: the image of frame {frame} cannot be decoded" in reason
 
 
 DEEP = "[" * 100_000

@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import io
 import json
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -174,6 +176,19 @@ def shrink_images(folder, frames):
     change_column(folder / "data/chunk-000/file-001.parquet", "observation.images.top", change)
 
 
+def enlarge_claimed_size(folder):
+    """The header of one image says 60000x60000, with the right checksum."""
+
+    def change(cells):
+        content = bytearray(cells[5]["bytes"])
+        content[16:24] = struct.pack(">II", 60000, 60000)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+        cells[5]["bytes"] = bytes(content)
+        return cells
+
+    change_column(folder / "data/chunk-000/file-001.parquet", "observation.images.top", change)
+
+
 def shrink_video(folder):
     write_video(folder, STEPS, 32, 48)
 
@@ -210,6 +225,7 @@ ODD_SIZES = {
 }
 SEEN_WITHOUT_DECODING = ODD_SIZES | {
     "one image": ("png", lambda folder: shrink_images(folder, [5])),
+    "enormous image": ("png", enlarge_claimed_size),
     "short video": ("h264", shorten_video),
 }
 FAULTY_PICTURES = SEEN_WITHOUT_DECODING | {

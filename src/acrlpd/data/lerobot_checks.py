@@ -15,6 +15,9 @@ from PIL import Image
 from acrlpd.data.lerobot_meta import INDEX, TIMESTAMP, EpisodeRow, is_numeric
 from acrlpd.data.parquet import DataError
 
+# Pillow raises each of them for damaged files; the last, where the size claimed is enormous
+DAMAGE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+
 
 def first_row(row: EpisodeRow, table: dict[str, np.ndarray]) -> int:
     """Where in its file an episode begins; raises unless it has exactly the rows that the table gives it."""
@@ -128,5 +131,5 @@ def _opened_image(cell: Mapping[str, Any] | None, frame: int) -> Iterator[Image.
             yield image
     except DataError:
         raise
-    except (OSError, SyntaxError, ValueError, struct.error) as error:  # Pillow raises each of them for damaged files
+    except DAMAGE as error:
         raise DataError(f"frame {frame}: the embedded image does not decode ({error})") from error

@@ -374,6 +374,8 @@ def _open_jpeg(rows: Rows, number: int, row: np.ndarray) -> Image.Image:
         return Image.open(io.BytesIO(row.tobytes()))
     except OSError as error:
         raise _bad_jpeg(rows, number, "these are no picture's bytes") from error
+    except Image.DecompressionBombError as error:  # what a damaged size field looks like
+        raise _bad_jpeg(rows, number, error) from error
 
 
 def _bad_jpeg(rows: Rows, number: int, reason: object) -> ValueError:

@@ -296,6 +296,21 @@ def test_one_bad_demo_does_not_cost_the_others(tmp_path):
     assert "data/demo_2: expected a group, found nothing" in reader.skipped[1][1]
 
 
+@pytest.mark.parametrize("bad", [0, 1])
+def test_one_truncated_file_does_not_cost_the_others(tmp_path, bad):
+    for number in range(2):
+        write_robomimic(tmp_path / f"task_{number}.hdf5")
+    os.truncate(tmp_path / f"task_{bad}.hdf5", 3000)
+    with pytest.raises(ValueError, match=rf"task_{bad}\.hdf5: expected a complete HDF5 file"):
+        H5DatasetReader(tmp_path)
+    with pytest.warns(UserWarning, match=f"left out: .*task_{bad}"):
+        reader = H5DatasetReader(tmp_path, on_bad_episode="skip")
+    assert reader.num_episodes == 2
+    assert [source for source, _ in reader.skipped] == [str(tmp_path / f"task_{bad}.hdf5")]
+    with pytest.raises(ValueError, match=rf"task_{bad}\.hdf5: expected a complete HDF5 file"):
+        H5DatasetReader(tmp_path / f"task_{bad}.hdf5", on_bad_episode="skip")
+
+
 @pytest.mark.parametrize(("stored", "expected"), [("False", False), ("true", True), (0, False), (np.bool_(True), True)])
 def test_a_success_that_is_a_word_is_read_as_it_says(tmp_path, stored, expected):
     write_own(tmp_path / "episode_0.hdf5")

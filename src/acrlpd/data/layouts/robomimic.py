@@ -45,18 +45,21 @@ class Robomimic:
         self._tasks: dict[Path, str] = {}
         self._flips: dict[Path, tuple[int, ...]] = {}
         self.fps = options.fps
-        libero = [self._add_file(path) for path in paths]
-        if len(set(libero)) > 1:
+        self._faults: dict[Path, str] = {}  # of files that cannot be read; each stands for one episode
+        libero = self._add_files(paths)
+        if len(libero) > 1:
             raise ValueError(f"{paths[0].parent}: expected files of one kind, found robomimic's and LIBERO's")
-        self._libero = libero[0]
+        (self._libero,) = libero
         self.name = "libero" if self._libero else "robomimic"
         known = ("align_observations",) if self._libero else ()
         options.only(self.name, "state_keys", "action_keys", "filter_key", *known)
-        self.sources = [f"{path}: data/{demo}" for path, demo in self._demos]
+        self.sources = [f"{path}: data/{demo}" if demo else str(path) for path, demo in self._demos]
 
     def scan(self, index: int) -> Record:
         where, options = self.sources[index], self._options
         path, name = self._demos[index]
+        if path in self._faults:
+            raise ValueError(self._faults[path])
         state_keys = options.state_keys or (LIBERO_STATE_KEYS if self._libero else STATE_KEYS)
         convert = options.state_keys is None
         with Reading(path) as file:
@@ -80,6 +83,19 @@ class Robomimic:
             _check_num_samples(where, demo, len(columns.checked(where, record)))
         return _aligned(where, record) if options.align_observations else record
 
+    def _add_files(self, paths: Sequence[Path]) -> set[bool]:
+        """As ``_add_file``. A file that cannot be read is told, or left out, when its turn comes."""
+        libero = set()
+        for path in paths:
+            try:
+                libero.add(self._add_file(path))
+            except (ValueError, OSError) as error:
+                self._demos.append((path, ""))
+                self._faults[path] = str(error)
+        if not libero:
+            raise ValueError(self._faults[paths[0]])
+        return libero
+
     def _add_file(self, path: Path) -> bool:
         """Notes the file's demos and text; returns whether it is LIBERO's."""
         where = str(path)
@@ -91,12 +107,12 @@ class Robomimic:
             arguments = _environment(where, attributes)
             libero = bool(problem) or any(f"data/{demo}/obs/agentview_rgb" in file for demo in demos)
             convention = attributes.get("macros_image_convention", "opengl")
-            self._demos += [(path, demo) for demo in demos]
-            self._tasks[path] = str(problem.get("language_instruction") or arguments.get("env_lang") or "")
             # pi0's pictures are mirrored; OpenGL's have the rows upside down as well.
             upside_down = columns.text(where, "macros_image_convention", convention) == "opengl"
-            self._flips[path] = ((0, 1) if upside_down else (1,)) if libero else ()
             self.fps = self.fps or _control_rate(where, arguments)
+        self._demos += [(path, demo) for demo in demos]
+        self._tasks[path] = str(problem.get("language_instruction") or arguments.get("env_lang") or "")
+        self._flips[path] = ((0, 1) if upside_down else (1,)) if libero else ()
         return libero
 
 

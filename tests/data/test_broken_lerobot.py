@@ -19,6 +19,7 @@ from acrlpd.data import lerobot_checks as checks
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.inspection import inspect
 from acrlpd.data.lerobot import LeRobotSource
+from acrlpd.data.lerobot_meta import EpisodeRow
 from acrlpd.data.parquet import DataError
 from acrlpd.types import Episode
 
@@ -405,6 +406,27 @@ def test_a_spoilt_column_is_named(tmp_path, monkeypatch, key, cells):
         LeRobotSource(folder)
     with pytest.warns(UserWarning, match="1 of 3 episodes were left out"):
         assert LeRobotSource(folder, on_bad_episode="skip").numbers == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"episode_index": [3, 3, 3], "index": [9, 10, 11]}, None),
+        ({"episode_index": [4, 4, 4]}, "episode_index: expected 3 in every frame, found 4 in frame 0"),
+        ({"episode_index": [3, 3, 4]}, "episode_index: expected 3 in every frame, found 4 in frame 2"),
+        ({"index": [9, 9, 9]}, "index: expected 10, one after another, found 9 in frame 1"),
+        ({"index": [9, 11, 10]}, "index: expected 10, one after another, found 11 in frame 1"),
+    ],
+)
+def test_a_file_of_its_own_holds_that_episode(tmp_path, changes, message):
+    row = EpisodeRow(3, 3, tmp_path / "episode_000003.parquet", indices=None, videos={})
+    columns = {"episode_index": [3, 3, 3], "index": [9, 10, 11]} | changes
+    table = {key: np.array(values) for key, values in columns.items()}
+    if message is None:
+        assert checks.first_row(row, table) == 0
+    else:
+        with pytest.raises(DataError, match=message):
+            checks.first_row(row, table)
 
 
 HOUR = 108_000  # steps at 30 a second: float32 tells times an hour in apart by no less than 0.24 ms

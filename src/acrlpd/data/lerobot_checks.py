@@ -28,6 +28,7 @@ def first_row(row: EpisodeRow, table: dict[str, np.ndarray]) -> int:
     if row.indices is None:
         if num_rows != row.length:
             raise DataError(f"the episode table gives it length {row.length}, but the file has {num_rows} rows")
+        _check_own_rows(row, table["episode_index"].ravel(), table[INDEX].ravel())
         return 0
     start, stop = row.indices
     stated = f"dataset_from_index {start} to dataset_to_index {stop}"
@@ -40,6 +41,23 @@ def first_row(row: EpisodeRow, table: dict[str, np.ndarray]) -> int:
         found = f"{len(own)} rows, index {indices[0]} to {indices[-1] + 1}" if len(own) else "none"
         raise DataError(f"the episode table gives it {stated}; the file has {found} with this episode_index")
     return int(own[0])
+
+
+def _check_own_rows(row: EpisodeRow, episodes: np.ndarray, indices: np.ndarray) -> None:
+    """All rows of a file that holds one episode are of that episode, and none is missing or out of order."""
+    foreign = np.flatnonzero(episodes != row.number)
+    if len(foreign):
+        frame = int(foreign[0])
+        raise DataError(
+            f"episode_index: expected {row.number} in every frame, found {episodes[frame]} in frame {frame}. "
+            "The file, or this part of it, is another episode's."
+        )
+    gaps = np.flatnonzero(indices != indices[0] + np.arange(len(indices)))
+    if len(gaps):
+        frame = int(gaps[0])
+        raise DataError(
+            f"index: expected {indices[0] + frame}, one after another, found {indices[frame]} in frame {frame}"
+        )
 
 
 def check_values(key: str, values: np.ndarray, features: dict[str, dict[str, Any]]) -> None:

@@ -1,4 +1,5 @@
 import contextlib
+import zipfile
 
 import numpy as np
 import pytest
@@ -120,6 +121,29 @@ def test_a_file_cut_anywhere_is_an_error(tmp_path):
             NpzReader(tmp_path / "a.npz")
     with pytest.raises(FileNotFoundError, match=r"b\.npz: no such file"):
         NpzReader(tmp_path / "b.npz")
+
+
+@pytest.mark.parametrize(("place", "value", "reason"), [(6, 109, "zip file version 10.9"), (8, 1, "encrypted")])
+def test_a_wrong_byte_in_the_directory_is_an_error_that_names_the_file(tmp_path, place, value, reason):
+    path = play(tmp_path / "a.npz", [0.0] * 4, [3])
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + place] = value  # version and flags of the first array
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.npz: expected a complete \.npz file.*{reason}"):
+        NpzReader(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [(b"'shape': (4", b"'shape': ((", "multi-line statement"), (b"'descr': '<", b"'descr': ',", "invalid syntax")],
+)
+def test_a_wrong_byte_in_the_header_of_an_array_is_an_error_that_names_the_file(tmp_path, old, new, reason):
+    whole = play(tmp_path / "whole.npz", [0.0] * 4, [3])
+    with zipfile.ZipFile(whole) as arrays, zipfile.ZipFile(tmp_path / "a.npz", "w") as damaged:
+        for name in arrays.namelist():
+            damaged.writestr(name, arrays.read(name).replace(old, new))
+    with pytest.raises(ValueError, match=rf"a\.npz: expected a complete \.npz file.*{reason}"):
+        NpzReader(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("clip_actions", [False, True])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -29,6 +30,11 @@ from acrlpd.types import Episode
 CLIP = 1e-5  # how far OGBench's loader keeps actions from -1 and 1
 CUBE_TOLERANCE = 0.04  # m
 FIRST_CUBE, CUBE_WIDTH = 14, 7  # of qpos: position and quaternion of each cube, after the arm and the gripper
+# what zipfile and numpy raise for one wrong byte, be it in the directory, an array's header or its numbers
+DAMAGE = (
+    *(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError),
+    *(RuntimeError, SyntaxError, tokenize.TokenError),
+)
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -136,7 +142,7 @@ def _load(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path}: expected a complete .npz file; it is truncated or not one ({error})") from error
     for key, rank in {"observations": 2, "actions": 2, "terminals": 1}.items():
         if key not in arrays:

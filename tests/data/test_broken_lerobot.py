@@ -389,6 +389,13 @@ def test_a_copy_beside_the_episode_table_is_named(tmp_path):
     assert "file-000 (copy).parquet: expected a name like" in opens_or_tells(folder)
 
 
+def test_a_column_that_occurs_twice_in_the_episode_table_is_named(tmp_path):
+    folder = write_tables(tmp_path / "set", "v3.0")
+    table = pq.ParquetFile(folder / V3_EPISODES).read()
+    pq.write_table(table.append_column("length", table["length"]), folder / V3_EPISODES)
+    assert "file-000.parquet: column 'length' occurs more than once" in opens_or_tells(folder)
+
+
 SPOILT_COLUMNS = {
     "a number beyond float32": ("observation.state", pa.array([[0.0, 0.0]] * 3 + [[0.0, 1e300]] + [[0.0, 0.0]] * 8)),
     "a reward beyond float32": ("next.reward", pa.array([0.0] * 11 + [-1e300])),

@@ -95,6 +95,15 @@ def test_memory_limit(tmp_path):
     assert reader.columns(paths[0], ("x",)) is not kept
 
 
+def test_a_column_that_occurs_twice_is_named(tmp_path):
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table([[1], [2], [3]], names=["x", "x", "y"]), path)
+    assert ParquetReader().columns(path, ("y",))["y"].tolist() == [3]
+    for read in (ParquetReader().columns, lambda path, names: ParquetReader().cells(path, names[0], 0, 1)):
+        with pytest.raises(DataError, match="column 'x' occurs more than once"):
+            read(path, ("x",))
+
+
 def test_damaged_files(path, tmp_path):
     with pytest.raises(DataError, match="no such parquet file"):
         ParquetReader().columns(tmp_path / "none.parquet", ("x",))

@@ -327,6 +327,9 @@ def _read_table(path: Path) -> dict[str, list[Any]]:
     try:
         file = arrow.parquet.ParquetFile(path)
         names = [name for name in file.schema_arrow.names if not name.startswith("stats/")]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{path}: column {twice!r} occurs more than once; expected one of each name")
         table = file.read(names)
         return {name: table[name].to_pylist() for name in names}
     except UnicodeDecodeError as error:

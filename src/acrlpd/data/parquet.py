@@ -92,6 +92,9 @@ class ParquetReader:
         missing = [name for name in names if name not in present]
         if missing:
             raise DataError(f"column {missing[0]!r} is missing; the file has {', '.join(present)}")
+        twice = [name for name in names if present.count(name) > 1]
+        if twice:
+            raise DataError(f"column {twice[0]!r} occurs more than once; expected one of each name")
 
 
 class _Kept:

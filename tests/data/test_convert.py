@@ -18,7 +18,7 @@ from acrlpd.data.sources import open_episodes
 from acrlpd.types import Episode
 
 pytest.importorskip("pyarrow")
-pytest.importorskip("av")
+av = pytest.importorskip("av")
 
 
 def make_episode(number, length, *, success) -> Episode:
@@ -99,6 +99,55 @@ def test_what_had_no_rewards_gets_the_same_ones_from_success(shared, tmp_path, c
     unknown = convert_to(open_episodes(shared / "data" / "h5-aloha" / "sim_raw", fps=50), tmp_path / "unknown")
     with pytest.raises(ValueError, match="success: rewards were asked for"):
         open_episodes(unknown, rewards=rewards)
+
+
+def test_frames_keep_their_times_in_long_episodes(tmp_path):
+    length = int(150 * 14.2857)  # s; with 100/7 instead, frames are too late after 100
+    frames = np.zeros((length, 16, 16, 3), np.uint8)
+    episode = dataclasses.replace(make_episode(0, length, success=True), images={"top": frames})
+    hdf5.write_episode(hdf5.episode_path(tmp_path / "own", 0), episode, {"fps": 14.2857})
+    convert.to_lerobot(H5DatasetReader(tmp_path / "own"), tmp_path / "new", pictures="h264")
+    LeRobotSource(tmp_path / "new").check_frames()
+
+
+@pytest.mark.parametrize(("fps", "rate"), [(30000 / 1001, (30000, 1001)), (29.97, (2997, 100)), (50.0, (50, 1))])
+def test_a_video_has_the_rate_of_television_where_that_is_meant(tmp_path, fps, rate):
+    convert.to_lerobot(written(tmp_path / "own", fps=fps), tmp_path / "new", pictures="h264")
+    path = next((tmp_path / "new").rglob("*.mp4"))
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].average_rate.as_integer_ratio() == rate
+
+
+@pytest.mark.parametrize(
+    ("fps", "pictures", "fits"),
+    [
+        *((1e-4, "h264", True), (1e-4, "av1", True), (9e-5, "h264", False), (1e-9, "png", True)),
+        *((1000, "h264", True), (1001, "h264", False), (240, "av1", True), (240.5, "av1", False)),
+    ],
+)
+def test_rates_that_a_video_cannot_hold_are_refused(tmp_path, fps, pictures, fits):
+    source = written(tmp_path / "own", fps=fps)
+    if fits:
+        convert.to_lerobot(source, tmp_path / "new", pictures=pictures)
+        LeRobotSource(tmp_path / "new").check_frames()
+    else:
+        with pytest.raises(ValueError, match=rf"{pictures} videos hold 0\.0001 to .*the rate is"):
+            convert.to_lerobot(source, tmp_path / "new", pictures=pictures)
+        assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+@pytest.mark.parametrize("convert_to", [convert.to_hdf5, convert.to_lerobot])
+def test_what_cannot_be_read_back_is_named_by_where_it_was_to_be(tmp_path, monkeypatch, convert_to):
+    source = written(tmp_path / "own")
+
+    def spoil(folder):
+        raise ValueError(f"{folder}: episode 0: no video frame")
+
+    monkeypatch.setattr(convert, "H5DatasetReader", spoil)
+    monkeypatch.setattr(convert, "LeRobotSource", spoil)
+    with pytest.raises(ValueError, match=rf"not be readable: {tmp_path}/new: episode 0: no video frame"):
+        convert_to(source, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
 def test_files_begin_anew_at_their_size_limits(tmp_path, monkeypatch):

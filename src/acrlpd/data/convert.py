@@ -12,7 +12,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +44,8 @@ ENCODERS: Mapping[str, tuple[str, dict[str, str]]] = {
     "av1": ("libsvtav1", {"g": "2", "crf": "30", "preset": "8"}),
     "h264": ("libx264", {"g": "2", "crf": "18", "bf": "0"}),
 }
+# frames a second: the AV1 encoder takes no more, and readers tell times 0.1 ms apart
+MIN_RATE, MAX_RATES = 1e-4, {"av1": 240.0, "h264": 1000.0}
 STATE, ACTION, DONE = "observation.state", "action", "next.done"
 FRAMES_FOR_STATS = 10  # of each episode and camera
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -67,7 +69,7 @@ def to_hdf5(
             if dataset.fps is not None:
                 metadata["fps"] = dataset.fps
             hdf5.write_episode(hdf5.episode_path(temporary, index), episode, metadata, compression=compression)
-        H5DatasetReader(temporary)
+        _read_back(H5DatasetReader, temporary, Path(folder))
     return Path(folder)
 
 
@@ -102,9 +104,7 @@ def to_lerobot(
     with _new_folder(Path(folder)) as temporary:
         writer = _LeRobotWriter(temporary, dataset, float(rate), pictures, success, with_success=unknown == 0)
         writer.write(robot_type)
-        written = LeRobotSource(temporary, on_bad_episode="skip", check_images=False)
-        if written.skipped:
-            raise ValueError(f"{folder}: the converted data set is not readable: {written.skipped[0][1]}")
+        _read_back(LeRobotSource, temporary, Path(folder))
     return Path(folder)
 
 
@@ -115,6 +115,15 @@ def _with_success(episode: Episode, success: bool | None) -> Episode:
     last = np.arange(len(episode)) == len(episode) - 1
     terminals = episode.terminals if episode.terminals.any() else last & success
     return dataclasses.replace(episode, success=success, terminals=terminals)
+
+
+def _read_back(reader: Callable[[Path], Dataset], temporary: Path, folder: Path) -> None:
+    """Opens what was written. Errors name the folder that it was to become: there will be no other."""
+    try:
+        reader(temporary)
+    except ValueError as error:
+        reason = str(error).replace(str(temporary), str(folder))
+        raise ValueError(f"the converted data set would not be readable: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -366,7 +375,7 @@ class _VideoFiles:
         self._av = import_av()
         self._folder = folder
         self._key = key
-        self._rate = Fraction(fps).limit_denominator(1001)
+        self._rate = _video_rate(fps, codec)
         self._encoder, self._options = ENCODERS[codec]
         self._number = -1
         self._container: Any = None
@@ -423,6 +432,18 @@ class _VideoFiles:
                 f"{self._key}: {self._encoder} cannot encode frames of {self._stream.height}x{self._stream.width} "
                 f"({error}). Choose another codec, or embed pictures (--pictures png)."
             ) from error
+
+
+def _video_rate(fps: float, codec: str) -> Fraction:
+    """As television has it (30000/1001) where that is the rate; else so close that hours of frames keep their times."""
+    highest = MAX_RATES[codec]
+    if not MIN_RATE <= fps <= highest:
+        raise ValueError(
+            f"{codec} videos hold {MIN_RATE:g} to {highest:g} frames a second, and the rate is {fps:g}. Say the rate "
+            "of the recording (--fps), choose another codec, or embed pictures (--pictures png)."
+        )
+    usual = Fraction(fps).limit_denominator(1001)
+    return usual if abs(float(usual) - fps) <= 1e-9 * fps else Fraction(fps).limit_denominator(10**6)
 
 
 def _file_path(folder: Path, template: str, number: int, **names: str) -> Path:

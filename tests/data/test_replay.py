@@ -136,18 +136,30 @@ def test_a_crash_between_file_and_line(journal, tmp_path):
     [
         *({"number": "1"}, {"number": None}, {"number": 0}, {"number": 7}, {"file": None}, {"sha256": None}),
         *({"file": "../replay/episode_000001.hdf5"}, {"length": "a"}, {"success": "x"}, {"more": 1}),
-        {"number": 0, "file": "episode_000000.hdf5"},
+        *({"number": 0, "file": "episode_000000.hdf5"}, "[" * 100_000),
     ],
+    ids=lambda changes: str(changes)[:50],
 )
 def test_a_line_that_is_no_entry_is_set_aside_with_its_file(journal, changes):
     index = journal.directory / "journal.jsonl"
     lines = index.read_text().splitlines()
-    lines[1] = json.dumps(json.loads(lines[1]) | changes)
+    lines[1] = changes if isinstance(changes, str) else json.dumps(json.loads(lines[1]) | changes)
     index.write_text("\n".join([*lines, ""]))
     with pytest.warns(UserWarning, match="not a complete entry"), pytest.warns(UserWarning, match="has no line for it"):
         again = ReplayJournal(journal.directory)
     assert lengths(again) == [1, 3, 4]
     assert damaged(again) == ["episode_000001.hdf5", "journal.jsonl"]
+
+
+def test_a_folder_in_the_place_of_the_index_is_named(journal):
+    index = journal.directory / "journal.jsonl"
+    index.unlink()
+    index.mkdir()
+    with pytest.raises(ValueError, match=r"journal\.jsonl: expected the journal's index, found what is no file"):
+        ReplayJournal(journal.directory)
+    index.rmdir()
+    with pytest.warns(UserWarning, match="made anew from the 4 episode files"):
+        assert lengths(ReplayJournal(journal.directory)) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("left", [None, b"", b"\0" * 300])

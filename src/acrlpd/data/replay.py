@@ -106,6 +106,11 @@ class ReplayJournal:
         return None if found == entry.sha256 else f"expected sha256 {entry.sha256}, found {found}"
 
     def _recover_index(self) -> list[Entry]:
+        if self._index.exists() and not self._index.is_file():
+            raise ValueError(
+                f"{self._index}: expected the journal's index, found what is no file. Move it away: the index is made "
+                "anew from the episodes."
+            )
         remove_abandoned(self.directory)
         lines = self._index.read_bytes().splitlines(keepends=True) if self._index.is_file() else []
         found: dict[int, Entry] = {}
@@ -186,7 +191,7 @@ def _parse(line: bytes) -> Entry | None:
         return None
     try:
         entry = Entry(**json.loads(line))
-    except (ValueError, TypeError):  # not JSON or not UTF-8; JSON of another form
+    except (ValueError, TypeError, RecursionError):  # not JSON or not UTF-8; JSON of another form; too many brackets
         return None
     kinds = (type(entry.number), type(entry.length), type(entry.sha256))
     good = kinds == (int, int, str) and entry.success in (None, True, False)

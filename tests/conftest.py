@@ -12,6 +12,9 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_llvm_disable_expensive_passes=true"
     + " --xla_cpu_use_fusion_emitters=false"
 )
+# JAX takes as many threads as there are cores. Two fake devices that meet in a collective wait in two of them: on two
+# cores a third task that they need may then never run, and JAX ends the process after 40 s.
+os.environ.setdefault("NPROC", "8")
 os.environ.setdefault("MUJOCO_GL", "disabled")
 # What one test has compiled serves the others, their child processes and the next run: test_compilation.py proves it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(os.path.dirname(__file__), "..", ".cache", "xla"))

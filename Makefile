@@ -25,11 +25,11 @@ demo-cube: $(INSTALLED)
 
 ## make test         parity, formats, the update, a whole run with kill and resume: under 8 minutes on two cores
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "(not slow or golden) and not libero"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 -m "(not slow or golden) and not libero"
 
 ## make test-slow    the longer ones: kills at random moments, hostile messages, thousands of episodes
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not golden and not libero"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 -m "slow and not golden and not libero"
 
 ## make test-faults  kill a run fifty times at random moments, and see that nothing is lost
 test-faults: $(INSTALLED)

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from acrlpd.data import convert, hdf5
+from acrlpd.data import convert, hdf5, normalize, windows
 from acrlpd.data import lerobot_checks as checks
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.inspection import inspect
 from acrlpd.data.lerobot import LeRobotSource
 from acrlpd.data.lerobot_meta import EpisodeRow
+from acrlpd.data.metadata_cache import MetadataCache
 from acrlpd.data.parquet import DataError
 from acrlpd.types import Episode
 
@@ -235,12 +236,25 @@ FAULTY_PICTURES = SEEN_WITHOUT_DECODING | {
 
 
 @pytest.mark.parametrize(("pictures", "spoil"), ODD_SIZES.values(), ids=ODD_SIZES)
-def test_pictures_of_another_size_are_an_error_when_opening(tmp_path, monkeypatch, pictures, spoil):
+def test_pictures_of_another_size_are_an_error_when_opening_for_training(tmp_path, monkeypatch, pictures, spoil):
     folder = written(tmp_path, pictures, monkeypatch)
     spoil(folder)
-    with pytest.raises(ValueError, match=r"episode 1: observation\.images\.top: expected pictures of 64x96 .*32x48"):
-        LeRobotSource(folder)
-    assert LeRobotSource(folder, cameras=()).num_episodes == 3
+    for options in ({}, {"metadata_cache": MetadataCache(tmp_path / "cache")}):
+        with pytest.raises(
+            ValueError, match=r"episode 1: observation\.images\.top: expected pictures of 64x96 .*32x48"
+        ):
+            windows.open_store(LeRobotSource(folder, **options))
+    assert windows.open_store(LeRobotSource(folder, cameras=())).num_episodes == 3
+
+
+def test_no_video_is_opened_before_pictures_are_asked_for(tmp_path, monkeypatch):
+    folder = written(tmp_path, "h264", monkeypatch)
+    for path in folder.rglob("*.mp4"):
+        path.write_bytes(b"no video")
+    source = LeRobotSource(folder)
+    assert len(normalize.from_source(source)["state"].mean) == source.window(0, "state", 0, 1).shape[1]
+    with pytest.raises(ValueError, match=r"file-000\.mp4: episode 0: .* cannot be opened"):
+        windows.open_store(source)
 
 
 @pytest.mark.parametrize(("pictures", "spoil"), FAULTY_PICTURES.values(), ids=FAULTY_PICTURES)

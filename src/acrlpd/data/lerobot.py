@@ -127,6 +127,8 @@ class LeRobotSource:
         self._columns = (*dict.fromkeys((*self.state_keys, *self.action_keys, *REQUIRED, *optional)),)
         selected = _selected(self.meta, episodes)
         check_images = on_bad_episode == "skip" if check_images is None else check_images
+        self._metadata_cache = metadata_cache
+        self._opens_videos = check_images or on_bad_episode == "skip"
 
         def find_out() -> Arrays:
             return self._find_out(selected, BadEpisodes(on_bad_episode), check_images=check_images)
@@ -445,21 +447,53 @@ class LeRobotSource:
         return tuple(indices)
 
     def _picture_sizes(self, row: EpisodeRow, first: int) -> dict[str, tuple[int, int]]:
-        """By feature: from the header of the video, or of the first image."""
+        """By feature, from the header of the first image; of videos only where they are looked at anyway."""
         sizes = {}
         for key in self._camera_keys.values():
             if key in row.videos:
                 path = row.videos[key].path
-                with _blaming(row, path, key):
-                    if path not in self._video_sizes:
-                        self._video_sizes[path] = video.frame_size(path)
-                    sizes[key] = self._video_sizes[path]
+                if not path.is_file():
+                    raise _bad(row, path, "no such video file", key)
+                if self._opens_videos:
+                    sizes[key] = self._video_size(row, key)
             elif key not in self._parquet.names(row.file):
                 raise _bad(row, row.file, "the column of this camera is missing, though info.json lists it", key)
             else:
                 with _blaming(row, row.file, key):
                     sizes[key] = checks.image_size(self._parquet.cell(row.file, key, first))
         return sizes
+
+    def _video_size(self, row: EpisodeRow, key: str) -> tuple[int, int]:
+        """From the file's header."""
+        path = row.videos[key].path
+        with _blaming(row, path, key):
+            if path not in self._video_sizes:
+                self._video_sizes[path] = video.frame_size(path)
+            return self._video_sizes[path]
+
+    def check_video_sizes(self) -> None:
+        """Raises at the first episode whose videos have another size than those of most; their headers say so.
+
+        Opening leaves videos alone, unless episodes may be skipped: statistics and numbers need none.
+        """
+        filmed = {key for facts in self._facts for key in facts.row.videos}
+        if self._opens_videos or not filmed.intersection(self._camera_keys.values()):
+            return
+
+        def find_out() -> Arrays:
+            sizes = {
+                index: {key: self._video_size(facts.row, key) for key in self._camera_keys.values() if key in filmed}
+                for index, facts in enumerate(self._facts)
+            }
+            usual = usual_features(sizes.values())
+            for index in sizes:
+                check_alike(sizes, index, usual, lambda at: _where(self._facts[at].row), checks.told_size)
+            return {"are_alike": np.array(True)}
+
+        if self._metadata_cache is None:
+            find_out()
+        else:
+            self._metadata_cache.get(self.meta.root, ("video sizes", self._camera_keys, self.numbers), find_out)
 
     def _check_total_frames(self) -> None:
         """Against the episode table; where that is wrong for one episode, the files themselves decide."""

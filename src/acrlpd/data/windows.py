@@ -35,6 +35,7 @@ def open_store(source: EpisodeSource, *, memory_bytes: int | None = None, num_wo
     is asked for. Half of the machine's memory is the limit if none is given. ``num_workers`` processes read; 0 reads in
     the caller's.
     """
+    check_video_sizes(source)
     store = _stored(source, _physical_memory() // 2 if memory_bytes is None else memory_bytes, num_workers)
     store.skipped = getattr(source, "skipped", ())
     return store
@@ -85,6 +86,19 @@ class MappableSource(Protocol):
     def mapped(self) -> Mapping[str, Rows | np.ndarray]:
         """All rows of those keys that need not be read."""
         ...
+
+
+@runtime_checkable
+class FilmedSource(Protocol):
+    def check_video_sizes(self) -> None:
+        """Raises where an episode's pictures would not fit into a batch with the others."""
+        ...
+
+
+def check_video_sizes(source: Any) -> None:
+    """For those who are about to read pictures of all episodes; nothing where a source has no videos."""
+    if isinstance(source, FilmedSource):
+        source.check_video_sizes()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from acrlpd.data import convert, hdf5, normalize, windows
 from acrlpd.data import lerobot_checks as checks
+from acrlpd.data.frame_cache import FrameCache
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.inspection import inspect
 from acrlpd.data.lerobot import LeRobotSource
@@ -245,6 +246,13 @@ def test_pictures_of_another_size_are_an_error_when_opening_for_training(tmp_pat
         ):
             windows.open_store(LeRobotSource(folder, **options))
     assert windows.open_store(LeRobotSource(folder, cameras=())).num_episodes == 3
+
+
+def test_a_frame_cache_gives_videos_of_any_size_one_size(tmp_path, monkeypatch):
+    folder = written(tmp_path, "h264", monkeypatch)
+    shrink_video(folder)
+    store = windows.open_store(LeRobotSource(folder, frame_cache=FrameCache(tmp_path / "frames", 8, 8)))
+    assert store.images["top"][np.arange(3 * STEPS)].shape == (3 * STEPS, 8, 8, 3)
 
 
 def test_no_video_is_opened_before_pictures_are_asked_for(tmp_path, monkeypatch):

@@ -240,7 +240,8 @@ def test_pictures_of_another_size_are_refused_and_not_rescaled(tmp_path, monkeyp
         return dataclasses.replace(found, images=images)
 
     monkeypatch.setattr(source, "episode", episode)
-    with pytest.raises(ValueError, match=r"000001\.hdf5: observation\.images\.top: expected .* 64x96.*found 48x96"):
+    told = r"000001\.hdf5: observation\.images\.top: expected pictures of 64x96.*found pictures of 48x96"
+    with pytest.raises(ValueError, match=told):
         convert.to_lerobot(source, tmp_path / "new", pictures=pictures)
     assert not (tmp_path / "new").exists()
 

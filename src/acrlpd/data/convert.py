@@ -25,6 +25,7 @@ from acrlpd.data import hdf5
 from acrlpd.data.episodes import check_fps
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.lerobot import REWARD, SUCCESS, TERMINAL, LeRobotSource
+from acrlpd.data.lerobot_checks import told_size
 from acrlpd.data.lerobot_meta import DEFAULT_CHUNKS_SIZE, INDEX, TASK_INDEX, TIMESTAMP
 from acrlpd.data.normalize import RunningStats
 from acrlpd.data.parquet import import_pyarrow
@@ -234,8 +235,8 @@ class _LeRobotWriter:
         for key, images in frames.items():
             if self._shapes.setdefault(key, images.shape[1:]) != images.shape[1:]:
                 raise ValueError(
-                    f"{episode.source}: {key}: expected pictures of {_size(self._shapes[key])}, as in the episodes "
-                    f"before, found {_size(images.shape[1:])}. Leave the episode out, or bring all to one size."
+                    f"{episode.source}: {key}: expected {told_size(self._shapes[key][:2])}, as in the episodes before, "
+                    f"found {told_size(images.shape[1:3])}. Leave the episode out, or bring all to one size."
                 )
             shown = images[np.unique(np.linspace(0, len(images) - 1, FRAMES_FOR_STATS).astype(int))]
             self._stats.setdefault(key, _Stats(picture=True)).add(shown.reshape(-1, 3) / 255.0, len(shown))
@@ -452,10 +453,6 @@ def _video_rate(fps: float, codec: str) -> Fraction:
 def _file_path(folder: Path, template: str, number: int, **names: str) -> Path:
     chunk, file = divmod(number, DEFAULT_CHUNKS_SIZE)
     return folder / template.format(chunk_index=chunk, file_index=file, **names)
-
-
-def _size(shape: Sequence[int]) -> str:
-    return f"{shape[0]}x{shape[1]}"
 
 
 def _place(kind: str, number: int) -> dict[str, int]:

@@ -295,9 +295,8 @@ class FastPromptTokenizer:
         ]
 
     def _none(self, reason: str) -> np.ndarray:
-        logger.warning(
-            "the model wrote no action chunk, zeros stand for it: %s", reason
-        )  # each time: a robot gets them
+        # each time, which a warning would not be: a robot gets them
+        logger.warning("the model wrote no action chunk, zeros stand for it: %s", reason)
         return np.zeros((self.action_horizon, self.action_dim))
 
 

@@ -474,10 +474,11 @@ class LeRobotSource:
     def check_video_sizes(self) -> None:
         """Raises at the first episode whose videos have another size than those of most; their headers say so.
 
-        Opening leaves videos alone, unless episodes may be skipped: statistics and numbers need none.
+        Opening leaves videos alone, unless episodes may be skipped: statistics and numbers need none. A frame cache
+        gives all frames its own size.
         """
         filmed = {key for facts in self._facts for key in facts.row.videos}
-        if self._opens_videos or not filmed.intersection(self._camera_keys.values()):
+        if self._opens_videos or self._frame_cache or not filmed.intersection(self._camera_keys.values()):
             return
 
         def find_out() -> Arrays:

@@ -132,7 +132,7 @@ def image_size(cell: Mapping[str, Any] | None) -> tuple[int, int]:
         return image.height, image.width
 
 
-def told_size(size: tuple[int, int] | None) -> str:
+def told_size(size: Sequence[int] | None) -> str:
     return "no picture" if size is None else f"pictures of {size[0]}x{size[1]}"
 
 

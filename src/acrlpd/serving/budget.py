@@ -15,7 +15,7 @@ class Plan:
     """How much is computed for an answer."""
 
     num_samples: int  # candidates
-    num_steps: int  # Euler steps of the flow
+    num_steps: int  # Euler steps of the flow; of pi0-FAST, the most tokens
 
     def __post_init__(self):
         if self.num_samples < 1 or self.num_steps < 1:

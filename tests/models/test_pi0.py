@@ -371,14 +371,21 @@ def test_gradients_through_layers_apart_are_openpis(golden, jit, gradient, model
     are_openpis(ours, golden.arrays(f"{model}_grads"), norm=gradient(model)[2])
 
 
-def kernel_norm(state):
-    """Norm of all arrays with several axes that are neither biases, scales nor embeddings.
+def kernel_norms(state):
+    """Return the two norms that openpi may log of all arrays with several axes that are neither biases, scales nor
+    embeddings.
 
-    As openpi adds it up: the squares of a frozen array, and their sum, in its bfloat16.
+    openpi squares and sums an array in the array's own dtype, so the sum of a frozen array is rounded to bfloat16. Its
+    squares are rounded as well where operations run one by one; a compiled program keeps them in float32 until they
+    are summed (both seen with jax 0.5.3). Close to a rounding boundary this moves a sum by one part in 256, and the
+    norm by a few parts in 10,000, so each of the two norms is compared within float32 rounding.
     """
     other = ("bias", "scale", "pos_embedding", "input_embedding")
     arrays = [param.get_value() for path, param in nnx.to_flat_state(state) if path[-1] not in other]
-    return jnp.sqrt(sum(jnp.sum(jnp.square(array)).astype("float32") for array in arrays if array.ndim > 1))
+    arrays = [array for array in arrays if array.ndim > 1]
+    one_by_one = [jnp.sum(jnp.square(array)) for array in arrays]
+    compiled = [jnp.sum(jnp.square(array.astype("float32"))).astype(array.dtype) for array in arrays]
+    return [np.sqrt(sum(float(each) for each in sums)) for sums in (one_by_one, compiled)]
 
 
 @pytest.mark.golden
@@ -400,8 +407,7 @@ def test_three_training_steps_are_openpis(golden, compiled, drawn, jit, run):
         updates, opt_state = optimizer.update(gradient, opt_state, trainable)
         trainable = optax.apply_updates(trainable, updates)
         average = optax.incremental_update(trainable, average, 1 - (decay or 0))
-        norms = {"grad_norm": optax.tree.norm(gradient), "param_norm": kernel_norm(nnx.merge_state(trainable, frozen))}
-        return opt_state, trainable, average, norms
+        return opt_state, trainable, average, optax.tree.norm(gradient)
 
     average, opt_state = trainable, jit(optimizer.init)(trainable)
     for step in range(3):
@@ -410,10 +416,11 @@ def test_three_training_steps_are_openpis(golden, compiled, drawn, jit, run):
         np.testing.assert_allclose(noise, expected["noise"], atol=1e-6)
         np.testing.assert_allclose(time, expected["time"], atol=1e-6)
         (loss, _), gradient = program.loss_and_gradient(trainable, frozen, observation, actions, noise, time)
-        opt_state, trainable, average, norms = apply(gradient, opt_state, trainable, average)
+        opt_state, trainable, average, gradient_norm = apply(gradient, opt_state, trainable, average)
         np.testing.assert_allclose(loss, expected["loss"], atol=5e-4)
-        np.testing.assert_allclose(norms["grad_norm"], expected["grad_norm"], rtol=1e-3)
-        np.testing.assert_allclose(norms["param_norm"], expected["param_norm"], rtol=1e-5)
+        np.testing.assert_allclose(gradient_norm, expected["grad_norm"], rtol=1e-3)
+        norms = kernel_norms(nnx.merge_state(trainable, frozen))
+        assert any(np.isclose(norm, expected["param_norm"], rtol=1e-5, atol=0) for norm in norms), norms
     compare_trained(by_path(nnx.merge_state(trainable, frozen)), golden.arrays(f"{run}_train_params"), start)
     if decay is not None:
         compare_trained(by_path(average), golden.arrays(f"{run}_train_ema_params"), start)

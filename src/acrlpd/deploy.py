@@ -33,7 +33,7 @@ from acrlpd.data.transforms import (
     make_bool_mask,
     to_model,
 )
-from acrlpd.models import paligemma, torch_names, weights
+from acrlpd.models import lora, paligemma, torch_names, weights
 from acrlpd.models.pi0 import Pi0, Pi0Config
 from acrlpd.models.pi0_fast import Pi0Fast, Pi0FastConfig
 from acrlpd.models.recognize import recognize, unsized
@@ -246,7 +246,6 @@ LEVELS: dict[str, tuple[int | None, int | None]] = {"fast": (3, 10), "standard":
 """Critics to keep and Euler steps; None: as trained."""
 
 TD_BATCHES = 8  # from which the critics' errors are taken
-MODEL_FILE = "model.safetensors"  # where openpi looks for a PyTorch model
 
 
 def export_acrlpd_model(
@@ -345,20 +344,21 @@ def _write_checkpoint(folder: Path, trained: Trained) -> None:
 def _write_pytorch(folder: Path, trained: Trained) -> None:
     """As openpi's converter leaves it: the model, its statistics and its sizes; nothing for what the port is not."""
     model = nnx.merge(trained.agent.nets.policy_def, trained.agent.acting_policy)
-    if not isinstance(model, Pi0) or model.config.paligemma.has_lora or model.config.action_expert.has_lora:
-        logger.info("nothing for PyTorch: openpi's port knows pi0 and pi0.5 without adapters")
+    if not isinstance(model, Pi0):
+        logger.info("nothing for PyTorch: openpi's port knows pi0 and pi0.5 alone")
         return
-    flat = weights.flatten(model)
+    stacks = (model.config.paligemma, model.config.action_expert)
+    flat = lora.merge(weights.flatten(model), (stacks[0].adapter_scaling, stacks[1].adapter_scaling))
     folder.mkdir()
-    renamed = torch_names.to_torch({path: np.asarray(value) for path, value in flat.items()})
-    weights.write_safetensors(folder / MODEL_FILE, renamed)
+    metadata = {"format": "pt", **torch_names.head_sizes(flat)}
+    weights.write_safetensors(folder / weights.TORCH_FILE, torch_names.to_torch(flat), metadata=metadata)
     normalize.save(folder / "assets" / trained.config.asset_id / normalize.FILE_NAME, trained.stats)
     policy = trained.config.policy
     sizes = {
         "action_dim": policy.action_dim or trained.dims.action,
         "action_horizon": policy.action_horizon,
-        "paligemma_variant": policy.paligemma_variant,
-        "action_expert_variant": policy.action_expert_variant,
+        "paligemma_variant": policy.paligemma_variant.removesuffix("_lora"),  # adapters are merged
+        "action_expert_variant": policy.action_expert_variant.removesuffix("_lora"),
         "precision": "float32",
     }
     (folder / "config.json").write_text(json.dumps(sizes, indent=2), encoding="utf-8")

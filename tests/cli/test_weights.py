@@ -10,7 +10,7 @@ from flax import nnx
 
 from acrlpd.cli import weights as command
 from acrlpd.cli.main import main
-from acrlpd.models import weights
+from acrlpd.models import torch_names, weights
 from acrlpd.models.pi0 import Pi0Config
 from acrlpd.models.recognize import recognize
 
@@ -79,6 +79,33 @@ def test_dtype_is_changed_where_it_is_a_floating_point_one(tmp_path):
     converted = weights.read_params(target)
     assert {array.dtype.name for array in converted.values()} == {"float32", "int32"}
     np.testing.assert_array_equal(converted["PaliGemma/llm/final_norm/scale"], [1.0, 2.0])
+
+
+@pytest.mark.golden
+def test_adapters_are_merged(shared, tmp_path, capsys):
+    """Their scaling is not in the weights: sizes without a name need it told."""
+    source, target = shared / "golden" / "pi0_lora_params.npz", tmp_path / "merged.npz"
+    words = ["weights", "convert", str(source), str(target), "--merge_adapters"]
+    assert main(words) == 2
+    assert "Give --adapter_scaling" in capsys.readouterr().err
+    assert not target.exists()
+    assert main([*words, "--adapter_scaling", "2"]) == 0
+    adapted, merged = weights.read_params(source), weights.read_params(target)
+    assert merged.keys() == {path for path in adapted if "lora" not in path}
+    path = "PaliGemma/llm/layers/attn/q_einsum"
+    expected = adapted[f"{path}/w"] + 2 * adapted[f"{path}/lora_a"] @ adapted[f"{path}/lora_b"]
+    np.testing.assert_allclose(merged[f"{path}/w"], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.golden
+def test_a_pytorch_checkpoint_becomes_openpis_folder(shared, tmp_path, capsys):
+    params = weights.read_params(shared / "golden" / "pi0_params.npz")
+    metadata = torch_names.head_sizes(params)
+    weights.write_safetensors(tmp_path / "model.safetensors", torch_names.to_torch(params), metadata=metadata)
+    assert main(["weights", "inspect", str(tmp_path / "model.safetensors")]) == 0
+    assert "looks like pi0" in capsys.readouterr().out
+    assert main(["weights", "convert", str(tmp_path / "model.safetensors"), str(tmp_path / "params")]) == 0
+    assert_same(weights.read_params(tmp_path / "params"), params)
 
 
 def test_existing_target_needs_overwrite(tmp_path, capsys):
@@ -162,6 +189,9 @@ def fail(*_args, **_kwargs):
         (["cut.npz", "x"], "cut.npz: expected a complete .npz file"),
         (["pickle.npz", "x"], "allow_pickle=False"),
         (["plain.npz", "y.npz", "--layout", "paligemma"], "hold no PaliGemma"),
+        (["strange.npz", "x"], "strange.npz holds no known model: its arrays are named w"),
+        (["strange.npz", "x.safetensors"], "holds no known model"),
+        (["w.npz", "x", "--merge_adapters"], "these weights have no adapters"),
         (["w.npz", "x", "--variant", "pi1"], "unknown variant 'pi1': there are pi0, pi05"),
         (["w.npz", "x", "--variant", "demo"], "the sizes of preset demo come from its data"),
     ],
@@ -169,9 +199,10 @@ def fail(*_args, **_kwargs):
 def test_mistakes_are_explained(tmp_path, monkeypatch, capsys, arguments, complaint):
     monkeypatch.chdir(tmp_path)
     weights.write("w.npz", SMALL)
-    weights.write("wide.npz", {"w": np.zeros(2)})
-    weights.write("both.npz", {"a": np.zeros(2, np.float32), "a/b": np.zeros(2, np.float32)})
-    weights.write("plain.npz", {"w": np.zeros(2, np.float32)})
+    weights.write("wide.npz", {"PaliGemma/w": np.zeros(2)})
+    weights.write("both.npz", {"PaliGemma/a": np.zeros(2, np.float32), "PaliGemma/a/b": np.zeros(2, np.float32)})
+    weights.write("plain.npz", {f"{name}/kernel": np.zeros(2) for name in ("state_in", "chunk_time_in", "out")})
+    weights.write("strange.npz", {"w": np.zeros(2, np.float32)})
     np.savez("pickle.npz", w=np.array([{}], dtype=object))
     for name in ("text.npz", "text.safetensors"):
         (tmp_path / name).write_text("not weights")

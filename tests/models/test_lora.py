@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -160,3 +163,36 @@ def test_number_of_frozen_arrays(param_tables, model, first_expert, action_exper
 def test_frozen_arrays_are_openpis(param_tables, model):
     for path, row in param_tables[model]["params"].items():
         assert lora.is_frozen(path, first_expert=True, action_expert=True) == row["frozen"], path
+
+
+@pytest.mark.golden
+def test_a_merged_model_is_the_adapted_one(golden, jit):
+    """Velocities of openpi's tiny model with adapters, and of a model without any that has them added."""
+    adapted = golden.config("pi0_lora")
+    params = golden.arrays("pi0_lora_params")
+    stacks = (adapted.paligemma, adapted.action_expert)
+    merged = lora.merge(params, (stacks[0].adapter_scaling, stacks[1].adapter_scaling))
+    assert not [path for path in merged if "lora" in path]
+    arrays = {name: jnp.asarray(value) for name, value in golden.arrays("pi0_lora_inputs").items()}
+    observation = golden.observation(arrays)
+    plain = [dataclasses.replace(stack, attention_lora=None, mlp_lora=None) for stack in stacks]
+    changes = {"paligemma_variant": plain[0], "action_expert_variant": plain[1]}
+
+    def loss(policy):
+        graphdef, state = nnx.split(policy)
+        return jit(lambda state: nnx.merge(graphdef, state).compute_loss(
+            jax.random.key(0), observation, arrays["actions"], noise=arrays["noise"], time=arrays["time"]
+        ))(state)  # fmt: skip
+
+    ours = loss(golden.model("pi0_lora", params=merged, **changes))
+    np.testing.assert_allclose(ours, loss(golden.model("pi0_lora")), rtol=1e-4)
+    bare = {path: array for path, array in params.items() if "lora" not in path}
+    assert not np.allclose(ours, loss(golden.model("pi0_lora", params=bare, **changes)), rtol=1e-2)
+
+
+@pytest.mark.parametrize("lost", ["attn/q_einsum/lora_a", "attn/q_einsum/lora_b", "attn/q_einsum/w"])
+def test_half_an_adapter_is_not_merged(lost):
+    params = {f"attn/q_einsum/{leaf}": np.ones((1, 2, 2)) for leaf in ("w", "lora_a", "lora_b")}
+    del params[lost]
+    with pytest.raises(ValueError, match="missing"):
+        lora.merge(params, (1.0, 1.0))

@@ -1,15 +1,28 @@
 """openpi's PyTorch names: every array is there once, unchanged, and means the same in torch's conventions."""
 
 import json
+import re
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from acrlpd.models import torch_names, weights
+from acrlpd.models.pi0 import Pi0Config
+from acrlpd.models.recognize import recognize
 
 LANGUAGE = "paligemma_with_expert.paligemma.model.language_model"
 EXPERT = "paligemma_with_expert.gemma_expert.model"
 TOWER = "paligemma_with_expert.paligemma.model.vision_tower.vision_model"
+NANO = Pi0Config(
+    paligemma_variant="nano",
+    action_expert_variant="nano_expert",
+    vision_variant="nano",
+    action_dim=8,
+    action_horizon=5,
+    vocab_size=32,
+    image_size=64,
+)
 
 
 @pytest.fixture(scope="module", params=["pi0", "pi05"])
@@ -99,6 +112,104 @@ def test_names_of_the_released_size(shared):
     assert renamed[f"{EXPERT}.norm.dense.bias"].shape == (3072,)
     assert renamed[f"{LANGUAGE}.norm.weight"].shape == (2048,)
     assert renamed["time_mlp_in.weight"].shape == (1024, 1024)
+
+
+def equal(ours, theirs):
+    assert {path: (each.shape, each.dtype) for path, each in ours.items()} == {
+        path: (each.shape, each.dtype) for path, each in theirs.items()
+    }
+    assert all(np.array_equal(ours[path], theirs[path]) for path in theirs)
+
+
+@pytest.mark.golden
+def test_there_and_back_no_number_changes(arrays):
+    params, renamed = arrays
+    equal(torch_names.from_torch(renamed, metadata=torch_names.head_sizes(params)), params)
+
+
+def older(name):
+    """As versions of the transformers library before 4.52 have it."""
+    name = name.replace("paligemma.model.language_model.", "paligemma.language_model.model.")
+    return name.replace("paligemma.model.vision", "paligemma.vision").replace(
+        "paligemma.model.multi", "paligemma.multi"
+    )
+
+
+SPELLINGS = {
+    "LeRobot": lambda name: f"model.{name}",
+    "wrapped twice": lambda name: f"model.model.{name}",
+    "older LeRobot": lambda name: "model." + older(name),
+}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_files_of_the_port_and_of_lerobot_are_read(arrays, tmp_path, spelling):
+    """The word table lies there as the output head that is tied to it; statistics of LeRobot's are named."""
+    params, renamed = arrays
+    table = renamed.pop(f"{LANGUAGE}.embed_tokens.weight")
+    named = {SPELLINGS[spelling](name): array for name, array in renamed.items()}
+    named[SPELLINGS[spelling](torch_names.TIED_HEAD)] = renamed[f"{LANGUAGE}.embed_tokens.weight"] = table
+    file = tmp_path / "model.safetensors"
+    weights.write_safetensors(file, named, metadata={"format": "pt", **torch_names.head_sizes(params)})
+    equal(weights.read_params(file), params)
+    equal(weights.read_params(tmp_path), params)  # the folder, as openpi and LeRobot name it
+    assert {path: (each.shape, each.dtype) for path, each in weights.inspect(tmp_path).items()} == {
+        path: (each.shape, each.dtype) for path, each in params.items()
+    }
+    assert weights.locate(tmp_path) == file
+
+
+def nano():
+    """A nano pi0, whose sizes have a name, under the port's names and ours."""
+    policy = nnx.eval_shape(lambda: NANO.create(nnx.Rngs(0)))
+    params = {path: np.zeros(leaf.shape, np.float32) for path, leaf in weights.flatten(policy).items()}
+    return torch_names.to_torch(params), params
+
+
+def test_sizes_that_have_a_name_need_no_metadata():
+    renamed, params = nano()
+    equal(torch_names.from_torch(renamed), params)
+    assert recognize(params)["vision_variant"] == "nano"
+
+
+def test_statistics_in_a_file_of_weights_are_left_out_by_name(caplog):
+    renamed, params = nano()
+    renamed["normalize_inputs.buffer_observation_state.mean"] = np.zeros(3)
+    equal(torch_names.from_torch(renamed, where="a.safetensors"), params)
+    assert "a.safetensors: 1 arrays are statistics" in caplog.text
+    assert "normalize_inputs.buffer_observation_state.mean" in caplog.text
+
+
+Q = f"{LANGUAGE}.layers.0.self_attn.q_proj.weight"
+FC1 = f"{TOWER}.encoder.layers.1.mlp.fc1.weight"
+MISTAKES = {
+    "a layer is missing": (lambda w: w.pop(FC1), f"{TOWER}.encoder.layers.1.mlp.fc1.weight is missing"),
+    "unknown": (lambda w: w.update({"paligemma_with_expert.extra.weight": w[FC1]}), "extra.weight is no parameter"),
+    "adapter": (lambda w: w.update({f"{EXPERT}.layers.0.self_attn.q_proj.lora_A.weight": w[FC1]}), "Adapters must be"),
+    "twice": (lambda w: w.update({f"model.{FC1}": w[FC1]}), "two arrays have the same name"),
+    "layers differ": (lambda w: w.update({FC1: w[FC1][:, :8]}), "differ in shape"),
+    "axes": (lambda w: w.update({FC1: w[FC1][0]}), "expected 2 axes"),
+    "a long number": (lambda w: w.update({FC1.replace("layers.1", "layers." + "9" * 5000): w[FC1]}), "no parameter"),
+    "unknown tower": (
+        lambda w: w.update({name: array[:33] for name, array in w.items() if ".mlp.fc1." in name}),
+        "do not tell the number of its heads",
+    ),
+    "heads": (
+        lambda w: w.update({Q: w[Q][:9]}),
+        "expected heads of size",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_is_no_such_model_is_named(mistake):
+    renamed, _ = nano()
+    damage, message = MISTAKES[mistake]
+    damage(renamed)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        torch_names.from_torch(renamed, where="model.safetensors")
+    assert str(error.value).startswith("model.safetensors: ")
 
 
 def test_adapters_are_refused():

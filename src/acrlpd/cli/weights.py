@@ -14,7 +14,7 @@ import tyro
 from flax import nnx
 
 from acrlpd import presets
-from acrlpd.models import weights
+from acrlpd.models import gemma, lora, weights
 from acrlpd.models.pi0 import Pi0Config
 from acrlpd.models.pi0_fast import Pi0FastConfig
 from acrlpd.models.recognize import recognize
@@ -55,6 +55,8 @@ class ConvertArguments:
     layout: Layout | None = None  # None: by the target's name; orbax-bare lacks the level "value", as released weights
     dtype: Literal["keep", "float32", "bfloat16"] = "keep"  # of all floating-point arrays
     variant: str | None = None  # refuse weights that are not exactly this model; as for inspect
+    merge_adapters: bool = False  # add LoRA adapters to what they adapt, and write a model without
+    adapter_scaling: float | None = None  # alpha / rank of attention layers; None: of the variant that the sizes tell
     overwrite: bool = False  # replace weights at the target
 
 
@@ -81,6 +83,15 @@ def _convert(arguments: ConvertArguments) -> int:
         problems = _mismatches(arguments.variant, weights.inspect(arguments.source))
         _refuse(arguments.source, arguments.variant, problems)
     arrays = weights.read_params(arguments.source)
+    found = recognize(arrays)
+    if not found:
+        raise ValueError(
+            f"{arguments.source} holds no known model: its arrays are named {', '.join(sorted(arrays)[:3])}. "
+            "Expected a pi0, pi0.5, pi0-FAST or PaliGemma under openpi's names or those of its PyTorch port, or a "
+            "policy that this project trained"
+        )
+    if arguments.merge_adapters:
+        arrays = _merged(arrays, found, arguments.adapter_scaling)
     if arguments.dtype != "keep":
         dtype = jnp.dtype(arguments.dtype)
         arrays = {
@@ -90,6 +101,22 @@ def _convert(arguments: ConvertArguments) -> int:
     weights.write(arguments.target, arrays, layout=layout, overwrite=arguments.overwrite)
     print(f"{arguments.target} ({layout}): {_totals(weights.inspect(arguments.target))}")
     return 0
+
+
+def _merged(arrays: Mapping[str, Any], found: Mapping[str, str], scaling: float | None) -> dict[str, Any]:
+    """The arrays with their adapters added; ``found`` is the model they are of."""
+    if not any("lora" in path for path in arrays):
+        raise ValueError("--merge_adapters: these weights have no adapters")
+    variants = [found.get(f"{part}_variant", "none") for part in ("paligemma", "action_expert")]
+    unknown = [name for name in variants if name not in gemma.VARIANTS and "attention_lora" in name]
+    if unknown and scaling is None:
+        raise ValueError(
+            "the weights do not tell by what their adapters are scaled, and these sizes have no name here: "
+            f"{unknown[0]}. Give --adapter_scaling, which is alpha / rank of the attention layers"
+        )
+    own = [gemma.VARIANTS[name].adapter_scaling if name in gemma.VARIANTS else 1.0 for name in variants]
+    first, second = own if scaling is None else (scaling, scaling)
+    return lora.merge(arrays, (first, second))
 
 
 def _mismatches(variant: str | None, arrays: Mapping[str, Any]) -> list[str] | None:

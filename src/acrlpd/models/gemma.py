@@ -61,6 +61,11 @@ class Config:
     def has_lora(self) -> bool:
         return self.attention_lora is not None or self.mlp_lora is not None
 
+    @property
+    def adapter_scaling(self) -> float:
+        """Factor of an attention adapter's update; 1 where there is none."""
+        return self.attention_lora.scaling if self.attention_lora else 1.0
+
 
 def _with_lora(config: Config, rank: int) -> Config:
     adapter = lora.Config(rank=rank, alpha=float(rank))

@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -144,3 +146,34 @@ def is_frozen(path: str, *, first_expert: bool, action_expert: bool) -> bool:
     if first_expert:
         return action_expert or not is_action_expert
     return action_expert and is_action_expert
+
+
+def merge(params: Mapping[str, Any], scalings: tuple[float, float]) -> dict[str, np.ndarray]:
+    """Return a model's arrays with every adapter added to what it adapts: the same function without adapters.
+
+    Sums are made in float32 and come in the base's dtype. ``params`` are arrays by path; ``scalings`` are those of the
+    einsum layers (``Config.scaling``) of the vision-language expert and of the action expert.
+
+    Raises:
+        ValueError: an adapter without its other half or its base. Names the path.
+    """
+    merged = {path: np.asarray(array) for path, array in params.items() if "lora" not in path}
+    for path in params:
+        if not path.endswith("lora_b"):
+            continue
+        base = re.sub("/lora_b$", "/w", path).removesuffix("_lora_b")
+        down = path[:-1] + "a"
+        if down not in params or base not in merged:
+            raise ValueError(f"{path}: its other half {down} or its base {base} is missing")
+        update = _product(base, np.asarray(params[down], np.float32), np.asarray(params[path], np.float32))
+        scaling = scalings[re.search("_1(/|$)", base) is not None] if base.endswith("/w") else 1.0
+        merged[base] = (merged[base].astype(np.float32) + scaling * update).astype(merged[base].dtype)
+    alone = [path for path in params if path.endswith("lora_a") and path[:-1] + "b" not in params]
+    if alone:
+        raise ValueError(f"{alone[0]}: its other half is missing")
+    return merged
+
+
+def _product(base: str, down: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """The weight that an adapter amounts to; that of the attention output adds up the heads (``adapter_equations``)."""
+    return down @ (up.sum(axis=-3, keepdims=True) if "attn_vec_einsum" in base else up)

@@ -16,17 +16,22 @@ _TOWER = {  # ranks, by path
     f"{_BLOCK}/MultiHeadDotProductAttention_0/query/kernel": 4,
     f"{_BLOCK}/MlpBlock_0/Dense_0/kernel": 3,
 }
+_SMALL = {
+    "mlp_flow": {"state_in/kernel", "chunk_time_in/kernel", "out/kernel"},
+    "gaussian": {"mean/kernel", "log_std/kernel"},
+}
 _OF_ACTIONS = r"(action_in_proj|action_out_proj|state_proj|time_mlp_\w+|action_time_mlp_\w+)/.*|PaliGemma/llm/.*_1/.*"
 
 
 def recognize(arrays: Mapping[str, Any]) -> dict[str, str]:
     """The model that has arrays of these paths and shapes, in the fields of ``pi0.Pi0Config``; {} if none of ours.
 
-    ``model`` is pi0, pi05 or paligemma (which pi0-FAST shares every array with). Sizes without a name are spelled out;
-    those that ``unsized`` arrays would tell are left out.
+    ``model`` is pi0, pi05, paligemma (which pi0-FAST shares every array with), or a small policy of this project,
+    mlp_flow or gaussian, of which nothing else is told. Sizes without a name are spelled out; those that ``unsized``
+    arrays would tell are left out.
     """
     if not any(path.startswith("PaliGemma/") for path in arrays):
-        return {}
+        return next(({"model": name} for name, paths in _SMALL.items() if paths <= arrays.keys()), {})
     if not any(re.fullmatch(_OF_ACTIONS, path) for path in arrays):
         found = {"model": "paligemma"}
     else:

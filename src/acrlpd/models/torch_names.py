@@ -1,51 +1,124 @@
-"""pi0's parameters under the names and in the layout of openpi's PyTorch port.
+"""pi0's parameters under the names and in the layout of openpi's PyTorch port, in both directions.
 
 There, layers are not stacked, a linear layer holds (out, in), and heads are folded into one axis. Every array is a
-rearrangement of one of ours, so nothing is lost.
+rearrangement of one of ours, so nothing is lost. One table, ``_TABLE``, says which array goes where; the axes of an
+array are letters (n heads, h size of a head), and "nh" is one axis made of two.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from acrlpd.models import gemma, siglip
+
+logger = logging.getLogger(__name__)
 
 _PALIGEMMA = "paligemma_with_expert.paligemma.model"
 _TOWER = f"{_PALIGEMMA}.vision_tower.vision_model"
 _EXPERTS = {"": f"{_PALIGEMMA}.language_model", "_1": "paligemma_with_expert.gemma_expert.model"}
+_TABLE_OF_WORDS = f"{_EXPERTS['']}.embed_tokens.weight"
 UNUSED_HEAD = "paligemma_with_expert.gemma_expert.lm_head.weight"
+TIED_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
 
-_SINGLE = {
-    "PaliGemma/img/embedding/kernel": f"{_TOWER}.embeddings.patch_embedding.weight",
-    "PaliGemma/img/embedding/bias": f"{_TOWER}.embeddings.patch_embedding.bias",
-    "PaliGemma/img/pos_embedding": f"{_TOWER}.embeddings.position_embedding.weight",
-    "PaliGemma/img/Transformer/encoder_norm/scale": f"{_TOWER}.post_layernorm.weight",
-    "PaliGemma/img/Transformer/encoder_norm/bias": f"{_TOWER}.post_layernorm.bias",
-    "PaliGemma/img/head/kernel": f"{_PALIGEMMA}.multi_modal_projector.linear.weight",
-    "PaliGemma/img/head/bias": f"{_PALIGEMMA}.multi_modal_projector.linear.bias",
-    "PaliGemma/llm/embedder/input_embedding": f"{_PALIGEMMA}.language_model.embed_tokens.weight",
-}
-_TOWER_LAYER = {
-    "LayerNorm_0": "layer_norm1",
-    "LayerNorm_1": "layer_norm2",
-    "MlpBlock_0/Dense_0": "mlp.fc1",
-    "MlpBlock_0/Dense_1": "mlp.fc2",
-    "MultiHeadDotProductAttention_0/query": "self_attn.q_proj",
-    "MultiHeadDotProductAttention_0/key": "self_attn.k_proj",
-    "MultiHeadDotProductAttention_0/value": "self_attn.v_proj",
-    "MultiHeadDotProductAttention_0/out": "self_attn.out_proj",
-}
-_NORMS = {
-    "layers/pre_attention_norm": "layers.{}.input_layernorm",
-    "layers/pre_ffw_norm": "layers.{}.post_attention_layernorm",
-    "final_norm": "norm",
-}
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+class _Place(NamedTuple):
+    """Where one of our arrays, or each layer of it, lies in the port."""
+
+    path: str  # ours; the layer is its first axis if ``name`` has a {} for it
+    name: str  # the port's
+    ours: str  # axes without the layer, such as "dnh"
+    theirs: tuple[str, ...]  # the port's axes, such as ("nh", "d")
+    part: int | None = None  # which item of the axis behind the layer; None: all of it
+
+    @property
+    def is_layered(self) -> bool:
+        return "{}" in self.name
+
+    @property
+    def root(self) -> str:
+        """What the names of all layers of a stack begin with; the whole name where there are no layers."""
+        return self.name.partition(".layers.{}")[0]
+
+
+def _tower() -> Iterator[_Place]:
+    image, block = "PaliGemma/img", "PaliGemma/img/Transformer/encoderblock"
+    attention, layer = f"{block}/MultiHeadDotProductAttention_0", f"{_TOWER}.encoder.layers.{{}}"
+    yield _Place(f"{image}/embedding/kernel", f"{_TOWER}.embeddings.patch_embedding.weight", "rcio", tuple("oirc"))
+    yield _Place(f"{image}/embedding/bias", f"{_TOWER}.embeddings.patch_embedding.bias", "o", ("o",))
+    yield _Place(f"{image}/pos_embedding", f"{_TOWER}.embeddings.position_embedding.weight", "1pd", ("1p", "d"))
+    yield from _linear(f"{image}/head", f"{_PALIGEMMA}.multi_modal_projector.linear")
+    for path, name in (("LayerNorm_0", "layer_norm1"), ("LayerNorm_1", "layer_norm2")):
+        yield from _norm(f"{block}/{path}", f"{layer}.{name}")
+    yield from _norm(f"{image}/Transformer/encoder_norm", f"{_TOWER}.post_layernorm")
+    for path, name in (("Dense_0", "fc1"), ("Dense_1", "fc2")):
+        yield from _linear(f"{block}/MlpBlock_0/{path}", f"{layer}.mlp.{name}")
+    for path, name in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+        yield _Place(f"{attention}/{path}/kernel", f"{layer}.self_attn.{name}.weight", "dnh", ("nh", "d"))
+        yield _Place(f"{attention}/{path}/bias", f"{layer}.self_attn.{name}.bias", "nh", ("nh",))
+    yield _Place(f"{attention}/out/kernel", f"{layer}.self_attn.out_proj.weight", "nhd", ("d", "nh"))
+    yield _Place(f"{attention}/out/bias", f"{layer}.self_attn.out_proj.bias", "d", ("d",))
+
+
+def _language(suffix: str) -> Iterator[_Place]:
+    """Places of one expert."""
+    root, ours = _EXPERTS[suffix], "PaliGemma/llm/layers"
+    layer = f"{root}.layers.{{}}"
+    attention = f"{layer}.self_attn"
+    yield _Place(f"{ours}/attn/q_einsum{suffix}/w", f"{attention}.q_proj.weight", "ndh", ("nh", "d"))
+    yield _Place(f"{ours}/attn/kv_einsum{suffix}/w", f"{attention}.k_proj.weight", "ndh", ("nh", "d"), 0)
+    yield _Place(f"{ours}/attn/kv_einsum{suffix}/w", f"{attention}.v_proj.weight", "ndh", ("nh", "d"), 1)
+    yield _Place(f"{ours}/attn/attn_vec_einsum{suffix}/w", f"{attention}.o_proj.weight", "nhd", ("d", "nh"))
+    yield _Place(f"{ours}/mlp{suffix}/gating_einsum", f"{layer}.mlp.gate_proj.weight", "dm", ("m", "d"), 0)
+    yield _Place(f"{ours}/mlp{suffix}/gating_einsum", f"{layer}.mlp.up_proj.weight", "dm", ("m", "d"), 1)
+    yield _Place(f"{ours}/mlp{suffix}/linear", f"{layer}.mlp.down_proj.weight", "md", ("d", "m"))
+    norms = {
+        f"{ours}/pre_attention_norm{suffix}": f"{layer}.input_layernorm",
+        f"{ours}/pre_ffw_norm{suffix}": f"{layer}.post_attention_layernorm",
+        f"PaliGemma/llm/final_norm{suffix}": f"{root}.norm",
+    }
+    for path, name in norms.items():
+        yield _Place(f"{path}/scale", f"{name}.weight", "d", ("d",))
+        yield from _linear(f"{path}/Dense_0", f"{name}.dense")  # pi0.5's adaptive norm
+
+
+def _linear(path: str, name: str) -> Iterator[_Place]:
+    yield _Place(f"{path}/kernel", f"{name}.weight", "io", ("o", "i"))
+    yield _Place(f"{path}/bias", f"{name}.bias", "o", ("o",))
+
+
+def _norm(path: str, name: str) -> Iterator[_Place]:
+    yield _Place(f"{path}/scale", f"{name}.weight", "d", ("d",))
+    yield _Place(f"{path}/bias", f"{name}.bias", "d", ("d",))
+
+
+_PROJECTIONS = (
+    "action_in_proj", "action_out_proj", "state_proj", "action_time_mlp_in", "action_time_mlp_out", "time_mlp_in",
+    "time_mlp_out",
+)  # fmt: skip
+_TABLE = (
+    *_tower(),
+    _Place("PaliGemma/llm/embedder/input_embedding", _TABLE_OF_WORDS, "vd", ("v", "d")),
+    *_language(""),
+    *_language("_1"),
+    *(place for name in _PROJECTIONS for place in _linear(name, name)),
+)
+_BY_NAME = {place.name: place for place in _TABLE}
+_BY_PATH: dict[str, list[_Place]] = {}
+for _place in _TABLE:
+    _BY_PATH.setdefault(_place.path, []).append(_place)
+
+
+# -- to the port -------------------------------------------------------------------------------------------------------
 
 
 def to_torch(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """All arrays of a pi0 or pi0.5 under openpi's PyTorch names, in their own dtypes.
+    """Return all arrays of a pi0 or pi0.5 under openpi's PyTorch names, in their own dtypes.
 
     Raises:
         ValueError: a path that the port has no place for, such as an adapter.
@@ -53,8 +126,11 @@ def to_torch(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     renamed: dict[str, np.ndarray] = {}
     for path, array in params.items():
         if "lora" in path:
-            raise ValueError(f"{path}: openpi's PyTorch port has no adapters; it takes models trained in full")
-        renamed.update(_arrays(path, np.asarray(array)))
+            raise ValueError(f"{path}: openpi's PyTorch port has no adapters; merge them first (lora.merged)")
+        if path not in _BY_PATH:
+            raise ValueError(f"{path} has no name in openpi's PyTorch port")
+        for place in _BY_PATH[path]:
+            renamed.update(_split(place, np.asarray(array)))
     table = params["PaliGemma/llm/embedder/input_embedding"]
     width = renamed["action_in_proj.bias"].shape[0]
     # The port's action expert has an output head that nothing reads, but its loader asks for it.
@@ -62,66 +138,186 @@ def to_torch(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return renamed
 
 
-def _arrays(path: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    if path in _SINGLE:
-        yield _SINGLE[path], _single(path, array)
-    elif match := re.fullmatch(r"PaliGemma/img/Transformer/encoderblock/(.+)/(\w+)", path):
-        part, leaf = match.groups()
-        for layer, value in enumerate(array):
-            yield f"{_TOWER}.encoder.layers.{layer}.{_TOWER_LAYER[part]}.{_LEAVES[leaf]}", _tower(part, leaf, value)
-    elif path.startswith("PaliGemma/llm/"):
-        yield from _language(path.removeprefix("PaliGemma/llm/"), array)
-    elif match := re.fullmatch(r"(\w+)/(kernel|bias)", path):
-        yield f"{match[1]}.{_LEAVES[match[2]]}", array.T
-    else:
-        raise ValueError(f"{path} has no name in openpi's PyTorch port")
+def _split(place: _Place, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    for layer, value in enumerate(array if place.is_layered else [array]):
+        part = value if place.part is None else value[place.part]
+        axes = dict(zip(place.ours, part.shape, strict=True))
+        order = [place.ours.index(axis) for axis in "".join(place.theirs)]
+        shape = [math.prod(axes[axis] for axis in group) for group in place.theirs]
+        yield place.name.format(layer), part.transpose(order).reshape(shape)
 
 
-def _single(path: str, array: np.ndarray) -> np.ndarray:
-    if path.endswith("img/embedding/kernel"):
-        return array.transpose(3, 2, 0, 1)  # (h, w, in, out) to (out, in, h, w)
-    if path.endswith("pos_embedding"):
-        return array[0]
-    return array.T if path.endswith("kernel") else array
+# -- from the port -----------------------------------------------------------------------------------------------------
 
 
-def _tower(part: str, leaf: str, value: np.ndarray) -> np.ndarray:
-    if leaf != "kernel":
-        return value.reshape(-1)
-    if part.endswith("/out"):  # (heads, head, out)
-        return value.reshape(-1, value.shape[-1]).T
-    return value.reshape(value.shape[0], -1).T
+def is_torch(names: Mapping[str, Any]) -> bool:
+    """Tell whether arrays have the port's names, with or without the prefixes that LeRobot puts before them."""
+    return any("paligemma_with_expert." in name and "/" not in name for name in names)
 
 
-def _language(path: str, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    suffix = "_1" if re.search(r"_1(/|$)", path) else ""
-    path, root = re.sub(r"_1(?=/|$)", "", path), _EXPERTS[suffix]
-    norm, _, leaf = path.partition("/scale") if path.endswith("/scale") else path.partition("/Dense_0/")
-    if norm in _NORMS:
-        inner = f"dense.{_LEAVES[leaf]}" if leaf else "weight"
-        if norm == "final_norm":
-            yield f"{root}.{_NORMS[norm]}.{inner}", array.T
-            return
-        for layer, value in enumerate(array):
-            yield f"{root}.{_NORMS[norm].format(layer)}.{inner}", value.T
-        return
-    for layer, value in enumerate(array):
-        for name, matrix in _language_layer(path, value):
-            yield f"{root}.layers.{layer}.{name}.weight", matrix
+def head_sizes(params: Mapping[str, Any]) -> dict[str, str]:
+    """Return the sizes of heads, which the port's names hide, as metadata for a file with ``to_torch``'s arrays."""
+    found = {name: params[path].shape[-1] for name, path in _HEADS.items() if path in params}
+    return {name: str(size) for name, size in found.items()}
 
 
-def _language_layer(path: str, value: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    def heads_out(x: np.ndarray) -> np.ndarray:  # (heads, in, head) to (heads * head, in)
-        return x.transpose(0, 2, 1).reshape(-1, x.shape[1])
+def from_torch(
+    arrays: Mapping[str, Any],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    stack: Callable[[Sequence[Any]], Any] = np.stack,
+    where: str = "the weights",
+) -> dict[str, Any]:
+    """Return the port's arrays under our paths, stacked by layer, in their own dtypes.
 
-    if path == "layers/attn/q_einsum/w":
-        return [("self_attn.q_proj", heads_out(value))]
-    if path == "layers/attn/kv_einsum/w":
-        return [("self_attn.k_proj", heads_out(value[0])), ("self_attn.v_proj", heads_out(value[1]))]
-    if path == "layers/attn/attn_vec_einsum/w":
-        return [("self_attn.o_proj", value.reshape(-1, value.shape[-1]).T)]
-    if path == "layers/mlp/gating_einsum":
-        return [("mlp.gate_proj", value[0].T), ("mlp.up_proj", value[1].T)]
-    if path == "layers/mlp/linear":
-        return [("mlp.down_proj", value.T)]
-    raise ValueError(f"{path} has no name in openpi's PyTorch port")
+    LeRobot's names are read too: with a prefix ``model.``, and as older versions of its model have them. Statistics
+    that older LeRobot policies carry are no parameters; they are left out with a warning that names them.
+
+    Args:
+        metadata: of the file; may hold ``head_sizes``. Without them, sizes that have a name here are known.
+        stack: joins the layers of one array; tracing with ``jnp.stack`` tells the shapes without any number.
+
+    Raises:
+        ValueError: a name that the port does not have, a layer that is missing, or a size from which the number of
+            heads cannot be told. Names ``where``.
+    """
+    named = _usual_names(arrays, where)
+    heads = _told_sizes(metadata or {}, where) or _known_sizes(named, where)
+    found: dict[str, dict[tuple[int, int], Any]] = {}
+    depths: dict[str, int] = {}  # layers by the beginning of the names
+    for name, array in named.items():
+        place, layer = _place_of(name, where)
+        depths[place.root] = max(depths.get(place.root, 1), layer + 1)
+        found.setdefault(place.path, {})[layer, place.part or 0] = _joined(place, array, heads, f"{where}: {name}")
+    return {path: _assembled(path, parts, depths, stack, where) for path, parts in found.items()}
+
+
+def _usual_names(arrays: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Arrays under the names that openpi's port has today; of two that are tied, one."""
+    statistics = [name for name in arrays if re.match(r"(model\.)*(un)?normalize_\w+\.", name)]
+    if statistics:
+        logger.warning(
+            "%s: %d arrays are statistics, not parameters, and are left out (%s, ...). Give them as norm_stats.json.",
+            where, len(statistics), statistics[0],
+        )  # fmt: skip
+    named = {_usual_name(name): array for name, array in arrays.items() if name not in set(statistics)}
+    if len(named) < len(arrays) - len(statistics):
+        raise ValueError(f"{where}: two arrays have the same name once LeRobot's prefix is taken off")
+    named.pop(UNUSED_HEAD, None)  # nothing reads it
+    if TIED_HEAD in named:  # one matrix with the word table; whoever saves the model drops one of the two
+        named.setdefault(_TABLE_OF_WORDS, named[TIED_HEAD])
+        del named[TIED_HEAD]
+    return named
+
+
+def _usual_name(name: str) -> str:
+    name = re.sub(r"^(model\.)+", "", name)
+    name = name.replace("paligemma.language_model.lm_head.", "paligemma.lm_head.")
+    return re.sub(
+        r"paligemma_with_expert\.paligemma\.(language_model\.model|vision_tower|multi_modal_projector)\.",
+        lambda match: f"{_PALIGEMMA}.{match[1].removesuffix('.model')}.",
+        name,
+    )
+
+
+def _place_of(name: str, where: str) -> tuple[_Place, int]:
+    match = re.search(r"(?<=\.layers\.)\d{1,4}(?=\.)", name)
+    template = name if match is None else f"{name[: match.start()]}{{}}{name[match.end() :]}"
+    if template not in _BY_NAME:
+        raise ValueError(
+            f"{where}: {name} is no parameter of pi0 or pi0.5 under the names of openpi's PyTorch port. Adapters must "
+            "be merged into their bases where they were trained."
+        )
+    return _BY_NAME[template], 0 if match is None else int(match[0])
+
+
+_HEADS = {  # name in a file's metadata, and an array of ours whose last axis it is
+    "acrlpd.head_dim": "PaliGemma/llm/layers/attn/q_einsum/w",
+    "acrlpd.vision_head_dim": "PaliGemma/img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel",
+}
+
+
+def _told_sizes(metadata: Mapping[str, str], where: str) -> dict[str, int]:
+    """Sizes of heads by the beginning of the names, if the file says them."""
+    told = {name: metadata[name] for name in _HEADS if name in metadata}
+    if not all(re.fullmatch(r"[1-9]\d{0,5}", size) for size in told.values()):
+        raise ValueError(f"{where}: expected sizes of heads in its metadata, found {told}")
+    if len(told) < len(_HEADS):
+        return {}
+    language, tower = (int(told[name]) for name in _HEADS)
+    return {_TOWER: tower} | dict.fromkeys(_EXPERTS.values(), language)
+
+
+def _known_sizes(named: Mapping[str, Any], where: str) -> dict[str, int]:
+    """Sizes of heads by the beginning of the names, of stacks and towers that have a name here."""
+    sizes = {}
+    for root in _EXPERTS.values():
+        if keys := _shape(named, f"{root}.layers.0.self_attn.k_proj.weight"):
+            sizes[root] = _language_head(keys[0], _shape(named, f"{root}.layers.0.self_attn.q_proj.weight"))
+    if width := _shape(named, f"{_TOWER}.encoder.layers.0.self_attn.q_proj.weight"):
+        sizes[_TOWER] = _tower_head(width[0], _shape(named, f"{_TOWER}.encoder.layers.0.mlp.fc1.weight"), where)
+    return sizes
+
+
+def _tower_head(width: int, hidden: tuple[int, ...], where: str) -> int:
+    for config in siglip.VARIANTS.values():
+        if (config.width, config.mlp_dim) == (width, *hidden[:1]):
+            return config.width // config.num_heads
+    known = ", ".join(f"{name} ({config.width}, {config.mlp_dim})" for name, config in siglip.VARIANTS.items())
+    raise ValueError(
+        f"{where}: the image tower has width {width} and MLP {hidden[0] if hidden else 'none'}, and PyTorch's names do "
+        f"not tell the number of its heads. Sizes that are known: {known}"
+    )
+
+
+def _language_head(keys: int, queries: tuple[int, ...]) -> int:
+    """All of openpi's stacks have one key head; a named size with more is told by both widths."""
+    for config in gemma.VARIANTS.values():
+        if (config.num_kv_heads * config.head_dim, config.num_heads * config.head_dim) == (keys, *queries[:1]):
+            return config.head_dim
+    return keys
+
+
+def _shape(named: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    return tuple(named[name].shape) if name in named else ()
+
+
+def _joined(place: _Place, array: Any, heads: Mapping[str, int], where: str) -> Any:
+    """One of the port's arrays with our axes."""
+    if len(array.shape) != len(place.theirs):
+        raise ValueError(f"{where} has shape {tuple(array.shape)}, expected {len(place.theirs)} axes")
+    sizes = {"1": 1}
+    if "h" in place.ours:
+        sizes["h"] = next((size for root, size in heads.items() if place.name.startswith(root)), 0)
+    for group, length in zip(place.theirs, array.shape, strict=True):
+        known = math.prod(sizes.get(axis, 1) for axis in group)
+        if not known or length % known:
+            raise ValueError(f"{where} has shape {tuple(array.shape)}, expected heads of size {sizes.get('h') or '?'}")
+        sizes |= {axis: length // known for axis in group if axis not in sizes}
+    theirs = "".join(place.theirs)
+    return array.reshape([sizes[axis] for axis in theirs]).transpose([theirs.index(axis) for axis in place.ours])
+
+
+def _assembled(
+    path: str,
+    parts: Mapping[tuple[int, int], Any],
+    depths: Mapping[str, int],
+    stack: Callable[[Sequence[Any]], Any],
+    where: str,
+) -> Any:
+    """One of our arrays from its layers and parts."""
+    places = _BY_PATH[path]
+    layers = depths[places[0].root]
+    missing = [
+        place.name.format(layer) for layer in range(layers) for place in places if (layer, place.part or 0) not in parts
+    ]
+    if missing:
+        raise ValueError(f"{where}: {missing[0]} is missing; the weights are incomplete")
+    shapes = {tuple(part.shape) for part in parts.values()}
+    if len(shapes) > 1:
+        raise ValueError(f"{where}: layers of {path} differ in shape: {sorted(shapes)}")
+    if not places[0].is_layered:
+        return parts[0, 0]
+    one = [parts[layer, 0] if len(places) == 1 else stack([parts[layer, part] for part in (0, 1)])
+           for layer in range(layers)]  # fmt: skip
+    return stack(one)

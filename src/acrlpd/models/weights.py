@@ -29,6 +29,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
 
+from acrlpd.models import torch_names
+
 Weights: TypeAlias = dict[str, np.ndarray]
 _Array = TypeVar("_Array", np.ndarray, jax.ShapeDtypeStruct)
 Layout = Literal["orbax", "orbax-bare", "npz", "paligemma", "safetensors"]
@@ -36,6 +38,9 @@ Layout = Literal["orbax", "orbax-bare", "npz", "paligemma", "safetensors"]
 LORA = ".*lora.*"
 NOT_IN_PALIGEMMA = f"{LORA}|(?!PaliGemma/).*|PaliGemma/llm/.*_1/.*"
 """What a model has beyond a PaliGemma checkpoint: adapters, the action expert, the top-level projections."""
+
+TORCH_FILE = "model.safetensors"
+"""The one file of weights in a checkpoint of openpi's PyTorch port or of LeRobot."""
 
 _NORM_STATS = "norm_stats.json"
 _MAX_LISTED = 20
@@ -81,10 +86,11 @@ def read_params(path: str | os.PathLike[str]) -> Weights:
     """Weights for inference from any of the formats, in the dtypes of the file.
 
     ``path`` may name a ``params`` folder, a step folder or a released checkpoint that holds one, a training run (its
-    newest step is taken), an ``.npz`` or ``.safetensors`` file, or a URL of any of these. Of a training checkpoint
-    these are the averaged weights if it kept an average.
+    newest step is taken), an ``.npz`` or ``.safetensors`` file, a folder of openpi's PyTorch port or of LeRobot, or a
+    URL of any of these. Of a training checkpoint these are the averaged weights if it kept an average. Arrays under
+    the names of the PyTorch port come back under ours.
     """
-    local = fetch(path)
+    local = _source(path)
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
     return _checked(readers.get(local.suffix, _read_item)(local), local)
 
@@ -111,7 +117,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainingCheckpoint:
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every array that ``read_params`` would return; no array is read for it."""
-    local = fetch(path)
+    local = _source(path)
     readers = {".npz": _inspect_npz, ".safetensors": _inspect_safetensors}
     return _checked(readers.get(local.suffix, _inspect_item)(local), local)
 
@@ -169,8 +175,14 @@ def _download(url: str, scheme: str, target: Path) -> None:
 
 def locate(path: str | os.PathLike[str]) -> Path:
     """The file or Orbax folder that ``read_params`` would read; statistics lie in ``assets`` beside it."""
-    local = fetch(path)
+    local = _source(path)
     return local if local.suffix in _SUFFIXES.values() else _find_item(local, "params")
+
+
+def _source(path: str | os.PathLike[str]) -> Path:
+    """A local file, or a folder that Orbax wrote; of a PyTorch checkpoint the file in it, as openpi chooses."""
+    local = fetch(path)
+    return local / TORCH_FILE if (local / TORCH_FILE).is_file() else local
 
 
 def _step_of(path: Path) -> Path:
@@ -319,18 +331,31 @@ def _read_safetensors(path: Path) -> Weights:
     from safetensors.numpy import load_file
 
     with _naming(path):
-        return load_file(path)
+        arrays = load_file(path)
+    if not torch_names.is_torch(arrays):
+        return arrays
+    return torch_names.from_torch(arrays, metadata=_safetensors_header(path)[1], where=str(path))
 
 
 def _inspect_safetensors(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    shapes, metadata = _safetensors_header(path)
+    if not torch_names.is_torch(shapes):
+        return shapes
+    from_torch = functools.partial(torch_names.from_torch, metadata=metadata, stack=jnp.stack, where=str(path))
+    return jax.eval_shape(from_torch, shapes)
+
+
+def _safetensors_header(path: Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, str]]:
+    """Shape and dtype of every array, and the file's metadata."""
     from safetensors import safe_open
 
     with _naming(path), safe_open(path, "numpy") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {
+        shapes = {
             name: jax.ShapeDtypeStruct(tuple(each.get_shape()), _SAFETENSORS_DTYPES[each.get_dtype()])
             for name, each in slices.items()
         }
+        return shapes, file.metadata() or {}
 
 
 _SAFETENSORS_DTYPES = {"BF16": _BFLOAT16, "BOOL": np.dtype(bool)} | {
@@ -442,18 +467,20 @@ def write(
     *,
     layout: Layout | None = None,
     overwrite: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes weights in one of the layouts; half-written files never have the name ``path``.
 
     ``orbax`` is a ``params`` folder of openpi's training loop and ``orbax-bare`` one without the level "value";
     ``npz`` and ``safetensors`` are one file with the parameters' paths as names; ``paligemma`` is an ``.npz`` of the
     image tower and the vision-language expert alone, under PaliGemma's names. None goes by the suffix of ``path``.
+    ``metadata`` goes into the header of a safetensors file.
     """
     layout = check_target(path, layout, overwrite=overwrite)
     flat = _flat(params)
     with _replacing(Path(path).absolute(), overwrite=overwrite) as partial:
         if layout == "safetensors":
-            _write_safetensors(partial, flat)
+            _write_safetensors(partial, flat, metadata)
         elif layout in ("npz", "paligemma"):
             _write_npz(partial, flat if layout == "npz" else _for_paligemma(flat))
         else:
@@ -481,9 +508,14 @@ def write_params(path: str | os.PathLike[str], params: nnx.Module | Mapping[str,
     write(path, params, layout="orbax")
 
 
-def write_safetensors(path: str | os.PathLike[str], params: nnx.Module | Mapping[str, Any]) -> None:
-    """Writes one file whose tensors are named by the parameters' paths."""
-    write(path, params, layout="safetensors")
+def write_safetensors(
+    path: str | os.PathLike[str],
+    params: nnx.Module | Mapping[str, Any],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes one file whose tensors are named by the parameters' paths, with ``metadata`` in its header."""
+    write(path, params, layout="safetensors", metadata=metadata)
 
 
 def write_checkpoint(path: str | os.PathLike[str], checkpoint: TrainingCheckpoint) -> None:
@@ -530,10 +562,11 @@ def _await_writes(folder: Path) -> None:
                 now += path.lstat().st_size
 
 
-def _write_safetensors(path: Path, flat: Mapping[str, Any]) -> None:
+def _write_safetensors(path: Path, flat: Mapping[str, Any], metadata: Mapping[str, str] | None) -> None:
     from safetensors.numpy import save_file
 
-    save_file({name: np.asarray(value, order="C") for name, value in flat.items()}, path)
+    arrays = {name: np.asarray(value, order="C") for name, value in flat.items()}
+    save_file(arrays, path, None if metadata is None else dict(metadata))
 
 
 def _write_npz(path: Path, flat: Mapping[str, Any]) -> None:

@@ -123,7 +123,7 @@ def parse_json(text: str | bytes, where: str, kind: type = dict, *, allow_nan: b
     try:
         content = json.loads(text, object_pairs_hook=_unique, parse_int=_whole, **hooks)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, what the hooks refuse; too many brackets
-        raise ValueError(f"{where}: expected complete JSON, found {error}") from error
+        raise ValueError(f"{where}: expected JSON, found {error}") from error
     if not isinstance(content, kind):
         told = {dict: "a JSON object", list: "a JSON list"}.get(kind, kind.__name__)
         raise ValueError(f"{where}: expected {told}, found {_told_kind(content)}")
@@ -131,8 +131,8 @@ def parse_json(text: str | bytes, where: str, kind: type = dict, *, allow_nan: b
 
 
 def _told_kind(content: object) -> str:
-    kinds: dict[type, str] = {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
-    return "null" if content is None else kinds.get(type(content), "a number")
+    kinds: dict[type, str] = {dict: "object", list: "list", str: "text", bool: "true or false", type(None): "null"}
+    return kinds.get(type(content), "number")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -177,8 +177,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none, or ours
         raise ValueError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        found = "nothing" if content is None else _told_kind(content)
-        raise ValueError(f"{path}: expected names with values, found {found}")
+        raise ValueError(f"{path}: expected names with values, found {_told_kind(content)}")
     return content
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from acrlpd import files
 from acrlpd.config import ConfigError, TrainConfig, from_dict, to_dict
 
 SECTIONS = ("training", "model", "optimization")  # of a YAML file: they group fields and name none
@@ -82,12 +83,9 @@ def fields_of(path: str) -> tuple[str, ...]:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file's content: a mapping, or an error that names the file."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected names with values, found {type(content).__name__}")
-    return content
+        return files.read_yaml(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def load_yaml(path: str | Path, preset: Callable[[str], TrainConfig], base: TrainConfig | None = None) -> TrainConfig:
@@ -100,6 +98,15 @@ def load_yaml(path: str | Path, preset: Callable[[str], TrainConfig], base: Trai
         raise ConfigError(f"{path} names no preset to start from: add a line such as 'base_config: droid'")
     try:
         return apply_config_overrides(base, content)
+    except ConfigError as error:
+        raise ConfigError(f"{path}:\n{error}") from error
+
+
+def read_config(path: str | Path) -> TrainConfig:
+    """Return the configuration in a run's ``config.json``."""
+    values = files.read_json(path, allow_nan=True)
+    try:
+        return from_dict(TrainConfig, values)
     except ConfigError as error:
         raise ConfigError(f"{path}:\n{error}") from error
 

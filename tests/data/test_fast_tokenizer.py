@@ -120,8 +120,8 @@ def write_published(folder):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("{", "is no JSON"),
-        ("[]", "holds a list"),
+        ("{", "expected JSON"),
+        ("[]", "expected a JSON object, found list"),
         ('{"scale": 10}', "has no min_token"),
         ('{"scale": 0, "min_token": -1}', "scale must be a positive number, got 0"),
         ('{"scale": 10, "min_token": "x"}', "min_token must be a whole number, got 'x'"),

@@ -71,7 +71,7 @@ def test_file_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "expected openpi's layout"),
+        ("{", "expected JSON"),
         ('{"state": {}}', "KeyError"),
         ('{"norm_stats": {"state": {"mean": [1.0]}}}', "std"),
         ('{"norm_stats": {"state": {"mean": [1.0], "std": [1.0, 2.0]}}}', "same length"),

@@ -4,6 +4,7 @@ import os
 import jax.numpy as jnp
 import pytest
 
+from acrlpd.files import temporary_path
 from acrlpd.training.metrics import MetricAverage, Stopwatch, breakdown, write_json
 
 
@@ -62,5 +63,5 @@ def test_json_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(os, "replace", lambda old, new: done.append("replace") or replace(old, new))
     write_json(tmp_path / "a.json", {"a": 1})
-    assert done == [str(tmp_path / ".a.json.tmp"), "replace", str(tmp_path)]
+    assert done == [str(temporary_path(tmp_path / "a.json")), "replace", str(tmp_path)]
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}

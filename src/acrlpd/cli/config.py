@@ -11,8 +11,9 @@ from typing import Annotated
 import tyro
 
 from acrlpd.cli.configured import changed, parse, starting_point
-from acrlpd.config import TrainConfig, from_dict, to_dict
-from acrlpd.overrides import differences, to_yaml
+from acrlpd.config import TrainConfig, to_dict
+from acrlpd.files import written_whole
+from acrlpd.overrides import differences, read_config, to_yaml
 
 USAGE = """usage: acrlpd config COMMAND ...
 
@@ -66,16 +67,16 @@ def _save(words: list[str]) -> None:
     if target.exists():
         raise ValueError(f"{target} exists already. Delete it first, or choose another name.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(to_yaml(_parsed(words[0], words[2:]).config), encoding="utf-8")
-    temporary.rename(target)
+    text = to_yaml(_parsed(words[0], words[2:]).config)
+    with written_whole(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     print(target)
 
 
 def _parsed(word: str, flags: list[str]) -> ShowArguments:
     stored = Path(word) / "config.json"
     if stored.is_file():
-        config, flags = changed(from_dict(TrainConfig, json.loads(stored.read_text(encoding="utf-8"))), flags)
+        config, flags = changed(read_config(stored), flags)
     else:
         config, flags = starting_point(word, flags)
     return parse(ShowArguments, ShowArguments(config), flags, "acrlpd config")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ import tyro
 
 from acrlpd import presets
 from acrlpd.cli.configured import changed, named, parse, starting_point, warn_of_the_unusual
-from acrlpd.config import TrainConfig, from_dict
+from acrlpd.config import TrainConfig
+from acrlpd.overrides import read_config
 from acrlpd.training import setup
 from acrlpd.training.faults import EXIT_INTERRUPTED, Interrupted
 from acrlpd.training.report import write_report
@@ -85,7 +85,7 @@ def locate_run(path: Path) -> tuple[Path, int | None]:
 
 def stored_config(run: Path) -> TrainConfig:
     """What the run was started with, wherever its folder lies now."""
-    config = from_dict(TrainConfig, json.loads((run / "config.json").read_text(encoding="utf-8")))
+    config = read_config(run / "config.json")
     return dataclasses.replace(config, run_dir=str(run.parent), name=run.name)
 
 

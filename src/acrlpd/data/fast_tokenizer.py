@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import fft
 
+from acrlpd import files
 from acrlpd.data.tokenizer import load_processor, state_bins
 from acrlpd.data.transforms import Data, prompt_texts
 from acrlpd.types import typed
@@ -67,7 +68,7 @@ class FastTokenizer:
                 )
         config = _read_config(config_file)
         try:
-            bpe = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+            bpe = tokenizers.Tokenizer.from_str(files.read_text(tokenizer_file))
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{tokenizer_file} is not a file of the tokenizers library: {error}") from error
         return cls(bpe, config["scale"], config["min_token"], config.get("time_horizon"), config.get("action_dim"))
@@ -153,13 +154,8 @@ def _quantize(chunks: Float[np.ndarray, "n h a"], scale: float) -> Int[np.ndarra
 
 
 def _read_config(file: Path) -> dict[str, Any]:
+    config = files.read_json(file)
     expected = "expected a FAST processor's configuration"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}): {expected}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} holds a {type(config).__name__}: {expected}")
     missing = sorted({"scale", "min_token"} - config.keys())
     if missing:
         raise ValueError(f"{file} has no {', '.join(missing)}: {expected}")

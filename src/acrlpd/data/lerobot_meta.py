@@ -8,18 +8,19 @@ Errors found here concern the set as a whole.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import json
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from acrlpd import files
 from acrlpd.data.episodes import OptionError
 from acrlpd.data.parquet import import_pyarrow
 
@@ -129,7 +130,8 @@ def read(root: Path) -> Meta:
         ValueError: the version is unknown, a table cannot be read, or totals and numbers do not agree.
     """
     path = root / "meta/info.json"
-    info = _read_json(path)
+    with _complete():
+        info = files.read_json(path)
     version = _version(path, info)
     _check_info(path, info)
     tasks = (_tasks_v3 if is_v3(version) else _tasks_v2)(root)
@@ -340,35 +342,18 @@ def _read_table(path: Path) -> dict[str, list[Any]]:
 
 def _read_lines(path: Path, kinds: Mapping[str, _Kind]) -> list[dict[str, Any]]:
     lines = []
-    for number, text in enumerate(_read_text(path).split("\n"), start=1):
-        if not text.strip():
-            continue
-        line = _parsed(f"{path}, line {number}", text)
-        _check(f"{path}, line {number}", line, kinds)
-        lines.append(line)
+    with _complete():
+        for where, text in files.read_lines(path):
+            if text.strip():
+                lines.append(files.parse_json(text, where))
+                _check(where, lines[-1], kinds)
     return lines
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return _parsed(str(path), _read_text(path))
-
-
-def _parsed(where: str, text: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def _complete() -> Iterator[None]:
+    """A file that is not there is a fault of the set."""
     try:
-        content = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: expected complete JSON, found {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
+        yield
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file; the dataset is incomplete") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8, found a byte that is none ({error}). Save it as UTF-8.") from error
-    except OSError as error:
-        raise ValueError(f"{path}: expected a file that can be read ({error.strerror})") from error
+        raise ValueError(f"{error}; the dataset is incomplete") from error

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
+from acrlpd import files
 from acrlpd.data import chunks
 from acrlpd.data.episodes import EpisodeSource, EpisodeStore
 from acrlpd.types import Episode, typed
@@ -87,10 +86,8 @@ def save(path: Path | str, stats: Mapping[str, NormStats]) -> None:
     """Writes openpi's ``norm_stats.json``; ``path`` is the file, its folder is made. Replaces a file all at once."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        partial = Path(folder) / path.name
+    with files.written_whole(path) as partial:
         partial.write_text(json.dumps(to_dict(stats), indent=2), encoding="utf-8")
-        os.replace(partial, path)
 
 
 def to_dict(stats: Mapping[str, NormStats]) -> dict[str, Any]:
@@ -107,9 +104,9 @@ def load(path: Path | str) -> dict[str, NormStats]:
         raise FileNotFoundError(
             f"no normalization statistics at {path}. Make them from the dataset or point to a checkpoint's assets."
         )
+    content = files.read_json(path, allow_nan=True)  # the numbers are checked by themselves
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))["norm_stats"]
-        stats = {key: _from_lists(entry) for key, entry in content.items()}
+        stats = {key: _from_lists(entry) for key, entry in content["norm_stats"].items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path}: expected openpi's layout "
@@ -158,12 +155,12 @@ def _find(path: Path) -> Path:
         return path
     beside = path.parent if path.name == "params" else path  # openpi's checkpoints have both in one folder
     assets = beside / "assets" if (beside / "assets").is_dir() else path
-    files = sorted(assets.rglob(FILE_NAME))
-    if len(files) > 1:
+    found = sorted(assets.rglob(FILE_NAME))
+    if len(found) > 1:
         raise ValueError(
-            f"{path}: expected one {FILE_NAME}, found {len(files)}. Name one of {', '.join(map(str, files[:8]))}"
+            f"{path}: expected one {FILE_NAME}, found {len(found)}. Name one of {', '.join(map(str, found[:8]))}"
         )
-    return files[0] if files else path
+    return found[0] if found else path
 
 
 def _cut(file: Path, key: str, stats: NormStats, dim: int, *, quantiles: bool) -> NormStats:

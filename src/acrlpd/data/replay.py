@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from acrlpd import files
 from acrlpd.data import hdf5
-from acrlpd.files import remove_abandoned, temporary_path
 from acrlpd.types import Episode
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class ReplayJournal:
                 f"{self._index}: expected the journal's index, found what is no file. Move it away: the index is made "
                 "anew from the episodes."
             )
-        remove_abandoned(self.directory)
+        files.remove_abandoned(self.directory)
         lines = self._index.read_bytes().splitlines(keepends=True) if self._index.is_file() else []
         found: dict[int, Entry] = {}
         broken = b""
@@ -123,13 +123,13 @@ class ReplayJournal:
                 found[entry.number] = entry
         entries = list(found.values())
         known = {entry.file for entry in entries}
-        files = [path.name for path in sorted(self.directory.iterdir()) if path.suffix in hdf5.SUFFIXES]
-        strays = [name for name in files if name not in known]
+        there = [path.name for path in sorted(self.directory.iterdir()) if path.suffix in hdf5.SUFFIXES]
+        strays = [name for name in there if name not in known]
         if broken:
             self._keep_broken_lines(broken)
         if strays and not entries:
             entries, strays = self._entries_of(strays), []
-        if broken or (files and not known):
+        if broken or (there and not known):
             self._write_index(entries)
         for name in strays:
             self._set_aside(name, f"{INDEX} has no line for it: the writer was stopped before the episode was complete")
@@ -158,13 +158,8 @@ class ReplayJournal:
         return sorted(entries)
 
     def _write_index(self, entries: list[Entry]) -> None:
-        temporary = temporary_path(self._index)
-        with temporary.open("w", encoding="utf-8") as file:
+        with files.written_whole(self._index) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(entry._asdict()) + "\n" for entry in entries)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._index)
-        hdf5.sync(self.directory)
 
     def _keep_broken_lines(self, lines: bytes) -> None:
         target = self._free_name(INDEX)
@@ -190,8 +185,8 @@ def _parse(line: bytes) -> Entry | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        entry = Entry(**json.loads(line))
-    except (ValueError, TypeError, RecursionError):  # not JSON or not UTF-8; JSON of another form; too many brackets
+        entry = Entry(**files.parse_json(line, INDEX))
+    except (ValueError, TypeError):  # not JSON; JSON of another form
         return None
     kinds = (type(entry.number), type(entry.length), type(entry.sha256))
     good = kinds == (int, int, str) and entry.success in (None, True, False)

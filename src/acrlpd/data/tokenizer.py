@@ -12,6 +12,7 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Bool, Float, Int
 
+from acrlpd.files import read_bytes
 from acrlpd.types import typed
 
 NUM_STATE_BINS = 256
@@ -113,7 +114,7 @@ def load_processor(path: Path | str | None) -> sentencepiece.SentencePieceProces
     if path is None:
         model = resources.files("acrlpd.data").joinpath("assets/nano_tokenizer.model").read_bytes()
     elif Path(path).is_file():
-        model = Path(path).read_bytes()
+        model = read_bytes(path)
     else:
         raise FileNotFoundError(
             f"no tokenizer model at {path}. pi0 and pi0.5 need PaliGemma's paligemma_tokenizer.model; "

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from acrlpd.data import hdf5
+from acrlpd import files
 
 
 class JsonlWriter:
@@ -38,22 +38,18 @@ class JsonlWriter:
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """All complete records; half a line at the end, left by a kill, is dropped."""
-    records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            records.append(json.loads(line))
-    return records
+    return [
+        files.parse_json(line, where, allow_nan=True) for where, line in files.read_lines(path) if line.endswith("\n")
+    ]
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes beside the target and renames: a reader sees the old file or the new one, even after a loss of power."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, default=_plain) + "\n", encoding="utf-8")
-    hdf5.sync(temporary)
-    os.replace(temporary, path)
-    hdf5.sync(path.parent)
+    files.remove_abandoned(path.parent)
+    with files.written_whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, default=_plain) + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

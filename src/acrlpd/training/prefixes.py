@@ -40,6 +40,7 @@ from acrlpd.data.loader import read_observations
 from acrlpd.data.metadata_cache import fingerprint
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.transforms import Transform
+from acrlpd.files import read_json
 from acrlpd.models import flow, parameters
 from acrlpd.models.parameters import Params
 from acrlpd.types import Observation
@@ -163,7 +164,7 @@ def _write(target: Path, like: list[Any], blocks: Iterator[list[np.ndarray]], nu
 
 
 def _mapped(folder: Path, num_rows: int, mode: Any = "r") -> list[np.memmap]:
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index = read_json(folder / INDEX, list)
     return [
         np.memmap(folder / f"{number}.bin", dtype=jnp.dtype(each["dtype"]), mode=mode, shape=(num_rows, *each["shape"]))
         for number, each in enumerate(index)

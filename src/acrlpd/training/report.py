@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 
 from acrlpd.config import TrainConfig, from_dict
 from acrlpd.envs.env import EnvConfig, make
+from acrlpd.files import read_json, written_whole
 from acrlpd.training import charts, films, markup
 from acrlpd.training.charts import POLICIES, Evaluated
 from acrlpd.training.metrics import read_jsonl
@@ -96,9 +96,8 @@ def write_report(run: str | Path) -> Path:
     """
     record = read_run(Path(run))
     path = record.files.directory / "report.html"
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(_page(record), encoding="utf-8")
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_text(_page(record), encoding="utf-8")
     return path
 
 
@@ -106,9 +105,9 @@ def read_run(directory: Path) -> Run:
     files = RunFiles(directory)
     if not files.config.is_file():
         raise ValueError(f"{directory} has no {files.config.name}: expected the folder of a run, such as runs/demo")
-    config = json.loads(files.config.read_text(encoding="utf-8"))
+    config = read_json(files.config, allow_nan=True)
     records = read_jsonl(files.metrics) if files.metrics.is_file() else []
-    summary = json.loads(files.summary.read_text(encoding="utf-8")) if files.summary.is_file() else None
+    summary = read_json(files.summary, allow_nan=True) if files.summary.is_file() else None
     if summary is not None and any(record["step"] > summary["updates"] for record in records):
         summary = None  # of an earlier stretch of a run that was resumed
     return Run(files, config, records, summary)
@@ -220,7 +219,7 @@ def _full_evaluation(run: Run) -> str:
     """What ``acrlpd eval --full`` found, task by task; nothing where it has not been run."""
     if not run.files.full_evaluation.is_file():
         return ""
-    found = json.loads(run.files.full_evaluation.read_text(encoding="utf-8"))
+    found = read_json(run.files.full_evaluation, allow_nan=True)
     intro = f"By acrlpd eval --full, of update {found['step']:,}. Every line met the same seeds as the first."
     parts: list[str] = [markup.element("p", intro)]
     for task, findings in found["tasks"].items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -31,6 +30,7 @@ from acrlpd.data.transforms import Compose, TokenizePrompt, Transform, to_model
 from acrlpd.envs import rollout
 from acrlpd.envs.env import EnvSpec
 from acrlpd.envs.vector import VectorEnv, make_vector
+from acrlpd.files import read_json
 from acrlpd.models import weights as policy_weights
 from acrlpd.models.flow import FlowPolicy
 from acrlpd.models.gaussian import ChunkGaussianConfig
@@ -250,12 +250,19 @@ def locate_checkpoint(path: Path) -> tuple[Path, int | None]:
     """The folder of a manager, and the step if ``path`` names one; ``<run>/best`` is that of the best evaluation."""
     best = RunFiles(path.parent).best
     if path.name == "best" and best.is_file():
-        return RunFiles(path.parent).checkpoints, int(json.loads(best.read_text(encoding="utf-8"))["step"])
+        return RunFiles(path.parent).checkpoints, _best_step(best)
     if not path.is_dir():
         raise ValueError(f"checkpoint {path} is not a folder. Name a run (runs/demo), or a step below its checkpoints.")
     if path.name.isdigit():
         return path.parent, int(path.name)
     return (path / "checkpoints", None) if (path / "checkpoints").is_dir() else (path, None)
+
+
+def _best_step(file: Path) -> int:
+    step = read_json(file, allow_nan=True).get("step")
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise ValueError(f"{file}: expected the step of the best evaluation, found {step!r:.100}")
+    return step
 
 
 def prior_path(config: TrainConfig) -> Path:

@@ -6,7 +6,6 @@ A writer has ``write(record)`` and ``close()``. A record is flat: "step", "phase
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import secrets
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from acrlpd.config import LoggerConfig, LoggerKind
+from acrlpd.files import read_json
 from acrlpd.training.metrics import JsonlWriter, write_json
 
 WANDB_METRIC_GROUPS: dict[str, list[str]] = {
@@ -130,7 +130,7 @@ def _stored_id(file: Path, name: str) -> str:
     """Made once for a run's folder: a resumed run goes on under it, one that starts anew there has another."""
     if not file.exists():
         write_json(file, {"id": f"{name}-{secrets.token_hex(4)}"})
-    return json.loads(file.read_text(encoding="utf-8"))["id"]
+    return read_json(file)["id"]
 
 
 class TrackioWriter:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import io
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 from PIL import Image
 
+from acrlpd import files
 from acrlpd.data.episodes import IMAGE_PREFIX, OptionError, check_fps
 from acrlpd.types import typed
 
@@ -516,13 +516,9 @@ def flag(where: str, name: str, value: Any) -> bool | None:
 
 def json_text(where: str, name: str, value: Any) -> dict[str, Any]:
     """An attribute that holds a JSON object; an absent one (None) is empty."""
-    try:
-        parsed = json.loads(text(where, name, value)) if value is not None else {}
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: attribute {name}: expected JSON ({error})") from error
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{where}: attribute {name}: expected a JSON object, found {type(parsed).__name__}")
-    return parsed
+    if value is None:
+        return {}
+    return files.parse_json(text(where, name, value), f"{where}: attribute {name}", allow_nan=True)
 
 
 @typed

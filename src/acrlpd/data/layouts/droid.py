@@ -11,7 +11,6 @@ the gripper's target. Step t is frame number t of each video. Cameras are called
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from acrlpd import files
 from acrlpd.data.episodes import IMAGE_PREFIX
 from acrlpd.data.layouts import columns
 from acrlpd.data.layouts.columns import Column, Joined, Options, Picked, Reading, Record
@@ -52,7 +52,7 @@ class Droid:
         self._options = options
         self._folders = _folders(root)
         self._annotations_file = max(root.glob("aggregated-annotations-*.json"), default=None)
-        self._annotations = _read_json(self._annotations_file) if self._annotations_file else {}
+        self._annotations = files.read_json(self._annotations_file) if self._annotations_file else {}
         self.sources = [str(folder / FILE) for folder in self._folders]
         self.fps: float | None = options.fps or FPS
         self._videos = VideoReaders()
@@ -110,17 +110,7 @@ def _folders(root: Path) -> list[Path]:
 def _metadata(folder: Path) -> tuple[str, Mapping[str, Any]]:
     """The episode's uuid and what its JSON says; both empty where there is none."""
     found = sorted(folder.glob("metadata_*.json"))
-    return (found[0].stem.removeprefix("metadata_"), _read_json(found[0])) if found else ("", {})
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # JSON's and UTF-8's; too many brackets
-        raise ValueError(f"{path}: expected JSON in UTF-8 ({error})") from error
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(parsed).__name__}")
-    return parsed
+    return (found[0].stem.removeprefix("metadata_"), files.read_json(found[0])) if found else ("", {})
 
 
 def _check_clock(where: str, file: h5py.File, steps: int) -> None:

@@ -32,7 +32,7 @@ def test_tasks_are_stored_once():
     store = EpisodeStore.from_episodes([make_episode(2, task="a"), make_episode(1, task="a longer text")])
     store.append(make_episode(1, task="a"))
     assert store.tasks == ["a", "a longer text"]
-    assert store.prompts(np.array([2, 1, 0])).tolist() == ["a", "a longer text", "a"]
+    assert store.instructions(np.array([3, 2, 0])).tolist() == ["a", "a longer text", "a"]
 
 
 def test_dtypes_are_the_stores():

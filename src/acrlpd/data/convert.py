@@ -32,7 +32,7 @@ from acrlpd.data.parquet import import_pyarrow
 from acrlpd.data.sources import Dataset
 from acrlpd.data.unfinished import remove_abandoned, temporary_path
 from acrlpd.data.video import import_av
-from acrlpd.data.windows import check_video_sizes
+from acrlpd.data.windows import check_videos
 from acrlpd.types import Episode
 
 Pictures = Literal["av1", "h264", "png"]
@@ -64,7 +64,7 @@ def to_hdf5(
 
     ``success`` is your word for the episodes of which nothing says how they ended.
     """
-    check_video_sizes(dataset)
+    check_videos(dataset)
     with _new_folder(Path(folder)) as temporary:
         for index in range(dataset.num_episodes):
             episode = _with_success(dataset.episode(index), success)
@@ -104,7 +104,7 @@ def to_lerobot(
             f"{example}: success: unknown in {unknown} of {len(successes)} episodes, which LeRobot cannot say. "
             "Say how they ended: --success True (in Python success=True) if they succeeded, False if they failed."
         )
-    check_video_sizes(dataset)
+    check_videos(dataset)
     with _new_folder(Path(folder)) as temporary:
         writer = _LeRobotWriter(temporary, dataset, float(rate), pictures, success, with_success=unknown == 0)
         writer.write(robot_type)

@@ -1,0 +1,87 @@
+"""Whether the tables of a LeRobot dataset give every frame of its videos, and every row, to one episode."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from acrlpd.data.lerobot_meta import Meta, is_v3
+from acrlpd.data.stretches import Partition, Stretch
+
+REMEDY = (
+    "The episode table in meta does not fit the files: repair it, make the data set anew from what it was merged or "
+    "converted from, or leave such episodes out (on_bad_episode 'skip')."
+)
+
+
+def row_faults(meta: Meta, lost: Iterable[int]) -> dict[int, str]:
+    """Return what is wrong with the ranges of global indices (v3), by episode.
+
+    ``lost`` are the episodes whose own rows disagree with their range already.
+    """
+    stretches = [Stretch(row.number, *row.indices, row.length) for row in meta.episodes if row.indices is not None]
+    rule = Partition(0, lambda place: f"index {place:.0f}")
+    faults = rule.faults({meta.root: stretches}, {}, lost)
+    columns = "dataset_from_index, dataset_to_index"
+    return {
+        number: f"{meta.episodes[number].file}: episode {number}: {columns}: {text}. {REMEDY}"
+        for number, text in faults.items()
+    }
+
+
+def video_faults(meta: Meta, key: str, tolerance_s: float, sizes: Mapping[Path, int]) -> dict[int, str]:
+    """Return what is wrong with the stretches of one camera's files, by episode; ``sizes``: frames of files, if known.
+
+    Raises:
+        ValueError: a file belongs to no episode, and none is at fault that it could be of.
+    """
+    files = _stretches(meta, key)
+    rule = Partition(tolerance_s * meta.fps, lambda frames: f"{frames / meta.fps:.6g} s")
+    faults = rule.faults(files, sizes)
+    unused = _unused(meta, key, files) if is_v3(meta.version) else []
+    names = ", ".join(str(path.relative_to(meta.root)) for path in unused)
+    if unused and not faults:
+        raise ValueError(
+            f"{unused[0]}: {key}: no episode of the table has its frames ({len(unused)} such files: {names}). Repair "
+            "meta/episodes, or move the files away if they are left over."
+        )
+    columns = f"{key}: from_timestamp, to_timestamp" if is_v3(meta.version) else key
+    unused_too = f" No episode has frames of {names}." if unused else ""
+    return {
+        number: f"{meta.episodes[number].videos[key].path}: episode {number}: {columns}: {text}.{unused_too} {REMEDY}"
+        for number, text in faults.items()
+    }
+
+
+def unordered_files(meta: Meta, key: str) -> list[str]:
+    """Return a word on each file of a camera in which episodes do not follow one another by their numbers."""
+    told = []
+    for path, stretches in _stretches(meta, key).items():
+        numbers = [each.episode for each in sorted(stretches, key=lambda each: each.start)]
+        if numbers != sorted(numbers):
+            at = next(at for at in range(1, len(numbers)) if numbers[at] < numbers[at - 1])
+            told.append(
+                f"{path}: {key}: episode {numbers[at]} lies behind episode {numbers[at - 1]}. Writers put them in the "
+                "order of their numbers: see whether the table has mixed them up."
+            )
+    return told
+
+
+def _stretches(meta: Meta, key: str) -> dict[Path, list[Stretch]]:
+    """The stretches of each file of a camera; in v2 an episode is a file's only one."""
+    files: dict[Path, list[Stretch]] = {}
+    for row in meta.episodes:
+        span = row.videos[key]
+        start = span.start_s * meta.fps
+        stop = start + row.length if math.isinf(span.stop_s) else span.stop_s * meta.fps
+        files.setdefault(span.path, []).append(Stretch(row.number, start, stop, row.length))
+    return files
+
+
+def _unused(meta: Meta, key: str, used: Mapping[Path, Sequence[Stretch]]) -> list[Path]:
+    """Video files of a camera that lie where the template puts them, and that no episode has."""
+    anything = re.sub(r"\{(chunk_index|file_index)[^{}]*\}", "*", meta.video_path or "")
+    pattern = anything.replace("{video_key}", re.sub(r"([*?[])", r"[\1]", key))
+    return sorted(path for path in meta.root.glob(pattern) if path not in used)

@@ -356,15 +356,13 @@ class LeRobotSource:
 
     def _with_own_stretches(self, found: Sequence[_Checked], bad: BadEpisodes) -> list[_Checked]:
         """The episodes whose rows and frames are no other's: as tables tell, and headers that were read anyway."""
-        rows = {checked.row.number for checked in found}
-        faults = lerobot_stretches.row_faults(
-            self.meta, [row.number for row in self.meta.episodes if row.number not in rows]
-        )
+        faults = lerobot_stretches.row_faults(self.meta, {checked.row.number for checked in found})
         for key in self._video_keys:
-            sizes = {path: outline.num_frames for path, outline in self._outlines.items()}
-            faults = lerobot_stretches.video_faults(self.meta, key, self._tolerance_s, sizes) | faults
-            for text in lerobot_stretches.unordered_files(self.meta, key):
+            size_of = self._num_frames if bad.skip else None
+            of_camera = lerobot_stretches.video_faults(self.meta, key, self._tolerance_s, self._sizes_known, size_of)
+            for text in () if of_camera else lerobot_stretches.unordered_files(self.meta, key):
                 warnings.warn(text, stacklevel=4)
+            faults = of_camera | faults
         own = []
         for checked in found:
             with bad.guard(_name(checked.row)):
@@ -372,6 +370,18 @@ class LeRobotSource:
                     raise ValueError(faults[checked.row.number])
                 own.append(checked)
         return own
+
+    @property
+    def _sizes_known(self) -> dict[Path, int]:
+        """Frames of the videos whose headers were read."""
+        return {path: outline.num_frames for path, outline in self._outlines.items()}
+
+    def _num_frames(self, path: Path) -> int | None:
+        """Of any video; None where it does not open, which its episodes are told of."""
+        try:
+            return video.outline(path).num_frames
+        except video.VideoError:
+            return None
 
     @property
     def _video_keys(self) -> list[str]:
@@ -537,9 +547,8 @@ class LeRobotSource:
             self._metadata_cache.get(self.meta.root, asked, find_out)
 
     def _check_frame_counts(self) -> None:
-        sizes = {path: outline.num_frames for path, outline in self._outlines.items()}
         for key in self._video_keys:
-            faults = lerobot_stretches.video_faults(self.meta, key, self._tolerance_s, sizes)
+            faults = lerobot_stretches.video_faults(self.meta, key, self._tolerance_s, self._sizes_known)
             for number in self.numbers:
                 if number in faults:
                     raise ValueError(faults[number])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from acrlpd.data.lerobot_meta import Meta, is_v3
-from acrlpd.data.stretches import Partition, Stretch
+from acrlpd.data.stretches import Files, Partition, Stretch
 
 REMEDY = (
     "The episode table in meta does not fit the files: repair it, make the data set anew from what it was merged or "
@@ -16,14 +16,18 @@ REMEDY = (
 )
 
 
-def row_faults(meta: Meta, lost: Iterable[int]) -> dict[int, str]:
+def row_faults(meta: Meta, checked: Collection[int]) -> dict[int, str]:
     """Return what is wrong with the ranges of global indices (v3), by episode.
 
-    ``lost`` are the episodes whose own rows disagree with their range already.
+    ``checked`` are the episodes whose own rows say the same as their range: one of another has no word here.
     """
-    stretches = [Stretch(row.number, *row.indices, row.length) for row in meta.episodes if row.indices is not None]
+    ranges = [
+        Stretch(row.number, *row.indices, row.length)
+        for row in meta.episodes
+        if row.indices is not None and row.number in checked
+    ]
     rule = Partition(0, lambda place: f"index {place:.0f}")
-    faults = rule.faults({meta.root: stretches}, {}, lost)
+    faults = rule.faults({meta.root: ranges}, {}, holes=len(ranges) == len(meta.episodes))
     columns = "dataset_from_index, dataset_to_index"
     return {
         number: f"{meta.episodes[number].file}: episode {number}: {columns}: {text}. {REMEDY}"
@@ -31,8 +35,17 @@ def row_faults(meta: Meta, lost: Iterable[int]) -> dict[int, str]:
     }
 
 
-def video_faults(meta: Meta, key: str, tolerance_s: float, sizes: Mapping[Path, int]) -> dict[int, str]:
+def video_faults(
+    meta: Meta,
+    key: str,
+    tolerance_s: float,
+    sizes: Mapping[Path, int],
+    size_of: Callable[[Path], int | None] | None = None,
+) -> dict[int, str]:
     """Return what is wrong with the stretches of one camera's files, by episode; ``sizes``: frames of files, if known.
+
+    With ``size_of``, which reads the size of any file, episodes are named that are at fault, and no others where sizes
+    tell them apart. Without, it is those at which it shows.
 
     Raises:
         ValueError: a file belongs to no episode, and none is at fault that it could be of.
@@ -47,6 +60,9 @@ def video_faults(meta: Meta, key: str, tolerance_s: float, sizes: Mapping[Path, 
             f"{unused[0]}: {key}: no episode of the table has its frames ({len(unused)} such files: {names}). Repair "
             "meta/episodes, or move the files away if they are left over."
         )
+    if faults and size_of is not None:
+        known = {path: size_of(path) for path in sorted([*files, *unused], key=_numbers)}
+        faults = rule.misplaced(files, {path: size for path, size in known.items() if size is not None})
     columns = f"{key}: from_timestamp, to_timestamp" if is_v3(meta.version) else key
     unused_too = f" No episode has frames of {names}." if unused else ""
     return {
@@ -59,7 +75,7 @@ def unordered_files(meta: Meta, key: str) -> list[str]:
     """Return a word on each file of a camera in which episodes do not follow one another by their numbers."""
     told = []
     for path, stretches in _stretches(meta, key).items():
-        numbers = [each.episode for each in sorted(stretches, key=lambda each: each.start)]
+        numbers = [each.episode for each in sorted(stretches, key=lambda each: (each.start, each.stop))]
         if numbers != sorted(numbers):
             at = next(at for at in range(1, len(numbers)) if numbers[at] < numbers[at - 1])
             told.append(
@@ -69,7 +85,7 @@ def unordered_files(meta: Meta, key: str) -> list[str]:
     return told
 
 
-def _stretches(meta: Meta, key: str) -> dict[Path, list[Stretch]]:
+def _stretches(meta: Meta, key: str) -> Files:
     """The stretches of each file of a camera; in v2 an episode is a file's only one."""
     files: dict[Path, list[Stretch]] = {}
     for row in meta.episodes:
@@ -80,8 +96,13 @@ def _stretches(meta: Meta, key: str) -> dict[Path, list[Stretch]]:
     return files
 
 
-def _unused(meta: Meta, key: str, used: Mapping[Path, Sequence[Stretch]]) -> list[Path]:
+def _unused(meta: Meta, key: str, used: Files) -> list[Path]:
     """Video files of a camera that lie where the template puts them, and that no episode has."""
     anything = re.sub(r"\{(chunk_index|file_index)[^{}]*\}", "*", meta.video_path or "")
     pattern = anything.replace("{video_key}", re.sub(r"([*?[])", r"[\1]", key))
-    return sorted(path for path in meta.root.glob(pattern) if path not in used)
+    return sorted((path for path in meta.root.glob(pattern) if path not in used), key=_numbers)
+
+
+def _numbers(path: Path) -> list[int]:
+    """Those in a file's path, which grow wider past 999."""
+    return [int(digits) for digits in re.findall(r"\d+", str(path))]

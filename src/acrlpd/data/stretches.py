@@ -1,18 +1,15 @@
 """Where episodes lie in files that they share: their stretches are the whole file, each frame of it once.
 
-The rule is the same for frames of a video and for rows of a data set. What breaks it is told by episode. Of two that
-overlap nobody knows which one is right, so both are at fault. A hole is put down to the episodes at fault that belong
-there; otherwise the stretches behind it were moved, and are at fault as well.
+The rule is the same for frames of a video and for rows of a data set. Of two stretches that overlap, the table does not
+tell which one is right. The sizes of all files do: writers put one episode behind the other, in the order of their
+numbers, so that lengths and sizes say where each one lies.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-
-HALF_A_FRAME = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +22,9 @@ class Stretch:
     length: int  # frames of the episode
 
 
+Files = Mapping[Path, Sequence[Stretch]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Partition:
     """The rule, with how exact places are (in frames) and how one is told."""
@@ -32,25 +32,46 @@ class Partition:
     tolerance: float
     told: Callable[[float], str]
 
-    def faults(
-        self, files: Mapping[Path, Sequence[Stretch]], sizes: Mapping[Path, int], lost: Iterable[int] = ()
-    ) -> dict[int, str]:
-        """Return what is wrong with the stretches of each file, by episode.
+    def faults(self, files: Files, sizes: Mapping[Path, int], *, holes: bool = True) -> dict[int, str]:
+        """Return what is wrong, by episode; ``sizes`` has the frames of files where they are known.
 
-        ``sizes`` has the frames of files where they are known; ``lost`` are episodes known to be in another place.
+        Empty episodes have no stretch. Without ``holes``, what no episode has is nobody's fault.
         """
-        known = set(lost)
         found: dict[int, str] = {}
-        for stretches in files.values():
-            trusted = [each for each in stretches if each.length and each.episode not in known]
-            own = {each.episode: text for each in trusted if (text := self._own_fault(each))}
-            found |= own | self._overlaps([each for each in trusted if each.episode not in own])
-        at_fault = found.keys() | known
-        strays = {each.episode: each for some in files.values() for each in some if each.episode in at_fault}
         for path, stretches in files.items():
-            trusted = [each for each in stretches if each.length and each.episode not in at_fault]
-            found |= self._uncovered(trusted, strays, sizes.get(path))
+            ordered = sorted((each for each in stretches if each.length), key=lambda each: (each.start, each.episode))
+            own = {each.episode: text for each in ordered if (text := self._own_fault(each))}
+            rest = [each for each in ordered if each.episode not in own]
+            found |= own | self._overlaps(rest)
+            if holes and not found.keys() & {each.episode for each in ordered}:
+                found |= self._holes(rest, sizes.get(path))
         return found
+
+    def misplaced(self, files: Files, sizes: Mapping[Path, int]) -> dict[int, str]:
+        """As ``faults``, of those episodes alone that are not where they must be, if the sizes of files tell.
+
+        They do where the episodes, in their order, fill the files of ``sizes``, in theirs. Otherwise all episodes of a
+        file in which one is at fault are.
+        """
+        found = self.faults(files, sizes)
+        if not found:
+            return {}
+        every = {each.episode: (path, each) for path, some in files.items() for each in some}
+        places = self._places([each for _, each in every.values()], sizes)
+        if places is not None:
+            return {
+                number: found.get(number) or f"its stretch of the file, {self._span(each)}, is another episode's"
+                for number, (path, each) in every.items()
+                if each.length and not self._lies_at(path, each, places[number])
+            }
+        doubtful = {every[number][0]: number for number in reversed(found)}
+        return {
+            number: found.get(number)
+            or f"nothing tells its frames from those of episode {doubtful[path]}, which is not "
+            f"where the table says: {found[doubtful[path]]}"
+            for number, (path, each) in every.items()
+            if path in doubtful and each.length
+        }
 
     def _own_fault(self, each: Stretch) -> str | None:
         place = f"its stretch of the file, {self._span(each)},"
@@ -61,10 +82,10 @@ class Partition:
             return f"{place} is {self.told(each.stop - each.start)} long: expected {expected}"
         return None
 
-    def _overlaps(self, stretches: Sequence[Stretch]) -> dict[int, str]:
+    def _overlaps(self, ordered: Sequence[Stretch]) -> dict[int, str]:
         found: dict[int, str] = {}
         last: Stretch | None = None  # the one that reaches farthest
-        for each in sorted(stretches, key=lambda each: (each.start, each.episode)):
+        for each in ordered:
             if last is not None and each.start < last.stop - self.tolerance:
                 for one, other in ((each, last), (last, each)):
                     text = f"overlaps that of episode {other.episode}, {self._span(other)}"
@@ -72,56 +93,53 @@ class Partition:
             last = each if last is None or each.stop > last.stop else last
         return found
 
-    def _uncovered(
-        self, stretches: Sequence[Stretch], strays: Mapping[int, Stretch], size: int | None
-    ) -> dict[int, str]:
-        """What holes tell; at the file's end, too, where its size is known."""
-        ordered = sorted(stretches, key=lambda each: each.start)
-        kept: list[Stretch] = []
-        for each in ordered:
-            end, numbers = 0.0, range(each.episode - 1, -1, -1)
-            if kept:
-                end, numbers = kept[-1].stop, range(kept[-1].episode + 1, each.episode)
-            if not self._is_of(each.start - end, numbers, strays):
-                break
-            kept.append(each)
-        moved = ordered[len(kept) :]
-        found = {each.episode: self._behind_a_hole(each, kept) for each in moved}
-        if size is None or not kept:
-            return found
-        strays = {**strays, **{each.episode: each for each in moved}}
-        return found | self._beside_the_end(kept, strays, size)
-
-    def _behind_a_hole(self, each: Stretch, before: Sequence[Stretch]) -> str:
-        end = before[-1].stop if before else 0.0
-        return (
-            f"its stretch of the file, {self._span(each)}, lies behind a hole: no episode has the frames from "
-            f"{self.told(end)} on, so it was moved, or an episode before it is missing"
-        )
-
-    def _beside_the_end(self, kept: Sequence[Stretch], strays: Mapping[int, Stretch], size: int) -> dict[int, str]:
-        """What the size of the file tells of stretches that follow one another from its beginning."""
-        rest = size - kept[-1].stop
-        if rest >= -self.tolerance and self._is_of(rest, itertools.count(kept[-1].episode + 1), strays):
+    def _holes(self, ordered: Sequence[Stretch], size: int | None) -> dict[int, str]:
+        """Those that do not follow the one before; with a file of another size, those behind its end, or all."""
+        end = 0.0
+        for at, each in enumerate(ordered):
+            if each.start > end + self.tolerance:
+                text = f"no episode has the frames before it, from {self.told(end)} on"
+                return {
+                    late.episode: f"its stretch of the file is {self._span(late)}, but {text}" for late in ordered[at:]
+                }
+            end = each.stop
+        if size is None or abs(end - size) <= self.tolerance:
             return {}
-        beyond = [each for each in kept if each.stop > size + self.tolerance]
-        inside = kept[: len(kept) - len(beyond)]
-        fits_without = bool(beyond and inside) and abs(inside[-1].stop - size) <= self.tolerance
-        stated = sum(each.length for each in kept)
-        return {
-            each.episode: f"the file has {size} frames, but the table puts episodes of {stated} frames into it, "
-            f"this one at {self._span(each)}"
-            for each in (beyond if fits_without else kept)
-        }
+        late = [each for each in ordered if each.stop > size + self.tolerance] or ordered
+        text = f"the file has {size} frames, but the episodes that the table puts into it have {round(end)}"
+        return {each.episode: f"its stretch of the file is {self._span(each)}: {text}" for each in late}
 
-    def _is_of(self, hole: float, numbers: Iterable[int], strays: Mapping[int, Stretch]) -> bool:
-        """Whether a hole is none, or as long as the episodes at fault among ``numbers``, which would lie there."""
-        if hole <= self.tolerance:
-            return True
-        missing = [strays[number] for number in itertools.takewhile(strays.__contains__, numbers)]
-        lengths = itertools.accumulate(each.length for each in missing)
-        stated = itertools.accumulate(each.stop - each.start for each in missing)
-        return any(abs(hole - total) < HALF_A_FRAME for total in itertools.chain(lengths, stated))
+    def _places(
+        self, stretches: Sequence[Stretch], sizes: Mapping[Path, int]
+    ) -> dict[int, tuple[Path, int, int]] | None:
+        """File, start and stop of each episode; None where their lengths do not fill the files of these sizes."""
+        ordered = sorted(stretches, key=lambda each: each.episode)
+        wrong = {each.episode for each in ordered if self._own_fault(each)}
+        stated = [round(each.stop - each.start) if each.episode in wrong else each.length for each in ordered]
+        for lengths in ([each.length for each in ordered], stated):
+            places = dict(zip((each.episode for each in ordered), _filled(lengths, sizes), strict=False))
+            if len(places) == len(ordered) and sum(lengths) == sum(sizes.values()):
+                return places
+        return None
+
+    def _lies_at(self, path: Path, each: Stretch, place: tuple[Path, int, int]) -> bool:
+        file, start, stop = place
+        off = max(abs(each.start - start), abs(each.stop - stop))
+        return path == file and off <= self.tolerance and not self._own_fault(each)
 
     def _span(self, each: Stretch) -> str:
         return f"{self.told(each.start)} to {self.told(each.stop)}"
+
+
+def _filled(lengths: Sequence[int], sizes: Mapping[Path, int]) -> Iterator[tuple[Path, int, int]]:
+    """Yield file, start and stop of one episode after the other, as long as none crosses the end of a file."""
+    files = iter(sizes.items())
+    path, size, end = Path(), 0, 0
+    for length in lengths:
+        while end == size and length:
+            path, size = next(files, (path, -1))
+            end = 0
+        if not 0 <= length <= size - end:
+            return
+        yield path, end, end + length
+        end += length

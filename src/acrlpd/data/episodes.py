@@ -50,6 +50,13 @@ def task_runs(episode: Episode | EpisodeInfo) -> list[tuple[int, str]]:
     return [(0, episode.task), *episode.task_changes]
 
 
+def step_tasks(episode: Episode, numbers: dict[str, int]) -> Int[np.ndarray, " t"]:
+    """Return the number of the instruction at each step; one that ``numbers`` lacks is added there."""
+    starts, texts = zip(*task_runs(episode), strict=True)
+    found = [numbers.setdefault(text, len(numbers)) for text in texts]
+    return np.repeat(found, np.diff([*starts, len(episode)]))
+
+
 def first_text(*texts: str) -> str:
     """Return the first text that says something, else an empty one."""
     return next((text for text in texts if text.strip()), "")
@@ -371,8 +378,14 @@ class EpisodeStore:
         info = self.info(index)
         rows: dict[str, Any] = {key: self.window(index, key, 0, info.length).copy() for key in self._columns}
         images = {key.removeprefix(IMAGE_PREFIX): rows.pop(key) for key in list(rows) if key.startswith(IMAGE_PREFIX)}
-        about = {"task": info.task, "task_changes": info.task_changes, "success": info.success, "source": info.source}
-        return Episode(**rows, images=images, **about)
+        return Episode(
+            **rows,
+            task=info.task,
+            task_changes=info.task_changes,
+            images=images,
+            success=info.success,
+            source=info.source,
+        )
 
     def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
         """A view; valid until the next append."""

@@ -1,6 +1,7 @@
 """Random tables of stretches, good and spoilt, against a slow definition: each frame of each file painted once."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,41 @@ def test_exactly_the_misplaced_episodes_are_at_fault(tables):
         assert found == {}
     else:
         assert found.keys() == {each.stretch.episode for each in set(table) - set(good)}
+
+
+@given(spoilt(), st.sets(st.integers(0, 7)))
+@settings(deadline=None, max_examples=500)
+def test_without_all_sizes_a_file_with_a_fault_is_not_trusted(tables, unknown):
+    good, table = tables
+    sizes = {path: size for path, size in sizes_of(good).items() if int(str(path)) not in unknown}
+    files = by_file(table)
+    shown, found = RULE.faults(files, sizes), RULE.misplaced(files, sizes)
+    assert bool(shown) == bool(found)
+    if sizes.keys() != sizes_of(good).keys():
+        spoilt_files = [some for some in files.values() if any(each.episode in shown for each in some)]
+        assert found.keys() == {each.episode for some in spoilt_files for each in some}
+
+
+MESSAGES = {
+    "overlap": (
+        [(0, 3), (2, 4)],
+        {},
+        {0: "overlaps that of episode 1, frame 2 to frame 4", 1: "overlaps .* episode 0"},
+    ),
+    "hole": ([(0, 3), (4, 6)], {}, {1: "no episode has the frames before it, from frame 3 on"}),
+    "late begin": ([(1, 4)], {}, {0: "from frame 0 on"}),
+    "before the file": ([(-1, 2)], {}, {0: "frame -1 to frame 2, begins before the file"}),
+    "too long": ([(0, 4)], {}, {0: "is frame 4 long: expected frame 3, its 3 frames"}),
+    "beyond the file": ([(0, 3), (3, 5)], {Path("0"): 4}, {1: "the file has 4 frames, .* puts into it have 5"}),
+    "short of the file": ([(0, 3)], {Path("0"): 4}, {0: "the file has 4 frames, .* puts into it have 3"}),
+}
+
+
+@pytest.mark.parametrize(("places", "sizes", "messages"), MESSAGES.values(), ids=MESSAGES)
+def test_words(places, sizes, messages):
+    lengths = [3, 2]
+    stretches = [Stretch(at, *place, lengths[at]) for at, place in enumerate(places)]
+    found = RULE.faults({Path("0"): stretches}, sizes)
+    assert found.keys() == messages.keys()
+    for number, message in messages.items():
+        assert re.search(message, found[number]), found

@@ -37,7 +37,7 @@ class Untold:
         shown = ", ".join(self.tasks[:SHOWN]) + (", ..." if len(self.tasks) > SHOWN else "")
         return (
             f"{some}, and they are of {len(self.tasks)} tasks ({shown}): a policy that reads language (pi0, pi05) "
-            "could not tell these apart, and does not train on them. Give each task its text in the files, or, where one "
+            "could not tell these apart, and does not train on them. Give each task its text in the files, or, if one "
             f"fits all, {CURE}."
         )
 

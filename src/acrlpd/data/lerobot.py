@@ -360,7 +360,7 @@ class LeRobotSource:
         for key in self._video_keys:
             size_of = self._num_frames if bad.skip else None
             of_camera = lerobot_stretches.video_faults(self.meta, key, self._tolerance_s, self._sizes_known, size_of)
-            for text in () if of_camera else lerobot_stretches.unordered_files(self.meta, key):
+            if not of_camera and (text := lerobot_stretches.unusual_order(self.meta, key)) is not None:
                 warnings.warn(text, stacklevel=4)
             faults = of_camera | faults
         own = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -71,18 +72,21 @@ def video_faults(
     }
 
 
-def unordered_files(meta: Meta, key: str) -> list[str]:
-    """Return a word on each file of a camera in which episodes do not follow one another by their numbers."""
-    told = []
-    for path, stretches in _stretches(meta, key).items():
-        numbers = [each.episode for each in sorted(stretches, key=lambda each: (each.start, each.stop))]
-        if numbers != sorted(numbers):
-            at = next(at for at in range(1, len(numbers)) if numbers[at] < numbers[at - 1])
-            told.append(
-                f"{path}: {key}: episode {numbers[at]} lies behind episode {numbers[at - 1]}. Writers put them in the "
-                "order of their numbers: see whether the table has mixed them up."
+def unusual_order(meta: Meta, key: str) -> str | None:
+    """Return a word on episodes that do not follow one another by their numbers in the files of a camera."""
+    files = _stretches(meta, key)
+    placed = [
+        (each.episode, path)
+        for path in sorted(files, key=_numbers)
+        for each in sorted(files[path], key=lambda each: (each.start, each.stop))
+    ]
+    for (before, _), (number, path) in itertools.pairwise(placed):
+        if number < before:
+            return (
+                f"{path}: episode {number}: {key}: it lies behind episode {before}. Writers put them in the order of "
+                "their numbers: see whether the table has mixed them up."
             )
-    return told
+    return None
 
 
 def _stretches(meta: Meta, key: str) -> Files:

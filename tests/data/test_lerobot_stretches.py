@@ -178,7 +178,7 @@ CHANGES = [
     other=st.integers(0, 4),
     frames=st.integers(1, 9) | st.integers(-9, -1),
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 def test_no_spoilt_table_gives_wrong_frames(good, tmp_path_factory, change, camera, at, other, frames):
     """It is refused, and without the episodes at fault the others are read right."""
     folder = spoilt(good, tmp_path_factory, lambda rows: change(rows, camera, at, other, frames))

@@ -50,9 +50,11 @@ def test_an_instruction_may_change_inside_an_episode():
     assert store.instructions(np.array([0])).tolist() == ["wait"]
 
 
-@pytest.mark.parametrize("changes", [((0, "b"),), ((4, "b"),), ((2, "b"), (1, "c")), ((2, "b"), (2, "c"))])
+@pytest.mark.parametrize(
+    "changes", [((0, "b"),), ((4, "b"),), ((2, "b"), (1, "c")), ((2, "b"), (2, "c")), ((2, None),)]
+)
 def test_instructions_that_hold_nowhere_are_refused(changes):
-    with pytest.raises(ValueError, match=r"file\.hdf5: task_changes: expected rising steps in 1\.\.3"):
+    with pytest.raises(ValueError, match=r"file\.hdf5: task_changes: expected texts behind rising steps in 1\.\.3"):
         EpisodeStore.from_episodes([make_episode(4, task_changes=changes)])
 
 

@@ -62,11 +62,14 @@ def first_text(*texts: str) -> str:
     return next((text for text in texts if text.strip()), "")
 
 
-def check_task_changes(where: str, changes: Any, length: int) -> None:
-    """Refuse instructions that do not hold from one step of an episode to another."""
-    steps = [0, *(step for step, _ in changes), length]
-    if any(after <= before for before, after in itertools.pairwise(steps)) and changes:
-        raise ValueError(f"{where}: task_changes: expected rising steps in 1..{length - 1}, found {steps[1:-1]}")
+def check_task_changes(where: str, changes: Sequence[tuple[int, str]], length: int) -> None:
+    """Refuse what is no list of texts, each behind the step of an episode from which it holds."""
+    steps = [step for step, _ in changes]
+    rise = all(before < after for before, after in itertools.pairwise([0, *steps, length]))
+    if changes and not (rise and all(isinstance(text, str) for _, text in changes)):
+        raise ValueError(
+            f"{where}: task_changes: expected texts behind rising steps in 1..{length - 1}, found {list(changes)}"
+        )
 
 
 KNOWN_SUCCESS = (None, False, True)  # in the order of the numbers that readers remember it by

@@ -236,7 +236,6 @@ def _check_episode(where: str, episode: Episode) -> None:
     if not isinstance(episode.task, str):
         raise ValueError(f"{where}: task: expected text, found {type(episode.task).__name__}")
     columns.flag(where, "success", episode.success)
-    check_task_changes(where, episode.task_changes, len(episode.actions))
     arrays = {"observations/state": (episode.state, 2), "actions": (episode.actions, 2)}
     arrays |= {"rewards": (episode.rewards, 1), "terminals": (episode.terminals, 1)}
     arrays |= {f"observations/images/{camera}": (frames, 4) for camera, frames in episode.images.items()}
@@ -249,6 +248,7 @@ def _check_episode(where: str, episode: Episode) -> None:
     length = len(episode.actions)
     if length < 1:
         raise ValueError(f"{where}: actions: expected at least 1 step, found 0. Leave empty episodes out.")
+    check_task_changes(where, episode.task_changes, length)
     for key, (array, rank) in arrays.items():
         if len(array) != length:
             raise ValueError(f"{where}: {key}: expected {length} rows (as in actions), found {len(array)}")

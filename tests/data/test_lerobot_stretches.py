@@ -320,3 +320,16 @@ def test_ranges_of_rows_are_a_partition(good, tmp_path, changes, left):
     pq.write_table(table.set_column(table.schema.get_field_index("index"), "index", pa.array(indices)), path)
     assert "dataset_from_index, dataset_to_index: " in fault_of(folder)
     assert opened_without(folder).numbers == left
+
+
+@pytest.mark.parametrize("frames", [-1, 1])
+def test_no_tolerance_covers_a_frame(good, tmp_path_factory, frames):
+    folder = spoilt(good, tmp_path_factory, lambda rows: moved(rows, "top", 3, 0, frames))
+    assert "overlaps that of episode" in fault_of(folder, tolerance_s=0.3)
+    assert LeRobotSource(good, tolerance_s=0.3).num_episodes == len(LENGTHS)
+
+
+def test_a_selection_answers_for_its_own_episodes(good, tmp_path_factory):
+    folder = spoilt(good, tmp_path_factory, lambda rows: moved(rows, "top", 3, 0, 1))
+    assert fault_of(folder, episodes=[1, 0, 2]) is None
+    assert "episode 4: " in fault_of(folder, episodes=[1, 4])

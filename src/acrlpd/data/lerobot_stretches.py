@@ -15,6 +15,7 @@ REMEDY = (
     "The episode table in meta does not fit the files: repair it, make the data set anew from what it was merged or "
     "converted from, or leave such episodes out (on_bad_episode 'skip')."
 )
+MAX_TOLERANCE = 0.5  # frames: from there on a place would be the next frame's
 
 
 def row_faults(meta: Meta, checked: Collection[int]) -> dict[int, str]:
@@ -52,7 +53,8 @@ def video_faults(
         ValueError: a file belongs to no episode, and none is at fault that it could be of.
     """
     files = _stretches(meta, key)
-    rule = Partition(tolerance_s * meta.fps, lambda frames: f"{frames / meta.fps:.6g} s")
+    tolerance = min(tolerance_s * meta.fps, MAX_TOLERANCE)
+    rule = Partition(tolerance, lambda frames: f"{frames / meta.fps:.6g} s")
     faults = rule.faults(files, sizes)
     unused = _unused(meta, key, files) if is_v3(meta.version) else []
     names = ", ".join(str(path.relative_to(meta.root)) for path in unused)

@@ -355,7 +355,7 @@ class LeRobotSource:
         }
 
     def _with_own_stretches(self, found: Sequence[_Checked], bad: BadEpisodes) -> list[_Checked]:
-        """The episodes whose rows and frames are no other's: as tables tell, and headers that were read anyway."""
+        """Return the episodes whose rows and frames are no other's, by the tables and by headers that were read anyway."""
         faults = lerobot_stretches.row_faults(self.meta, {checked.row.number for checked in found})
         for key in self._video_keys:
             size_of = self._num_frames if bad.skip else None
@@ -373,11 +373,11 @@ class LeRobotSource:
 
     @property
     def _sizes_known(self) -> dict[Path, int]:
-        """Frames of the videos whose headers were read."""
+        """The numbers of frames of the videos whose headers were read."""
         return {path: outline.num_frames for path, outline in self._outlines.items()}
 
     def _num_frames(self, path: Path) -> int | None:
-        """Of any video; None where it does not open, which its episodes are told of."""
+        """Read how many frames a video has; None where it does not open, which its episodes are told of."""
         try:
             return video.outline(path).num_frames
         except video.VideoError:

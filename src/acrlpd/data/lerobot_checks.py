@@ -100,7 +100,7 @@ def check_clock(rows: dict[str, np.ndarray], fps: float, tolerance_s: float) -> 
 
 
 def check_start(rows: dict[str, np.ndarray], tolerance_s: float) -> None:
-    """The first timestamp is 0: frames of a video are looked up by it, from the beginning of the episode's stretch."""
+    """Refuse a first timestamp that is not 0: frames of a video are looked up by it, from where the episode begins."""
     first = float(rows[TIMESTAMP].ravel()[0])
     if abs(first) > tolerance_s:
         raise DataError(

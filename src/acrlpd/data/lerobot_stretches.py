@@ -92,7 +92,7 @@ def unusual_order(meta: Meta, key: str) -> str | None:
 
 
 def _stretches(meta: Meta, key: str) -> Files:
-    """The stretches of each file of a camera; in v2 an episode is a file's only one."""
+    """Return the stretches of each file of a camera; in v2 an episode is a file's only one."""
     files: dict[Path, list[Stretch]] = {}
     for row in meta.episodes:
         span = row.videos[key]
@@ -103,12 +103,12 @@ def _stretches(meta: Meta, key: str) -> Files:
 
 
 def _unused(meta: Meta, key: str, used: Files) -> list[Path]:
-    """Video files of a camera that lie where the template puts them, and that no episode has."""
+    """Return the video files of a camera that lie where the template puts them, and that no episode has."""
     anything = re.sub(r"\{(chunk_index|file_index)[^{}]*\}", "*", meta.video_path or "")
     pattern = anything.replace("{video_key}", re.sub(r"([*?[])", r"[\1]", key))
     return sorted((path for path in meta.root.glob(pattern) if path not in used), key=_numbers)
 
 
 def _numbers(path: Path) -> list[int]:
-    """Those in a file's path, which grow wider past 999."""
+    """Return the numbers in a file's path, which grow wider past 999."""
     return [int(digits) for digits in re.findall(r"\d+", str(path))]

@@ -48,7 +48,7 @@ class Partition:
         return found
 
     def misplaced(self, files: Files, sizes: Mapping[Path, int]) -> dict[int, str]:
-        """As ``faults``, of those episodes alone that are not where they must be, if the sizes of files tell.
+        """Return what ``faults`` does of those episodes alone that are not where they must be, if the sizes of files tell.
 
         They do where the episodes, in their order, fill the files of ``sizes``, in theirs. Otherwise all episodes of a
         file in which one is at fault are.
@@ -94,7 +94,7 @@ class Partition:
         return found
 
     def _holes(self, ordered: Sequence[Stretch], size: int | None) -> dict[int, str]:
-        """Those that do not follow the one before; with a file of another size, those behind its end, or all."""
+        """Return those behind a hole; where the file has another size, those behind its end, or all."""
         end = 0.0
         for at, each in enumerate(ordered):
             if each.start > end + self.tolerance:
@@ -112,7 +112,7 @@ class Partition:
     def _places(
         self, stretches: Sequence[Stretch], sizes: Mapping[Path, int]
     ) -> dict[int, tuple[Path, int, int]] | None:
-        """File, start and stop of each episode; None where their lengths do not fill the files of these sizes."""
+        """Return file, start and stop of each episode; None where their lengths do not fill files of these sizes."""
         ordered = sorted(stretches, key=lambda each: each.episode)
         wrong = {each.episode for each in ordered if self._own_fault(each)}
         stated = [round(each.stop - each.start) if each.episode in wrong else each.length for each in ordered]

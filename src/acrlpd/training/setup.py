@@ -165,7 +165,7 @@ def check_prior(config: TrainConfig, prior: EpisodeStore, dims: Dims, spec: EnvS
 
 
 def check_instructions(config: TrainConfig, source: Dataset, spec: EnvSpec | None) -> None:
-    """Tells what has no instruction where the policy reads one; refuses several tasks that share an empty text."""
+    """Tell what has no instruction where the policy reads one; refuse several tasks that share an empty text."""
     if config.policy.kind not in ("pi0", "pi05"):
         return
     if spec is not None and not spec.instruction.strip():

@@ -194,7 +194,7 @@ def _fill(file: h5py.File, episode: Episode, metadata: Mapping[str, Any], compre
 
 
 def _task_changes(where: str, file: h5py.File) -> tuple[tuple[int, str], ...]:
-    """The instructions after the first one, each behind its first step; mostly none."""
+    """Read the instructions after the first one, each behind its first step; mostly none."""
     if "task_index" not in file:
         return ()
     indices = columns.vector(where, file, "task_index", kinds="iu")

@@ -149,7 +149,7 @@ def _demo_names(where: str, file: h5py.File, filter_key: str | None) -> list[str
 
 
 def _task_in_name(path: Path) -> str:
-    """The text that LIBERO named a file after; empty where the name has another form."""
+    """Return the text that LIBERO named a file after; empty where the name has another form."""
     found = re.fullmatch(
         r"(?P<scene>[A-Z_]+_SCENE\d+_)?(?P<words>[A-Za-z0-9]+(_[A-Za-z0-9]+)+?)(?P<end>_demo)?", path.stem
     )
@@ -183,7 +183,7 @@ def _check_total(where: str, data: h5py.Group) -> None:
 
 
 def _environment(where: str, attributes: h5py.AttributeManager) -> tuple[str, dict[str, Any]]:
-    """Name and arguments of the environment; of these its text and rate are used."""
+    """Read name and arguments of the environment; of these its text and rate are used."""
     stated = columns.json_text(where, "env_args", attributes.get("env_args"))
     arguments = stated.get("env_kwargs") or {}
     if not isinstance(arguments, dict):

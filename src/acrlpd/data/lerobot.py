@@ -355,7 +355,7 @@ class LeRobotSource:
         }
 
     def _with_own_stretches(self, found: Sequence[_Checked], bad: BadEpisodes) -> list[_Checked]:
-        """Return the episodes whose rows and frames are no other's, by the tables and by headers that were read anyway."""
+        """Return the episodes whose rows and frames are no other's, by tables and by headers that were read anyway."""
         faults = lerobot_stretches.row_faults(self.meta, {checked.row.number for checked in found})
         for key in self._video_keys:
             size_of = self._num_frames if bad.skip else None

@@ -48,7 +48,7 @@ class Partition:
         return found
 
     def misplaced(self, files: Files, sizes: Mapping[Path, int]) -> dict[int, str]:
-        """Return what ``faults`` does of those episodes alone that are not where they must be, if the sizes of files tell.
+        """Return what ``faults`` does, of those episodes alone that are misplaced, if the sizes of files tell.
 
         They do where the episodes, in their order, fill the files of ``sizes``, in theirs. Otherwise all episodes of a
         file in which one is at fault are.

@@ -8,7 +8,7 @@ from acrlpd.data.episodes import EpisodeStore
 from acrlpd.types import Episode
 
 
-def make_episode(length, *, first=1, terminals=(), task="lift", cameras=()):
+def make_episode(length, *, first=1, terminals=(), task="lift", task_changes=(), cameras=()):
     """State, actions, rewards and pictures hold the number of the step, counted from ``first``."""
     steps = np.arange(first, first + length)
     pictures = np.broadcast_to(steps[:, None, None, None], (length, 2, 2, 3)).astype(np.uint8)
@@ -18,6 +18,7 @@ def make_episode(length, *, first=1, terminals=(), task="lift", cameras=()):
         rewards=steps.astype(np.float32),
         terminals=np.isin(np.arange(length), list(terminals)),
         task=task,
+        task_changes=task_changes,
         images={camera: pictures + 10 * i for i, camera in enumerate(cameras)},
     )
 
@@ -139,20 +140,32 @@ def slow_gather(episodes, index, step, horizon):
         "sequence_mask": float(step + horizon <= length or ended),
         "episode_id": index,
         "step_id": step,
-        "prompt": episode.task,
+        "prompt": instruction_at(episode, step),
+        "next_prompt": instruction_at(episode, min(step + horizon, length - 1)),
     }
+
+
+def instruction_at(episode, step):
+    return [text for first, text in [(0, episode.task), *episode.task_changes] if first <= step][-1]
 
 
 @given(
     flags=st.lists(st.lists(st.booleans(), min_size=1, max_size=7), min_size=1, max_size=5),
+    changes=st.sets(st.integers(1, 6)),
     horizon=st.integers(1, 9),
     num_dropped=st.integers(0, 3),
 )
 @settings(deadline=None, max_examples=150)
-def test_agrees_with_a_slow_reference(flags, horizon, num_dropped):
+def test_agrees_with_a_slow_reference(flags, changes, horizon, num_dropped):
     firsts = np.cumsum([0, *map(len, flags)])
     episodes = [
-        make_episode(len(row), first=int(first), terminals=np.flatnonzero(row), task=f"task {len(row)}")
+        make_episode(
+            len(row),
+            first=int(first),
+            terminals=np.flatnonzero(row),
+            task=f"task {len(row)}",
+            task_changes=tuple((step, f"part {step}") for step in sorted(changes) if step < len(row)),
+        )
         for row, first in zip(flags, firsts, strict=False)
     ]
     num_dropped = min(num_dropped, len(episodes) - 1)

@@ -34,6 +34,7 @@ def make_episode(number, length, *, success) -> Episode:
         rewards=rng.normal(size=length).astype(np.float32),
         terminals=terminals,
         task="öffne" if number else "close",
+        task_changes=((2, "close"), (length - 1, "")) if number == 2 else (),
         images={"top": np.repeat(grey[..., None], 3, axis=-1), "wrist": np.repeat(255 - grey[..., None], 3, axis=-1)},
         success=success,
     )
@@ -56,7 +57,7 @@ def assert_same(found, expected, *, tolerance=0.0):
         ours, theirs = found.episode(index), expected.episode(index)
         for key in ("state", "actions", "rewards", "terminals"):
             np.testing.assert_array_equal(getattr(ours, key), getattr(theirs, key), err_msg=key)
-        assert (ours.task, ours.success) == (theirs.task, theirs.success)
+        assert (ours.task, ours.task_changes, ours.success) == (theirs.task, theirs.task_changes, theirs.success)
         for camera, frames in theirs.images.items():
             error = np.abs(ours.images[camera].astype(float) - frames).mean()
             assert error <= tolerance, f"{camera}: {error}"

@@ -32,7 +32,30 @@ def test_tasks_are_stored_once():
     store = EpisodeStore.from_episodes([make_episode(2, task="a"), make_episode(1, task="a longer text")])
     store.append(make_episode(1, task="a"))
     assert store.tasks == ["a", "a longer text"]
-    assert store.prompts(np.array([2, 1, 0])).tolist() == ["a", "a longer text", "a"]
+    assert store.instructions(np.array([3, 2, 0])).tolist() == ["a", "a longer text", "a"]
+
+
+def test_an_instruction_may_change_inside_an_episode():
+    changing = make_episode(4, task="open", task_changes=((1, "wait"), (3, "close")))
+    store = EpisodeStore.from_episodes([make_episode(2, task="open"), changing, make_episode(1, task="wait")])
+    expected = ["open", "open", "open", "wait", "wait", "close", "wait"]
+    assert store.instructions(np.arange(7)).tolist() == expected
+    assert store.tasks == ["open", "wait", "close"]
+    assert store.episode(1).task_changes == store.info(1).task_changes == ((1, "wait"), (3, "close"))
+    columns = {key: store._rows(key) for key in ("state", "actions", "rewards", "terminals")}
+    elsewhere = EpisodeStore.of_columns(columns, [store.info(index) for index in range(3)])
+    assert elsewhere.instructions(np.arange(7)).tolist() == expected
+    store._drop_oldest()
+    store._drop_oldest()
+    assert store.instructions(np.array([0])).tolist() == ["wait"]
+
+
+@pytest.mark.parametrize(
+    "changes", [((0, "b"),), ((4, "b"),), ((2, "b"), (1, "c")), ((2, "b"), (2, "c")), ((2, None),)]
+)
+def test_instructions_that_hold_nowhere_are_refused(changes):
+    with pytest.raises(ValueError, match=r"file\.hdf5: task_changes: expected texts behind rising steps in 1\.\.3"):
+        EpisodeStore.from_episodes([make_episode(4, task_changes=changes)])
 
 
 def test_dtypes_are_the_stores():

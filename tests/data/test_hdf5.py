@@ -8,6 +8,7 @@ import pytest
 from acrlpd.data import hdf5
 from acrlpd.data.episodes import EpisodeSource, EpisodeStore
 from acrlpd.data.hdf5 import H5DatasetReader
+from acrlpd.data.metadata_cache import MetadataCache
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.types import Episode
 
@@ -32,7 +33,7 @@ def assert_same(found: Episode, expected: Episode):
     assert found.images.keys() == expected.images.keys()
     for camera, frames in expected.images.items():
         np.testing.assert_array_equal(found.images[camera], frames)
-    assert (found.task, found.success) == (expected.task, expected.success)
+    assert (found.task, found.task_changes, found.success) == (expected.task, expected.task_changes, expected.success)
 
 
 @pytest.mark.parametrize("success", [True, False, None])
@@ -44,6 +45,21 @@ def test_round_trip(tmp_path, success, compression):
     assert_same(found, episode)
     assert found.source == str(path)
     assert hdf5.read_metadata(path) == {"seed": 3}
+
+
+def test_an_instruction_that_changes(tmp_path):
+    episode = dataclasses.replace(make_episode(), task_changes=((1, "schließe sie"), (3, "öffne die Schublade")))
+    path = hdf5.write_episode(tmp_path / "episode_0.hdf5", episode)
+    assert_same(hdf5.read_episode(path), episode)
+    for _ in range(2):  # the second time from the cache
+        source = hdf5.H5DatasetReader(tmp_path, metadata_cache=MetadataCache(tmp_path / "cache"))
+        assert_same(source.episode(0), episode)
+        assert source.info(0).task_changes == episode.task_changes
+    with pytest.raises(ValueError, match=r"task_changes: expected texts behind rising steps in 1\.\.3, found .*4"):
+        hdf5.write_episode(tmp_path / "episode_1.hdf5", dataclasses.replace(episode, task_changes=((4, "wait"),)))
+    edit(path, replace("task_index", np.array([0, 2, 1, 1])))
+    with pytest.raises(ValueError, match=r"episode_0\.hdf5: task_index: expected numbers of the 2 texts in tasks, .*2"):
+        hdf5.read_episode(path)
 
 
 @pytest.mark.parametrize(("compression", "chunks"), [(None, None), ("gzip", (1, 5, 6, 3))])

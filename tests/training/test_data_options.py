@@ -1,7 +1,9 @@
 """Every field of ``DataConfig`` changes what a run is built from."""
 
+import contextlib
 import dataclasses
 import json
+import shutil
 
 import h5py
 import numpy as np
@@ -10,8 +12,10 @@ import pytest
 from acrlpd.config import DataConfig, TrainConfig, from_dict, to_dict
 from acrlpd.data import chunks, hdf5, normalize, windows
 from acrlpd.data.frame_cache import FrameCache
+from acrlpd.data.inspection import inspect
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.rewards import RewardConfig
+from acrlpd.envs.env import EnvSpec
 from acrlpd.overrides import apply_config_overrides
 from acrlpd.training import report, setup
 from acrlpd.types import Episode
@@ -271,3 +275,42 @@ def test_one_of_several_statistics_must_be_named(tiny_config, tmp_path):
 def test_statistics_exclude_bounds(tiny_config):
     with pytest.raises(ValueError, match=r"data\.norm_stats brings"):
         with_data(tiny_config, norm_stats="somewhere", action_normalization="bounds")
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05", "mlp_flow", "gaussian"])
+def test_no_text_is_no_instruction_for_a_policy_that_reads_one(tiny_config, robomimic, tmp_path, caplog, kind):
+    """What ``acrlpd data inspect`` says of the same data, and a refusal where several tasks would share the text."""
+
+    def told(path, **changes):
+        caplog.clear()
+        config = with_data(tiny_config, path=str(path), state_keys=("place",), **changes)
+        algorithm = "rlpd_ac" if kind == "gaussian" else config.agent.algorithm
+        config = dataclasses.replace(
+            config,
+            policy=dataclasses.replace(config.policy, kind=kind),
+            agent=dataclasses.replace(config.agent, algorithm=algorithm),
+        )
+        setup.check_instructions(config, setup.open_prior(config), None)
+        return caplog.text
+
+    reads = kind in ("pi0", "pi05")
+    (problem,) = inspect(robomimic, state_keys=("place",)).problems
+    assert (problem.text in told(robomimic)) == reads
+    assert told(robomimic, default_task="lift it") == ""
+    (tmp_path / "two").mkdir()
+    for name in ("one.hdf5", "other.hdf5"):
+        shutil.copy(robomimic, tmp_path / "two" / name)
+    (problem,) = inspect(tmp_path / "two", state_keys=("place",)).problems
+    assert "2 tasks (one.hdf5, other.hdf5)" in problem.text
+    with pytest.raises(ValueError, match="does not train on them") if reads else contextlib.nullcontext() as refused:
+        assert told(tmp_path / "two") == ""
+    assert refused is None or problem.text in str(refused.value)
+    assert told(tmp_path / "two", default_task="lift it") == ""
+
+
+def test_an_environment_without_an_instruction_is_told(tiny_config, caplog):
+    config = dataclasses.replace(tiny_config, policy=dataclasses.replace(tiny_config.policy, kind="pi0"))
+    numbers = np.zeros(2, np.float32)
+    spec = EnvSpec("robot/mine", " ", 4, 2, numbers, numbers, 10, (), 8, 10.0, -1.0)
+    setup.check_instructions(config, setup.open_prior(config), spec)
+    assert "robot/mine has no instruction, and the policy reads one: say it with --env.instruction" in caplog.text

@@ -28,6 +28,7 @@ def frozen(tmp_path):
             rewards=np.where(np.arange(7) == 6, 0.0, -1.0).astype(np.float32),
             terminals=np.arange(7) == 6,
             task="push the button",
+            task_changes=((3, "pull it"),) if number else (),
             images={"top": rng.integers(0, 256, (7, 16, 16, 3), np.uint8)},
         )
         hdf5.write_episode(path, episode)

@@ -18,6 +18,7 @@ from acrlpd.data.convert import Pictures
 from acrlpd.data.frame_cache import FrameCache, FrameSource
 from acrlpd.data.inspection import Contents, Inspection, Range
 from acrlpd.data.sources import Dataset
+from acrlpd.data.windows import check_videos
 
 SHOWN = 20  # tasks in a table
 EXIT_UNUSABLE = 1
@@ -137,6 +138,7 @@ def _cache(arguments: CacheArguments) -> int:
     dataset = _opened(arguments.path, arguments.read, on_bad_episode=arguments.on_bad_episode)
     if not dataset.cameras or not isinstance(dataset, FrameSource):
         raise ValueError(f"{arguments.path}: {dataset.format} data without pictures in files has nothing to cache")
+    check_videos(dataset)
     cache = FrameCache(Path(arguments.output), arguments.height, arguments.width)
     missing = len(cache.missing(dataset))
     print(

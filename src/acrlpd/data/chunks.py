@@ -30,8 +30,8 @@ def gather(
 
     ``state``, ``next_state`` [b s]; ``image``, ``next_image`` {camera: [b h w 3]} (empty without ``images``);
     ``actions`` [b h a]; ``rewards``, ``terminals``, ``valid`` [b h]; ``bootstrap_mask``, ``sequence_mask`` [b];
-    ``episode_id``, ``step_id`` [b]; ``row``, ``next_row`` [b] of the store; ``prompt`` [b] of str. Masks are float32,
-    0 or 1.
+    ``episode_id``, ``step_id`` [b]; ``row``, ``next_row`` [b] of the store; ``prompt``, ``next_prompt`` [b] of str: the
+    instruction at the chunk's first step and after it. Masks are float32, 0 or 1.
 
     A terminal may lie in mid-episode (relabelled play data): the steps after it are read, but are not ``valid``.
     Without ``ends_in_chunks`` the ``sequence_mask`` leaves out what the end of an episode cuts short, terminal or not.
@@ -67,7 +67,8 @@ def gather(
         "step_id": rows - start,
         "row": rows,
         "next_row": next_rows,
-        "prompt": store.prompts(episodes),
+        "prompt": store.instructions(rows),
+        "next_prompt": store.instructions(np.minimum(rows + horizon, end - 1)),
     }
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from acrlpd.data import hdf5
-from acrlpd.data.episodes import check_fps
+from acrlpd.data.episodes import check_fps, step_tasks, task_runs
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.lerobot import REWARD, SUCCESS, TERMINAL, LeRobotSource
 from acrlpd.data.lerobot_checks import told_size
@@ -31,7 +31,7 @@ from acrlpd.data.normalize import RunningStats
 from acrlpd.data.parquet import import_pyarrow
 from acrlpd.data.sources import Dataset
 from acrlpd.data.video import import_av
-from acrlpd.data.windows import check_video_sizes
+from acrlpd.data.windows import check_videos
 from acrlpd.files import remove_abandoned, temporary_path
 from acrlpd.types import Episode
 
@@ -64,7 +64,7 @@ def to_hdf5(
 
     ``success`` is your word for the episodes of which nothing says how they ended.
     """
-    check_video_sizes(dataset)
+    check_videos(dataset)
     with _new_folder(Path(folder)) as temporary:
         for index in range(dataset.num_episodes):
             episode = _with_success(dataset.episode(index), success)
@@ -104,7 +104,7 @@ def to_lerobot(
             f"{example}: success: unknown in {unknown} of {len(successes)} episodes, which LeRobot cannot say. "
             "Say how they ended: --success True (in Python success=True) if they succeeded, False if they failed."
         )
-    check_video_sizes(dataset)
+    check_videos(dataset)
     with _new_folder(Path(folder)) as temporary:
         writer = _LeRobotWriter(temporary, dataset, float(rate), pictures, success, with_success=unknown == 0)
         writer.write(robot_type)
@@ -215,7 +215,6 @@ class _LeRobotWriter:
         """An episode's columns, in LeRobot's names, and its frames by feature."""
         episode = _with_success(self._dataset.episode(number), self._success)
         steps = np.arange(len(episode))
-        task = self._tasks.setdefault(episode.task, len(self._tasks))
         last = steps == len(episode) - 1
         columns: dict[str, Any] = {STATE: episode.state, ACTION: episode.actions, REWARD: episode.rewards, DONE: last}
         if self._with_success:
@@ -226,7 +225,7 @@ class _LeRobotWriter:
             "frame_index": steps,
             "episode_index": np.full(len(steps), number),
             INDEX: first + steps,
-            TASK_INDEX: np.full(len(steps), task),
+            TASK_INDEX: step_tasks(episode, self._tasks),
         }
         frames = {key: episode.images[camera] for camera, key in self._cameras.items()}
         for key, values in columns.items():
@@ -271,7 +270,7 @@ class _LeRobotWriter:
     ) -> dict[str, Any]:
         row: dict[str, Any] = {
             "episode_index": number,
-            "tasks": [self._dataset.info(number).task],
+            "tasks": list(dict.fromkeys(text for _, text in task_runs(self._dataset.info(number)))),
             "length": length,
             **_place("data", file),
             "dataset_from_index": first,

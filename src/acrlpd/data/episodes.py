@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,34 @@ class EpisodeInfo:
     task: str
     success: bool | None  # None: nobody knows
     source: str  # file (and group) it came from, for messages
+    task_changes: tuple[tuple[int, str], ...] = ()  # as in ``Episode``
+
+
+def task_runs(episode: Episode | EpisodeInfo) -> list[tuple[int, str]]:
+    """Return the instructions of an episode, each behind the step from which it holds."""
+    return [(0, episode.task), *episode.task_changes]
+
+
+def step_tasks(episode: Episode, numbers: dict[str, int]) -> Int[np.ndarray, " t"]:
+    """Return the number of the instruction at each step; one that ``numbers`` lacks is added there."""
+    starts, texts = zip(*task_runs(episode), strict=True)
+    found = [numbers.setdefault(text, len(numbers)) for text in texts]
+    return np.repeat(found, np.diff([*starts, len(episode)]))
+
+
+def first_text(*texts: str) -> str:
+    """Return the first text that says something, else an empty one."""
+    return next((text for text in texts if text.strip()), "")
+
+
+def check_task_changes(where: str, changes: Sequence[tuple[int, str]], length: int) -> None:
+    """Refuse what is no list of texts, each behind the step of an episode from which it holds."""
+    steps = [step for step, _ in changes]
+    rise = all(before < after for before, after in itertools.pairwise([0, *steps, length]))
+    if changes and not (rise and all(isinstance(text, str) for _, text in changes)):
+        raise ValueError(
+            f"{where}: task_changes: expected texts behind rising steps in 1..{length - 1}, found {list(changes)}"
+        )
 
 
 KNOWN_SUCCESS = (None, False, True)  # in the order of the numbers that readers remember it by
@@ -136,6 +165,7 @@ class HeldEpisodes:
     """The ``EpisodeSource`` side of a reader that puts all of its episodes into ``_store`` when it opens."""
 
     _store: EpisodeStore
+    untold_tasks: Sequence[str] = ()
 
     @property
     def num_episodes(self) -> int:
@@ -176,6 +206,8 @@ class EpisodeStore:
         self._columns: dict[str, Column | FixedColumn] = {}
         self._first_source = ""  # the episode whose shapes all others must have
         self._ends = Column((), np.int64)  # counted from the first row ever appended, so that dropping shifts nothing
+        # where an instruction holds from, counted as the ends are, and its number: most episodes have one
+        self._task_starts = Column((), np.int64)
         self._task_indices = Column((), np.int64)
         self._infos: list[EpisodeInfo] = []
         self._tasks: dict[str, int] = {}
@@ -210,8 +242,11 @@ class EpisodeStore:
         store.reader = reader
         store._columns = {key: FixedColumn(rows) for key, rows in columns.items()}
         store._ends.append(np.cumsum([info.length for info in infos]))
-        store._task_indices.append(np.array([store._intern(info.task) for info in infos]))
         store._infos = list(infos)
+        starts = store.starts.tolist()
+        store._append_tasks(
+            (start + step, text) for start, info in zip(starts, infos, strict=True) for step, text in task_runs(info)
+        )
         return store
 
     @property
@@ -297,11 +332,12 @@ class EpisodeStore:
             raise IndexError(f"rows must lie in 0..{self.num_rows - 1}, got {rows.min()}..{rows.max()}")
         return np.searchsorted(self.ends, rows, side="right")
 
-    def prompts(self, episodes: Int[np.ndarray, " b"]) -> Shaped[np.ndarray, " b"]:
-        """Task text of episodes, by their positions."""
+    def instructions(self, rows: Int[np.ndarray, " b"]) -> Shaped[np.ndarray, " b"]:
+        """The task text that holds at each row."""
         if len(self._task_texts) < len(self._tasks):
             self._task_texts = np.array(list(self._tasks), dtype=np.str_)
-        return self._task_texts[self._task_indices.rows[episodes]]
+        places = np.searchsorted(self._task_starts.rows, self._rows_dropped + rows, side="right") - 1
+        return self._task_texts[self._task_indices.rows[places]]
 
     def append(self, episode: Episode) -> int:
         """Adds an episode and returns its id. Ids count from 0 and are never used again.
@@ -317,9 +353,10 @@ class EpisodeStore:
         self._make_room(sum(value.nbytes for value in rows.values()))
         for key, value in rows.items():
             self._columns[key].append(value)
-        self._ends.append(np.array([self._rows_dropped + self.num_rows]))
-        self._task_indices.append(np.array([self._intern(episode.task)]))
-        self._infos.append(EpisodeInfo(len(episode), episode.task, episode.success, episode.source))
+        end = self._rows_dropped + self.num_rows
+        self._ends.append(np.array([end]))
+        self._infos.append(_info(episode))
+        self._append_tasks((end - len(episode) + step, text) for step, text in task_runs(episode))
         self._known_numbering = None
         return self.next_episode_id - 1
 
@@ -344,7 +381,14 @@ class EpisodeStore:
         info = self.info(index)
         rows: dict[str, Any] = {key: self.window(index, key, 0, info.length).copy() for key in self._columns}
         images = {key.removeprefix(IMAGE_PREFIX): rows.pop(key) for key in list(rows) if key.startswith(IMAGE_PREFIX)}
-        return Episode(**rows, task=info.task, images=images, success=info.success, source=info.source)
+        return Episode(
+            **rows,
+            task=info.task,
+            task_changes=info.task_changes,
+            images=images,
+            success=info.success,
+            source=info.source,
+        )
 
     def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
         """A view; valid until the next append."""
@@ -412,14 +456,22 @@ class EpisodeStore:
             self._drop_oldest()
 
     def _drop_oldest(self) -> None:
-        length = self._infos.pop(0).length
+        info = self._infos.pop(0)
+        length = info.length
         for column in self._columns.values():
             column.drop(length)
         self._ends.drop(1)
-        self._task_indices.drop(1)
+        for tasks in (self._task_starts, self._task_indices):
+            tasks.drop(1 + len(info.task_changes))
         self._rows_dropped += length
         self._episodes_dropped += 1
         self._known_numbering = None
+
+    def _append_tasks(self, runs: Iterable[tuple[int, str]]) -> None:
+        """``runs``: rows, counted from the first one ever appended, and the instruction from there on."""
+        found = np.array([(start, self._intern(text)) for start, text in runs], np.int64).reshape(-1, 2)
+        self._task_starts.append(found[:, 0])
+        self._task_indices.append(found[:, 1])
 
     def _intern(self, task: str) -> int:
         if task not in self._tasks:
@@ -434,6 +486,10 @@ class _Numbering:
         self.ends = ends
         self.starts = np.concatenate([[0], ends[:-1]]).astype(ends.dtype)
         self.full_windows: dict[int, Int[np.ndarray, " n"]] = {}  # by horizon
+
+
+def _info(episode: Episode) -> EpisodeInfo:
+    return EpisodeInfo(len(episode), episode.task, episode.success, episode.source, episode.task_changes)
 
 
 def _checked_rows(episode: Episode) -> dict[str, np.ndarray]:
@@ -464,4 +520,5 @@ def _checked_rows(episode: Episode) -> dict[str, np.ndarray]:
         raise ValueError(f"{source}: all keys of an episode need the same number of steps, got {lengths}")
     if len(episode) == 0:
         raise ValueError(f"{source}: the episode is empty (0 steps)")
+    check_task_changes(source, episode.task_changes, len(episode))
     return rows

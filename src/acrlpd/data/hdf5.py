@@ -154,6 +154,7 @@ class H5DatasetReader:
         self.indices = tuple(opened["indices"].tolist())  # of each episode, its place before any was skipped
         self.lengths = opened["lengths"]
         self._facts = facts
+        self._task_changes = {index: tuple(map(tuple, changes)) for index, changes in facts["task_changes"]}
         self._opened = opened
         self._ends = np.cumsum(self.lengths)
         self._frame_cache = frame_cache
@@ -177,7 +178,13 @@ class H5DatasetReader:
     def info(self, index: int) -> EpisodeInfo:
         task = self._facts["tasks"][self._opened["tasks"][index]]
         success = KNOWN_SUCCESS[self._opened["success"][index]]
-        return EpisodeInfo(int(self.lengths[index]), task, success, self._facts["sources"][index])
+        source, changes = self._facts["sources"][index], self._task_changes.get(index, ())
+        return EpisodeInfo(int(self.lengths[index]), task, success, source, changes)
+
+    @property
+    def untold_tasks(self) -> list[str]:
+        """What tells apart the tasks that have no text."""
+        return self._facts["untold_tasks"]
 
     def episode(self, index: int) -> Episode:
         info = self.info(index)
@@ -191,6 +198,7 @@ class H5DatasetReader:
             rewards=whole("rewards"),
             terminals=whole("terminals"),
             task=info.task,
+            task_changes=info.task_changes,
             images={camera: whole(IMAGE_PREFIX + camera) for camera in self.cameras},
             success=info.success,
             source=info.source,
@@ -288,6 +296,14 @@ def _find_out(
         "skipped": bad.skipped,
         "tasks": list(tasks),
         "sources": [info.source for info in infos],
+        "task_changes": [(index, info.task_changes) for index, info in enumerate(infos) if info.task_changes],
+        "untold_tasks": sorted(
+            {
+                each.record.task_mark
+                for each in episodes.values()
+                if each.record.task_mark and not each.info.task.strip()
+            }
+        ),
     }
     return {
         "facts": pack(facts),
@@ -417,7 +433,7 @@ def _labelled(
                 threshold=threshold,
                 where=source,
             )
-            info = EpisodeInfo(len(record), record.task, success, source)
+            info = EpisodeInfo(len(record), record.task, success, source, record.task_changes)
             labelled[index] = _Labelled(record, info, rewards, terminals)
     return labelled
 

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from acrlpd.data import sources
-from acrlpd.data.episodes import IMAGE_PREFIX, OptionError
+from acrlpd.data import instructions, sources
+from acrlpd.data.episodes import IMAGE_PREFIX, OptionError, task_runs
 from acrlpd.data.sources import Dataset
 
 CLIPPED_SHARE = 0.05  # of the steps at one end of a dimension's range, from which on clipping is suspected,
@@ -49,7 +49,7 @@ class Contents:
     episodes: int
     steps: int
     lengths: tuple[int, float, int]  # least, mean, most
-    tasks: dict[str, int]  # episodes of each
+    tasks: dict[str, int]  # episodes of each; one in which the task changes counts under all it has
     cameras: dict[str, tuple[int, int]]  # height, width
     state: Range
     actions: Range
@@ -100,6 +100,8 @@ def inspect(data: Any, *, thorough: bool = False, decode: bool = False, **option
             problems.append(Problem("warning", info.source, f"state and actions are those of {first}: recorded twice?"))
     if thorough:
         problems += [problem for key, dimensions in numbers.items() for problem in _suspicious(key, dimensions)]
+    if (silent := instructions.untold(dataset)) is not None:
+        problems.append(Problem("warning", "", silent.told))
     return Inspection(_contents(dataset, numbers), problems)
 
 
@@ -184,7 +186,9 @@ def _contents(dataset: Dataset, numbers: dict[str, _Dimensions]) -> Contents:
         episodes=len(infos),
         steps=sum(lengths),
         lengths=(min(lengths), sum(lengths) / len(lengths), max(lengths)),
-        tasks=dict(collections.Counter(info.task for info in infos).most_common()),
+        tasks=dict(
+            collections.Counter(text for info in infos for text in {text for _, text in task_runs(info)}).most_common()
+        ),
         cameras={camera: (shape[1], shape[2]) for camera, shape in shapes.items()},
         state=numbers["state"].range,
         actions=numbers["actions"].range,

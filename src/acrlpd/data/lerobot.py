@@ -24,13 +24,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
 
 from acrlpd.data import lerobot_checks as checks
-from acrlpd.data import lerobot_meta, video
+from acrlpd.data import lerobot_meta, lerobot_stretches, video
 from acrlpd.data.episodes import (
     IMAGE_PREFIX,
     KNOWN_SUCCESS,
     BadEpisodes,
     EpisodeInfo,
     check_alike,
+    first_text,
     usual_features,
 )
 from acrlpd.data.frame_cache import FrameCache, FrameOrigin
@@ -54,7 +55,7 @@ class _Facts:
 
     row: EpisodeRow
     first: int  # row of the file at which it begins
-    task: str  # of its first frame
+    tasks: tuple[tuple[int, int], ...]  # frame and task_index wherever that changes; mostly one
     success: bool | None
 
 
@@ -64,7 +65,7 @@ class _Checked:
 
     row: EpisodeRow
     first: int
-    tasks: tuple[int, ...]  # task_index in the order in which its frames have them; mostly one
+    tasks: tuple[tuple[int, int], ...]  # as in ``_Facts``
     success: bool | None  # as recorded
     reward_values: Float[np.ndarray, " n"] | None  # the different values of next.reward
     sizes: dict[str, tuple[int, int]]  # height and width of the pictures, by feature
@@ -83,6 +84,7 @@ class LeRobotSource:
         state_keys, action_keys: columns that, one behind the other, make the state and the actions; None looks for the
             usual ones.
         cameras: names without ``observation.images.``; None takes all, and an empty list opens no picture.
+        default_task: the instruction of frames whose task has an empty text.
         rewards: None leaves rewards as they are stored, and 0 where none are: good for imitation only.
         on_bad_episode: ``"skip"`` leaves broken episodes out, with a warning that says which and why; ``skipped`` keeps
             both.
@@ -103,6 +105,7 @@ class LeRobotSource:
         state_keys: Sequence[str] | None = None,
         action_keys: Sequence[str] | None = None,
         cameras: Sequence[str] | None = None,
+        default_task: str = "",
         rewards: RewardConfig | None = None,
         on_bad_episode: Literal["error", "skip"] = "error",
         check_images: bool | None = None,
@@ -116,6 +119,7 @@ class LeRobotSource:
         self.state_keys = lerobot_meta.state_keys(self.meta, state_keys)
         self.action_keys = lerobot_meta.action_keys(self.meta, action_keys)
         self._camera_keys = lerobot_meta.camera_keys(self.meta, cameras)
+        self._default_task = default_task
         self._rewards = rewards
         self._tolerance_s = tolerance_s
         self._frame_cache = frame_cache
@@ -123,7 +127,7 @@ class LeRobotSource:
         self._videos = video.VideoReaders()
         optional = [key for key in (REWARD, SUCCESS, TERMINAL) if key in self.meta.features]
         self._sizes: dict[str, tuple[int, int]] = {}  # of the pictures of each camera's feature
-        self._video_sizes: dict[Path, tuple[int, int]] = {}  # of files that episodes share
+        self._outlines: dict[Path, video.Outline] = {}  # of files that episodes share
         self._columns = (*dict.fromkeys((*self.state_keys, *self.action_keys, *REQUIRED, *optional)),)
         selected = _selected(self.meta, episodes)
         check_images = on_bad_episode == "skip" if check_images is None else check_images
@@ -142,8 +146,9 @@ class LeRobotSource:
         self._rewards_are_known: bool = facts["rewards_are_known"]
         self._sizes = {key: (height, width) for key, (height, width) in facts["sizes"].items()}
         known = zip(*(opened[key].tolist() for key in ("numbers", "firsts", "tasks", "successes")), strict=True)
+        changes = {number: tuple(map(tuple, each)) for number, each in facts["task_changes"]}
         self._facts = [
-            _Facts(self.meta.episodes[number], first, self.meta.tasks[task], KNOWN_SUCCESS[success])
+            _Facts(self.meta.episodes[number], first, ((0, task), *changes.get(number, ())), KNOWN_SUCCESS[success])
             for number, first, task, success in known
         ]
         self.lengths = np.array([facts.row.length for facts in self._facts])
@@ -170,9 +175,18 @@ class LeRobotSource:
         return self.meta.fps
 
     def info(self, index: int) -> EpisodeInfo:
-        """The task is that of the first frame."""
         facts = self._facts[index]
-        return EpisodeInfo(facts.row.length, facts.task, facts.success, _where(facts.row))
+        (_, task), *changes = ((frame, self._text(task)) for frame, task in facts.tasks)
+        return EpisodeInfo(facts.row.length, task, facts.success, _where(facts.row), tuple(changes))
+
+    @property
+    def untold_tasks(self) -> list[str]:
+        """What tells apart the tasks that have no text."""
+        indices = sorted({task for facts in self._facts for _, task in facts.tasks})
+        return [f"task_index {task}" for task in indices if not self._text(task).strip()]
+
+    def _text(self, task_index: int) -> str:
+        return first_text(self.meta.tasks[task_index], self._default_task)
 
     def episode(self, index: int) -> Episode:
         info = self.info(index)
@@ -183,6 +197,7 @@ class LeRobotSource:
             rewards=rewards,
             terminals=terminals,
             task=info.task,
+            task_changes=info.task_changes,
             images={name: self.window(index, IMAGE_PREFIX + name, 0, info.length) for name in self.cameras},
             success=info.success,
             source=info.source,
@@ -199,7 +214,8 @@ class LeRobotSource:
         if key in ("rewards", "terminals"):
             return self._label(facts, self._threshold)[key == "terminals"][start:stop]
         if key == "task":
-            return np.array([self.meta.tasks[at] for at in self._rows(facts, TASK_INDEX)[start:stop].tolist()], np.str_)
+            indices = self._rows(facts, TASK_INDEX)[start:stop].ravel().tolist()
+            return np.array([self._text(index) for index in indices], np.str_)
         if key.startswith(IMAGE_PREFIX) and key.removeprefix(IMAGE_PREFIX) in self._camera_keys:
             return self._frames(facts, key.removeprefix(IMAGE_PREFIX), start, stop)
         names = {stored: name for name, stored in self._camera_keys.items()}
@@ -307,6 +323,7 @@ class LeRobotSource:
                     if isinstance(outcome, Exception):
                         raise outcome
                     good.append(outcome)
+        good = self._with_own_stretches(good, bad)
         good = self._with_usual_pictures(good, bad)
         if check_images:
             good = self._with_whole_pictures(good, bad, self._decode_all)
@@ -321,21 +338,55 @@ class LeRobotSource:
                 own = TERMINAL in self._columns and believes_terminals(self._rewards)
                 values = checked.reward_values if self._rewards_are_known and not own else None
                 success = success_of(self._rewards, checked.success, values, threshold)
-                facts = _Facts(checked.row, checked.first, self.meta.tasks[checked.tasks[0]], success)
+                facts = _Facts(checked.row, checked.first, checked.tasks, success)
                 self._label(facts, threshold)  # fails if nobody knows how it ended, or what its rewards mean
                 usable.append((checked, success))
         bad.report(str(self.meta.root), len(rows))
-        self._warn_of_several_tasks([checked for checked, _ in usable])
+        changes = [(checked.row.number, checked.tasks[1:]) for checked, _ in usable if len(checked.tasks) > 1]
         return {
             "facts": pack(
                 {"skipped": bad.skipped, "threshold": threshold, "sizes": self._sizes}
-                | {"rewards_are_known": self._rewards_are_known}
+                | {"rewards_are_known": self._rewards_are_known, "task_changes": changes}
             ),
             "numbers": np.array([checked.row.number for checked, _ in usable]),
             "firsts": np.array([checked.first for checked, _ in usable]),
-            "tasks": np.array([checked.tasks[0] for checked, _ in usable]),
+            "tasks": np.array([checked.tasks[0][1] for checked, _ in usable]),
             "successes": np.array([KNOWN_SUCCESS.index(success) for _, success in usable], np.int8),
         }
+
+    def _with_own_stretches(self, found: Sequence[_Checked], bad: BadEpisodes) -> list[_Checked]:
+        """Return the episodes whose rows and frames are no other's, by tables and by headers that were read anyway."""
+        faults = lerobot_stretches.row_faults(self.meta, {checked.row.number for checked in found})
+        for key in self._video_keys:
+            size_of = self._num_frames if bad.skip else None
+            of_camera = lerobot_stretches.video_faults(self.meta, key, self._tolerance_s, self._sizes_known, size_of)
+            if not of_camera and (text := lerobot_stretches.unusual_order(self.meta, key)) is not None:
+                warnings.warn(text, stacklevel=4)
+            faults = of_camera | faults
+        own = []
+        for checked in found:
+            with bad.guard(_name(checked.row)):
+                if checked.row.number in faults:
+                    raise ValueError(faults[checked.row.number])
+                own.append(checked)
+        return own
+
+    @property
+    def _sizes_known(self) -> dict[Path, int]:
+        """The numbers of frames of the videos whose headers were read."""
+        return {path: outline.num_frames for path, outline in self._outlines.items()}
+
+    def _num_frames(self, path: Path) -> int | None:
+        """Read how many frames a video has; None where it does not open, which its episodes are told of."""
+        try:
+            return video.outline(path).num_frames
+        except video.VideoError:
+            return None
+
+    @property
+    def _video_keys(self) -> list[str]:
+        """The features of the cameras that are stored as videos."""
+        return [key for key in self._camera_keys.values() if self.meta.features[key]["dtype"] == "video"]
 
     def _with_usual_pictures(self, found: Sequence[_Checked], bad: BadEpisodes) -> list[_Checked]:
         """The episodes whose pictures have the size that most of them have, which is kept."""
@@ -400,15 +451,6 @@ class LeRobotSource:
                 whole.append(checked)
         return whole
 
-    def _warn_of_several_tasks(self, found: Sequence[_Checked]) -> None:
-        several = [checked.row.number for checked in found if len(checked.tasks) > 1]
-        if several:
-            warnings.warn(
-                f"{self.meta.root}: the task changes inside {len(several)} episodes, {several[:5]} among them. An "
-                "episode is given the task of its first frame; window(..., 'task', ...) has that of each frame.",
-                stacklevel=4,
-            )
-
     def _checked(self, rows: Sequence[EpisodeRow]) -> Generator[_Checked | Exception, None, None]:
         """What ``_check_rows`` gives or raises; where each episode has a file of its own, several are read at once."""
 
@@ -434,17 +476,25 @@ class LeRobotSource:
             for key, values in rows.items():
                 checks.check_values(key, values, self.meta.features)
             checks.check_clock(rows, self.meta.fps, self._tolerance_s)
+            if self._video_keys:
+                checks.check_start(rows, self._tolerance_s)
             sizes = self._picture_sizes(row, first)
             success = bool(rows[SUCCESS].any()) if SUCCESS in rows else None
             rewards = np.unique(rows[REWARD]).astype(np.float32) if REWARD in rows else None
             return _Checked(row, first, self._known_tasks(rows[TASK_INDEX]), success, rewards, sizes)
 
-    def _known_tasks(self, task_index: np.ndarray) -> tuple[int, ...]:
-        indices = list(dict.fromkeys(task_index.ravel().tolist()))
-        unknown = [index for index in indices if index not in self.meta.tasks]
+    def _known_tasks(self, task_index: np.ndarray) -> tuple[tuple[int, int], ...]:
+        """Frame and task_index wherever that changes."""
+        indices = task_index.ravel()
+        frames = [0, *(np.flatnonzero(np.diff(indices)) + 1).tolist()]
+        tasks = indices[frames].tolist()
+        unknown = [task for task in tasks if task not in self.meta.tasks]
         if unknown:
-            raise DataError(f"task_index: {unknown[0]} is not in {self.meta.tasks_path}")
-        return tuple(indices)
+            raise DataError(
+                f"task_index: {unknown[0]} is not in {self.meta.tasks_path}, which has a text for "
+                f"{', '.join(map(str, list(self.meta.tasks)[:10]))}. Add it there."
+            )
+        return tuple(zip(frames, tasks, strict=True))
 
     def _picture_sizes(self, row: EpisodeRow, first: int) -> dict[str, tuple[int, int]]:
         """By feature, from the header of the first image; of videos only where they are looked at anyway."""
@@ -455,7 +505,7 @@ class LeRobotSource:
                 if not path.is_file():
                     raise _bad(row, path, "no such video file", key)
                 if self._opens_videos:
-                    sizes[key] = self._video_size(row, key)
+                    sizes[key] = self._outline(row, key).size
             elif key not in self._parquet.names(row.file):
                 raise _bad(row, row.file, "the column of this camera is missing, though info.json lists it", key)
             else:
@@ -463,38 +513,45 @@ class LeRobotSource:
                     sizes[key] = checks.image_size(self._parquet.cell(row.file, key, first))
         return sizes
 
-    def _video_size(self, row: EpisodeRow, key: str) -> tuple[int, int]:
-        """From the file's header."""
+    def _outline(self, row: EpisodeRow, key: str) -> video.Outline:
         path = row.videos[key].path
         with _blaming(row, path, key):
-            if path not in self._video_sizes:
-                self._video_sizes[path] = video.frame_size(path)
-            return self._video_sizes[path]
+            if path not in self._outlines:
+                self._outlines[path] = video.outline(path)
+            return self._outlines[path]
 
-    def check_video_sizes(self) -> None:
-        """Raises at the first episode whose videos have another size than those of most; their headers say so.
+    def check_videos(self) -> None:
+        """Raises at the first episode whose videos hold other frames than the tables say, or are of another size.
 
-        Opening leaves videos alone, unless episodes may be skipped: statistics and numbers need none. A frame cache
-        gives all frames its own size.
+        Headers tell. Opening leaves videos alone, unless episodes may be skipped: statistics and numbers need none. A
+        frame cache gives all frames its own size.
         """
-        filmed = {key for facts in self._facts for key in facts.row.videos}
-        if self._opens_videos or self._frame_cache or not filmed.intersection(self._camera_keys.values()):
+        if self._opens_videos or not self._video_keys:
             return
 
         def find_out() -> Arrays:
             sizes = {
-                index: {key: self._video_size(facts.row, key) for key in self._camera_keys.values() if key in filmed}
+                index: {key: self._outline(facts.row, key).size for key in self._video_keys}
                 for index, facts in enumerate(self._facts)
             }
+            self._check_frame_counts()
             usual = usual_features(sizes.values())
-            for index in sizes:
+            for index in sizes if self._frame_cache is None else ():
                 check_alike(sizes, index, usual, lambda at: _where(self._facts[at].row), checks.told_size)
             return {"are_alike": np.array(True)}
 
+        asked = ("videos", self._camera_keys, self.numbers, self._tolerance_s, self._frame_cache is None)
         if self._metadata_cache is None:
             find_out()
         else:
-            self._metadata_cache.get(self.meta.root, ("video sizes", self._camera_keys, self.numbers), find_out)
+            self._metadata_cache.get(self.meta.root, asked, find_out)
+
+    def _check_frame_counts(self) -> None:
+        for key in self._video_keys:
+            faults = lerobot_stretches.video_faults(self.meta, key, self._tolerance_s, self._sizes_known)
+            for number in self.numbers:
+                if number in faults:
+                    raise ValueError(faults[number])
 
     def _check_total_frames(self) -> None:
         """Against the episode table; where that is wrong for one episode, the files themselves decide."""

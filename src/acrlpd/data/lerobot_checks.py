@@ -99,6 +99,16 @@ def check_clock(rows: dict[str, np.ndarray], fps: float, tolerance_s: float) -> 
         )
 
 
+def check_start(rows: dict[str, np.ndarray], tolerance_s: float) -> None:
+    """Refuse a first timestamp that is not 0: frames of a video are looked up by it, from where the episode begins."""
+    first = float(rows[TIMESTAMP].ravel()[0])
+    if abs(first) > tolerance_s:
+        raise DataError(
+            f"timestamp: expected 0 s in frame 0, because frames of videos are looked up by it, found {first:.6f} s. "
+            "Count it from the episode's beginning."
+        )
+
+
 def decode_images(
     cells: Sequence[Mapping[str, Any] | None], first: int, size: tuple[int, int]
 ) -> UInt8[np.ndarray, "t h w 3"]:

@@ -104,6 +104,7 @@ class Meta:
     fps: float
     total_frames: int
     features: dict[str, dict[str, Any]]
+    video_path: str | None  # the template
     tasks: dict[int, str]
     episodes: list[EpisodeRow]  # episode n is at place n
 
@@ -140,7 +141,8 @@ def read(root: Path) -> Meta:
     _check_total(path, "total_tasks", info.get("total_tasks", len(tasks)), len(tasks), "tasks are in the task table")
     _check_numbers(episodes, "episodes.jsonl" if not is_v3(version) else "meta/episodes", root)
     episodes.sort(key=lambda row: row.number)
-    return Meta(root, version, float(info["fps"]), int(info["total_frames"]), info["features"], tasks, episodes)
+    totals = (float(info["fps"]), int(info["total_frames"]))
+    return Meta(root, version, *totals, info["features"], info.get("video_path"), tasks, episodes)
 
 
 def is_numeric(dtype: str) -> bool:
@@ -262,8 +264,9 @@ def _check_numbers(episodes: Sequence[EpisodeRow], table: str, root: Path) -> No
 
 
 def _tasks_v2(root: Path) -> dict[int, str]:
-    lines = _read_lines(root / "meta/tasks.jsonl", {"task_index": COUNT, "task": TEXT})
-    return {int(line["task_index"]): line["task"] for line in lines}
+    path = root / "meta/tasks.jsonl"
+    lines = _read_lines(path, {"task_index": COUNT, "task": TEXT})
+    return _texts(path, [line["task_index"] for line in lines], [line["task"] for line in lines])
 
 
 def _episodes_v2(root: Path, info: Mapping[str, Any]) -> list[EpisodeRow]:
@@ -285,7 +288,19 @@ def _tasks_v3(root: Path) -> dict[int, str]:
     if "task_index" not in table or len(texts) != 1:
         raise ValueError(f"{path}: expected task_index and one column of texts, found {', '.join(table)}")
     _check_rows(path, table, {"task_index": COUNT, texts[0]: TEXT})
-    return dict(zip(table["task_index"], table[texts[0]], strict=True))
+    return _texts(path, table["task_index"], table[texts[0]])
+
+
+def _texts(path: Path, indices: Sequence[Any], texts: Sequence[str]) -> dict[int, str]:
+    """Return the text of each task_index; refuses two under one."""
+    found: dict[int, str] = {}
+    for index, text in zip(map(int, indices), texts, strict=True):
+        if found.setdefault(index, text) != text:
+            raise ValueError(
+                f"{path}: task_index {index}: expected one text, found {found[index]!r} and {text!r}. Give each "
+                "text an index of its own."
+            )
+    return found
 
 
 def _episodes_v3(root: Path, info: Mapping[str, Any]) -> list[EpisodeRow]:

@@ -225,7 +225,7 @@ class ChunkLoader:
     def _to_batch(self, raw: dict[str, Any], following: dict[str, Any] | None) -> ChunkBatch:
         """``following``: the chunks that come after those of ``raw``, if they are wanted."""
         now = self._transform({key: raw[key] for key in ("state", "actions", "image", "prompt")})
-        seen = {"state": raw["next_state"], "image": raw["next_image"], "prompt": raw["prompt"]}
+        seen = {"state": raw["next_state"], "image": raw["next_image"], "prompt": raw["next_prompt"]}
         usable, next_actions = raw["sequence_mask"], None
         if following is None:
             after = self._transform(seen)

@@ -6,7 +6,7 @@ import collections
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -46,6 +46,11 @@ class Dataset(EpisodeSource, Protocol):
     @property
     def skipped(self) -> list[tuple[str, str]]:
         """Name and fault of each episode left out."""
+        ...
+
+    @property
+    def untold_tasks(self) -> Sequence[str]:
+        """What tells apart the tasks of episodes without an instruction, such as their files; mostly nothing does."""
         ...
 
 

@@ -6,6 +6,7 @@ its file open and goes on where it stopped, so windows read one after another co
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 from collections import OrderedDict
@@ -131,14 +132,23 @@ class VideoReaders:
         return reader.frames(times_s, tolerance_s, span_s)
 
 
-def frame_size(path: Path) -> tuple[int, int]:
-    """Height and width, as the file's header has them."""
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """What the header of a video file says."""
+
+    size: tuple[int, int]  # height, width
+    num_frames: int
+
+
+def outline(path: Path) -> Outline:
+    """Read a file's header; where that does not count the frames, its packets are. Nothing is decoded."""
     container = _open(import_av(), path)
     try:
         stream = container.streams.video[0]
-        return stream.height, stream.width
+        size, num_frames = (stream.height, stream.width), stream.frames
     finally:
         container.close()
+    return Outline(size, num_frames or len(frame_times(path)))
 
 
 def frame_times(path: Path) -> Float[np.ndarray, " n"]:

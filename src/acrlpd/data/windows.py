@@ -35,7 +35,7 @@ def open_store(source: EpisodeSource, *, memory_bytes: int | None = None, num_wo
     is asked for. Half of the machine's memory is the limit if none is given. ``num_workers`` processes read; 0 reads in
     the caller's.
     """
-    check_video_sizes(source)
+    check_videos(source)
     store = _stored(source, _physical_memory() // 2 if memory_bytes is None else memory_bytes, num_workers)
     store.skipped = getattr(source, "skipped", ())
     return store
@@ -90,15 +90,15 @@ class MappableSource(Protocol):
 
 @runtime_checkable
 class FilmedSource(Protocol):
-    def check_video_sizes(self) -> None:
-        """Raises where an episode's pictures would not fit into a batch with the others."""
+    def check_videos(self) -> None:
+        """Raises where a video has other frames than its episodes, or another size than the others."""
         ...
 
 
-def check_video_sizes(source: Any) -> None:
+def check_videos(source: Any) -> None:
     """For those who are about to read pictures of all episodes; nothing where a source has no videos."""
     if isinstance(source, FilmedSource):
-        source.check_video_sizes()
+        source.check_videos()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,7 +48,7 @@ from acrlpd.types import Observation
 logger = logging.getLogger(__name__)
 
 INDEX = "arrays.json"
-VERSION = 1  # of the files' layout and of what ``encode`` means; raise it when either changes
+VERSION = 2  # of the files' layout and of what ``encode`` means; raise it when either changes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from flax import nnx
 
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.config import PolicyConfig, TrainConfig, from_dict
-from acrlpd.data import normalize, npz, windows
+from acrlpd.data import instructions, normalize, npz, windows
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.frame_cache import FrameCache
 from acrlpd.data.loader import ChunkLoader
@@ -98,6 +98,7 @@ def _make_trainer(
         logger.warning("no online phase: online_steps is %d, but env.name names no environment", config.online_steps)
     environments = make_environments(config, config.eval.num_envs) if config.env else None
     source = open_prior(config)
+    check_instructions(config, source, environments.spec if environments else None)
     prior = windows.open_store(source, memory_bytes=config.data.memory_bytes, num_workers=config.data.num_workers)
     dims = Dims(prior.state.shape[1], prior.actions.shape[1])
     spec = environments.spec if environments else None
@@ -161,6 +162,19 @@ def check_prior(config: TrainConfig, prior: EpisodeStore, dims: Dims, spec: EnvS
         dims=(dims.state, dims.action),
         cameras=prior.cameras if config.policy.kind in ("pi0", "pi05") else None,
     )
+
+
+def check_instructions(config: TrainConfig, source: Dataset, spec: EnvSpec | None) -> None:
+    """Tell what has no instruction where the policy reads one; refuse several tasks that share an empty text."""
+    if config.policy.kind not in ("pi0", "pi05"):
+        return
+    if spec is not None and not spec.instruction.strip():
+        logger.warning("%s has no instruction, and the policy reads one: say it with --env.instruction", spec.name)
+    silent = instructions.untold(source)
+    if silent is not None and silent.is_shared:
+        raise ValueError(f"{prior_path(config)}: {silent.told}")
+    if silent is not None:
+        logger.warning("%s: %s", prior_path(config), silent.told)
 
 
 def make_loader(

@@ -61,6 +61,8 @@ class Record:
     success: bool | None = None  # None: the format does not say
     rewards: Float[np.ndarray, " t"] | None = None  # as stored; None where none are
     terminals: Shaped[np.ndarray, " t"] | None = None  # as stored; our own layout alone has them
+    task_changes: tuple[tuple[int, str], ...] = ()  # as in ``Episode``; our own layout alone has them
+    task_mark: str = ""  # where the text is empty: what tells the task from others, such as its file
 
     def __len__(self) -> int:
         return len(self.columns["actions"])

@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 
 from acrlpd import files
-from acrlpd.data.episodes import IMAGE_PREFIX
+from acrlpd.data.episodes import IMAGE_PREFIX, first_text
 from acrlpd.data.layouts import columns
 from acrlpd.data.layouts.columns import Column, Joined, Options, Picked, Reading, Record
 from acrlpd.data.layouts.mp4 import Video
@@ -72,13 +72,15 @@ class Droid:
             serials = _cameras(where, file)
             success = _success(where, file, metadata, folder.relative_to(self._root.parent))
             driven = _driven(where, file) if options.drop_idle else None
+            label = file.attrs.get("current_task")
+            mark = "" if label is None else columns.text(where, "current_task", label)
         videos: dict[str, Column] = {
             IMAGE_PREFIX + camera: Video.of(
                 folder / "recordings" / "MP4" / f"{serials[camera]}.mp4", camera, self._videos
             )
             for camera in columns.choose_cameras(where, sorted(serials), options.cameras)
         }
-        record = Record(numbers | videos, self._task(uuid), success)
+        record = Record(numbers | videos, self._task(uuid), success, task_mark=mark)
         return _picked(where, _ended_with_videos(where, record), driven)
 
     def _task(self, uuid: str) -> str:
@@ -88,7 +90,7 @@ class Droid:
             raise ValueError(
                 f"{self._annotations_file}: {uuid}: expected an object with a text {INSTRUCTION}, found {text!r}"
             )
-        return text or self._options.default_task
+        return first_text(text, self._options.default_task)
 
 
 def trajectories(root: Path) -> Iterator[Path]:

@@ -5,6 +5,7 @@
     /actions                      (T, a)        float32, as executed
     /rewards                      (T,)          float32
     /terminals                    (T,)          bool, true where the task ended (a time limit does not end it)
+    /task_index, /tasks           (T,), (k,)    int32, text: only where the instruction changes inside the episode
     attributes of /: format="acrlpd", version=1, task (text), success (bool; absent: nobody knows), metadata (JSON)
 
 ``fps`` in the metadata is the rate of the recording. State and actions are in raw units; row t holds what was seen, the
@@ -25,7 +26,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from acrlpd.data.episodes import IMAGE_PREFIX
+from acrlpd.data.episodes import IMAGE_PREFIX, check_task_changes, first_text, step_tasks
 from acrlpd.data.layouts import columns
 from acrlpd.data.layouts.columns import Column, Joined, Options, Reading, Record
 from acrlpd.files import temporary_path
@@ -94,6 +95,7 @@ def read_episode(path: str | os.PathLike[str]) -> Episode:
             rewards=_array(str(path), file, "rewards", "f", np.float32),
             terminals=_array(str(path), file, "terminals", "b", np.bool_),
             task=columns.text(str(path), "task", file.attrs["task"]),
+            task_changes=_task_changes(str(path), file),
             images={name: _array(str(path), file, f"observations/images/{name}", "u", np.uint8) for name in images},
             success=columns.flag(str(path), "success", file.attrs.get("success")),
             source=str(path),
@@ -135,14 +137,17 @@ class Own:
             }
             for camera in cameras:
                 found[IMAGE_PREFIX + camera] = columns.raw_pictures(where, file, f"observations/images/{camera}")
+            default = self._options.default_task
             record = Record(
                 found,
-                columns.text(where, "task", file.attrs["task"]) or self._options.default_task,
+                first_text(columns.text(where, "task", file.attrs["task"]), default),
                 columns.flag(where, "success", file.attrs.get("success")),
                 columns.vector(where, file, "rewards", kinds="f").astype(np.float32),
                 columns.vector(where, file, "terminals", kinds="b"),
+                tuple((step, first_text(text, default)) for step, text in _task_changes(where, file)),
             )
-        return columns.checked(where, record)
+        check_task_changes(where, record.task_changes, len(columns.checked(where, record)))
+        return record
 
 
 def _stated_fps(paths: Sequence[Path]) -> float | None:
@@ -181,6 +186,26 @@ def _fill(file: h5py.File, episode: Episode, metadata: Mapping[str, Any], compre
         # One frame a chunk, or one after the other: a sample reads two frames of an episode, not all of them.
         chunks = None if compression is None else (1, *frames.shape[1:])
         file.create_dataset(f"observations/images/{camera}", data=frames, chunks=chunks, compression=compression)
+
+    if episode.task_changes:
+        numbers: dict[str, int] = {}
+        file.create_dataset("task_index", data=step_tasks(episode, numbers), dtype=np.int32)
+        file.create_dataset("tasks", data=list(numbers), dtype=h5py.string_dtype())
+
+
+def _task_changes(where: str, file: h5py.File) -> tuple[tuple[int, str], ...]:
+    """Read the instructions after the first one, each behind its first step; mostly none."""
+    if "task_index" not in file:
+        return ()
+    indices = columns.vector(where, file, "task_index", kinds="iu")
+    texts = [columns.text(where, "tasks", text) for text in columns.dataset(where, file, "tasks")[...].ravel().tolist()]
+    if len(indices) and not 0 <= indices.min() <= indices.max() < len(texts):
+        raise ValueError(
+            f"{where}: task_index: expected numbers of the {len(texts)} texts in tasks, found {indices.min()} to "
+            f"{indices.max()}"
+        )
+    steps = np.flatnonzero(np.diff(indices)) + 1
+    return tuple((step, texts[indices[step]]) for step in steps.tolist())
 
 
 def check_layout(where: str, file: h5py.File) -> None:
@@ -223,6 +248,7 @@ def _check_episode(where: str, episode: Episode) -> None:
     length = len(episode.actions)
     if length < 1:
         raise ValueError(f"{where}: actions: expected at least 1 step, found 0. Leave empty episodes out.")
+    check_task_changes(where, episode.task_changes, length)
     for key, (array, rank) in arrays.items():
         if len(array) != length:
             raise ValueError(f"{where}: {key}: expected {length} rows (as in actions), found {len(array)}")

@@ -10,10 +10,14 @@
 LIBERO stores its pictures upside down and mirrored; they are turned here. Its recorder stored each observation *after*
 the action of its row. Rows are read as they are stored, unless ``align_observations`` pairs every action with the
 observation before it, which leaves out the first action.
+
+LIBERO names a file after its task, ``KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5``: that is the text where the file has
+none, as copies that were filtered do not.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Sequence
@@ -23,7 +27,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from acrlpd.data.episodes import IMAGE_PREFIX
+from acrlpd.data.episodes import IMAGE_PREFIX, first_text
 from acrlpd.data.layouts import columns
 from acrlpd.data.layouts.columns import Column, Converted, Joined, Options, Picked, Reading, Record
 
@@ -43,6 +47,7 @@ class Robomimic:
         self._options = options
         self._demos: list[tuple[Path, str]] = []
         self._tasks: dict[Path, str] = {}
+        self._marks: dict[Path, str] = {}  # what tells a file's task from another's
         self._flips: dict[Path, tuple[int, ...]] = {}
         self.fps = options.fps
         self._faults: dict[Path, str] = {}  # of files that cannot be read; each stands for one episode
@@ -77,7 +82,8 @@ class Robomimic:
             meta = columns.json_text(where, "ep_meta", demo.attrs.get("ep_meta"))
             record = Record(
                 found,
-                str(meta.get("lang") or self._tasks[path] or options.default_task),
+                first_text(str(meta.get("lang") or ""), self._tasks[path], options.default_task),
+                task_mark=self._marks[path],
                 rewards=columns.vector(where, demo, "rewards").astype(np.float32) if "rewards" in demo else None,
             )
             _check_num_samples(where, demo, len(columns.checked(where, record)))
@@ -104,14 +110,17 @@ class Robomimic:
             attributes = file["data"].attrs
             _check_total(where, file["data"])
             problem = columns.json_text(where, "problem_info", attributes.get("problem_info"))
-            arguments = _environment(where, attributes)
+            environment, arguments = _environment(where, attributes)
             libero = bool(problem) or any(f"data/{demo}/obs/agentview_rgb" in file for demo in demos)
             convention = attributes.get("macros_image_convention", "opengl")
             # pi0's pictures are mirrored; OpenGL's have the rows upside down as well.
             upside_down = columns.text(where, "macros_image_convention", convention) == "opengl"
             self.fps = self.fps or _control_rate(where, arguments)
         self._demos += [(path, demo) for demo in demos]
-        self._tasks[path] = str(problem.get("language_instruction") or arguments.get("env_lang") or "")
+        stated = str(problem.get("language_instruction") or arguments.get("env_lang") or "")
+        self._tasks[path] = first_text(stated, _task_in_name(path) if libero else "")
+        # robomimic's files of one environment are of one task; LIBERO's have a task each
+        self._marks[path] = path.name if libero or not environment else f"environment {environment}"
         self._flips[path] = ((0, 1) if upside_down else (1,)) if libero else ()
         return libero
 
@@ -137,6 +146,14 @@ def _demo_names(where: str, file: h5py.File, filter_key: str | None) -> list[str
     if not stored:
         raise ValueError(f"{where}: expected demos (data/demo_0, ...), found none")
     return sorted(stored, key=lambda name: int(name.removeprefix("demo_")))
+
+
+def _task_in_name(path: Path) -> str:
+    """Return the text that LIBERO named a file after; empty where the name has another form."""
+    found = re.fullmatch(
+        r"(?P<scene>[A-Z_]+_SCENE\d+_)?(?P<words>[A-Za-z0-9]+(_[A-Za-z0-9]+)+?)(?P<end>_demo)?", path.stem
+    )
+    return found["words"].replace("_", " ") if found and (found["scene"] or found["end"]) else ""
 
 
 def _state(where: str, demo: h5py.Group, label: str, *, convert: bool) -> Column:
@@ -165,12 +182,13 @@ def _check_total(where: str, data: h5py.Group) -> None:
         warnings.warn(f"{where}: attribute total of /data: {total} steps, but its demos have {counted}", stacklevel=2)
 
 
-def _environment(where: str, attributes: h5py.AttributeManager) -> dict[str, Any]:
-    """The arguments of the environment, of which its text and rate are used."""
-    arguments = columns.json_text(where, "env_args", attributes.get("env_args")).get("env_kwargs") or {}
+def _environment(where: str, attributes: h5py.AttributeManager) -> tuple[str, dict[str, Any]]:
+    """Read name and arguments of the environment; of these its text and rate are used."""
+    stated = columns.json_text(where, "env_args", attributes.get("env_args"))
+    arguments = stated.get("env_kwargs") or {}
     if not isinstance(arguments, dict):
         raise ValueError(f"{where}: attribute env_args: expected an object env_kwargs, found {arguments!r}")
-    return arguments
+    return str(stated.get("env_name") or ""), arguments
 
 
 def _control_rate(where: str, arguments: dict[str, Any]) -> float | None:
@@ -188,4 +206,4 @@ def _aligned(where: str, record: Record) -> Record:
     before, after = np.arange(steps - 1), np.arange(1, steps)
     shifted = {key: Picked(column, after if key == "actions" else before) for key, column in record.columns.items()}
     rewards = None if record.rewards is None else record.rewards[1:]
-    return Record(dict(shifted), record.task, record.success, rewards)
+    return dataclasses.replace(record, columns=dict(shifted), rewards=rewards)

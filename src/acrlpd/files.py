@@ -8,6 +8,7 @@ lead out of its folder, a text that is too long, too deep or not what was expect
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -15,11 +16,13 @@ import platform
 import re
 import shutil
 import stat
+import struct
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
 import yaml
+from PIL import Image, UnidentifiedImageError
 
 MAX_TEXT_BYTES = 64 << 20  # of a JSON file: the annotations of all of DROID take 20 MB
 MAX_YAML_BYTES = 1 << 20
@@ -248,6 +251,27 @@ def check_memory(where: str, nbytes: int) -> None:
             f"{where}: expected what fits into memory ({memory / 1e9:.0f} GB), found {nbytes / 1e9:.0f} GB. "
             "Is the file damaged?"
         )
+
+
+PICTURES = ("PNG", "JPEG", "WEBP")  # Pillow knows forty more, and starts other programs for some of them
+MAX_PIXELS = 1 << 26
+
+
+def open_picture(content: bytes) -> Image.Image:
+    """Return a picture of which only the header is read: it decodes when it is used, and may be damaged.
+
+    Raises:
+        ValueError: it is neither PNG nor JPEG nor WebP, its header is damaged, or it is larger than any camera's.
+    """
+    try:
+        picture = Image.open(io.BytesIO(content), formats=PICTURES)
+    except UnidentifiedImageError as error:
+        raise ValueError("these are no picture's bytes, neither PNG nor JPEG nor WebP") from error
+    except (OSError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"the picture is damaged: {error}") from error
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(f"the picture says to have {picture.width}x{picture.height} pixels: it is damaged, or a trap")
+    return picture
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from acrlpd.data.episodes import (
 from acrlpd.data.frame_cache import FrameCache, FrameOrigin
 from acrlpd.data.layouts import droid, stored
 from acrlpd.data.layouts.aloha import Aloha
-from acrlpd.data.layouts.columns import Column, Layout, Options, Reading, Record
+from acrlpd.data.layouts.columns import Column, Layout, Options, Reading, Record, find
 from acrlpd.data.layouts.droid import Droid
 from acrlpd.data.layouts.own import (
     FORMAT,
@@ -456,9 +456,9 @@ def _kind(path: Path) -> Callable[[list[Path], Options], Layout] | None:
     with contextlib.suppress(ValueError, OSError), Reading(path) as file:
         if np.array_equal(file.attrs.get("format"), FORMAT):
             return Own
-        if isinstance(file.get("data"), h5py.Group):
+        if isinstance(find(str(path), file, "data"), h5py.Group):
             return Robomimic
-        if "action" in file or "observations" in file:
+        if "action" in list(file) or "observations" in list(file):
             return Aloha
     return None
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import io
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -125,9 +124,7 @@ class Reading:
         self.path = path
 
     def __enter__(self) -> h5py.File:
-        if not self.path.is_file():
-            reason = "the link leads to no file" if self.path.is_symlink() else "no such file"
-            raise FileNotFoundError(f"{self.path}: {reason}")
+        files.check_file(self.path)
         try:
             self.file = h5py.File(self.path, "r")
         except (OSError, RuntimeError) as error:
@@ -136,7 +133,7 @@ class Reading:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         self.file.close()
-        if isinstance(error, OSError | RuntimeError):  # h5py raises either, depending on what is damaged
+        if isinstance(error, OSError | RuntimeError | MemoryError):  # h5py raises any, depending on what is damaged
             raise self._damaged(error) from error
         if isinstance(error, LookupError | TypeError | AttributeError):  # and these for what is no such thing
             raise ValueError(
@@ -148,15 +145,58 @@ class Reading:
         return ValueError(f"{self.path}: expected a complete HDF5 file; it is truncated or not HDF5 ({error})")
 
 
+MAX_LINKS = 16  # one behind the other, as in HDF5
+MAX_RATIO = 1100  # by which deflate and lzf make numbers smaller at most
+KNOWN_FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
+
+
+def find(where: str, parent: h5py.Group, label: str) -> h5py.Dataset | h5py.Group | None:
+    """Return what lies at ``label``, None where nothing does. HDF5 would follow links into any other file."""
+    _check_links(where, parent, label, MAX_LINKS)
+    return parent.get(label)
+
+
+def _check_links(where: str, parent: h5py.Group, label: str, most: int) -> None:
+    """Refuse a way that leaves the file; links that stay inside it are followed, ``most`` of them."""
+    parts = [part for part in label.split("/") if part]
+    for depth, part in enumerate(parts, 1):
+        place = "/".join(parts[:depth]).encode("utf-8", "surrogateescape")
+        kind = _kind_of_link(parent, place)
+        if kind == h5py.h5l.TYPE_SOFT and most:
+            target = parent.id.links.get_val(place).decode("utf-8", "surrogateescape")
+            from_root = target.startswith("/")
+            way = [*([] if from_root else parts[: depth - 1]), target, *parts[depth:]]
+            _check_links(where, parent.file if from_root else parent, "/".join(way), most - 1)
+            return
+        if kind not in (None, h5py.h5l.TYPE_HARD):
+            found = "a circle of links" if kind == h5py.h5l.TYPE_SOFT else "a link into another file"
+            raise ValueError(f"{where}: {label}: expected content of this file, found {found} ({part}). Copy it in.")
+
+
+def _kind_of_link(parent: h5py.Group, place: bytes) -> int | None:
+    try:
+        return parent.id.links.get_info(place).type
+    except (KeyError, RuntimeError):  # nothing is there
+        return None
+
+
 def dataset(where: str, group: h5py.Group, label: str) -> h5py.Dataset:
-    found = group.get(label)
+    found = find(where, group, label)
     if not isinstance(found, h5py.Dataset):
         raise ValueError(f"{where}: {label}: expected a dataset, found {'nothing' if found is None else 'a group'}")
+    stored = found.id.get_create_plist()
+    elsewhere = stored.get_external_count() > 0
+    if stored.get_layout() == h5py.h5d.VIRTUAL:
+        elsewhere = any(stored.get_virtual_filename(part) != "." for part in range(stored.get_virtual_count()))
+    if elsewhere:
+        raise ValueError(
+            f"{where}: {label}: expected content of this file, found numbers in another file. Copy them in."
+        )
     return found
 
 
 def group(where: str, parent: h5py.Group, label: str) -> h5py.Group:
-    found = parent.get(label)
+    found = find(where, parent, label)
     if not isinstance(found, h5py.Group):
         raise ValueError(f"{where}: {label}: expected a group, found {'nothing' if found is None else 'a dataset'}")
     return found
@@ -164,7 +204,24 @@ def group(where: str, parent: h5py.Group, label: str) -> h5py.Group:
 
 def names(where: str, parent: h5py.Group, label: str) -> list[str]:
     """What a group has; an absent one has nothing."""
-    return list(group(where, parent, label)) if label in parent else []
+    if find(where, parent, label) is None:
+        return []
+    return [files.check_name(name, f"{where}: {label}") for name in group(where, parent, label)]
+
+
+def check_stored(where: str, label: str, data: h5py.Dataset, path: Path) -> None:
+    """Compare what a data set says to hold with what the file can hold, before any memory is taken for it."""
+    nbytes = math.prod(data.shape) * data.dtype.itemsize
+    stored = data.id.get_create_plist()
+    if stored.get_layout() == h5py.h5d.VIRTUAL:
+        return
+    there = path.stat().st_size
+    if stored.get_layout() == h5py.h5d.CHUNKED:
+        files.check_memory(f"{where}: {label}: a chunk", math.prod(data.chunks) * data.dtype.itemsize)
+        known = all(stored.get_filter(at)[0] in KNOWN_FILTERS for at in range(stored.get_nfilters()))
+        there = data.id.get_storage_size() * MAX_RATIO if known else nbytes
+    if nbytes > there:
+        raise ValueError(f"{where}: {label}: the shape {data.shape} is larger than what the file holds. Is it damaged?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +251,7 @@ class Rows:
             raise ValueError(f"{where}: {label}: expected {expected} axes, time first, found shape {shape}")
         offset = data.id.get_offset() if data.chunks is None and not data.external and not data.is_virtual else None
         path = Path(os.fsdecode(h5py.h5f.get_name(data.id)))  # data.file would make an object of all of the file
+        check_stored(where, label, data, path)
         return cls(path, data.name, label, shape, dtype, offset)
 
     @property
@@ -371,10 +429,8 @@ class Jpegs:
 
 def _open_jpeg(rows: Rows, number: int, row: np.ndarray) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(row.tobytes()))
-    except OSError as error:
-        raise _bad_jpeg(rows, number, "these are no picture's bytes") from error
-    except Image.DecompressionBombError as error:  # what a damaged size field looks like
+        return files.open_picture(row.tobytes())
+    except ValueError as error:
         raise _bad_jpeg(rows, number, error) from error
 
 
@@ -422,6 +478,7 @@ def numbers(where: str, group: h5py.Group, label: str, *, kinds: str = "fiu", ra
     """A dataset of one or several numbers a step, all of them finite."""
     data = dataset(where, group, label)
     rows = Rows.of(where, data, label, kinds=kinds, ranks=ranks)
+    files.check_memory(f"{where}: {label}", math.prod(rows.shape) * rows.dtype.itemsize)
     check_finite(where, label, data[...])
     return rows
 
@@ -429,7 +486,8 @@ def numbers(where: str, group: h5py.Group, label: str, *, kinds: str = "fiu", ra
 def vector(where: str, group: h5py.Group, label: str, *, kinds: str = "fiub") -> Shaped[np.ndarray, " t"]:
     """One finite number a step, in memory."""
     data = dataset(where, group, label)
-    Rows.of(where, data, label, kinds=kinds, ranks=(1,))
+    rows = Rows.of(where, data, label, kinds=kinds, ranks=(1,))
+    files.check_memory(f"{where}: {label}", len(rows) * rows.dtype.itemsize)
     values = data[...]
     check_finite(where, label, values)
     return values

@@ -204,6 +204,7 @@ def _array(where: str, file: h5py.File, key: str, kind: str, dtype: type[np.gene
     data = columns.dataset(where, file, key)
     if data.dtype.kind != kind:
         raise ValueError(f"{where}: {key}: expected {np.dtype(dtype)}, found {data.dtype}")
+    columns.check_stored(where, key, data, Path(where))
     return data[...].astype(dtype, copy=False)
 
 

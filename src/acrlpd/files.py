@@ -17,10 +17,12 @@ import re
 import shutil
 import stat
 import struct
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
+import numpy as np
 import yaml
 from PIL import Image, UnidentifiedImageError
 
@@ -67,6 +69,13 @@ def check_file(path: str | os.PathLike[str]) -> os.stat_result:
 def _kind_of_file(mode: int) -> str:
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Raise as ``check_file`` does for the first file below a folder that is none. For libraries that read folders."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            check_file(os.path.join(folder, name))
 
 
 def read_bytes(path: str | os.PathLike[str], *, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
@@ -251,6 +260,44 @@ def check_memory(where: str, nbytes: int) -> None:
             f"{where}: expected what fits into memory ({memory / 1e9:.0f} GB), found {nbytes / 1e9:.0f} GB. "
             "Is the file damaged?"
         )
+
+
+MAX_RATIO = 1100  # by which deflate makes bytes fewer at most, with a margin
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def npz_outline(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Return shape and dtype of each array in an ``.npz`` file, from headers that agree with the file's size.
+
+    What this accepts, ``numpy.load`` may read: it takes no more memory than the headers say. Damage raises whatever
+    zipfile and numpy raise for it.
+    """
+    size = check_file(path).st_size
+    found: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    with zipfile.ZipFile(path) as file:
+        for member in file.infolist():
+            name = check_name(member.filename.removesuffix(".npy"), str(path))
+            if name in found:
+                raise ValueError(f"{name} occurs twice")
+            if member.file_size > MAX_RATIO * min(member.compress_size, size):
+                raise ValueError(f"{name} says to hold {member.file_size} bytes, more than the file can")
+            found[name] = _npy_header(file, member, name)
+    return found
+
+
+def _npy_header(file: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    with file.open(member) as content:
+        version = np.lib.format.read_magic(content)
+        if version not in _NPY_HEADERS:
+            raise ValueError(f"{name} has version {version} of numpy's format, expected 1.0 or 2.0")
+        shape, _, dtype = _NPY_HEADERS[version](content)
+        if dtype.hasobject:
+            raise ValueError(f"{name} holds pickled objects, which are never read (allow_pickle=False)")
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes != member.file_size - content.tell():
+            raise ValueError(f"{name} has the shape {shape}, which is not that of its bytes")
+        check_memory(name, nbytes)
+    return shape, dtype
 
 
 PICTURES = ("PNG", "JPEG", "WEBP")  # Pillow knows forty more, and starts other programs for some of them

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import re
 import reprlib
+import string
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -145,8 +146,8 @@ def read(root: Path) -> Meta:
 
 def is_numeric(dtype: str) -> bool:
     """Whether a feature of this dtype holds numbers or flags."""
-    try:
-        return np.dtype(dtype).kind in "biuf"
+    try:  # numpy reads whole sentences: of shapes, of structures, of texts as long as you like
+        return bool(re.fullmatch(r"[a-z]+\d{0,3}", dtype)) and np.dtype(dtype).kind in "biuf"
     except (TypeError, ValueError):
         return False
 
@@ -210,7 +211,7 @@ def _version(path: Path, info: Mapping[str, Any]) -> str:
     version = str(info.get("codebase_version", "missing"))
     if not re.fullmatch(r"v[23](\.\d+)*", version):
         raise ValueError(
-            f"{path}: codebase_version is {version}, and only v2.0, v2.1 and v3.0 are known. "
+            f"{path}: codebase_version is {version:.20}, and only v2.0, v2.1 and v3.0 are known. "
             "Convert the dataset with LeRobot's own scripts."
         )
     return version
@@ -221,27 +222,49 @@ def _check_info(path: Path, info: Mapping[str, Any]) -> None:
     _check(str(path), info, needed)
     _check(f"{path}: features", info["features"], dict.fromkeys(info["features"], OBJECT))
     for key, feature in info["features"].items():
+        files.check_name(key, f"{path}: features")
         where = f"{path}: features: {key}"
         _check(where, feature, {"dtype": TEXT})
         if is_numeric(feature["dtype"]):
             _check(where, feature, {"shape": SHAPE})
-    if any(feature["dtype"] == "video" for feature in info["features"].values()):
+    names = ["chunk_index", "file_index"] if is_v3(_version(path, info)) else ["episode_chunk", "episode_index"]
+    _check_template(path.parent.parent, info, "data_path", [""], names)
+    filmed = [key for key, feature in info["features"].items() if feature["dtype"] == "video"]
+    if filmed:
         if not info.get("video_path"):
             raise ValueError(f"{path}: video_path is missing, though some features are stored as video")
         _check(str(path), info, {"video_path": TEXT})
+        _check_template(path.parent.parent, info, "video_path", filmed, [*names, "video_key"])
     optional = {"chunks_size": SIZE, "total_tasks": COUNT}
     _check(str(path), info, {key: kind for key, kind in optional.items() if key in info})
 
 
 def _file_of(root: Path, info: Mapping[str, Any], kind: Literal["data_path", "video_path"], **names: Any) -> Path:
-    """The file that a template of info.json gives."""
+    """The file that a template of info.json gives, which lies inside of ``root``: see ``_check_template``."""
+    return root / info[kind].format(**names)
+
+
+FORMATS = re.compile(r"0?\d{0,2}d?")  # of a number in a template, such as 03d
+
+
+def _check_template(root: Path, info: Mapping[str, Any], kind: str, keys: Sequence[str], names: Sequence[str]) -> None:
+    """Raises unless a template of info.json has these names alone and leads to files inside of ``root``.
+
+    What it leads to with 0 for all numbers it leads to with others: they are written as digits.
+    """
+    where = f"{root / 'meta/info.json'}: {kind}"
+    template = files.check_name(info[kind], where)
+    told = f"{where}: expected a template of the names {', '.join(names)}, found {template!r}"
     try:
-        return root / info[kind].format(**names)
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{root / 'meta/info.json'}: {kind}: expected a template of the names {', '.join(names)}, found "
-            f"{info[kind]!r} ({error})"
-        ) from error
+        fields = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"{told} ({error})") from error
+    for name, spec, how in fields:
+        if name not in names or how or not FORMATS.fullmatch(spec or "") or (name == "video_key" and spec):
+            raise ValueError(told)
+    for key in keys:
+        numbers = dict.fromkeys(names, 0)
+        files.inside(root, template.format(**{**numbers, "video_key": key}), where)
 
 
 def _check_total(path: Path, key: str, expected: int, found: int, what: str) -> None:

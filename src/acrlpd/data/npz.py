@@ -23,6 +23,7 @@ from typing import Literal, Protocol
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from acrlpd import files
 from acrlpd.data.episodes import BadEpisodes, EpisodeStore, HeldEpisodes, check_fps
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.types import Episode
@@ -33,7 +34,7 @@ FIRST_CUBE, CUBE_WIDTH = 14, 7  # of qpos: position and quaternion of each cube,
 # what zipfile and numpy raise for one wrong byte, be it in the directory, an array's header or its numbers
 DAMAGE = (
     *(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError),
-    *(RuntimeError, SyntaxError, tokenize.TokenError),
+    *(RuntimeError, SyntaxError, LookupError, ArithmeticError, RecursionError, MemoryError, tokenize.TokenError),
 )
 
 Arrays = Mapping[str, np.ndarray]
@@ -137,9 +138,9 @@ class NpzReader(HeldEpisodes):
 
 def _load(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a file, checked as a whole."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    files.check_file(path)
     try:
+        files.npz_outline(path)
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except DAMAGE as error:

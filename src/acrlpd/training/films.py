@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 
 from acrlpd.envs.env import Environment, PhysicsError
+from acrlpd.files import npz_outline
 
 NUM_FRAMES = 8  # of one filmstrip
 FRAME_SIZE = 192  # pixels
@@ -48,6 +49,7 @@ RENDERING_ERRORS = (RuntimeError, ImportError, ValueError, AttributeError)
 
 
 def load_outcomes(path: Path) -> Outcomes:
+    npz_outline(path)
     with np.load(path, allow_pickle=False) as arrays:
         return Outcomes(**{field.name: arrays[field.name] for field in dataclasses.fields(Outcomes)})
 

@@ -23,10 +23,11 @@ import numpy as np
 
 from acrlpd import files
 from acrlpd.data.episodes import OptionError
-from acrlpd.data.parquet import import_pyarrow
+from acrlpd.data.parquet import checked, import_pyarrow
 
 PICTURES = ("image", "video")  # dtypes of cameras
 DEFAULT_CHUNKS_SIZE = 1000
+MAX_ROWS = 10_000_000  # of a table of episodes or tasks
 TIMESTAMP, INDEX, TASK_INDEX = "timestamp", "index", "task_index"
 REQUIRED = (TIMESTAMP, "frame_index", "episode_index", INDEX, TASK_INDEX)  # columns of every dataset
 STATE_KEYS = (("observation.state",), ("state",), ("joint_position", "gripper_position"))  # the first that are there
@@ -351,6 +352,8 @@ def _read_table(path: Path) -> dict[str, list[Any]]:
         raise ValueError(f"{path}: no such file; the dataset is incomplete")
     try:
         file = arrow.parquet.ParquetFile(path)
+        if checked(file.metadata).num_rows > MAX_ROWS:
+            raise ValueError(f"{path}: expected a table of at most {MAX_ROWS} rows, found {file.metadata.num_rows}")
         names = [name for name in file.schema_arrow.names if not name.startswith("stats/")]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)

@@ -144,7 +144,8 @@ def fetch(path: str | os.PathLike[str]) -> Path:
         if not Path(path).exists():
             raise FileNotFoundError(f"no weights at {path}: the path does not exist")
         return Path(path).absolute()
-    target = Path(os.environ.get("OPENPI_DATA_HOME", "~/.cache/openpi")).expanduser() / rest.strip("/")
+    cache = Path(os.environ.get("OPENPI_DATA_HOME", "~/.cache/openpi")).expanduser()
+    target = files.inside(cache, rest.strip("/"), os.fspath(path))
     if not target.exists():
         _download(os.fspath(path), scheme, target)
     return target

@@ -8,7 +8,9 @@ lead out of its folder, a text that is too long, too deep or not what was expect
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import itertools
 import json
 import math
 import os
@@ -18,7 +20,7 @@ import shutil
 import stat
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
@@ -30,6 +32,7 @@ MAX_TEXT_BYTES = 64 << 20  # of a JSON file: the annotations of all of DROID tak
 MAX_YAML_BYTES = 1 << 20
 MAX_YAML_NODES = 100_000  # with what its aliases stand for
 MAX_DIGITS = 64  # of a number: no value of ours has more
+MAX_LISTED = 30  # names in an error
 MAX_NAME = 1024  # characters of a name below a folder
 
 # what acts on a terminal instead of being seen on it: controls, changes of direction, halves of characters
@@ -61,6 +64,10 @@ def check_file(path: str | os.PathLike[str]) -> os.stat_result:
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = "the link leads to no file" if os.path.islink(path) else "no such file"
         raise FileNotFoundError(f"{path}: {reason}") from error
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ValueError(f"{path}: expected a file, found a link that leads in a circle. Move it away.") from error
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path}: expected a file, found {_kind_of_file(status.st_mode)}. Move it away.")
     return status
@@ -187,7 +194,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         _check_nodes(node)
         content = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none, or ours
-        raise ValueError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: expected YAML, found {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected names with values, found {_told_kind(content)}")
     return content
@@ -252,6 +259,17 @@ def printable(text: str) -> str:
     return re.sub(f"[{UNSEEN}]", lambda found: ascii(found[0])[1:-1], text)
 
 
+def listed(names: Iterable[object]) -> str:
+    """Return names that data tell, as errors list them: what is too long or too much is cut."""
+    found = [printable(f"{name:.60}") for name in itertools.islice(map(str, names), MAX_LISTED + 1)]
+    return ", ".join(found[:MAX_LISTED]) + (", ..." if len(found) > MAX_LISTED else "")
+
+
+def one_line(error: object) -> str:
+    """Return what a library says, which may be several lines, for the middle of a sentence."""
+    return printable(" ".join(str(error).split()))
+
+
 def check_memory(where: str, nbytes: int) -> None:
     """Raise ValueError if an array that a file tells of is larger than this machine's memory."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -302,6 +320,7 @@ def _npy_header(file: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> tu
 
 PICTURES = ("PNG", "JPEG", "WEBP")  # Pillow knows forty more, and starts other programs for some of them
 MAX_PIXELS = 1 << 26
+JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 
 
 def open_picture(content: bytes) -> Image.Image:
@@ -318,6 +337,8 @@ def open_picture(content: bytes) -> Image.Image:
         raise ValueError(f"the picture is damaged: {error}") from error
     if picture.width * picture.height > MAX_PIXELS:
         raise ValueError(f"the picture says to have {picture.width}x{picture.height} pixels: it is damaged, or a trap")
+    if content.startswith(b"\xff\xd8") and content.rfind(JPEG_END) < content.rfind(JPEG_SCAN):
+        raise ValueError("the picture is cut: a JPEG without its end")  # which decodes, with grey where it is missing
     return picture
 
 

@@ -53,6 +53,7 @@ from acrlpd.data.metadata_cache import Arrays, MetadataCache, pack, unpack
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.data.rows import Rows
 from acrlpd.data.video import VideoReaders
+from acrlpd.files import listed
 from acrlpd.types import Episode
 
 __all__ = [
@@ -446,7 +447,7 @@ def _open_layout(path: Path, options: Options) -> Layout:
         with Reading(files[0]) as file:
             raise ValueError(
                 f"{files[0]}: expected the layout of acrlpd, ALOHA/ACT, robomimic or LIBERO, found the keys "
-                f"{sorted(file)}. It has another layout, which this reader does not know."
+                f"[{listed(map(repr, sorted(file)))}]. It has another layout, which this reader does not know."
             )
     return make(files if make is Robomimic else _numbered(files), options)
 

@@ -53,7 +53,7 @@ def _is_whole(value: Any) -> bool:
 
 COUNT = _Kind("a whole number from 0", lambda value: _is_whole(value) and value >= 0)
 SIZE = _Kind("a whole number from 1", lambda value: _is_whole(value) and value >= 1)
-SECONDS = _Kind("a number of seconds", _is_number)
+SECONDS = _Kind("a number of seconds", lambda value: _is_number(value) and abs(value) < 1e9)
 RATE = _Kind("a number above 0", lambda value: _is_number(value) and value > 0)
 TEXT = _Kind("text", lambda value: isinstance(value, str))
 OBJECT = _Kind("an object", lambda value: isinstance(value, dict))
@@ -64,7 +64,7 @@ def _check(where: str, content: Mapping[str, Any], kinds: Mapping[str, _Kind]) -
     """Raises unless ``content`` has all of these keys, each with a value of its kind."""
     for key, kind in kinds.items():
         if key not in content:
-            raise ValueError(f"{where}: {key} is missing, expected {kind.told}; it has {', '.join(content)}")
+            raise ValueError(f"{where}: {key} is missing, expected {kind.told}; it has {files.listed(content)}")
         if not kind.holds(content[key]):
             raise ValueError(f"{where}: {key}: expected {kind.told}, found {reprlib.repr(content[key])}")
 
@@ -72,7 +72,7 @@ def _check(where: str, content: Mapping[str, Any], kinds: Mapping[str, _Kind]) -
 def _check_rows(path: Path, table: Mapping[str, Sequence[Any]], kinds: Mapping[str, _Kind]) -> None:
     for key, kind in kinds.items():
         if key not in table:
-            raise ValueError(f"{path}: column {key!r} is missing; the table has {', '.join(table)}")
+            raise ValueError(f"{path}: column {key!r} is missing; the table has {files.listed(table)}")
         wrong = next((at for at, value in enumerate(table[key]) if not kind.holds(value)), None)
         if wrong is not None:
             found = reprlib.repr(table[key][wrong])
@@ -186,7 +186,7 @@ def _numeric(meta: Meta, name: str, keys: Sequence[str], error: type[ValueError]
     unknown = [key for key in keys if key not in there]
     if unknown or not keys:
         wrong = f"{unknown} are not among them" if unknown else "none has a usual name"
-        raise error(f"{meta.info_path}: {name}: the numeric features are {', '.join(there)}; {wrong}. Name {name}.")
+        raise error(f"{meta.info_path}: {name}: the numeric features are {files.listed(there)}; {wrong}. Name {name}.")
     return tuple(keys)
 
 
@@ -307,7 +307,7 @@ def _tasks_v3(root: Path) -> dict[int, str]:
     table = _read_table(path)
     texts = [name for name in table if name != "task_index"]
     if "task_index" not in table or len(texts) != 1:
-        raise ValueError(f"{path}: expected task_index and one column of texts, found {', '.join(table)}")
+        raise ValueError(f"{path}: expected task_index and one column of texts, found {files.listed(table)}")
     _check_rows(path, table, {"task_index": COUNT, texts[0]: TEXT})
     return dict(zip(table["task_index"], table[texts[0]], strict=True))
 
@@ -363,7 +363,7 @@ def _read_table(path: Path) -> dict[str, list[Any]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected texts in UTF-8, found invalid bytes ({error})") from error
     except (arrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: expected a complete parquet file ({error})") from error
+        raise ValueError(f"{path}: expected a complete parquet file ({files.one_line(error)})") from error
 
 
 def _read_lines(path: Path, kinds: Mapping[str, _Kind]) -> list[dict[str, Any]]:

@@ -144,10 +144,12 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except DAMAGE as error:
-        raise ValueError(f"{path}: expected a complete .npz file; it is truncated or not one ({error})") from error
+        raise ValueError(
+            f"{path}: expected a complete .npz file; it is truncated or not one ({files.one_line(error)})"
+        ) from error
     for key, rank in {"observations": 2, "actions": 2, "terminals": 1}.items():
         if key not in arrays:
-            raise ValueError(f"{path}: {key}: expected an array of that name, found {', '.join(arrays) or 'none'}")
+            raise ValueError(f"{path}: {key}: expected an array of that name, found {files.listed(arrays) or 'none'}")
         if arrays[key].ndim != rank or arrays[key].dtype.kind not in "fiub":
             found = f"{arrays[key].dtype} {arrays[key].shape}"
             raise ValueError(f"{path}: {key}: expected numbers with {rank} axes, found {found}")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from acrlpd.files import check_memory
+from acrlpd.files import check_memory, listed, one_line
 
 MAX_BYTES = 256 << 20
 MIN_VALUE_BYTES = 1  # in memory: of a number, a flag, a letter
@@ -94,7 +94,7 @@ class ParquetReader:
         present = self.names(path)
         missing = [name for name in names if name not in present]
         if missing:
-            raise DataError(f"column {missing[0]!r} is missing; the file has {', '.join(present)}")
+            raise DataError(f"column {missing[0]!r} is missing; the file has {listed(present)}")
         twice = [name for name in names if present.count(name) > 1]
         if twice:
             raise DataError(f"column {twice[0]!r} occurs more than once; expected one of each name")
@@ -139,8 +139,8 @@ def _readable(path: Path, read: Callable[[], Any]) -> Any:
         return read()
     except (arrow.ArrowException, OSError) as error:
         raise DataError(
-            f"expected a complete parquet file ({error}). It is truncated, or its recorder was not closed properly and "
-            "left it without a footer."
+            f"expected a complete parquet file ({one_line(error)}). It is truncated, or its recorder was not closed "
+            "properly and left it without a footer."
         ) from error
 
 

@@ -384,8 +384,9 @@ def _naming(path: Path) -> Iterator[None]:
     except (PermissionError, IsADirectoryError):
         raise
     except (*damaged, zipfile.BadZipFile, zlib.error, tokenize.TokenError) as error:
+        reason = files.one_line(error)
         raise ValueError(
-            f"{path}: expected a complete {path.suffix} file with arrays; it is truncated or another ({error})"
+            f"{path}: expected a complete {path.suffix} file with arrays; it is truncated or another ({reason})"
         ) from error
 
 

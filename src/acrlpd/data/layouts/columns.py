@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import math
 import os
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,7 +72,8 @@ class Record:
         for column in self.columns.values():
             if isinstance(column, Joined):
                 named |= {part.label: part for part in column.parts}
-        return {name: (column.row_shape, column.kind) for name, column in named.items()}
+        found = {name: (column.row_shape, column.kind) for name, column in named.items()}
+        return found if self.rewards is None else {**found, "rewards": ((), "f")}  # zeros where none are
 
 
 class Layout(Protocol):
@@ -215,11 +217,14 @@ def check_stored(where: str, label: str, data: h5py.Dataset, path: Path) -> None
     stored = data.id.get_create_plist()
     if stored.get_layout() == h5py.h5d.VIRTUAL:
         return
+    held = data.id.get_storage_size()
+    if nbytes and not held:
+        raise ValueError(f"{where}: {label}: expected the numbers of {data.shape}, but they were never written")
     there = path.stat().st_size
     if stored.get_layout() == h5py.h5d.CHUNKED:
         files.check_memory(f"{where}: {label}: a chunk", math.prod(data.chunks) * data.dtype.itemsize)
         known = all(stored.get_filter(at)[0] in KNOWN_FILTERS for at in range(stored.get_nfilters()))
-        there = data.id.get_storage_size() * MAX_RATIO if known else nbytes
+        there = held * MAX_RATIO if known else nbytes
     if nbytes > there:
         raise ValueError(f"{where}: {label}: the shape {data.shape} is larger than what the file holds. Is it damaged?")
 
@@ -551,7 +556,7 @@ def choose_cameras(where: str, found: Sequence[str], wanted: Sequence[str] | Non
 def text(where: str, name: str, value: Any) -> str:
     """An attribute as text. h5py hands out invalid UTF-8 as surrogates, or as bytes where the length is fixed."""
     if not isinstance(value, str | bytes):
-        raise ValueError(f"{where}: attribute {name}: expected text, found {value!r}")
+        raise ValueError(f"{where}: attribute {name}: expected text, found {files.one_line(reprlib.repr(value))}")
     try:
         return (value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")).decode("utf-8")
     except UnicodeError as error:
@@ -568,7 +573,7 @@ def flag(where: str, name: str, value: Any) -> bool | None:
     plain = value.item() if isinstance(value, np.generic | np.ndarray) and value.size == 1 else value
     word = text(where, name, plain).strip().lower() if isinstance(plain, str | bytes) else str(plain).lower()
     if word.removesuffix(".0") not in KNOWN_FLAGS:
-        raise ValueError(f"{where}: {name}: expected true or false, found {value!r}")
+        raise ValueError(f"{where}: {name}: expected true or false, found {files.one_line(reprlib.repr(value))}")
     return KNOWN_FLAGS[word.removesuffix(".0")]
 
 

@@ -82,11 +82,11 @@ class Droid:
         return _picked(where, _ended_with_videos(where, record), driven)
 
     def _task(self, uuid: str) -> str:
-        entry = self._annotations.get(uuid) or {}
-        text = (entry.get(INSTRUCTION) or "") if isinstance(entry, dict) else entry
-        if not isinstance(entry, dict) or not isinstance(text, str):
+        entry = self._annotations.get(uuid, {})
+        text = entry.get(INSTRUCTION, "") if isinstance(entry, dict) else entry
+        if not isinstance(entry, dict) or not isinstance(text, str | None):
             raise ValueError(
-                f"{self._annotations_file}: {uuid}: expected an object with a text {INSTRUCTION}, found {text!r}"
+                f"{self._annotations_file}: {uuid}: expected an object with a text {INSTRUCTION}, found {text!r:.100}"
             )
         return text or self._options.default_task
 

@@ -18,6 +18,7 @@ import io
 import json
 import os
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from acrlpd import files
 from acrlpd.data.episodes import IMAGE_PREFIX
 from acrlpd.data.layouts import columns
 from acrlpd.data.layouts.columns import Column, Joined, Options, Reading, Record
@@ -156,7 +158,7 @@ def _stated_fps(paths: Sequence[Path]) -> float | None:
 def _fps(where: str, metadata: Mapping[str, Any]) -> float | None:
     fps = metadata.get("fps")
     if fps is not None and not (isinstance(fps, int | float) and 0 < fps < np.inf):
-        raise ValueError(f"{where}: attribute metadata: expected a positive fps, found {fps!r}")
+        raise ValueError(f"{where}: attribute metadata: expected a positive fps, found {fps!r:.100}")
     return None if fps is None else float(fps)
 
 
@@ -188,12 +190,12 @@ def check_layout(where: str, file: h5py.File) -> None:
     found = file.attrs.get("format")
     if not isinstance(found, str) or found != FORMAT:
         raise ValueError(
-            f"{where}: expected the attribute format={FORMAT!r} on '/', found {found!r} (keys: {sorted(file)}). "
-            "The file has another layout."
+            f"{where}: expected the attribute format={FORMAT!r} on '/', found {files.one_line(reprlib.repr(found))} "
+            f"(keys: {files.listed(sorted(file))}). The file has another layout."
         )
     if not np.array_equal(file.attrs.get("version"), VERSION):
         raise ValueError(
-            f"{where}: expected version={VERSION}, found {file.attrs.get('version')!r}. "
+            f"{where}: expected version={VERSION}, found {files.one_line(reprlib.repr(file.attrs.get('version')))}. "
             "The file was written by another release of acrlpd; upgrade, or write it again."
         )
     if "task" not in file.attrs:

@@ -23,6 +23,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from acrlpd import files
 from acrlpd.data.episodes import IMAGE_PREFIX
 from acrlpd.data.layouts import columns
 from acrlpd.data.layouts.columns import Column, Converted, Joined, Options, Picked, Reading, Record
@@ -163,7 +164,8 @@ def _cameras(where: str, demo: h5py.Group) -> list[str]:
 def _check_num_samples(where: str, demo: h5py.Group, stored: int) -> None:
     stated = demo.attrs.get("num_samples", stored)
     if not np.array_equal(stated, stored):
-        raise ValueError(f"{where}: attribute num_samples: it says {stated} steps, but {stored} are stored")
+        told = f"{files.one_line(stated):.100}"
+        raise ValueError(f"{where}: attribute num_samples: it says {told} steps, but {stored} are stored")
 
 
 def _check_total(where: str, data: h5py.Group) -> None:
@@ -172,7 +174,10 @@ def _check_total(where: str, data: h5py.Group) -> None:
     stated = [demo.attrs.get("num_samples", 0) for demo in _groups(where, data)]
     counted = sum(steps for steps in stated if isinstance(steps, int | np.number))  # others: told with their demo
     if total is not None and not np.array_equal(total, counted):
-        warnings.warn(f"{where}: attribute total of /data: {total} steps, but its demos have {counted}", stacklevel=2)
+        warnings.warn(
+            f"{where}: attribute total of /data: {files.one_line(reprlib.repr(total))} steps, but its demos have {counted}",
+            stacklevel=2,
+        )
 
 
 def _groups(where: str, data: h5py.Group) -> list[h5py.Group]:
@@ -184,14 +189,14 @@ def _environment(where: str, attributes: h5py.AttributeManager) -> dict[str, Any
     """The arguments of the environment, of which its text and rate are used."""
     arguments = columns.json_text(where, "env_args", attributes.get("env_args")).get("env_kwargs") or {}
     if not isinstance(arguments, dict):
-        raise ValueError(f"{where}: attribute env_args: expected an object env_kwargs, found {arguments!r}")
+        raise ValueError(f"{where}: attribute env_args: expected an object env_kwargs, found {arguments!r:.100}")
     return arguments
 
 
 def _control_rate(where: str, arguments: dict[str, Any]) -> float | None:
     rate = arguments.get("control_freq")
     if rate is not None and not (isinstance(rate, int | float) and 0 < rate < np.inf):
-        raise ValueError(f"{where}: attribute env_args: expected a positive control_freq, found {rate!r}")
+        raise ValueError(f"{where}: attribute env_args: expected a positive control_freq, found {rate!r:.100}")
     return None if rate is None else float(rate)
 
 

@@ -19,7 +19,9 @@ import re
 import shutil
 import stat
 import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
@@ -280,6 +282,11 @@ def check_memory(where: str, nbytes: int) -> None:
         )
 
 
+# what zipfile and numpy raise for one wrong byte, be it in the directory, an array's header or its numbers
+NPZ_DAMAGE = (
+    *(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError, RuntimeError),
+    *(SyntaxError, LookupError, ArithmeticError, RecursionError, MemoryError, tokenize.TokenError),
+)
 MAX_RATIO = 1100  # by which deflate makes bytes fewer at most, with a margin
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
@@ -287,8 +294,8 @@ _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.form
 def npz_outline(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Return shape and dtype of each array in an ``.npz`` file, from headers that agree with the file's size.
 
-    What this accepts, ``numpy.load`` may read: it takes no more memory than the headers say. Damage raises whatever
-    zipfile and numpy raise for it.
+    What this accepts, ``numpy.load`` may read: it takes no more memory than the headers say. Damage raises one of
+    ``NPZ_DAMAGE``.
     """
     size = check_file(path).st_size
     found: dict[str, tuple[tuple[int, ...], np.dtype]] = {}

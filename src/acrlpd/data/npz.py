@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Protocol
@@ -31,11 +28,6 @@ from acrlpd.types import Episode
 CLIP = 1e-5  # how far OGBench's loader keeps actions from -1 and 1
 CUBE_TOLERANCE = 0.04  # m
 FIRST_CUBE, CUBE_WIDTH = 14, 7  # of qpos: position and quaternion of each cube, after the arm and the gripper
-# what zipfile and numpy raise for one wrong byte, be it in the directory, an array's header or its numbers
-DAMAGE = (
-    *(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError),
-    *(RuntimeError, SyntaxError, LookupError, ArithmeticError, RecursionError, MemoryError, tokenize.TokenError),
-)
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -143,7 +135,7 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         files.npz_outline(path)
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except DAMAGE as error:
+    except files.NPZ_DAMAGE as error:
         raise ValueError(
             f"{path}: expected a complete .npz file; it is truncated or not one ({files.one_line(error)})"
         ) from error

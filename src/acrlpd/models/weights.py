@@ -15,10 +15,7 @@ import re
 import sys
 import tempfile
 import time
-import tokenize
 import traceback
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -378,12 +375,11 @@ def _naming(path: Path) -> Iterator[None]:
     """Adds the file to errors that only know what is wrong, of as many kinds as there are bits to flip in an .npz."""
     from safetensors import SafetensorError
 
-    damaged = (ValueError, KeyError, TypeError, EOFError, OSError, RuntimeError, SyntaxError, SafetensorError)
     try:
         yield
     except (PermissionError, IsADirectoryError):
         raise
-    except (*damaged, zipfile.BadZipFile, zlib.error, tokenize.TokenError) as error:
+    except (*files.NPZ_DAMAGE, SafetensorError) as error:
         reason = files.one_line(error)
         raise ValueError(
             f"{path}: expected a complete {path.suffix} file with arrays; it is truncated or another ({reason})"

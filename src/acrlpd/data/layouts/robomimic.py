@@ -174,10 +174,8 @@ def _check_total(where: str, data: h5py.Group) -> None:
     stated = [demo.attrs.get("num_samples", 0) for demo in _groups(where, data)]
     counted = sum(steps for steps in stated if isinstance(steps, int | np.number))  # others: told with their demo
     if total is not None and not np.array_equal(total, counted):
-        warnings.warn(
-            f"{where}: attribute total of /data: {files.one_line(reprlib.repr(total))} steps, but its demos have {counted}",
-            stacklevel=2,
-        )
+        told = f"{files.one_line(total):.100}"
+        warnings.warn(f"{where}: attribute total of /data: {told} steps, but its demos have {counted}", stacklevel=2)
 
 
 def _groups(where: str, data: h5py.Group) -> list[h5py.Group]:

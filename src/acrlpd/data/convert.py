@@ -176,6 +176,8 @@ class _LeRobotWriter:
         self._pictures = pictures
         self._success = success  # of episodes that do not say
         self._with_success = with_success
+        for camera in dataset.cameras:
+            inside(folder, camera, "the name of a camera")
         self._cameras = {camera: f"observation.images.{camera}" for camera in dataset.cameras}
         self._tasks: dict[str, int] = {}
         self._stats: dict[str, _Stats] = {}

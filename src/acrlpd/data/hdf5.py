@@ -44,7 +44,6 @@ from acrlpd.data.layouts.own import (
     episode_path,
     read_episode,
     read_metadata,
-    sync,
     write_episode,
 )
 from acrlpd.data.layouts.robomimic import Robomimic
@@ -64,7 +63,6 @@ __all__ = [
     "episode_path",
     "read_episode",
     "read_metadata",
-    "sync",
     "write_episode",
 ]
 

@@ -223,7 +223,7 @@ def _check_info(path: Path, info: Mapping[str, Any]) -> None:
     _check(str(path), info, needed)
     _check(f"{path}: features", info["features"], dict.fromkeys(info["features"], OBJECT))
     for key, feature in info["features"].items():
-        files.check_name(key, f"{path}: features")
+        files.inside(path.parent, key, f"{path}: features")
         where = f"{path}: features: {key}"
         _check(where, feature, {"dtype": TEXT})
         if is_numeric(feature["dtype"]):

@@ -197,6 +197,15 @@ def dataset(where: str, group: h5py.Group, label: str) -> h5py.Dataset:
     return found
 
 
+def check_inside(where: str, file: h5py.File) -> None:
+    """Refuse a file that leads into another one anywhere. For libraries that read files themselves."""
+    labels: list[str] = []
+    file.id.links.visit(lambda name: labels.append(os.fsdecode(name)))
+    for label in labels:
+        if isinstance(find(where, file, label), h5py.Dataset):
+            dataset(where, file, label)
+
+
 def group(where: str, parent: h5py.Group, label: str) -> h5py.Group:
     found = find(where, parent, label)
     if not isinstance(found, h5py.Group):

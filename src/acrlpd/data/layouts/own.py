@@ -30,7 +30,6 @@ from acrlpd import files
 from acrlpd.data.episodes import IMAGE_PREFIX
 from acrlpd.data.layouts import columns
 from acrlpd.data.layouts.columns import Column, Joined, Options, Reading, Record
-from acrlpd.files import temporary_path
 from acrlpd.types import Episode
 
 FORMAT = "acrlpd"
@@ -67,21 +66,14 @@ def write_episode(
     path = Path(path)
     _check_episode(str(path), episode)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
         _fill(file, episode, metadata or {}, compression)
     try:
-        with temporary.open("wb") as output:
-            output.write(content.getbuffer())
-            output.flush()
-            os.fsync(output.fileno())
-        os.replace(temporary, path)
+        with files.written_whole(path) as temporary:
+            temporary.write_bytes(content.getbuffer())
     except OSError as error:
         raise OSError(error.errno, f"cannot write the episode: {error.strerror}", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
     return path
 
 
@@ -160,15 +152,6 @@ def _fps(where: str, metadata: Mapping[str, Any]) -> float | None:
     if fps is not None and not (isinstance(fps, int | float) and 0 < fps < np.inf):
         raise ValueError(f"{where}: attribute metadata: expected a positive fps, found {fps!r:.100}")
     return None if fps is None else float(fps)
-
-
-def sync(path: Path) -> None:
-    """Force a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fill(file: h5py.File, episode: Episode, metadata: Mapping[str, Any], compression: str | None) -> None:

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
+from acrlpd import files
 from acrlpd.agents.config import AgentConfig
 from acrlpd.agents.losses import LossWeights
 from acrlpd.data.rewards import RewardConfig
@@ -303,6 +304,7 @@ class TrainConfig:
                 f"agent.algorithm={self.agent.algorithm!r} does not go with policy.kind={self.policy.kind!r}: "
                 "rlpd_ac, and nothing else, has the gaussian policy (--algorithm rlpd-ac sets both)"
             )
+        files.inside("assets", self.asset_id, "asset_id")
         if self.critic_alone_steps > self.offline_steps:
             raise ValueError(
                 f"critic_alone_steps ({self.critic_alone_steps}) are the first of the offline_steps "

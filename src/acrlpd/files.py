@@ -8,6 +8,9 @@ lead out of its folder, a text that is too long, too deep or not what was expect
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
+import itertools
 import json
 import math
 import os
@@ -15,16 +18,23 @@ import platform
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+import struct
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
+import numpy as np
 import yaml
+from PIL import Image, UnidentifiedImageError
 
 MAX_TEXT_BYTES = 64 << 20  # of a JSON file: the annotations of all of DROID take 20 MB
 MAX_YAML_BYTES = 1 << 20
 MAX_YAML_NODES = 100_000  # with what its aliases stand for
 MAX_DIGITS = 64  # of a number: no value of ours has more
+MAX_LISTED = 30  # names in an error
 MAX_NAME = 1024  # characters of a name below a folder
 
 # what acts on a terminal instead of being seen on it: controls, changes of direction, halves of characters
@@ -56,6 +66,10 @@ def check_file(path: str | os.PathLike[str]) -> os.stat_result:
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = "the link leads to no file" if os.path.islink(path) else "no such file"
         raise FileNotFoundError(f"{path}: {reason}") from error
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ValueError(f"{path}: expected a file, found a link that leads in a circle. Move it away.") from error
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path}: expected a file, found {_kind_of_file(status.st_mode)}. Move it away.")
     return status
@@ -64,6 +78,13 @@ def check_file(path: str | os.PathLike[str]) -> os.stat_result:
 def _kind_of_file(mode: int) -> str:
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Raise as ``check_file`` does for the first file below a folder that is none. For libraries that read folders."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            check_file(os.path.join(folder, name))
 
 
 def read_bytes(path: str | os.PathLike[str], *, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
@@ -175,7 +196,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         _check_nodes(node)
         content = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none, or ours
-        raise ValueError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: expected YAML, found {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected names with values, found {_told_kind(content)}")
     return content
@@ -240,6 +261,17 @@ def printable(text: str) -> str:
     return re.sub(f"[{UNSEEN}]", lambda found: ascii(found[0])[1:-1], text)
 
 
+def listed(names: Iterable[object]) -> str:
+    """Return names that data tell, as errors list them: what is too long or too much is cut."""
+    found = [printable(f"{name:.60}") for name in itertools.islice(map(str, names), MAX_LISTED + 1)]
+    return ", ".join(found[:MAX_LISTED]) + (", ..." if len(found) > MAX_LISTED else "")
+
+
+def one_line(error: object) -> str:
+    """Return what a library says, which may be several lines, for the middle of a sentence."""
+    return printable(" ".join(str(error).split()))
+
+
 def check_memory(where: str, nbytes: int) -> None:
     """Raise ValueError if an array that a file tells of is larger than this machine's memory."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -248,6 +280,73 @@ def check_memory(where: str, nbytes: int) -> None:
             f"{where}: expected what fits into memory ({memory / 1e9:.0f} GB), found {nbytes / 1e9:.0f} GB. "
             "Is the file damaged?"
         )
+
+
+# what zipfile and numpy raise for one wrong byte, be it in the directory, an array's header or its numbers
+NPZ_DAMAGE = (
+    *(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError, RuntimeError),
+    *(SyntaxError, LookupError, ArithmeticError, RecursionError, MemoryError, tokenize.TokenError),
+)
+MAX_RATIO = 1100  # by which deflate makes bytes fewer at most, with a margin
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def npz_outline(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Return shape and dtype of each array in an ``.npz`` file, from headers that agree with the file's size.
+
+    What this accepts, ``numpy.load`` may read: it takes no more memory than the headers say. Damage raises one of
+    ``NPZ_DAMAGE``.
+    """
+    size = check_file(path).st_size
+    found: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    with zipfile.ZipFile(path) as file:
+        for member in file.infolist():
+            name = check_name(member.filename.removesuffix(".npy"), str(path))
+            if name in found:
+                raise ValueError(f"{name} occurs twice")
+            if member.file_size > MAX_RATIO * min(member.compress_size, size):
+                raise ValueError(f"{name} says to hold {member.file_size} bytes, more than the file can")
+            found[name] = _npy_header(file, member, name)
+    return found
+
+
+def _npy_header(file: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    with file.open(member) as content:
+        version = np.lib.format.read_magic(content)
+        if version not in _NPY_HEADERS:
+            raise ValueError(f"{name} has version {version} of numpy's format, expected 1.0 or 2.0")
+        shape, _, dtype = _NPY_HEADERS[version](content)
+        if dtype.hasobject:
+            raise ValueError(f"{name} holds pickled objects, which are never read (allow_pickle=False)")
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes != member.file_size - content.tell():
+            raise ValueError(f"{name} has the shape {shape}, which is not that of its bytes")
+        check_memory(name, nbytes)
+    return shape, dtype
+
+
+PICTURES = ("PNG", "JPEG", "WEBP")  # Pillow knows forty more, and starts other programs for some of them
+MAX_PIXELS = 1 << 26
+JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
+
+
+def open_picture(content: bytes) -> Image.Image:
+    """Return a picture of which only the header is read: it decodes when it is used, and may be damaged.
+
+    Raises:
+        ValueError: it is neither PNG nor JPEG nor WebP, its header is damaged, or it is larger than any camera's.
+    """
+    try:
+        picture = Image.open(io.BytesIO(content), formats=PICTURES)
+    except UnidentifiedImageError as error:
+        raise ValueError("these are no picture's bytes, neither PNG nor JPEG nor WebP") from error
+    except (OSError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"the picture is damaged: {error}") from error
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(f"the picture says to have {picture.width}x{picture.height} pixels: it is damaged, or a trap")
+    if content.startswith(b"\xff\xd8") and content.rfind(JPEG_END) < content.rfind(JPEG_SCAN):
+        raise ValueError("the picture is cut: a JPEG without its end")  # which decodes, with grey where it is missing
+    return picture
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from acrlpd.data.frame_cache import FrameCache, FrameSource
 from acrlpd.data.inspection import Contents, Inspection, Range
 from acrlpd.data.sources import Dataset
 from acrlpd.data.windows import check_videos
+from acrlpd.files import printable
 
 SHOWN = 20  # tasks in a table
 EXIT_UNUSABLE = 1
@@ -170,7 +171,7 @@ def _show(path: str, found: Inspection, *, as_json: bool) -> int:
         print(json.dumps(_finite(content), indent=2, allow_nan=False))
     else:
         lines = _table(path, found.contents) if found.contents is not None else [f"{path}: no usable episode"]
-        print("\n".join([*lines, *_problems(found)]))
+        print(printable("\n".join([*lines, *_problems(found)])))
     return 0 if found.usable else EXIT_UNUSABLE
 
 

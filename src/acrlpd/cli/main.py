@@ -8,9 +8,11 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from acrlpd.files import printable
 from acrlpd.training.faults import EXIT_FAULT, EXIT_KEYBOARD, RunFault
 
 COMMANDS = {
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     nothing to save.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    _print_safely()
     logging.getLogger("acrlpd").setLevel(logging.INFO)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{USAGE}\n\nacrlpd COMMAND --help explains a command.")
@@ -66,8 +68,24 @@ def _keep_compiled_programs() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
+class _PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _print_safely() -> None:
+    """Escape what acts on a terminal in logs and warnings, which repeat names and texts of data sets."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PrintableFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    warnings.formatwarning = lambda *args, **kwargs: printable(_formatwarning(*args, **kwargs))
+
+
+_formatwarning = warnings.formatwarning
+
+
 def _fail(message: str, code: int = 2) -> int:
-    print(f"acrlpd: {message}", file=sys.stderr)
+    print(f"acrlpd: {printable(message)}", file=sys.stderr)
     return code
 
 

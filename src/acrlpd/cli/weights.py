@@ -14,6 +14,7 @@ import tyro
 from flax import nnx
 
 from acrlpd import presets
+from acrlpd.files import printable
 from acrlpd.models import gemma, lora, weights
 from acrlpd.models.pi0 import Pi0Config
 from acrlpd.models.pi0_fast import Pi0FastConfig
@@ -162,7 +163,7 @@ def _print_table(arrays: Mapping[str, Any]) -> None:
     rows = [(name, str(tuple(leaf.shape)), np.dtype(leaf.dtype).name) for name, leaf in sorted(arrays.items())]
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     for name, shape, dtype in rows:
-        print(f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {dtype}")
+        print(printable(f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {dtype}"))
     print(f"\n{_totals(arrays)}")
     found = recognize(arrays)
     model = found.pop("model", "no model that is known here")

@@ -32,7 +32,7 @@ from acrlpd.data.parquet import import_pyarrow
 from acrlpd.data.sources import Dataset
 from acrlpd.data.video import import_av
 from acrlpd.data.windows import check_videos
-from acrlpd.files import remove_abandoned, temporary_path
+from acrlpd.files import inside, remove_abandoned, temporary_path
 from acrlpd.types import Episode
 
 Pictures = Literal["av1", "h264", "png"]
@@ -176,6 +176,8 @@ class _LeRobotWriter:
         self._pictures = pictures
         self._success = success  # of episodes that do not say
         self._with_success = with_success
+        for camera in dataset.cameras:
+            inside(folder, camera, "the name of a camera")
         self._cameras = {camera: f"observation.images.{camera}" for camera in dataset.cameras}
         self._tasks: dict[str, int] = {}
         self._stats: dict[str, _Stats] = {}
@@ -451,7 +453,9 @@ def _video_rate(fps: float, codec: str) -> Fraction:
 
 def _file_path(folder: Path, template: str, number: int, **names: str) -> Path:
     chunk, file = divmod(number, DEFAULT_CHUNKS_SIZE)
-    return folder / template.format(chunk_index=chunk, file_index=file, **names)
+    return inside(
+        folder, template.format(chunk_index=chunk, file_index=file, **names), f"{folder}: the name of a camera"
+    )
 
 
 def _place(kind: str, number: int) -> dict[str, int]:

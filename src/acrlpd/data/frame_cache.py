@@ -15,7 +15,6 @@ import functools
 import hashlib
 import io
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
@@ -24,10 +23,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
+from acrlpd import files
 from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeSource
 from acrlpd.data.layouts.columns import Rows
 from acrlpd.data.transforms import resize_with_pad
-from acrlpd.files import remove_abandoned, temporary_path
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ class FrameCache:
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         for camera in source.cameras:
-            remove_abandoned(self._camera_folder(camera))
+            files.remove_abandoned(self._camera_folder(camera))
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise OSError(
@@ -142,7 +141,7 @@ class FrameCache:
         return self._camera_folder(camera) / f"{origin.name}-{state}-{_digest(origin.stretch)}.npy"
 
     def _camera_folder(self, camera: str) -> Path:
-        return self.folder / f"{self.height}x{self.width}" / camera
+        return files.inside(self.folder / f"{self.height}x{self.width}", camera, f"{self.folder}: the name of a camera")
 
     def _shape(self, length: int) -> tuple[int, int, int, int]:
         return length, self.height, self.width, 3
@@ -154,19 +153,13 @@ class FrameCache:
         origin, length = source.frame_origin(index, camera), int(source.lengths[index])
         path = self.record_path(camera, origin)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_path(path)
-        try:
-            with temporary.open("wb") as record:  # not mapped: a disk that fills up meanwhile would end the process
-                record.write(_header(self._shape(length)))
-                for start in range(0, length, BLOCK):
-                    stop = min(start + BLOCK, length)
-                    frames = self.resize(source.window(index, IMAGE_PREFIX + camera, start, stop))
-                    record.write(np.ascontiguousarray(frames).data)
-                record.flush()
-                os.fsync(record.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        # not mapped: a disk that fills up meanwhile would end the process
+        with files.written_whole(path) as temporary, temporary.open("wb") as record:
+            record.write(_header(self._shape(length)))
+            for start in range(0, length, BLOCK):
+                stop = min(start + BLOCK, length)
+                frames = self.resize(source.window(index, IMAGE_PREFIX + camera, start, stop))
+                record.write(np.ascontiguousarray(frames).data)
         state = path.stem.removeprefix(f"{origin.name}-").partition("-")[0]
         for other in path.parent.glob(f"{origin.name}-*.npy"):  # or of an episode whose name goes on like this
             found = re.fullmatch(r"([0-9a-f]+)-[0-9a-f]+", other.stem.removeprefix(f"{origin.name}-"))

@@ -34,7 +34,7 @@ from acrlpd.data.episodes import (
 from acrlpd.data.frame_cache import FrameCache, FrameOrigin
 from acrlpd.data.layouts import droid, stored
 from acrlpd.data.layouts.aloha import Aloha
-from acrlpd.data.layouts.columns import Column, Layout, Options, Reading, Record
+from acrlpd.data.layouts.columns import Column, Layout, Options, Reading, Record, find
 from acrlpd.data.layouts.droid import Droid
 from acrlpd.data.layouts.own import (
     FORMAT,
@@ -44,7 +44,6 @@ from acrlpd.data.layouts.own import (
     episode_path,
     read_episode,
     read_metadata,
-    sync,
     write_episode,
 )
 from acrlpd.data.layouts.robomimic import Robomimic
@@ -53,6 +52,7 @@ from acrlpd.data.metadata_cache import Arrays, MetadataCache, pack, unpack
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.data.rows import Rows
 from acrlpd.data.video import VideoReaders
+from acrlpd.files import listed
 from acrlpd.types import Episode
 
 __all__ = [
@@ -63,7 +63,6 @@ __all__ = [
     "episode_path",
     "read_episode",
     "read_metadata",
-    "sync",
     "write_episode",
 ]
 
@@ -462,7 +461,7 @@ def _open_layout(path: Path, options: Options) -> Layout:
         with Reading(files[0]) as file:
             raise ValueError(
                 f"{files[0]}: expected the layout of acrlpd, ALOHA/ACT, robomimic or LIBERO, found the keys "
-                f"{sorted(file)}. It has another layout, which this reader does not know."
+                f"[{listed(map(repr, sorted(file)))}]. It has another layout, which this reader does not know."
             )
     return make(files if make is Robomimic else _numbered(files), options)
 
@@ -472,9 +471,9 @@ def _kind(path: Path) -> Callable[[list[Path], Options], Layout] | None:
     with contextlib.suppress(ValueError, OSError), Reading(path) as file:
         if np.array_equal(file.attrs.get("format"), FORMAT):
             return Own
-        if isinstance(file.get("data"), h5py.Group):
+        if isinstance(find(str(path), file, "data"), h5py.Group):
             return Robomimic
-        if "action" in file or "observations" in file:
+        if "action" in list(file) or "observations" in list(file):
             return Aloha
     return None
 

@@ -40,6 +40,7 @@ from acrlpd.data.mapped import MappedRows, map_rows
 from acrlpd.data.metadata_cache import Arrays, MetadataCache, pack, unpack
 from acrlpd.data.parquet import DataError, ParquetReader
 from acrlpd.data.rewards import RewardConfig, are_known, believes_terminals, label, success_of, success_reward
+from acrlpd.files import inside
 from acrlpd.types import Episode
 
 REWARD, SUCCESS = "next.reward", "next.success"
@@ -596,7 +597,8 @@ def download(repo_id: str, folder: str | os.PathLike[str], *, revision: str | No
 def hub_folder(repo_id: str) -> Path:
     """Where a dataset of the hub is kept, below the user's cache directory (XDG_CACHE_HOME)."""
     name = repo_id.removeprefix("hf://").removeprefix("datasets/")
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acrlpd" / "lerobot" / name
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acrlpd" / "lerobot"
+    return inside(cache, name, "the name of a dataset")
 
 
 def _opened(root: Any, episodes: Sequence[int] | None) -> tuple[Path, Sequence[int] | None]:

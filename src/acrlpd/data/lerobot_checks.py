@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,11 +11,11 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from acrlpd import files
 from acrlpd.data.lerobot_meta import INDEX, TIMESTAMP, EpisodeRow, is_numeric
 from acrlpd.data.parquet import DataError
 
-# Pillow raises each of them for damaged files; the last, where the size claimed is enormous
-DAMAGE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+DAMAGE = (OSError, SyntaxError, ValueError, struct.error)  # Pillow raises each of them for damaged files
 
 
 def first_row(row: EpisodeRow, table: dict[str, np.ndarray]) -> int:
@@ -155,7 +154,7 @@ def _opened_image(cell: Mapping[str, Any] | None, frame: int) -> Iterator[Image.
     if not content:
         raise DataError(f"frame {frame}: no image is embedded, only its path: {(cell or {}).get('path')}")
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with files.open_picture(content) as image:
             yield image
     except DataError:
         raise

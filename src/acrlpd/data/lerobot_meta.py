@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import re
 import reprlib
+import string
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +23,11 @@ import numpy as np
 
 from acrlpd import files
 from acrlpd.data.episodes import OptionError
-from acrlpd.data.parquet import import_pyarrow
+from acrlpd.data.parquet import checked, import_pyarrow
 
 PICTURES = ("image", "video")  # dtypes of cameras
 DEFAULT_CHUNKS_SIZE = 1000
+MAX_ROWS = 10_000_000  # of a table of episodes or tasks
 TIMESTAMP, INDEX, TASK_INDEX = "timestamp", "index", "task_index"
 REQUIRED = (TIMESTAMP, "frame_index", "episode_index", INDEX, TASK_INDEX)  # columns of every dataset
 STATE_KEYS = (("observation.state",), ("state",), ("joint_position", "gripper_position"))  # the first that are there
@@ -51,7 +53,7 @@ def _is_whole(value: Any) -> bool:
 
 COUNT = _Kind("a whole number from 0", lambda value: _is_whole(value) and value >= 0)
 SIZE = _Kind("a whole number from 1", lambda value: _is_whole(value) and value >= 1)
-SECONDS = _Kind("a number of seconds", _is_number)
+SECONDS = _Kind("a number of seconds", lambda value: _is_number(value) and abs(value) < 1e9)
 RATE = _Kind("a number above 0", lambda value: _is_number(value) and value > 0)
 TEXT = _Kind("text", lambda value: isinstance(value, str))
 OBJECT = _Kind("an object", lambda value: isinstance(value, dict))
@@ -62,7 +64,7 @@ def _check(where: str, content: Mapping[str, Any], kinds: Mapping[str, _Kind]) -
     """Raises unless ``content`` has all of these keys, each with a value of its kind."""
     for key, kind in kinds.items():
         if key not in content:
-            raise ValueError(f"{where}: {key} is missing, expected {kind.told}; it has {', '.join(content)}")
+            raise ValueError(f"{where}: {key} is missing, expected {kind.told}; it has {files.listed(content)}")
         if not kind.holds(content[key]):
             raise ValueError(f"{where}: {key}: expected {kind.told}, found {reprlib.repr(content[key])}")
 
@@ -70,7 +72,7 @@ def _check(where: str, content: Mapping[str, Any], kinds: Mapping[str, _Kind]) -
 def _check_rows(path: Path, table: Mapping[str, Sequence[Any]], kinds: Mapping[str, _Kind]) -> None:
     for key, kind in kinds.items():
         if key not in table:
-            raise ValueError(f"{path}: column {key!r} is missing; the table has {', '.join(table)}")
+            raise ValueError(f"{path}: column {key!r} is missing; the table has {files.listed(table)}")
         wrong = next((at for at, value in enumerate(table[key]) if not kind.holds(value)), None)
         if wrong is not None:
             found = reprlib.repr(table[key][wrong])
@@ -147,8 +149,8 @@ def read(root: Path) -> Meta:
 
 def is_numeric(dtype: str) -> bool:
     """Whether a feature of this dtype holds numbers or flags."""
-    try:
-        return np.dtype(dtype).kind in "biuf"
+    try:  # numpy reads whole sentences: of shapes, of structures, of texts as long as you like
+        return bool(re.fullmatch(r"[a-z]+\d{0,3}", dtype)) and np.dtype(dtype).kind in "biuf"
     except (TypeError, ValueError):
         return False
 
@@ -186,7 +188,7 @@ def _numeric(meta: Meta, name: str, keys: Sequence[str], error: type[ValueError]
     unknown = [key for key in keys if key not in there]
     if unknown or not keys:
         wrong = f"{unknown} are not among them" if unknown else "none has a usual name"
-        raise error(f"{meta.info_path}: {name}: the numeric features are {', '.join(there)}; {wrong}. Name {name}.")
+        raise error(f"{meta.info_path}: {name}: the numeric features are {files.listed(there)}; {wrong}. Name {name}.")
     return tuple(keys)
 
 
@@ -212,7 +214,7 @@ def _version(path: Path, info: Mapping[str, Any]) -> str:
     version = str(info.get("codebase_version", "missing"))
     if not re.fullmatch(r"v[23](\.\d+)*", version):
         raise ValueError(
-            f"{path}: codebase_version is {version}, and only v2.0, v2.1 and v3.0 are known. "
+            f"{path}: codebase_version is {version:.20}, and only v2.0, v2.1 and v3.0 are known. "
             "Convert the dataset with LeRobot's own scripts."
         )
     return version
@@ -223,27 +225,49 @@ def _check_info(path: Path, info: Mapping[str, Any]) -> None:
     _check(str(path), info, needed)
     _check(f"{path}: features", info["features"], dict.fromkeys(info["features"], OBJECT))
     for key, feature in info["features"].items():
+        files.inside(path.parent, key, f"{path}: features")
         where = f"{path}: features: {key}"
         _check(where, feature, {"dtype": TEXT})
         if is_numeric(feature["dtype"]):
             _check(where, feature, {"shape": SHAPE})
-    if any(feature["dtype"] == "video" for feature in info["features"].values()):
+    names = ["chunk_index", "file_index"] if is_v3(_version(path, info)) else ["episode_chunk", "episode_index"]
+    _check_template(path.parent.parent, info, "data_path", [""], names)
+    filmed = [key for key, feature in info["features"].items() if feature["dtype"] == "video"]
+    if filmed:
         if not info.get("video_path"):
             raise ValueError(f"{path}: video_path is missing, though some features are stored as video")
         _check(str(path), info, {"video_path": TEXT})
+        _check_template(path.parent.parent, info, "video_path", filmed, [*names, "video_key"])
     optional = {"chunks_size": SIZE, "total_tasks": COUNT}
     _check(str(path), info, {key: kind for key, kind in optional.items() if key in info})
 
 
 def _file_of(root: Path, info: Mapping[str, Any], kind: Literal["data_path", "video_path"], **names: Any) -> Path:
-    """The file that a template of info.json gives."""
+    """The file that a template of info.json gives, which lies inside of ``root``: see ``_check_template``."""
+    return root / info[kind].format(**names)
+
+
+FORMATS = re.compile(r"0?\d{0,2}d?")  # of a number in a template, such as 03d
+
+
+def _check_template(root: Path, info: Mapping[str, Any], kind: str, keys: Sequence[str], names: Sequence[str]) -> None:
+    """Raises unless a template of info.json has these names alone and leads to files inside of ``root``.
+
+    What it leads to with 0 for all numbers it leads to with others: they are written as digits.
+    """
+    where = f"{root / 'meta/info.json'}: {kind}"
+    template = files.check_name(info[kind], where)
+    told = f"{where}: expected a template of the names {', '.join(names)}, found {template!r}"
     try:
-        return root / info[kind].format(**names)
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{root / 'meta/info.json'}: {kind}: expected a template of the names {', '.join(names)}, found "
-            f"{info[kind]!r} ({error})"
-        ) from error
+        fields = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"{told} ({error})") from error
+    for name, spec, how in fields:
+        if name not in names or how or not FORMATS.fullmatch(spec or "") or (name == "video_key" and spec):
+            raise ValueError(told)
+    for key in keys:
+        numbers = dict.fromkeys(names, 0)
+        files.inside(root, template.format(**{**numbers, "video_key": key}), where)
 
 
 def _check_total(path: Path, key: str, expected: int, found: int, what: str) -> None:
@@ -286,7 +310,7 @@ def _tasks_v3(root: Path) -> dict[int, str]:
     table = _read_table(path)
     texts = [name for name in table if name != "task_index"]
     if "task_index" not in table or len(texts) != 1:
-        raise ValueError(f"{path}: expected task_index and one column of texts, found {', '.join(table)}")
+        raise ValueError(f"{path}: expected task_index and one column of texts, found {files.listed(table)}")
     _check_rows(path, table, {"task_index": COUNT, texts[0]: TEXT})
     return _texts(path, table["task_index"], table[texts[0]])
 
@@ -343,6 +367,8 @@ def _read_table(path: Path) -> dict[str, list[Any]]:
         raise ValueError(f"{path}: no such file; the dataset is incomplete")
     try:
         file = arrow.parquet.ParquetFile(path)
+        if checked(file.metadata).num_rows > MAX_ROWS:
+            raise ValueError(f"{path}: expected a table of at most {MAX_ROWS} rows, found {file.metadata.num_rows}")
         names = [name for name in file.schema_arrow.names if not name.startswith("stats/")]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
@@ -352,7 +378,7 @@ def _read_table(path: Path) -> dict[str, list[Any]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected texts in UTF-8, found invalid bytes ({error})") from error
     except (arrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: expected a complete parquet file ({error})") from error
+        raise ValueError(f"{path}: expected a complete parquet file ({files.one_line(error)})") from error
 
 
 def _read_lines(path: Path, kinds: Mapping[str, _Kind]) -> list[dict[str, Any]]:

@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from acrlpd import files
 from acrlpd.data import rewards as reward_labels
 from acrlpd.data.episodes import BadEpisodes, EpisodeStore, HeldEpisodes, check_fps
+from acrlpd.data.layouts.columns import Reading, check_inside
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.types import Episode
 
@@ -71,7 +73,20 @@ def _opened(dataset: str) -> Any:
         return minari.load_dataset(dataset.removeprefix(PREFIX))
     path = Path(dataset)
     folder = path.parent if path.is_file() else path
-    return minari.MinariDataset(folder / "data" if (folder / "data").is_dir() else folder)
+    folder = folder / "data" if (folder / "data").is_dir() else folder
+    _check_files(folder)
+    return minari.MinariDataset(folder)
+
+
+def _check_files(folder: Path) -> None:
+    """Raise for what the library would follow to other files, wait for, or take for another kind of description."""
+    files.read_json(folder / "metadata.json")
+    stored = folder / "main_data.hdf5"
+    if not stored.exists():  # the library has another form, in Arrow files
+        return files.check_folder(folder)
+    with Reading(stored) as file:
+        check_inside(str(stored), file)
+    return None
 
 
 def _episode(

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Protocol
@@ -23,6 +20,7 @@ from typing import Literal, Protocol
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from acrlpd import files
 from acrlpd.data.episodes import BadEpisodes, EpisodeStore, HeldEpisodes, check_fps
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.types import Episode
@@ -30,11 +28,6 @@ from acrlpd.types import Episode
 CLIP = 1e-5  # how far OGBench's loader keeps actions from -1 and 1
 CUBE_TOLERANCE = 0.04  # m
 FIRST_CUBE, CUBE_WIDTH = 14, 7  # of qpos: position and quaternion of each cube, after the arm and the gripper
-# what zipfile and numpy raise for one wrong byte, be it in the directory, an array's header or its numbers
-DAMAGE = (
-    *(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError),
-    *(RuntimeError, SyntaxError, tokenize.TokenError),
-)
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -137,16 +130,18 @@ class NpzReader(HeldEpisodes):
 
 def _load(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a file, checked as a whole."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    files.check_file(path)
     try:
+        files.npz_outline(path)
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except DAMAGE as error:
-        raise ValueError(f"{path}: expected a complete .npz file; it is truncated or not one ({error})") from error
+    except files.NPZ_DAMAGE as error:
+        raise ValueError(
+            f"{path}: expected a complete .npz file; it is truncated or not one ({files.one_line(error)})"
+        ) from error
     for key, rank in {"observations": 2, "actions": 2, "terminals": 1}.items():
         if key not in arrays:
-            raise ValueError(f"{path}: {key}: expected an array of that name, found {', '.join(arrays) or 'none'}")
+            raise ValueError(f"{path}: {key}: expected an array of that name, found {files.listed(arrays) or 'none'}")
         if arrays[key].ndim != rank or arrays[key].dtype.kind not in "fiub":
             found = f"{arrays[key].dtype} {arrays[key].shape}"
             raise ValueError(f"{path}: {key}: expected numbers with {rank} axes, found {found}")

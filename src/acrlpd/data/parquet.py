@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
+from acrlpd.files import check_memory, listed, one_line
+
 MAX_BYTES = 256 << 20
+MIN_VALUE_BYTES = 1  # in memory: of a number, a flag, a letter
 
 
 class DataError(ValueError):
@@ -73,7 +76,7 @@ class ParquetReader:
 
     def _metadata(self, path: Path) -> Any:
         parquet = import_pyarrow().parquet
-        return self._kept.get((path,), lambda: _readable(path, lambda: parquet.read_metadata(path)))
+        return self._kept.get((path,), lambda: _readable(path, lambda: checked(parquet.read_metadata(path))))
 
     def _read(self, path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         self._check_names(path, names)
@@ -91,7 +94,7 @@ class ParquetReader:
         present = self.names(path)
         missing = [name for name in names if name not in present]
         if missing:
-            raise DataError(f"column {missing[0]!r} is missing; the file has {', '.join(present)}")
+            raise DataError(f"column {missing[0]!r} is missing; the file has {listed(present)}")
         twice = [name for name in names if present.count(name) > 1]
         if twice:
             raise DataError(f"column {twice[0]!r} occurs more than once; expected one of each name")
@@ -136,9 +139,19 @@ def _readable(path: Path, read: Callable[[], Any]) -> Any:
         return read()
     except (arrow.ArrowException, OSError) as error:
         raise DataError(
-            f"expected a complete parquet file ({error}). It is truncated, or its recorder was not closed properly and "
-            "left it without a footer."
+            f"expected a complete parquet file ({one_line(error)}). It is truncated, or its recorder was not closed "
+            "properly and left it without a footer."
         ) from error
+
+
+def checked(metadata: Any) -> Any:
+    """Return a file's metadata; raise if it says that its columns are larger than this machine's memory."""
+    nbytes = 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            nbytes += max(column.total_uncompressed_size, column.num_values * MIN_VALUE_BYTES)
+    check_memory("columns", nbytes)
+    return metadata
 
 
 def _to_numpy(column: Any, name: str) -> np.ndarray:

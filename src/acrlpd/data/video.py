@@ -17,8 +17,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from acrlpd.files import MAX_PIXELS
+
 READ_ON_S = 0.2  # decode on, instead of seeking, up to this far ahead
 MAX_OPEN_FILES = 16
+# FFmpeg would also follow playlists to other files and addresses
+LIMITS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi", "protocol_whitelist": "file"}
 
 
 class VideoError(ValueError):
@@ -210,12 +214,16 @@ def _open(av: Any, path: Path) -> Any:
     if not path.is_file():
         raise VideoError("no such video file")
     try:
-        container = av.open(str(path))
-    except av.FFmpegError as error:
+        container = av.open(str(path), options=LIMITS)
+    except (av.FFmpegError, UnicodeError) as error:
         raise VideoError(f"the video cannot be opened ({error.strerror}); the mp4 is truncated or damaged") from error
     if not container.streams.video:
         container.close()
         raise VideoError("the file holds no video stream")
+    stream = container.streams.video[0]
+    if not 0 < stream.height * stream.width <= MAX_PIXELS:
+        container.close()
+        raise VideoError(f"the video says to have {stream.width}x{stream.height} pixels: it is damaged, or a trap")
     return container
 
 

@@ -15,10 +15,7 @@ import re
 import sys
 import tempfile
 import time
-import tokenize
 import traceback
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -29,6 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
 
+from acrlpd import files
 from acrlpd.models import torch_names
 
 Weights: TypeAlias = dict[str, np.ndarray]
@@ -65,7 +63,7 @@ class _AssetsHandler(ocp.CheckpointHandler):
 
     def save(self, directory: os.PathLike[str], args: _AssetsSave) -> None:
         for name, text in args.texts.items():
-            file = Path(directory) / name
+            file = files.inside(Path(directory), name, "the id of an asset")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
 
@@ -143,7 +141,8 @@ def fetch(path: str | os.PathLike[str]) -> Path:
         if not Path(path).exists():
             raise FileNotFoundError(f"no weights at {path}: the path does not exist")
         return Path(path).absolute()
-    target = Path(os.environ.get("OPENPI_DATA_HOME", "~/.cache/openpi")).expanduser() / rest.strip("/")
+    cache = Path(os.environ.get("OPENPI_DATA_HOME", "~/.cache/openpi")).expanduser()
+    target = files.inside(cache, rest.strip("/"), os.fspath(path))
     if not target.exists():
         _download(os.fspath(path), scheme, target)
     return target
@@ -180,9 +179,16 @@ def locate(path: str | os.PathLike[str]) -> Path:
 
 
 def _source(path: str | os.PathLike[str]) -> Path:
-    """A local file, or a folder that Orbax wrote; of a PyTorch checkpoint the file in it, as openpi chooses."""
+    """A local file, or a folder that Orbax wrote; of a PyTorch checkpoint the file in it, as openpi chooses.
+
+    What a library would wait for, such as a pipe, is refused.
+    """
     local = fetch(path)
-    return local / TORCH_FILE if (local / TORCH_FILE).is_file() else local
+    if (local / TORCH_FILE).exists():
+        local = local / TORCH_FILE
+    if local.suffix in _SUFFIXES.values():
+        files.check_file(local)
+    return local
 
 
 def _step_of(path: Path) -> Path:
@@ -220,6 +226,7 @@ def _find_item(path: Path, item: str) -> Path:
 
 
 def _metadata(item: Path) -> Any:
+    files.check_folder(item)
     with _naming_item(item):
         return ocp.PyTreeCheckpointHandler().metadata(item).tree
 
@@ -237,7 +244,7 @@ def _naming_item(item: Path) -> Iterator[None]:
     quiet_orbax()
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # as many kinds as files to damage
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{item}: expected a complete Orbax folder; a file in it is damaged or missing ({reason}). Copy it anew."
@@ -297,21 +304,14 @@ def _read_npz(path: Path) -> Weights:
 
 
 def _inspect_npz(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    with _naming(path), zipfile.ZipFile(path) as file:
-        names = _npz_names(member.removesuffix(".npy") for member in file.namelist())
-        return {name: _npy_header(file, stored) for stored, name in names.items()}
-
-
-def _npy_header(file: zipfile.ZipFile, name: str) -> jax.ShapeDtypeStruct:
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    with file.open(f"{name}.npy") as member:
-        version = np.lib.format.read_magic(member)
-        if version not in readers:
-            raise ValueError(f"{name} has version {version} of numpy's format, expected 1.0 or 2.0")
-        shape, _, dtype = readers[version](member)
-    if dtype.hasobject:
-        raise ValueError(f"{name} holds pickled objects, which are never read (allow_pickle=False)")
-    return jax.ShapeDtypeStruct(shape, _BFLOAT16 if dtype == _BFLOAT16_IN_NPZ else dtype)
+    with _naming(path):
+        found = files.npz_outline(path)
+        names = _npz_names(found)
+        outlines = {name: found[stored] for stored, name in names.items()}
+        return {
+            name: jax.ShapeDtypeStruct(shape, _BFLOAT16 if dtype == _BFLOAT16_IN_NPZ else dtype)
+            for name, (shape, dtype) in outlines.items()
+        }
 
 
 def _npz_names(stored: Iterable[str]) -> dict[str, str]:
@@ -330,6 +330,7 @@ def _as_bfloat16(array: np.ndarray) -> np.ndarray:
 def _read_safetensors(path: Path) -> Weights:
     from safetensors.numpy import load_file
 
+    _inspect_safetensors(path)
     with _naming(path):
         arrays = load_file(path)
     if not torch_names.is_torch(arrays):
@@ -351,6 +352,10 @@ def _safetensors_header(path: Path) -> tuple[dict[str, jax.ShapeDtypeStruct], di
 
     with _naming(path), safe_open(path, "numpy") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        unknown = [name for name, each in slices.items() if each.get_dtype() not in _SAFETENSORS_DTYPES]
+        if unknown:
+            dtype = slices[unknown[0]].get_dtype()
+            raise ValueError(f"{unknown[0]} holds {dtype} numbers, which no model here has. Make them bfloat16")
         shapes = {
             name: jax.ShapeDtypeStruct(tuple(each.get_shape()), _SAFETENSORS_DTYPES[each.get_dtype()])
             for name, each in slices.items()
@@ -370,14 +375,14 @@ def _naming(path: Path) -> Iterator[None]:
     """Adds the file to errors that only know what is wrong, of as many kinds as there are bits to flip in an .npz."""
     from safetensors import SafetensorError
 
-    damaged = (ValueError, KeyError, TypeError, EOFError, OSError, RuntimeError, SyntaxError, SafetensorError)
     try:
         yield
     except (PermissionError, IsADirectoryError):
         raise
-    except (*damaged, zipfile.BadZipFile, zlib.error, tokenize.TokenError) as error:
+    except (*files.NPZ_DAMAGE, SafetensorError) as error:
+        reason = files.one_line(error)
         raise ValueError(
-            f"{path}: expected a complete {path.suffix} file with arrays; it is truncated or another ({error})"
+            f"{path}: expected a complete {path.suffix} file with arrays; it is truncated or another ({reason})"
         ) from error
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 
 from acrlpd.envs.env import Environment, PhysicsError
+from acrlpd.files import NPZ_DAMAGE, npz_outline, one_line
 
 NUM_FRAMES = 8  # of one filmstrip
 FRAME_SIZE = 192  # pixels
@@ -48,8 +49,12 @@ RENDERING_ERRORS = (RuntimeError, ImportError, ValueError, AttributeError)
 
 
 def load_outcomes(path: Path) -> Outcomes:
-    with np.load(path, allow_pickle=False) as arrays:
-        return Outcomes(**{field.name: arrays[field.name] for field in dataclasses.fields(Outcomes)})
+    try:
+        npz_outline(path)
+        with np.load(path, allow_pickle=False) as arrays:
+            return Outcomes(**{field.name: arrays[field.name] for field in dataclasses.fields(Outcomes)})
+    except NPZ_DAMAGE as error:
+        raise ValueError(f"{path}: expected a complete .npz file of an evaluation ({one_line(error)})") from error
 
 
 def improved_seed(before: Outcomes, after: Outcomes) -> int | None:

@@ -43,6 +43,23 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     ]
 
 
+COUNTERS = ("step", "env_steps", "wall_s")  # of every line that a run writes
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the lines of a run's ``metrics.jsonl``; raise ValueError for one that no run wrote."""
+    records = read_jsonl(path)
+    for number, record in enumerate(records, 1):
+        numbers = {name: record.get(name) for name in COUNTERS} | {k: v for k, v in record.items() if "/" in k}
+        wrong = [name for name, value in numbers.items() if not isinstance(value, int | float)]
+        if wrong:
+            raise ValueError(
+                f"{path}, line {number}: {wrong[0]}: expected a number, found {numbers[wrong[0]]!r:.100}. No run wrote "
+                "this line: remove it."
+            )
+    return records
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes beside the target and renames: a reader sees the old file or the new one, even after a loss of power."""
     path = Path(path)

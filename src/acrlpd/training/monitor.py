@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from acrlpd.training.guides import TROUBLESHOOTING_GUIDE
-from acrlpd.training.metrics import read_jsonl
+from acrlpd.training.metrics import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class TrainingMetrics:
     def read(cls, file: str | Path) -> TrainingMetrics:
         """Those of a run's ``metrics.jsonl``."""
         found = cls()
-        for record in read_jsonl(file):
+        for record in read_metrics(file):
             found.update(record["step"], {name: value for name, value in record.items() if "/" in name})
         return found
 

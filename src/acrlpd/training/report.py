@@ -22,7 +22,7 @@ from acrlpd.envs.env import EnvConfig, make
 from acrlpd.files import read_json, written_whole
 from acrlpd.training import charts, films, markup
 from acrlpd.training.charts import POLICIES, Evaluated
-from acrlpd.training.metrics import read_jsonl
+from acrlpd.training.metrics import read_metrics
 from acrlpd.training.run import RunFiles
 
 SHOWN_FAULTS = 5  # episodes that were left out, with the reason
@@ -96,8 +96,15 @@ def write_report(run: str | Path) -> Path:
     """
     record = read_run(Path(run))
     path = record.files.directory / "report.html"
+    try:
+        page = _page(record)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{record.files.directory}: config.json, summary.json or evaluations/full.json: expected what a run writes "
+            f"there ({error!r:.200})"
+        ) from error
     with written_whole(path) as temporary:
-        temporary.write_text(_page(record), encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8")
     return path
 
 
@@ -106,8 +113,10 @@ def read_run(directory: Path) -> Run:
     if not files.config.is_file():
         raise ValueError(f"{directory} has no {files.config.name}: expected the folder of a run, such as runs/demo")
     config = read_json(files.config, allow_nan=True)
-    records = read_jsonl(files.metrics) if files.metrics.is_file() else []
+    records = read_metrics(files.metrics) if files.metrics.is_file() else []
     summary = read_json(files.summary, allow_nan=True) if files.summary.is_file() else None
+    if summary is not None and not isinstance(summary.get("updates"), int):
+        raise ValueError(f"{files.summary}: expected the number of updates, found {summary.get('updates')!r:.100}")
     if summary is not None and any(record["step"] > summary["updates"] for record in records):
         summary = None  # of an earlier stretch of a run that was resumed
     return Run(files, config, records, summary)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import io
 import math
 import os
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,7 +74,8 @@ class Record:
         for column in self.columns.values():
             if isinstance(column, Joined):
                 named |= {part.label: part for part in column.parts}
-        return {name: (column.row_shape, column.kind) for name, column in named.items()}
+        found = {name: (column.row_shape, column.kind) for name, column in named.items()}
+        return found if self.rewards is None else {**found, "rewards": ((), "f")}  # zeros where none are
 
 
 class Layout(Protocol):
@@ -127,9 +128,7 @@ class Reading:
         self.path = path
 
     def __enter__(self) -> h5py.File:
-        if not self.path.is_file():
-            reason = "the link leads to no file" if self.path.is_symlink() else "no such file"
-            raise FileNotFoundError(f"{self.path}: {reason}")
+        files.check_file(self.path)
         try:
             self.file = h5py.File(self.path, "r")
         except (OSError, RuntimeError) as error:
@@ -138,7 +137,7 @@ class Reading:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         self.file.close()
-        if isinstance(error, OSError | RuntimeError):  # h5py raises either, depending on what is damaged
+        if isinstance(error, OSError | RuntimeError | MemoryError):  # h5py raises any, depending on what is damaged
             raise self._damaged(error) from error
         if isinstance(error, LookupError | TypeError | AttributeError):  # and these for what is no such thing
             raise ValueError(
@@ -150,15 +149,67 @@ class Reading:
         return ValueError(f"{self.path}: expected a complete HDF5 file; it is truncated or not HDF5 ({error})")
 
 
+MAX_LINKS = 16  # one behind the other, as in HDF5
+MAX_RATIO = 1100  # by which deflate and lzf make numbers smaller at most
+KNOWN_FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
+
+
+def find(where: str, parent: h5py.Group, label: str) -> h5py.Dataset | h5py.Group | None:
+    """Return what lies at ``label``, None where nothing does. HDF5 would follow links into any other file."""
+    _check_links(where, parent, label, MAX_LINKS)
+    return parent.get(label)
+
+
+def _check_links(where: str, parent: h5py.Group, label: str, most: int) -> None:
+    """Refuse a way that leaves the file; links that stay inside it are followed, ``most`` of them."""
+    parts = [part for part in label.split("/") if part]
+    for depth, part in enumerate(parts, 1):
+        place = "/".join(parts[:depth]).encode("utf-8", "surrogateescape")
+        kind = _kind_of_link(parent, place)
+        if kind == h5py.h5l.TYPE_SOFT and most:
+            target = parent.id.links.get_val(place).decode("utf-8", "surrogateescape")
+            from_root = target.startswith("/")
+            way = [*([] if from_root else parts[: depth - 1]), target, *parts[depth:]]
+            _check_links(where, parent.file if from_root else parent, "/".join(way), most - 1)
+            return
+        if kind not in (None, h5py.h5l.TYPE_HARD):
+            found = "a circle of links" if kind == h5py.h5l.TYPE_SOFT else "a link into another file"
+            raise ValueError(f"{where}: {label}: expected content of this file, found {found} ({part}). Copy it in.")
+
+
+def _kind_of_link(parent: h5py.Group, place: bytes) -> int | None:
+    try:
+        return parent.id.links.get_info(place).type
+    except (KeyError, RuntimeError):  # nothing is there
+        return None
+
+
 def dataset(where: str, group: h5py.Group, label: str) -> h5py.Dataset:
-    found = group.get(label)
+    found = find(where, group, label)
     if not isinstance(found, h5py.Dataset):
         raise ValueError(f"{where}: {label}: expected a dataset, found {'nothing' if found is None else 'a group'}")
+    stored = found.id.get_create_plist()
+    elsewhere = stored.get_external_count() > 0
+    if stored.get_layout() == h5py.h5d.VIRTUAL:
+        elsewhere = any(stored.get_virtual_filename(part) != "." for part in range(stored.get_virtual_count()))
+    if elsewhere:
+        raise ValueError(
+            f"{where}: {label}: expected content of this file, found numbers in another file. Copy them in."
+        )
     return found
 
 
+def check_inside(where: str, file: h5py.File) -> None:
+    """Refuse a file that leads into another one anywhere. For libraries that read files themselves."""
+    labels: list[str] = []
+    file.id.links.visit(lambda name: labels.append(os.fsdecode(name)))
+    for label in labels:
+        if isinstance(find(where, file, label), h5py.Dataset):
+            dataset(where, file, label)
+
+
 def group(where: str, parent: h5py.Group, label: str) -> h5py.Group:
-    found = parent.get(label)
+    found = find(where, parent, label)
     if not isinstance(found, h5py.Group):
         raise ValueError(f"{where}: {label}: expected a group, found {'nothing' if found is None else 'a dataset'}")
     return found
@@ -166,7 +217,27 @@ def group(where: str, parent: h5py.Group, label: str) -> h5py.Group:
 
 def names(where: str, parent: h5py.Group, label: str) -> list[str]:
     """What a group has; an absent one has nothing."""
-    return list(group(where, parent, label)) if label in parent else []
+    if find(where, parent, label) is None:
+        return []
+    return [files.check_name(name, f"{where}: {label}") for name in group(where, parent, label)]
+
+
+def check_stored(where: str, label: str, data: h5py.Dataset, path: Path) -> None:
+    """Compare what a data set says to hold with what the file can hold, before any memory is taken for it."""
+    nbytes = math.prod(data.shape) * data.dtype.itemsize
+    stored = data.id.get_create_plist()
+    if stored.get_layout() == h5py.h5d.VIRTUAL:
+        return
+    held = data.id.get_storage_size()
+    if nbytes and not held:
+        raise ValueError(f"{where}: {label}: expected the numbers of {data.shape}, but they were never written")
+    there = path.stat().st_size
+    if stored.get_layout() == h5py.h5d.CHUNKED:
+        files.check_memory(f"{where}: {label}: a chunk", math.prod(data.chunks) * data.dtype.itemsize)
+        known = all(stored.get_filter(at)[0] in KNOWN_FILTERS for at in range(stored.get_nfilters()))
+        there = held * MAX_RATIO if known else nbytes
+    if nbytes > there:
+        raise ValueError(f"{where}: {label}: the shape {data.shape} is larger than what the file holds. Is it damaged?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +267,7 @@ class Rows:
             raise ValueError(f"{where}: {label}: expected {expected} axes, time first, found shape {shape}")
         offset = data.id.get_offset() if data.chunks is None and not data.external and not data.is_virtual else None
         path = Path(os.fsdecode(h5py.h5f.get_name(data.id)))  # data.file would make an object of all of the file
+        check_stored(where, label, data, path)
         return cls(path, data.name, label, shape, dtype, offset)
 
     @property
@@ -373,10 +445,8 @@ class Jpegs:
 
 def _open_jpeg(rows: Rows, number: int, row: np.ndarray) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(row.tobytes()))
-    except OSError as error:
-        raise _bad_jpeg(rows, number, "these are no picture's bytes") from error
-    except Image.DecompressionBombError as error:  # what a damaged size field looks like
+        return files.open_picture(row.tobytes())
+    except ValueError as error:
         raise _bad_jpeg(rows, number, error) from error
 
 
@@ -424,6 +494,7 @@ def numbers(where: str, group: h5py.Group, label: str, *, kinds: str = "fiu", ra
     """A dataset of one or several numbers a step, all of them finite."""
     data = dataset(where, group, label)
     rows = Rows.of(where, data, label, kinds=kinds, ranks=ranks)
+    files.check_memory(f"{where}: {label}", math.prod(rows.shape) * rows.dtype.itemsize)
     check_finite(where, label, data[...])
     return rows
 
@@ -431,7 +502,8 @@ def numbers(where: str, group: h5py.Group, label: str, *, kinds: str = "fiu", ra
 def vector(where: str, group: h5py.Group, label: str, *, kinds: str = "fiub") -> Shaped[np.ndarray, " t"]:
     """One finite number a step, in memory."""
     data = dataset(where, group, label)
-    Rows.of(where, data, label, kinds=kinds, ranks=(1,))
+    rows = Rows.of(where, data, label, kinds=kinds, ranks=(1,))
+    files.check_memory(f"{where}: {label}", len(rows) * rows.dtype.itemsize)
     values = data[...]
     check_finite(where, label, values)
     return values
@@ -495,7 +567,7 @@ def choose_cameras(where: str, found: Sequence[str], wanted: Sequence[str] | Non
 def text(where: str, name: str, value: Any) -> str:
     """An attribute as text. h5py hands out invalid UTF-8 as surrogates, or as bytes where the length is fixed."""
     if not isinstance(value, str | bytes):
-        raise ValueError(f"{where}: attribute {name}: expected text, found {value!r}")
+        raise ValueError(f"{where}: attribute {name}: expected text, found {files.one_line(reprlib.repr(value))}")
     try:
         return (value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")).decode("utf-8")
     except UnicodeError as error:
@@ -512,7 +584,7 @@ def flag(where: str, name: str, value: Any) -> bool | None:
     plain = value.item() if isinstance(value, np.generic | np.ndarray) and value.size == 1 else value
     word = text(where, name, plain).strip().lower() if isinstance(plain, str | bytes) else str(plain).lower()
     if word.removesuffix(".0") not in KNOWN_FLAGS:
-        raise ValueError(f"{where}: {name}: expected true or false, found {value!r}")
+        raise ValueError(f"{where}: {name}: expected true or false, found {files.one_line(reprlib.repr(value))}")
     return KNOWN_FLAGS[word.removesuffix(".0")]
 
 

@@ -84,11 +84,11 @@ class Droid:
         return _picked(where, _ended_with_videos(where, record), driven)
 
     def _task(self, uuid: str) -> str:
-        entry = self._annotations.get(uuid) or {}
-        text = (entry.get(INSTRUCTION) or "") if isinstance(entry, dict) else entry
-        if not isinstance(entry, dict) or not isinstance(text, str):
+        entry = self._annotations.get(uuid, {})
+        text = entry.get(INSTRUCTION, "") if isinstance(entry, dict) else entry
+        if not isinstance(entry, dict) or not isinstance(text, str | None):
             raise ValueError(
-                f"{self._annotations_file}: {uuid}: expected an object with a text {INSTRUCTION}, found {text!r}"
+                f"{self._annotations_file}: {uuid}: expected an object with a text {INSTRUCTION}, found {text!r:.100}"
             )
         return first_text(text, self._options.default_task)
 
@@ -117,7 +117,7 @@ def _metadata(folder: Path) -> tuple[str, Mapping[str, Any]]:
 
 def _check_clock(where: str, file: h5py.File, steps: int) -> None:
     """Steps start one after the other, where the file says when. How long they take varies."""
-    if CLOCK not in file:
+    if columns.find(where, file, CLOCK) is None:
         return
     times = columns.vector(where, file, CLOCK)
     columns.check_lengths(where, {"state": steps, CLOCK: len(times)})
@@ -133,9 +133,9 @@ def _check_clock(where: str, file: h5py.File, steps: int) -> None:
 def _cameras(where: str, file: h5py.File) -> dict[str, str]:
     """Serial number by camera: type 0 is the wrist, the others are exterior cameras in ascending order."""
     group = "observation/camera_type"
-    if not isinstance(file.get(group), h5py.Group):
+    if not isinstance(columns.find(where, file, group), h5py.Group):
         raise ValueError(f"{where}: {group}: expected the type of each camera, found nothing")
-    types = {serial: columns.vector(where, file, f"{group}/{serial}") for serial in file[group]}
+    types = {serial: columns.vector(where, file, f"{group}/{serial}") for serial in columns.names(where, file, group)}
     wrist = [serial for serial, kinds in types.items() if (kinds == 0).all()]
     exterior = sorted((serial for serial in types if serial not in wrist), key=_serial_order)
     named = {EXTERIOR.format(number=number): serial for number, serial in enumerate(exterior, 1)}
@@ -152,7 +152,7 @@ def _success(where: str, file: h5py.File, metadata: Mapping[str, Any], place: Pa
         if (found := columns.flag(where, "success", source.get("success"))) is not None:
             return found
     label = "observation/controller_info/success"
-    if label in file and len(recorded := columns.vector(where, file, label)):
+    if columns.find(where, file, label) is not None and len(recorded := columns.vector(where, file, label)):
         return bool(recorded[-1])
     named = {"success": True, "failure": False}
     return next((named[part] for part in reversed(place.parts) if part in named), None)

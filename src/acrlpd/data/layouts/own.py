@@ -19,6 +19,7 @@ import io
 import json
 import os
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,10 @@ from typing import Any
 import h5py
 import numpy as np
 
+from acrlpd import files
 from acrlpd.data.episodes import IMAGE_PREFIX, check_task_changes, first_text, step_tasks
 from acrlpd.data.layouts import columns
 from acrlpd.data.layouts.columns import Column, Joined, Options, Reading, Record
-from acrlpd.files import temporary_path
 from acrlpd.types import Episode
 
 FORMAT = "acrlpd"
@@ -66,21 +67,14 @@ def write_episode(
     path = Path(path)
     _check_episode(str(path), episode)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
         _fill(file, episode, metadata or {}, compression)
     try:
-        with temporary.open("wb") as output:
-            output.write(content.getbuffer())
-            output.flush()
-            os.fsync(output.fileno())
-        os.replace(temporary, path)
+        with files.written_whole(path) as temporary:
+            temporary.write_bytes(content.getbuffer())
     except OSError as error:
         raise OSError(error.errno, f"cannot write the episode: {error.strerror}", str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
     return path
 
 
@@ -161,17 +155,8 @@ def _stated_fps(paths: Sequence[Path]) -> float | None:
 def _fps(where: str, metadata: Mapping[str, Any]) -> float | None:
     fps = metadata.get("fps")
     if fps is not None and not (isinstance(fps, int | float) and 0 < fps < np.inf):
-        raise ValueError(f"{where}: attribute metadata: expected a positive fps, found {fps!r}")
+        raise ValueError(f"{where}: attribute metadata: expected a positive fps, found {fps!r:.100}")
     return None if fps is None else float(fps)
-
-
-def sync(path: Path) -> None:
-    """Force a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fill(file: h5py.File, episode: Episode, metadata: Mapping[str, Any], compression: str | None) -> None:
@@ -195,7 +180,7 @@ def _fill(file: h5py.File, episode: Episode, metadata: Mapping[str, Any], compre
 
 def _task_changes(where: str, file: h5py.File) -> tuple[tuple[int, str], ...]:
     """Read the instructions after the first one, each behind its first step; mostly none."""
-    if "task_index" not in file:
+    if columns.find(where, file, "task_index") is None:
         return ()
     indices = columns.vector(where, file, "task_index", kinds="iu")
     texts = [columns.text(where, "tasks", text) for text in columns.dataset(where, file, "tasks")[...].ravel().tolist()]
@@ -213,12 +198,12 @@ def check_layout(where: str, file: h5py.File) -> None:
     found = file.attrs.get("format")
     if not isinstance(found, str) or found != FORMAT:
         raise ValueError(
-            f"{where}: expected the attribute format={FORMAT!r} on '/', found {found!r} (keys: {sorted(file)}). "
-            "The file has another layout."
+            f"{where}: expected the attribute format={FORMAT!r} on '/', found {files.one_line(reprlib.repr(found))} "
+            f"(keys: {files.listed(sorted(file))}). The file has another layout."
         )
     if not np.array_equal(file.attrs.get("version"), VERSION):
         raise ValueError(
-            f"{where}: expected version={VERSION}, found {file.attrs.get('version')!r}. "
+            f"{where}: expected version={VERSION}, found {files.one_line(reprlib.repr(file.attrs.get('version')))}. "
             "The file was written by another release of acrlpd; upgrade, or write it again."
         )
     if "task" not in file.attrs:
@@ -229,6 +214,7 @@ def _array(where: str, file: h5py.File, key: str, kind: str, dtype: type[np.gene
     data = columns.dataset(where, file, key)
     if data.dtype.kind != kind:
         raise ValueError(f"{where}: {key}: expected {np.dtype(dtype)}, found {data.dtype}")
+    columns.check_stored(where, key, data, Path(where))
     return data[...].astype(dtype, copy=False)
 
 

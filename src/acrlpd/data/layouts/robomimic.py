@@ -27,6 +27,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from acrlpd import files
 from acrlpd.data.episodes import IMAGE_PREFIX, first_text
 from acrlpd.data.layouts import columns
 from acrlpd.data.layouts.columns import Column, Converted, Joined, Options, Picked, Reading, Record
@@ -84,7 +85,7 @@ class Robomimic:
                 found,
                 first_text(str(meta.get("lang") or ""), self._tasks[path], options.default_task),
                 task_mark=self._marks[path],
-                rewards=columns.vector(where, demo, "rewards").astype(np.float32) if "rewards" in demo else None,
+                rewards=_rewards(where, demo),
             )
             _check_num_samples(where, demo, len(columns.checked(where, record)))
         return _aligned(where, record) if options.align_observations else record
@@ -107,11 +108,14 @@ class Robomimic:
         where = str(path)
         with Reading(path) as file:
             demos = _demo_names(where, file, self._options.filter_key)
-            attributes = file["data"].attrs
-            _check_total(where, file["data"])
+            data = columns.group(where, file, "data")
+            attributes = data.attrs
+            _check_total(where, data)
             problem = columns.json_text(where, "problem_info", attributes.get("problem_info"))
             environment, arguments = _environment(where, attributes)
-            libero = bool(problem) or any(f"data/{demo}/obs/agentview_rgb" in file for demo in demos)
+            libero = bool(problem) or any(
+                columns.find(where, file, f"data/{demo}/obs/agentview_rgb") is not None for demo in demos
+            )
             convention = attributes.get("macros_image_convention", "opengl")
             # pi0's pictures are mirrored; OpenGL's have the rows upside down as well.
             upside_down = columns.text(where, "macros_image_convention", convention) == "opengl"
@@ -127,12 +131,13 @@ class Robomimic:
 
 def _demo_names(where: str, file: h5py.File, filter_key: str | None) -> list[str]:
     """The demos, or those that the filter key names, by number: text order puts demo_10 before demo_2."""
-    stored = [name for name in columns.group(where, file, "data") if re.fullmatch(r"demo_\d+", name)]
+    stored = [name for name in columns.names(where, file, "data") if re.fullmatch(r"demo_\d+", name)]
     if filter_key is not None:
-        mask = file.get(f"mask/{filter_key}")
+        mask = columns.find(where, file, f"mask/{filter_key}")
         if not isinstance(mask, h5py.Dataset):
             known = ", ".join(columns.names(where, file, "mask")) or "none"
             raise ValueError(f"{where}: mask/{filter_key}: no such filter key; the file has {known}")
+        mask = columns.dataset(where, file, f"mask/{filter_key}")
         if mask.ndim != 1:
             raise ValueError(f"{where}: mask/{filter_key}: expected a list of names, found the shape {mask.shape}")
         names = [columns.text(where, f"mask/{filter_key}", name) for name in mask[...].tolist()]
@@ -156,6 +161,12 @@ def _task_in_name(path: Path) -> str:
     return found["words"].replace("_", " ") if found and (found["scene"] or found["end"]) else ""
 
 
+def _rewards(where: str, demo: h5py.Group) -> np.ndarray | None:
+    if columns.find(where, demo, "rewards") is None:
+        return None
+    return columns.vector(where, demo, "rewards").astype(np.float32)
+
+
 def _state(where: str, demo: h5py.Group, label: str, *, convert: bool) -> Column:
     rows = columns.numbers(where, demo, label)
     is_quaternion = label.endswith("_quat") and rows.row_shape == (4,)
@@ -170,16 +181,23 @@ def _cameras(where: str, demo: h5py.Group) -> list[str]:
 def _check_num_samples(where: str, demo: h5py.Group, stored: int) -> None:
     stated = demo.attrs.get("num_samples", stored)
     if not np.array_equal(stated, stored):
-        raise ValueError(f"{where}: attribute num_samples: it says {stated} steps, but {stored} are stored")
+        told = f"{files.one_line(stated):.100}"
+        raise ValueError(f"{where}: attribute num_samples: it says {told} steps, but {stored} are stored")
 
 
 def _check_total(where: str, data: h5py.Group) -> None:
     """A warning only: copies with some demos taken out keep the old number, and nothing is read by it."""
     total = data.attrs.get("total")
-    stated = [demo.attrs.get("num_samples", 0) for demo in map(data.get, data) if isinstance(demo, h5py.Group)]
+    stated = [demo.attrs.get("num_samples", 0) for demo in _groups(where, data)]
     counted = sum(steps for steps in stated if isinstance(steps, int | np.number))  # others: told with their demo
     if total is not None and not np.array_equal(total, counted):
-        warnings.warn(f"{where}: attribute total of /data: {total} steps, but its demos have {counted}", stacklevel=2)
+        told = f"{files.one_line(total):.100}"
+        warnings.warn(f"{where}: attribute total of /data: {told} steps, but its demos have {counted}", stacklevel=2)
+
+
+def _groups(where: str, data: h5py.Group) -> list[h5py.Group]:
+    found = [columns.find(where, data, name) for name in data]
+    return [each for each in found if isinstance(each, h5py.Group)]
 
 
 def _environment(where: str, attributes: h5py.AttributeManager) -> tuple[str, dict[str, Any]]:
@@ -187,14 +205,14 @@ def _environment(where: str, attributes: h5py.AttributeManager) -> tuple[str, di
     stated = columns.json_text(where, "env_args", attributes.get("env_args"))
     arguments = stated.get("env_kwargs") or {}
     if not isinstance(arguments, dict):
-        raise ValueError(f"{where}: attribute env_args: expected an object env_kwargs, found {arguments!r}")
+        raise ValueError(f"{where}: attribute env_args: expected an object env_kwargs, found {arguments!r:.100}")
     return str(stated.get("env_name") or ""), arguments
 
 
 def _control_rate(where: str, arguments: dict[str, Any]) -> float | None:
     rate = arguments.get("control_freq")
     if rate is not None and not (isinstance(rate, int | float) and 0 < rate < np.inf):
-        raise ValueError(f"{where}: attribute env_args: expected a positive control_freq, found {rate!r}")
+        raise ValueError(f"{where}: attribute env_args: expected a positive control_freq, found {rate!r:.100}")
     return None if rate is None else float(rate)
 
 

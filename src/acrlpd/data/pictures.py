@@ -28,7 +28,7 @@ def is_depth(name: str) -> bool:
 
 
 def check_colour(image: Image.Image) -> None:
-    """Raise ``PictureError`` unless an opened picture is 8-bit colour or grey. Only one with alpha is decoded for it."""
+    """Raise ``PictureError`` unless an opened picture is 8-bit colour or grey. One with alpha is decoded for it."""
     rawmode = _rawmode(image)
     if "16" in rawmode or rawmode in FEW_BITS:
         bits = "16 bits" if "16" in rawmode else "less than 8 bits"
@@ -67,7 +67,7 @@ def as_rgb_rows(rows: Shaped[np.ndarray, "t ..."]) -> UInt8[np.ndarray, "t h w 3
     ((2, 48, 64, 3), 51)
 
     Raises:
-        PictureError: the shape could be read in two ways or in none, or the numbers are no such levels; in one sentence.
+        PictureError: the shape could be read in two ways or in none, or the numbers are no such levels.
     """
     axis = _channel_axis(rows.shape[1:], rows.dtype)
     levels = rows if rows.dtype == np.uint8 else _levels(rows)

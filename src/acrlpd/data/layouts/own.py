@@ -19,20 +19,21 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from acrlpd.data.episodes import IMAGE_PREFIX
-from acrlpd.data.layouts import columns
+from acrlpd.data.layouts import cameras, columns
 from acrlpd.data.layouts.columns import Column, Joined, Options, Reading, Record
 from acrlpd.data.unfinished import temporary_path
 from acrlpd.types import Episode
 
 FORMAT = "acrlpd"
 VERSION = 1
+IMAGES = "observations/images"
 SUFFIXES = (".hdf5", ".h5")
 
 
@@ -87,14 +88,14 @@ def read_episode(path: str | os.PathLike[str]) -> Episode:
     """Read and check one episode: finite, of one length, at least one step."""
     with Reading(Path(path)) as file:
         check_layout(str(path), file)
-        images = columns.names(str(path), file, "observations/images")
+        images = columns.names(str(path), file, IMAGES)
         episode = Episode(
             state=_array(str(path), file, "observations/state", "f", np.float32),
             actions=_array(str(path), file, "actions", "f", np.float32),
             rewards=_array(str(path), file, "rewards", "f", np.float32),
             terminals=_array(str(path), file, "terminals", "b", np.bool_),
             task=columns.text(str(path), "task", file.attrs["task"]),
-            images={name: _array(str(path), file, f"observations/images/{name}", "u", np.uint8) for name in images},
+            images={name: _array(str(path), file, f"{IMAGES}/{name}", "u", np.uint8) for name in images},
             success=columns.flag(str(path), "success", file.attrs.get("success")),
             source=str(path),
         )
@@ -127,22 +128,29 @@ class Own:
             metadata = columns.json_text(where, "metadata", file.attrs.get("metadata"))
             if self._options.fps is None:
                 _fps(where, metadata)
-            recorded = columns.names(where, file, "observations/images")
-            cameras = columns.choose_cameras(where, recorded, self._options.cameras)
+            openers = {
+                name: partial(cameras.stored, where, file, f"{IMAGES}/{name}")
+                for name in columns.names(where, file, IMAGES)
+            }
+            pictures, left_out = cameras.choose(where, openers, self._options.cameras)
             found: dict[str, Column] = {
                 "state": Joined((columns.numbers(where, file, "observations/state", kinds="f", ranks=(2,)),)),
                 "actions": Joined((columns.numbers(where, file, "actions", kinds="f", ranks=(2,)),)),
             }
-            for camera in cameras:
-                found[IMAGE_PREFIX + camera] = columns.raw_pictures(where, file, f"observations/images/{camera}")
             record = Record(
-                found,
+                found | pictures,
                 columns.text(where, "task", file.attrs["task"]) or self._options.default_task,
                 columns.flag(where, "success", file.attrs.get("success")),
                 columns.vector(where, file, "rewards", kinds="f").astype(np.float32),
                 columns.vector(where, file, "terminals", kinds="b"),
+                left_out,
             )
         return columns.checked(where, record)
+
+    def unused(self, index: int) -> list[str]:
+        with Reading(self._paths[index]) as file:
+            images = [f"{IMAGES}/{name}" for name in columns.names(self.sources[index], file, IMAGES)]
+            return cameras.unused(file, {"observations/state", "actions", "rewards", "terminals", *images})
 
 
 def _stated_fps(paths: Sequence[Path]) -> float | None:

@@ -73,6 +73,13 @@ class EpisodeSource(Protocol):
         ...
 
 
+def check_is_read(where: str, key: str, left_out: Iterable[str]) -> None:
+    """Raise for a key that a reader has left out; ``left_out`` has its key and, in brackets, its reason."""
+    for told in left_out:
+        if told.startswith(f"{key} ("):
+            raise ValueError(f"{where}: this key is left out: {told}")
+
+
 class BadEpisodes:
     """What a reader does with episodes that cannot be used: it stops at the first, or leaves them out with a warning.
 

@@ -29,6 +29,7 @@ from acrlpd.data.episodes import (
     BadEpisodes,
     EpisodeInfo,
     check_alike,
+    check_is_read,
     usual_features,
 )
 from acrlpd.data.frame_cache import FrameCache, FrameOrigin
@@ -207,6 +208,7 @@ class H5DatasetReader:
         columns = self._columns(index)
         if key not in columns:
             source = self.info(index).source
+            check_is_read(source, key, self.left_out)
             raise KeyError(f"{source}: no key {key!r}; it has {', '.join(columns)}, rewards, terminals")
         if self._frame_cache is None or not key.startswith(IMAGE_PREFIX):
             return columns[key].read(start, stop)

@@ -14,7 +14,7 @@ import json
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from acrlpd.data.episodes import OptionError
 from acrlpd.data.parquet import import_pyarrow
+from acrlpd.data.pictures import DEPTH_BY_NAME, NOT_CHOSEN, is_depth
 
 PICTURES = ("image", "video")  # dtypes of cameras
 DEFAULT_CHUNKS_SIZE = 1000
@@ -119,7 +120,13 @@ class Meta:
 
     @property
     def cameras(self) -> list[str]:
-        return [key for key, feature in self.features.items() if feature["dtype"] in PICTURES]
+        """Features that hold pictures, encoded or as uint8 of three axes."""
+
+        def is_camera(feature: dict[str, Any]) -> bool:
+            raw = feature["dtype"] == "uint8" and len(feature["shape"]) == 3
+            return raw or feature["dtype"] in PICTURES
+
+        return [key for key, feature in self.features.items() if is_camera(feature)]
 
 
 def read(root: Path) -> Meta:
@@ -186,15 +193,49 @@ def _numeric(meta: Meta, name: str, keys: Sequence[str], error: type[ValueError]
     return tuple(keys)
 
 
-def camera_keys(meta: Meta, asked: Sequence[str] | None) -> dict[str, str]:
-    """Feature by the camera's name: without prefix, unless two cameras would then have the same name."""
-    short = {key: _camera_name(key) for key in meta.cameras}
+def camera_keys(meta: Meta, asked: Sequence[str] | None) -> tuple[dict[str, str], dict[str, str]]:
+    """Feature by the camera's name: without prefix, unless two cameras would then have the same name.
+
+    Beside them, the reason for each camera that is not read. A feature of several axes that is named is a camera, too.
+    """
+    there = {*meta.cameras, *(key for key, feature in meta.features.items() if key in (asked or ()) and _axes(feature))}
+    short = {key: _camera_name(key) for key in meta.features if key in there}
     names = {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
     keys = {name: key for key, name in names.items()}
-    unknown = [name for name in asked or () if name not in keys]
+    wanted = [names.get(name, name) for name in asked or ()]
+    unknown = [name for name in wanted if name not in keys]
     if unknown:
         raise OptionError(f"{meta.info_path}: no camera {', '.join(unknown)}; the cameras are {', '.join(keys)}")
-    return keys if asked is None else {name: keys[name] for name in asked}
+    depth = {name: why for name, key in keys.items() if (why := _depth(key, meta.features[key]))}
+    if asked is None:
+        return {name: key for name, key in keys.items() if name not in depth}, depth
+    if refused := [name for name in wanted if name in depth]:
+        raise OptionError(f"{meta.info_path}: {refused[0]}: {depth[refused[0]]}. Leave it out of cameras.")
+    return {name: keys[name] for name in wanted}, dict.fromkeys(
+        (name for name in keys if name not in wanted), NOT_CHOSEN
+    )
+
+
+def _axes(feature: Mapping[str, Any]) -> bool:
+    """Whether it may hold pictures as numbers."""
+    return is_numeric(feature["dtype"]) and len(feature["shape"]) > 1
+
+
+def _depth(key: str, feature: Mapping[str, Any]) -> str | None:
+    """Why a camera is a depth camera, which its declaration or its name says; None: it is none."""
+    about = [feature, *(found for name in ("info", "video_info") if isinstance(found := feature.get(name), dict))]
+    if any(value for each in about for name, value in each.items() if name.rpartition(".")[2] == "is_depth_map"):
+        return "it is declared as a depth camera (is_depth_map)"
+    return DEPTH_BY_NAME if is_depth(key) else None
+
+
+def unused(meta: Meta, used: Collection[str]) -> list[str]:
+    """Describe the numeric features that are of the kind of state and actions, and are not used."""
+    return [
+        f"{key} ({'x'.join(map(str, feature['shape'])) or 1} numbers a frame)"
+        for key, feature in meta.features.items()
+        if meta.numeric(key) and key not in (*used, *REQUIRED) and not key.startswith("next.")
+    ]
 
 
 def _camera_name(key: str) -> str:

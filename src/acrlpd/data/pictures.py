@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 from PIL import Image
 
+NOT_CHOSEN = "it is not among the cameras asked for"  # reasons why a camera is not read, beside a ``PictureError``
 DEPTH_BY_NAME = "it is a depth camera by its name"
 READABLE_MODES = ("RGB", "L", "P", "RGBA")  # of Pillow
 NAMES_OF_MODES = {"LA": "grey with transparency", "PA": "a palette with transparency", "1": "black and white"}

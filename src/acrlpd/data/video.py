@@ -16,12 +16,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from acrlpd.data.pictures import PictureError
+
 READ_ON_S = 0.2  # decode on, instead of seeking, up to this far ahead
 MAX_OPEN_FILES = 16
 
 
 class VideoError(ValueError):
     """What is wrong with a video; the caller adds file, episode and camera."""
+
+
+class VideoPictureError(VideoError, PictureError):
+    """Why the pictures of a video are not 8-bit colour."""
 
 
 class VideoReader:
@@ -32,6 +38,7 @@ class VideoReader:
         self._lock = threading.Lock()
         self._container = _open(self._av, path)
         self._stream = self._container.streams.video[0]
+        _check_colour(self._stream)
         self._frames: Iterator[Any] = iter(())
         self._before: Any = None  # the last two frames decoded: the time last asked for lies between them
         self._current: Any = None
@@ -139,6 +146,22 @@ def frame_size(path: Path) -> tuple[int, int]:
         return stream.height, stream.width
     finally:
         container.close()
+
+
+def check_colour(path: Path) -> None:
+    """Raise ``VideoPictureError`` unless a file's header promises 8-bit colour or grey."""
+    container = _open(import_av(), path)
+    try:
+        _check_colour(container.streams.video[0])
+    finally:
+        container.close()
+
+
+def _check_colour(stream: Any) -> None:
+    """Depth is stored as grey of 10 to 16 bits; conversion to RGB would keep the highest 8."""
+    layout = stream.format
+    if layout is not None and any(component.bits != 8 or component.is_alpha for component in layout.components):
+        raise VideoPictureError(f"its pictures are {layout.name}, expected 8-bit colour")
 
 
 def frame_times(path: Path) -> Float[np.ndarray, " n"]:

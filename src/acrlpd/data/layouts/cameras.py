@@ -18,7 +18,6 @@ from acrlpd.data.layouts import columns
 from acrlpd.data.layouts.columns import Jpegs, Pictures, Rows
 from acrlpd.data.pictures import PictureError
 
-NOT_CHOSEN = "not among the cameras asked for"
 KINDS = "fiubSVO"  # of numbers, and of the bytes of pictures
 BLOCK = 64  # pictures looked at together
 Found = TypeVar("Found")
@@ -40,7 +39,9 @@ def choose(
             f"{where}: {IMAGE_PREFIX}{missing[0]}: no such camera; the episode has {', '.join(openers) or 'none'}"
         )
     found: dict[str, Found] = {}
-    left_out = {IMAGE_PREFIX + camera: NOT_CHOSEN for camera in openers if wanted is not None and camera not in wanted}
+    left_out = {
+        IMAGE_PREFIX + camera: pictures.NOT_CHOSEN for camera in openers if wanted is not None and camera not in wanted
+    }
     for camera in openers if wanted is None else wanted:
         try:
             if pictures.is_depth(camera):
@@ -99,9 +100,10 @@ def check_keys(
     missing = [label for label in labels if not isinstance(group.get(label), h5py.Dataset)]
     if not missing:
         return
+    kind = "a group" if missing[0] in group else "nothing"
     text = (
-        f"{where}: {missing[0]}: expected a dataset, found {'a group' if missing[0] in group else 'nothing'}. There are "
-        f"{', '.join(unused(group, (), below)) or 'none'}. Choose with {option} (--data.{option}), cameras with --data.cameras."
+        f"{where}: {missing[0]}: expected a dataset, found {kind}. There are {', '.join(unused(group, (), below))}. "
+        f"Choose with {option} (--data.{option}), and cameras with cameras (--data.cameras)."
     )
     raise OptionError(text) if asked else ValueError(text)
 

@@ -65,7 +65,9 @@ class Droid:
         uuid, metadata = _metadata(folder)
         with Reading(folder / FILE) as file:
             cameras.check_keys(where, file, state, "state_keys", asked=options.state_keys is not None, below=NUMBERS)
-            cameras.check_keys(where, file, actions, "action_keys", asked=options.action_keys is not None, below=NUMBERS)
+            cameras.check_keys(
+                where, file, actions, "action_keys", asked=options.action_keys is not None, below=NUMBERS
+            )
             numbers: dict[str, Column] = {
                 "state": Joined(tuple(columns.numbers(where, file, label) for label in state)),
                 "actions": Joined(tuple(columns.numbers(where, file, label) for label in actions)),

@@ -80,6 +80,11 @@ def check_is_read(where: str, key: str, left_out: Iterable[str]) -> None:
             raise ValueError(f"{where}: this key is left out: {told}")
 
 
+def told_numbers(shape: Sequence[int]) -> str:
+    """The numbers that a key has for each step, in words."""
+    return f"{'x'.join(map(str, shape)) or 1} numbers a step"
+
+
 class BadEpisodes:
     """What a reader does with episodes that cannot be used: it stops at the first, or leaves them out with a warning.
 

@@ -177,4 +177,6 @@ def _opened_image(cell: Mapping[str, Any] | bytes | None, frame: int) -> Iterato
     except (DataError, PictureError):
         raise
     except DAMAGE as error:
-        raise DataError(f"frame {frame}: the embedded image does not decode: expected a PNG or JPEG ({error})") from error
+        raise DataError(
+            f"frame {frame}: the embedded image does not decode: expected a PNG or JPEG ({error})"
+        ) from error

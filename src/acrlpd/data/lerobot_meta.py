@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from acrlpd.data.episodes import OptionError
+from acrlpd.data.episodes import OptionError, told_numbers
 from acrlpd.data.parquet import import_pyarrow
 from acrlpd.data.pictures import DEPTH_BY_NAME, NOT_CHOSEN, is_depth
 
@@ -232,7 +232,7 @@ def _depth(key: str, feature: Mapping[str, Any]) -> str | None:
 def unused(meta: Meta, used: Collection[str]) -> list[str]:
     """Describe the numeric features that are of the kind of state and actions, and are not used."""
     return [
-        f"{key} ({'x'.join(map(str, feature['shape'])) or 1} numbers a frame)"
+        f"{key} ({told_numbers(feature['shape'])})"
         for key, feature in meta.features.items()
         if meta.numeric(key) and key not in (*used, *REQUIRED) and not key.startswith("next.")
     ]

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 
 from acrlpd.data import pictures
-from acrlpd.data.episodes import IMAGE_PREFIX, OptionError
+from acrlpd.data.episodes import IMAGE_PREFIX, OptionError, told_numbers
 from acrlpd.data.layouts import columns
 from acrlpd.data.layouts.columns import Jpegs, Pictures, Rows
 from acrlpd.data.pictures import PictureError
@@ -115,15 +115,7 @@ def unused(group: h5py.Group, used: Collection[str], below: Sequence[str] = ("",
     def note(name: str, item: h5py.Dataset | h5py.Group) -> None:
         known = name in used or not name.startswith(tuple(below))
         if isinstance(item, h5py.Dataset) and item.ndim and item.dtype.kind in KINDS and not known:
-            found[name] = _described(item)
+            found[name] = told_numbers(item.shape[1:]) if item.dtype.kind in "fiub" else "bytes"
 
     group.visititems(note)
     return [f"{name} ({what})" for name, what in sorted(found.items())]
-
-
-def _described(data: h5py.Dataset) -> str:
-    if data.dtype.kind not in "fiub":
-        return "bytes"
-    if data.ndim <= 2:
-        return f"{data.shape[1] if data.ndim == 2 else 1} numbers a step"
-    return f"{data.dtype} of {'x'.join(map(str, data.shape[1:]))}"

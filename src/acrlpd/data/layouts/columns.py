@@ -166,7 +166,7 @@ def dataset(where: str, group: h5py.Group, label: str) -> h5py.Dataset:
 def _check_is_stored(where: str, data: h5py.Dataset) -> None:
     """Raise where the HDF5 library would hand out fill values, such as zeros, in place of numbers."""
     if data.external:
-        raise ValueError(f"{where}: its numbers lie in other files ({data.external[0][0]}). Copy them into this one.")
+        raise ValueError(f"{where}: expected content of this file, found numbers in another file. Copy them in.")
     if data.is_virtual:
         _check_sources(where, data)
     elif data.chunks is not None:
@@ -178,36 +178,22 @@ def _check_is_stored(where: str, data: h5py.Dataset) -> None:
 
 
 def _check_sources(where: str, data: h5py.Dataset) -> None:
-    """Raise unless the sources of a virtual dataset are there, hold their numbers, and together make all of it."""
+    """Raise unless a virtual dataset consists of others in its file, which hold all of its numbers."""
     if None in data.maxshape:
         raise ValueError(f"{where}: it is virtual and may grow, so nothing says how long it is. Copy its numbers.")
-    here, mapped = Path(data.file.filename), 0
+    mapped = 0
     for source in data.virtual_sources():
-        path = here if source.file_name == "." else here.parent / source.file_name
-        told = f"{where}: it is virtual, and its source {source.dset_name} in {path}"
-        if not path.is_file():
-            raise ValueError(f"{told} is not there: no such file. Copy the file to this place.")
-        if path.samefile(here):
-            _check_source(told, data.file, source)
-        else:
-            with Reading(path) as file:
-                _check_source(told, file, source)
-        mapped += source.vspace.get_select_npoints()
+        if source.file_name != ".":
+            raise ValueError(f"{where}: expected content of this file, found numbers in another file. Copy them in.")
+        found = dataset(where, data.file, source.dset_name)
+        whole = source.src_space.get_select_type() == h5py.h5s.SEL_ALL
+        ends = found.shape if whole else tuple(last + 1 for last in source.src_space.get_select_bounds()[1])
+        count = source.vspace.get_select_npoints()
+        if len(ends) != found.ndim or any(np.greater(ends, found.shape)) or found.size < count:
+            raise ValueError(f"{where}: it is virtual, and its source {source.dset_name} lacks rows")
+        mapped += count
     if mapped < data.size:
         raise ValueError(f"{where}: it is virtual, and {data.size - mapped} of its {data.size} numbers have no source")
-
-
-def _check_source(told: str, file: h5py.File, source: Any) -> None:
-    """Raise unless a file has the part of a virtual dataset that ``source``, an item of ``virtual_sources``, says."""
-    found = file.get(source.dset_name)
-    if not isinstance(found, h5py.Dataset):
-        raise ValueError(f"{told} is not there: no such dataset")
-    whole = source.src_space.get_select_type() == h5py.h5s.SEL_ALL
-    ends = found.shape if whole else tuple(last + 1 for last in source.src_space.get_select_bounds()[1])
-    too_short = len(ends) != found.ndim or any(end > size for end, size in zip(ends, found.shape, strict=True))
-    if too_short or found.size < source.vspace.get_select_npoints():
-        raise ValueError(f"{told} has shape {found.shape}: rows are missing")
-    _check_is_stored(told, found)
 
 
 def group(where: str, parent: h5py.Group, label: str) -> h5py.Group:

@@ -82,7 +82,8 @@ def check_is_read(where: str, key: str, left_out: Iterable[str]) -> None:
 
 def told_numbers(shape: Sequence[int]) -> str:
     """The numbers that a key has for each step, in words."""
-    return f"{'x'.join(map(str, shape)) or 1} numbers a step"
+    size = "x".join(map(str, shape)) or "1"
+    return f"{size} number{'' if size == '1' else 's'}"
 
 
 class BadEpisodes:

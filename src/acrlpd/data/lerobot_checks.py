@@ -117,7 +117,7 @@ def decode_images(cells: Sequence[Cell], first: int, size: tuple[int, int]) -> U
 
 def _decoded(cell: Cell, frame: int) -> UInt8[np.ndarray, "h w 3"]:
     if isinstance(cell, np.ndarray):
-        return pictures.as_rgb_rows(cell[None])[0]
+        return pictures.rgb_rows(cell[None])[0]
     with _opened_image(cell, frame) as image:
         return pictures.decoded(image)
 
@@ -130,7 +130,7 @@ def check_image(cell: Cell, frame: int, size: tuple[int, int]) -> None:
 def check_colour(cell: Cell) -> None:
     """Raise ``PictureError`` unless an episode's first picture is 8-bit colour."""
     if isinstance(cell, np.ndarray):
-        pictures.as_rgb_rows(cell[None])
+        pictures.rgb_rows(cell[None])
         return
     with _opened_image(cell, 0) as image:
         pictures.check_colour(image)

@@ -2,7 +2,7 @@
 
 The library stores one observation more than actions: row t pairs observation t with action t, and the last observation
 is left out. Numbers of a dictionary observation stand side by side, in the order of their names; uint8 pictures are
-cameras where they are colour or grey (``pictures.as_rgb_rows``). ``terminations`` are the terminals; ``truncations``
+cameras where they are colour or grey (``pictures.rgb_rows``). ``terminations`` are the terminals; ``truncations``
 end an episode without one.
 """
 
@@ -157,4 +157,4 @@ def _is_picture(name: str, part: np.ndarray) -> bool:
 def _as_camera(name: str, part: np.ndarray) -> np.ndarray:
     if pictures.is_depth(name):
         raise PictureError(pictures.DEPTH_BY_NAME)
-    return pictures.as_rgb_rows(part)
+    return pictures.rgb_rows(part)

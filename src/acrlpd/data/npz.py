@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from acrlpd.data.episodes import BadEpisodes, EpisodeStore, HeldEpisodes, check_fps, told_numbers
-from acrlpd.data.pictures import PictureError, as_rgb_rows
+from acrlpd.data.pictures import PictureError, rgb_rows
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.types import Episode
 
@@ -185,7 +185,7 @@ def _observed(path: Path, observations: np.ndarray) -> tuple[np.ndarray, dict[st
     stacked = np.split(observations, num_frames, axis=-1)
     names = [CAMERA] if num_frames == 1 else [f"{CAMERA}_{number}" for number in range(num_frames)]
     try:
-        images = {name: as_rgb_rows(frames) for name, frames in zip(names, stacked, strict=True)}
+        images = {name: rgb_rows(frames) for name, frames in zip(names, stacked, strict=True)}
     except PictureError as error:
         raise ValueError(f"{path}: observations: {error}") from error
     return np.zeros((len(observations), 1), np.float32), images

@@ -69,9 +69,9 @@ def stored(
         return Pictures(encoded, flip) if flip else encoded
     raw = Pictures(rows, flip)
     pictures.rgb_shape(rows.row_shape, rows.dtype)
-    if rows.kind == "f" or 4 in (rows.row_shape[0], rows.row_shape[-1]):  # numbers, or alpha, may say that it is none
+    if rows.kind == "f":  # which are colour if they all lie in 0..1
         for start in range(0, len(rows), BLOCK):
-            pictures.as_rgb_rows(rows.read(start, min(start + BLOCK, len(rows))))
+            pictures.rgb_rows(rows.read(start, min(start + BLOCK, len(rows))))
     return raw
 
 

@@ -371,7 +371,7 @@ class Pictures:
 
     def read(self, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
         try:
-            frames = pictures.as_rgb_rows(self.rows.read(start, stop))
+            frames = pictures.rgb_rows(self.rows.read(start, stop))
         except pictures.PictureError as error:
             raise ValueError(f"{self.path}: {self.label}: rows {start}..{stop}: {error}") from error
         return np.ascontiguousarray(np.flip(frames, tuple(axis + 1 for axis in self.flip)))

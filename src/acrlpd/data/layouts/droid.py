@@ -33,6 +33,7 @@ FPS = 15.0
 STATE_KEYS = ("joint_positions", "gripper_position")
 ACTION_KEYS = ("joint_velocity", "gripper_position")
 NUMBERS = ("action/", "observation/robot_state/")  # where the keys of state and actions lie
+COPY = "action/robot_state/"  # of the state, at the time of the action
 CLOCK = "observation/timestamp/control/step_start"  # ms
 INSTRUCTION = "language_instruction1"
 WRIST = "wrist_image_left"
@@ -89,7 +90,8 @@ class Droid:
     def unused(self, index: int) -> list[str]:
         state, actions = self._labels()
         with Reading(self._folders[index] / FILE) as file:
-            return cameras.unused(file, {*state, *actions}, NUMBERS)
+            found = cameras.unused(file, {*state, *actions}, NUMBERS)
+        return [told for told in found if not told.startswith(COPY)]
 
     def _labels(self) -> tuple[list[str], list[str]]:
         """The keys of state and actions."""

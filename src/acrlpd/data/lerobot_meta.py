@@ -120,13 +120,8 @@ class Meta:
 
     @property
     def cameras(self) -> list[str]:
-        """Features that hold pictures, encoded or as uint8 of three axes."""
-
-        def is_camera(feature: dict[str, Any]) -> bool:
-            raw = feature["dtype"] == "uint8" and len(feature["shape"]) == 3
-            return raw or feature["dtype"] in PICTURES
-
-        return [key for key, feature in self.features.items() if is_camera(feature)]
+        """Features that hold pictures: encoded, uint8 of three axes, or numbers that are called images."""
+        return [key for key, feature in self.features.items() if _is_camera(key, feature)]
 
 
 def read(root: Path) -> Meta:
@@ -198,8 +193,10 @@ def camera_keys(meta: Meta, asked: Sequence[str] | None) -> tuple[dict[str, str]
 
     Beside them, the reason for each camera that is not read. A feature of several axes that is named is a camera, too.
     """
-    there = {*meta.cameras, *(key for key, feature in meta.features.items() if key in (asked or ()) and _axes(feature))}
-    short = {key: _camera_name(key) for key in meta.features if key in there}
+    short = {key: _camera_name(key) for key in meta.features}
+    usual, named = meta.cameras, set(asked or ())
+    raw = [key for key, feature in meta.features.items() if _has_axes(feature) and named & {key, short[key]}]
+    short = {key: name for key, name in short.items() if key in usual or key in raw}
     names = {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
     keys = {name: key for key, name in names.items()}
     wanted = [names.get(name, name) for name in asked or ()]
@@ -216,7 +213,12 @@ def camera_keys(meta: Meta, asked: Sequence[str] | None) -> tuple[dict[str, str]
     )
 
 
-def _axes(feature: Mapping[str, Any]) -> bool:
+def _is_camera(key: str, feature: Mapping[str, Any]) -> bool:
+    raw = (feature["dtype"] == "uint8" and len(feature["shape"]) == 3) or key.startswith(CAMERA_PREFIXES[0])
+    return feature["dtype"] in PICTURES or (raw and _has_axes(feature))
+
+
+def _has_axes(feature: Mapping[str, Any]) -> bool:
     """Whether it may hold pictures as numbers."""
     return is_numeric(feature["dtype"]) and len(feature["shape"]) > 1
 

@@ -390,7 +390,7 @@ class Jpegs:
         """Looks at the first picture; raises ``pictures.PictureError`` unless it is 8-bit colour."""
         if not len(rows):
             return cls(rows, (0, 0, 3), bgr)
-        first = _open_jpeg(rows, 0, rows.read(0, 1)[0])
+        first = _open_jpeg(rows, 0, _cells(rows, 0, 1)[0])
         try:
             pictures.check_colour(first)
         except DAMAGE as error:
@@ -414,7 +414,7 @@ class Jpegs:
 
     def read(self, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
         frames = np.empty((stop - start, *self.row_shape), np.uint8)
-        for frame, (number, row) in zip(frames, enumerate(self.rows.read(start, stop), start), strict=True):
+        for frame, (number, row) in zip(frames, enumerate(_cells(self.rows, start, stop), start), strict=True):
             frame[...] = self._decode(number, row)
         return frames[..., ::-1].copy() if self.bgr else frames
 
@@ -430,6 +430,12 @@ class Jpegs:
                 f"expected {self.row_shape} as in frame 0"
             )
         return frame
+
+
+def _cells(rows: Rows, start: int, stop: int) -> np.ndarray:
+    """The bytes of each picture. Strings of fixed length would lose the zeros at their end, which WebP may need."""
+    cells = rows.read(start, stop)
+    return cells.view(np.dtype((np.void, cells.itemsize))) if cells.dtype.kind == "S" else cells
 
 
 DAMAGE = (OSError, SyntaxError)  # Pillow raises either, and ValueError, for damaged data

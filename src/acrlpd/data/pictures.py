@@ -44,7 +44,8 @@ def check_colour(image: Image.Image) -> None:
 
 def _rawmode(image: Image.Image) -> str:
     """How the file stores its numbers; Pillow's ``mode`` alone takes 16-bit RGB for RGB."""
-    arguments = image.tile[0].args if image.tile else image.mode
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0].args if tiles else image.mode
     return str(arguments[0] if isinstance(arguments, tuple) else arguments)
 
 

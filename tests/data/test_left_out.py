@@ -86,7 +86,7 @@ def make_droid(folder):
     keys |= {f"action/{key}": numbers(width) for key, width in action.items()}
     keys |= {f"observation/camera_type/{serial}": np.zeros(N) for serial in ("11", "22")}
     write(folder / "success/trajectory.h5", keys)
-    told = {"images/22": "a second camera on the wrist, beside 11", "images/wrist_image_left": "not among the cameras"}
+    told = {"images/22": "a second camera on the wrist, beside 11"}
     return folder, told | {
         "action/joint_position": "7 numbers",
         "observation/robot_state/cartesian_position": "6 numbers",

@@ -193,11 +193,7 @@ def camera_keys(meta: Meta, asked: Sequence[str] | None) -> tuple[dict[str, str]
 
     Beside them, the reason for each camera that is not read. A feature of several axes that is named is a camera, too.
     """
-    short = {key: _camera_name(key) for key in meta.features}
-    usual, named = meta.cameras, set(asked or ())
-    raw = [key for key, feature in meta.features.items() if _has_axes(feature) and named & {key, short[key]}]
-    short = {key: name for key, name in short.items() if key in usual or key in raw}
-    names = {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
+    names = _camera_names(meta, set(asked or ()))
     keys = {name: key for key, name in names.items()}
     wanted = [names.get(name, name) for name in asked or ()]
     unknown = [name for name in wanted if name not in keys]
@@ -208,9 +204,18 @@ def camera_keys(meta: Meta, asked: Sequence[str] | None) -> tuple[dict[str, str]
         return {name: key for name, key in keys.items() if name not in depth}, depth
     if refused := [name for name in wanted if name in depth]:
         raise OptionError(f"{meta.info_path}: {refused[0]}: {depth[refused[0]]}. Leave it out of cameras.")
-    return {name: keys[name] for name in wanted}, dict.fromkeys(
-        (name for name in keys if name not in wanted), NOT_CHOSEN
-    )
+    others = [name for name in keys if wanted and name not in wanted]
+    return {name: keys[name] for name in wanted}, dict.fromkeys(others, NOT_CHOSEN)
+
+
+def _camera_names(meta: Meta, asked: Collection[str]) -> dict[str, str]:
+    """The name of each camera, by feature."""
+    short = {
+        key: _camera_name(key)
+        for key, feature in meta.features.items()
+        if _is_camera(key, feature) or (_has_axes(feature) and {key, _camera_name(key)} & set(asked))
+    }
+    return {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
 
 
 def _is_camera(key: str, feature: Mapping[str, Any]) -> bool:

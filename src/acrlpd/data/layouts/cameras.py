@@ -28,7 +28,8 @@ def choose(
 ) -> tuple[dict[str, Found], dict[str, str]]:
     """Open the cameras ``wanted``, by default all that hold 8-bit colour. Keys are ``images/<camera>``.
 
-    Returns what was opened, and the cameras that were not, each with the reason.
+    Returns what was opened, and the cameras that were not, each with the reason. No reason is given to someone who
+    wants no picture at all.
 
     Raises:
         OptionError: there is no such camera, or it holds no 8-bit colour.
@@ -39,9 +40,7 @@ def choose(
             f"{where}: {IMAGE_PREFIX}{missing[0]}: no such camera; the episode has {', '.join(openers) or 'none'}"
         )
     found: dict[str, Found] = {}
-    left_out = {
-        IMAGE_PREFIX + camera: pictures.NOT_CHOSEN for camera in openers if wanted is not None and camera not in wanted
-    }
+    left_out = {IMAGE_PREFIX + camera: pictures.NOT_CHOSEN for camera in openers if wanted and camera not in wanted}
     for camera in openers if wanted is None else wanted:
         try:
             if pictures.is_depth(camera):

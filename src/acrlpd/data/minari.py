@@ -18,6 +18,7 @@ import numpy as np
 from acrlpd.data import pictures
 from acrlpd.data import rewards as reward_labels
 from acrlpd.data.episodes import IMAGE_PREFIX, BadEpisodes, EpisodeStore, HeldEpisodes, check_fps, told_numbers
+from acrlpd.data.layouts import columns
 from acrlpd.data.pictures import PictureError
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.types import Episode
@@ -74,10 +75,16 @@ def _opened(dataset: str) -> Any:
     except ImportError as error:
         raise ImportError(f"{dataset}: reading Minari datasets needs minari: pip install 'acrlpd[minari]'") from error
     if dataset.startswith(PREFIX):
-        return minari.load_dataset(dataset.removeprefix(PREFIX))
-    path = Path(dataset)
-    folder = path.parent if path.is_file() else path
-    return minari.MinariDataset(folder / "data" if (folder / "data").is_dir() else folder)
+        found = minari.load_dataset(dataset.removeprefix(PREFIX))
+        folder = Path(found.storage.data_path)
+    else:
+        path = Path(dataset)
+        folder = path.parent if path.is_file() else path
+        folder = folder / "data" if (folder / "data").is_dir() else folder
+        found = minari.MinariDataset(folder)
+    for file in sorted(folder.glob("*.hdf5")):
+        columns.check_all_stored(file)
+    return found
 
 
 def _episode(

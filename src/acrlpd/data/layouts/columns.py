@@ -163,6 +163,17 @@ def dataset(where: str, group: h5py.Group, label: str) -> h5py.Dataset:
     return found
 
 
+def check_all_stored(path: Path) -> None:
+    """Check all datasets of a file that another library is going to read."""
+
+    def check(name: str, item: h5py.Dataset | h5py.Group) -> None:
+        if isinstance(item, h5py.Dataset):
+            _check_is_stored(f"{path}: {name}", item)
+
+    with Reading(path) as file:
+        file.visititems(check)
+
+
 def _check_is_stored(where: str, data: h5py.Dataset) -> None:
     """Raise where the HDF5 library would hand out fill values, such as zeros, in place of numbers."""
     if data.external:

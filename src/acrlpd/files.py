@@ -146,13 +146,14 @@ def parse_json(text: str | bytes, where: str, kind: type = dict, *, allow_nan: b
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, what the hooks refuse; too many brackets
         raise ValueError(f"{where}: expected JSON, found {error}") from error
     if not isinstance(content, kind):
-        told = {dict: "a JSON object", list: "a JSON list"}.get(kind, kind.__name__)
+        kinds: dict[Any, str] = {dict: "a JSON object", list: "a JSON list"}
+        told = kinds.get(kind, kind.__name__)
         raise ValueError(f"{where}: expected {told}, found {_told_kind(content)}")
     return content
 
 
 def _told_kind(content: object) -> str:
-    kinds: dict[type, str] = {dict: "object", list: "list", str: "text", bool: "true or false", type(None): "null"}
+    kinds: dict[Any, str] = {dict: "object", list: "list", str: "text", bool: "true or false", type(None): "null"}
     return kinds.get(type(content), "number")
 
 

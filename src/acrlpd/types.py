@@ -68,10 +68,10 @@ class Episode:
     rewards: Float[np.ndarray, " t"]
     terminals: Bool[np.ndarray, " t"]  # true where the task ended; a time limit leaves it false
     task: str  # the instruction, of its first step
-    task_changes: tuple[tuple[int, str], ...] = ()  # where it changes inside: each later one, behind its first step
     images: dict[str, UInt8[np.ndarray, "t _ _ 3"]] = dataclasses.field(default_factory=dict)
     success: bool | None = None  # None: nobody knows
     source: str = ""  # the file (and group) it came from, for messages
+    task_changes: tuple[tuple[int, str], ...] = ()  # where it changes inside: each later one, behind its first step
 
     def __len__(self) -> int:
         return len(self.actions)

@@ -69,7 +69,7 @@ def test_a_name_of_robomimics_is_no_text(tmp_path):
 def own(folder, *tasks, changes=()):
     for number, task in enumerate(tasks):
         rows = np.random.default_rng(number).normal(size=(STEPS, 2)).astype(np.float32)
-        episode = Episode(rows, rows, rows[:, 0], np.zeros(STEPS, bool), task, changes, success=True)
+        episode = Episode(rows, rows, rows[:, 0], np.zeros(STEPS, bool), task, success=True, task_changes=changes)
         hdf5.write_episode(hdf5.episode_path(folder, number), episode, {"fps": 10})
     return folder
 

@@ -3,6 +3,7 @@
 import sys
 import types
 
+import h5py
 import numpy as np
 import pytest
 
@@ -30,6 +31,7 @@ def episode(number, length, *, terminated):
 
 class StandIn(list):
     total_episodes = 2
+    storage = types.SimpleNamespace(data_path="/nowhere")
 
     def iterate_episodes(self):
         return iter(self)
@@ -106,3 +108,13 @@ def test_dense_rewards_keep_their_numbers_and_the_terminations(library):
     found = sources.open_episodes("minari:a/b-v0", rewards=RewardConfig(convention="as_stored"))
     assert [found.episode(index).rewards.max() for index in range(2)] == [1.5, 2.5]
     assert [found.episode(index).terminals.tolist() for index in range(2)] == [[False] * 3 + [True], [False] * 6]
+
+
+def test_numbers_that_are_not_there_are_an_error(library, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/metadata.json").write_text("{}")
+    with h5py.File(tmp_path / "data/main_data.hdf5", "w") as file:
+        file["episode_0/actions"] = np.zeros((4, 2))
+        file.create_dataset("episode_0/rewards", (4,), float)
+    with pytest.raises(ValueError, match=r"main_data\.hdf5: episode_0/rewards: its 4 rows were never written"):
+        sources.open_episodes(tmp_path)

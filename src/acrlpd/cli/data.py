@@ -200,6 +200,7 @@ def _table(path: str, contents: Contents) -> list[str]:
         f"success   {success}{f', unknown in {unknown}' if unknown else ''}",
         f"rewards   {low:g} to {high:g}",
         f"cameras   {cameras or 'none'}",
+        f"not read  {', '.join(contents.left_out) or 'nothing'}",
         f"tasks     {len(contents.tasks)}",
         *tasks,
         *more,

@@ -102,6 +102,19 @@ class EpisodeSource(Protocol):
         ...
 
 
+def check_is_read(where: str, key: str, left_out: Iterable[str]) -> None:
+    """Raise for a key that a reader has left out; ``left_out`` has its key and, in brackets, its reason."""
+    for told in left_out:
+        if told.startswith(f"{key} ("):
+            raise ValueError(f"{where}: this key is left out: {told}")
+
+
+def told_numbers(shape: Sequence[int]) -> str:
+    """The numbers that a key has for each step, in words."""
+    size = "x".join(map(str, shape)) or "1"
+    return f"{size} number{'' if size == '1' else 's'}"
+
+
 class BadEpisodes:
     """What a reader does with episodes that cannot be used: it stops at the first, or leaves them out with a warning.
 

@@ -29,6 +29,7 @@ from acrlpd.data.episodes import (
     BadEpisodes,
     EpisodeInfo,
     check_alike,
+    check_is_read,
     usual_features,
 )
 from acrlpd.data.frame_cache import FrameCache, FrameOrigin
@@ -150,6 +151,7 @@ class H5DatasetReader:
         self.format: str = facts["layout"]
         self.fps: float | None = facts["fps"]  # None: nobody said
         self.skipped = [tuple(entry) for entry in facts["skipped"]]  # source and reason of each episode left out
+        self.left_out: list[str] = facts["left_out"]  # what is there and not read, each with a reason or its size
         self.indices = tuple(opened["indices"].tolist())  # of each episode, its place before any was skipped
         self.lengths = opened["lengths"]
         self._facts = facts
@@ -213,6 +215,7 @@ class H5DatasetReader:
         columns = self._columns(index)
         if key not in columns:
             source = self.info(index).source
+            check_is_read(source, key, self.left_out)
             raise KeyError(f"{source}: no key {key!r}; it has {', '.join(columns)}, rewards, terminals")
         if self._frame_cache is None or not key.startswith(IMAGE_PREFIX):
             return columns[key].read(start, stop)
@@ -293,6 +296,7 @@ def _find_out(
         "layout": layout.name,
         "fps": layout.fps,
         "skipped": bad.skipped,
+        "left_out": _left_out(layout, {index: episode.record for index, episode in episodes.items()}),
         "tasks": list(tasks),
         "sources": [info.source for info in infos],
         "task_changes": [(index, info.task_changes) for index, info in enumerate(infos) if info.task_changes],
@@ -315,6 +319,12 @@ def _find_out(
         "columns": np.frombuffer(b"".join(columns), np.uint8),
         "column_ends": np.cumsum([len(text) for text in columns]),
     }
+
+
+def _left_out(layout: Layout, records: Mapping[int, Record]) -> list[str]:
+    """The cameras that some episode has and are not read, and the first episode's other keys."""
+    cameras = [f"{camera} ({why})" for record in records.values() for camera, why in record.left_out.items()]
+    return [*dict.fromkeys(cameras), *layout.unused(next(iter(records)))]
 
 
 def _scan(layout: Layout, bad: BadEpisodes, *, check_images: bool, num_workers: int) -> dict[int, Record]:
@@ -397,6 +407,8 @@ def _alike(layout: Layout, records: dict[int, Record], bad: BadEpisodes) -> dict
     alike = {}
     for index, record in records.items():
         with bad.guard(layout.sources[index]):
+            for camera in record.left_out.keys() & usual.keys():
+                raise ValueError(f"{layout.sources[index]}: {camera}: {record.left_out[camera]}")
             check_alike(features, index, usual, layout.sources.__getitem__, _described)
             alike[index] = record
     return alike

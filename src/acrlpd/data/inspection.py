@@ -51,6 +51,7 @@ class Contents:
     lengths: tuple[int, float, int]  # least, mean, most
     tasks: dict[str, int]  # episodes of each; one in which the task changes counts under all it has
     cameras: dict[str, tuple[int, int]]  # height, width
+    left_out: list[str]  # what is there and not read, with the reason or the size
     state: Range
     actions: Range
     successes: int
@@ -190,6 +191,7 @@ def _contents(dataset: Dataset, numbers: dict[str, _Dimensions]) -> Contents:
             collections.Counter(text for info in infos for text in {text for _, text in task_runs(info)}).most_common()
         ),
         cameras={camera: (shape[1], shape[2]) for camera, shape in shapes.items()},
+        left_out=dataset.left_out,
         state=numbers["state"].range,
         actions=numbers["actions"].range,
         successes=success[True],

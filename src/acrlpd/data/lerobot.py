@@ -1,7 +1,8 @@
 """LeRobot datasets, v2.0, v2.1 and v3.0, read from their files: an ``EpisodeSource``.
 
 Numbers come from parquet columns, pictures from embedded images or from videos by presentation time. Opening a dataset
-reads the low-dimensional columns of all its episodes once, to check them; no picture is read until it is asked for.
+reads the low-dimensional columns of all its episodes once, to check them, and looks at one picture of each camera (of a
+video: at its header) to see that it is 8-bit colour; no other picture is read until it is asked for.
 Row t of ``next.reward``, ``next.success`` holds what followed from the action of row t. ``next.done`` is not used: an
 episode ends where its rows end.
 """
@@ -30,7 +31,9 @@ from acrlpd.data.episodes import (
     KNOWN_SUCCESS,
     BadEpisodes,
     EpisodeInfo,
+    OptionError,
     check_alike,
+    check_is_read,
     first_text,
     usual_features,
 )
@@ -39,6 +42,7 @@ from acrlpd.data.lerobot_meta import REQUIRED, TASK_INDEX, TIMESTAMP, EpisodeRow
 from acrlpd.data.mapped import MappedRows, map_rows
 from acrlpd.data.metadata_cache import Arrays, MetadataCache, pack, unpack
 from acrlpd.data.parquet import DataError, ParquetReader
+from acrlpd.data.pictures import PictureError
 from acrlpd.data.rewards import RewardConfig, are_known, believes_terminals, label, success_of, success_reward
 from acrlpd.files import inside
 from acrlpd.types import Episode
@@ -46,6 +50,7 @@ from acrlpd.types import Episode
 REWARD, SUCCESS = "next.reward", "next.success"
 TERMINAL = "next.terminal"  # where the task ended; only sets that acrlpd wrote have it
 FULL_CHECK_BLOCK = 64  # frames
+LOOKED_AT = 3  # episodes tried to find out what kind of pictures a camera has
 READERS = 8  # threads that read parquet files
 TOLERANCE_S = 1e-4  # as the lerobot library has it
 
@@ -84,7 +89,8 @@ class LeRobotSource:
             take as index; ``numbers`` has the stored ones.
         state_keys, action_keys: columns that, one behind the other, make the state and the actions; None looks for the
             usual ones.
-        cameras: names without ``observation.images.``; None takes all, and an empty list opens no picture.
+        cameras: names without ``observation.images.``; None takes all that hold 8-bit colour (no depth), and an empty
+            list opens no picture.
         default_task: the instruction of frames whose task has an empty text.
         rewards: None leaves rewards as they are stored, and 0 where none are: good for imitation only.
         on_bad_episode: ``"skip"`` leaves broken episodes out, with a warning that says which and why; ``skipped`` keeps
@@ -119,7 +125,8 @@ class LeRobotSource:
         self.meta = lerobot_meta.read(folder)
         self.state_keys = lerobot_meta.state_keys(self.meta, state_keys)
         self.action_keys = lerobot_meta.action_keys(self.meta, action_keys)
-        self._camera_keys = lerobot_meta.camera_keys(self.meta, cameras)
+        self._camera_keys, unread = lerobot_meta.camera_keys(self.meta, cameras)
+        self._asked_for_cameras = cameras is not None
         self._default_task = default_task
         self._rewards = rewards
         self._tolerance_s = tolerance_s
@@ -139,10 +146,23 @@ class LeRobotSource:
             return self._find_out(selected, BadEpisodes(on_bad_episode), check_images=check_images)
 
         numbers = [row.number for row in selected] if episodes is not None else None
-        asked = (self._columns, self._camera_keys, numbers, rewards, on_bad_episode, check_images, tolerance_s)
+        asked = (
+            self._columns,
+            self._camera_keys,
+            cameras is None,
+            numbers,
+            rewards,
+            on_bad_episode,
+            check_images,
+            tolerance_s,
+        )
         opened = metadata_cache.get(folder, asked, find_out) if metadata_cache else find_out()
         facts = unpack(opened["facts"])
         self.skipped = [tuple(entry) for entry in facts["skipped"]]  # name and fault of each episode left out
+        self._camera_keys = {name: key for name, key in self._camera_keys.items() if name not in facts["unread"]}
+        used = (*self.state_keys, *self.action_keys, *self.meta.cameras)
+        self.left_out = [f"{IMAGE_PREFIX}{name} ({why})" for name, why in (unread | facts["unread"]).items()]
+        self.left_out += lerobot_meta.unused(self.meta, used)  # what is there and not read
         self._threshold: float | None = facts["threshold"]
         self._rewards_are_known: bool = facts["rewards_are_known"]
         self._sizes = {key: (height, width) for key, (height, width) in facts["sizes"].items()}
@@ -222,6 +242,8 @@ class LeRobotSource:
         names = {stored: name for name, stored in self._camera_keys.items()}
         if key in names:
             return self._frames(facts, names[key], start, stop)
+        if key.startswith(IMAGE_PREFIX):
+            check_is_read(_where(facts.row), key, self.left_out)
         return np.array(self._rows(facts, key)[start:stop])
 
     def mapped(self) -> dict[str, MappedRows]:
@@ -318,6 +340,8 @@ class LeRobotSource:
         """All that is remembered of the episodes that can be used."""
         good: list[_Checked] = []
         usable = []
+        unread = self._not_colour(rows)
+        self._camera_keys = {name: key for name, key in self._camera_keys.items() if name not in unread}
         with contextlib.closing(self._checked(rows)) as outcomes:
             for row, outcome in zip(rows, outcomes, strict=True):
                 with bad.guard(_name(row)):
@@ -347,7 +371,7 @@ class LeRobotSource:
         return {
             "facts": pack(
                 {"skipped": bad.skipped, "threshold": threshold, "sizes": self._sizes}
-                | {"rewards_are_known": self._rewards_are_known, "task_changes": changes}
+                | {"rewards_are_known": self._rewards_are_known, "task_changes": changes, "unread": unread}
             ),
             "numbers": np.array([checked.row.number for checked, _ in usable]),
             "firsts": np.array([checked.first for checked, _ in usable]),
@@ -388,6 +412,36 @@ class LeRobotSource:
     def _video_keys(self) -> list[str]:
         """The features of the cameras that are stored as videos."""
         return [key for key in self._camera_keys.values() if self.meta.features[key]["dtype"] == "video"]
+
+    def _not_colour(self, rows: Sequence[EpisodeRow]) -> dict[str, str]:
+        """Why some cameras are not read: the first picture of each, or the header of its video, is no 8-bit colour.
+
+        Raises:
+            OptionError: the user asked for such a camera.
+        """
+        reasons = {}
+        for name, key in self._camera_keys.items():
+            try:
+                self._look_at_first(rows, key)
+            except PictureError as error:
+                if self._asked_for_cameras:
+                    raise OptionError(f"{self.meta.root}: {key}: {error}. Leave it out of cameras.") from error
+                reasons[name] = str(error)
+        return reasons
+
+    def _look_at_first(self, rows: Sequence[EpisodeRow], key: str) -> None:
+        """Raises ``PictureError`` for the first picture that can be looked at."""
+        for row in rows[:LOOKED_AT]:
+            try:
+                if key in row.videos:
+                    video.check_colour(row.videos[key].path)
+                else:
+                    checks.check_colour(self._parquet.cell(row.file, key, 0))
+                return
+            except PictureError:
+                raise
+            except (DataError, video.VideoError, ImportError):  # told when the episode, or its picture, is read
+                continue
 
     def _with_usual_pictures(self, found: Sequence[_Checked], bad: BadEpisodes) -> list[_Checked]:
         """The episodes whose pictures have the size that most of them have, which is kept."""

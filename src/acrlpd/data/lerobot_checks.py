@@ -12,8 +12,12 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from acrlpd import files
+from acrlpd.data import pictures
 from acrlpd.data.lerobot_meta import INDEX, TIMESTAMP, EpisodeRow, is_numeric
 from acrlpd.data.parquet import DataError
+from acrlpd.data.pictures import PictureError
+
+Cell = Mapping[str, Any] | bytes | np.ndarray | None  # ``{bytes, path}`` or bytes of a PNG or JPEG, or raw pixels
 
 DAMAGE = (OSError, SyntaxError, ValueError, struct.error)  # Pillow raises each of them for damaged files
 
@@ -108,36 +112,58 @@ def check_start(rows: dict[str, np.ndarray], tolerance_s: float) -> None:
         )
 
 
-def decode_images(
-    cells: Sequence[Mapping[str, Any] | None], first: int, size: tuple[int, int]
-) -> UInt8[np.ndarray, "t h w 3"]:
-    """The pictures in cells ``{bytes, path}``, as RGB, all of ``size`` (height, width); ``first`` is the number of the
-    first frame."""
-    pictures = np.empty((len(cells), *size, 3), np.uint8)
-    for frame, (cell, picture) in enumerate(zip(cells, pictures, strict=True), start=first):
-        with _opened_image(cell, frame) as image:
-            _check_size(image, frame, size)
-            picture[:] = np.asarray(image.convert("RGB"))
-    return pictures
+def decode_images(cells: Sequence[Cell], first: int, size: tuple[int, int]) -> UInt8[np.ndarray, "t h w 3"]:
+    """The pictures in cells, as RGB, all of ``size`` (height, width); ``first`` is the number of the first frame."""
+    frames = np.empty((len(cells), *size, 3), np.uint8)
+    for frame, (cell, picture) in enumerate(zip(cells, frames, strict=True), start=first):
+        _check_size(_size(cell, frame), frame, size)
+        try:
+            picture[:] = _decoded(cell, frame)
+        except PictureError as error:
+            raise DataError(f"frame {frame}: {error}") from error
+    return frames
 
 
-def check_image(cell: Mapping[str, Any] | None, frame: int, size: tuple[int, int]) -> None:
-    """Whether a picture is there and has this size (height, width), from its header."""
+def _decoded(cell: Cell, frame: int) -> UInt8[np.ndarray, "h w 3"]:
+    if isinstance(cell, np.ndarray):
+        return pictures.rgb_rows(cell[None])[0]
     with _opened_image(cell, frame) as image:
-        _check_size(image, frame, size)
+        return pictures.decoded(image)
 
 
-def _check_size(image: Image.Image, frame: int, size: tuple[int, int]) -> None:
-    found = (image.height, image.width)
+def check_image(cell: Cell, frame: int, size: tuple[int, int]) -> None:
+    """Whether a picture is there and has this size (height, width), from its header."""
+    _check_size(_size(cell, frame), frame, size)
+
+
+def check_colour(cell: Cell) -> None:
+    """Raise ``PictureError`` unless an episode's first picture is 8-bit colour."""
+    if isinstance(cell, np.ndarray):
+        pictures.rgb_rows(cell[None])
+        return
+    with _opened_image(cell, 0) as image:
+        pictures.check_colour(image)
+
+
+def _check_size(found: tuple[int, int], frame: int, size: tuple[int, int]) -> None:
     if found != size:
         raise DataError(
             f"frame {frame}: expected {told_size(size)}, as most episodes have it, found {told_size(found)}"
         )
 
 
-def image_size(cell: Mapping[str, Any] | None) -> tuple[int, int]:
+def image_size(cell: Cell) -> tuple[int, int]:
     """Height and width of the picture in an episode's first cell, from its header."""
-    with _opened_image(cell, 0) as image:
+    return _size(cell, 0)
+
+
+def _size(cell: Cell, frame: int) -> tuple[int, int]:
+    if isinstance(cell, np.ndarray):
+        try:
+            return pictures.rgb_shape(cell.shape, cell.dtype)[:2]
+        except PictureError as error:
+            raise DataError(f"frame {frame}: {error}") from error
+    with _opened_image(cell, frame) as image:
         return image.height, image.width
 
 
@@ -146,8 +172,9 @@ def told_size(size: Sequence[int] | None) -> str:
 
 
 @contextmanager
-def _opened_image(cell: Mapping[str, Any] | None, frame: int) -> Iterator[Image.Image]:
+def _opened_image(cell: Mapping[str, Any] | bytes | None, frame: int) -> Iterator[Image.Image]:
     """Damage becomes an error that names the frame."""
+    cell = {"bytes": cell} if isinstance(cell, bytes) else cell
     if not isinstance(cell, Mapping | None):
         raise DataError(f"frame {frame}: expected a cell with bytes and path, found {type(cell).__name__}")
     content = (cell or {}).get("bytes")
@@ -156,7 +183,9 @@ def _opened_image(cell: Mapping[str, Any] | None, frame: int) -> Iterator[Image.
     try:
         with files.open_picture(content) as image:
             yield image
-    except DataError:
+    except (DataError, PictureError):
         raise
     except DAMAGE as error:
-        raise DataError(f"frame {frame}: the embedded image does not decode ({error})") from error
+        raise DataError(
+            f"frame {frame}: the embedded image does not decode: expected a PNG or JPEG ({error})"
+        ) from error

@@ -15,15 +15,16 @@ import re
 import reprlib
 import string
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from acrlpd import files
-from acrlpd.data.episodes import OptionError
+from acrlpd.data.episodes import OptionError, told_numbers
 from acrlpd.data.parquet import checked, import_pyarrow
+from acrlpd.data.pictures import DEPTH_BY_NAME, NOT_CHOSEN, is_depth
 
 PICTURES = ("image", "video")  # dtypes of cameras
 DEFAULT_CHUNKS_SIZE = 1000
@@ -123,7 +124,8 @@ class Meta:
 
     @property
     def cameras(self) -> list[str]:
-        return [key for key, feature in self.features.items() if feature["dtype"] in PICTURES]
+        """Features that hold pictures: encoded, uint8 of three axes, or numbers that are called images."""
+        return [key for key, feature in self.features.items() if _is_camera(key, feature)]
 
 
 def read(root: Path) -> Meta:
@@ -192,15 +194,61 @@ def _numeric(meta: Meta, name: str, keys: Sequence[str], error: type[ValueError]
     return tuple(keys)
 
 
-def camera_keys(meta: Meta, asked: Sequence[str] | None) -> dict[str, str]:
-    """Feature by the camera's name: without prefix, unless two cameras would then have the same name."""
-    short = {key: _camera_name(key) for key in meta.cameras}
-    names = {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
+def camera_keys(meta: Meta, asked: Sequence[str] | None) -> tuple[dict[str, str], dict[str, str]]:
+    """Feature by the camera's name: without prefix, unless two cameras would then have the same name.
+
+    Beside them, the reason for each camera that is not read. A feature of several axes that is named is a camera, too.
+    """
+    names = _camera_names(meta, set(asked or ()))
     keys = {name: key for key, name in names.items()}
-    unknown = [name for name in asked or () if name not in keys]
+    wanted = [names.get(name, name) for name in asked or ()]
+    unknown = [name for name in wanted if name not in keys]
     if unknown:
         raise OptionError(f"{meta.info_path}: no camera {', '.join(unknown)}; the cameras are {', '.join(keys)}")
-    return keys if asked is None else {name: keys[name] for name in asked}
+    depth = {name: why for name, key in keys.items() if (why := _depth(key, meta.features[key]))}
+    if asked is None:
+        return {name: key for name, key in keys.items() if name not in depth}, depth
+    if refused := [name for name in wanted if name in depth]:
+        raise OptionError(f"{meta.info_path}: {refused[0]}: {depth[refused[0]]}. Leave it out of cameras.")
+    others = [name for name in keys if wanted and name not in wanted]
+    return {name: keys[name] for name in wanted}, dict.fromkeys(others, NOT_CHOSEN)
+
+
+def _camera_names(meta: Meta, asked: Collection[str]) -> dict[str, str]:
+    """The name of each camera, by feature."""
+    short = {
+        key: _camera_name(key)
+        for key, feature in meta.features.items()
+        if _is_camera(key, feature) or (_has_axes(feature) and {key, _camera_name(key)} & set(asked))
+    }
+    return {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
+
+
+def _is_camera(key: str, feature: Mapping[str, Any]) -> bool:
+    raw = (feature["dtype"] == "uint8" and len(feature["shape"]) == 3) or key.startswith(CAMERA_PREFIXES[0])
+    return feature["dtype"] in PICTURES or (raw and _has_axes(feature))
+
+
+def _has_axes(feature: Mapping[str, Any]) -> bool:
+    """Whether it may hold pictures as numbers."""
+    return is_numeric(feature["dtype"]) and len(feature["shape"]) > 1
+
+
+def _depth(key: str, feature: Mapping[str, Any]) -> str | None:
+    """Why a camera is a depth camera, which its declaration or its name says; None: it is none."""
+    about = [feature, *(found for name in ("info", "video_info") if isinstance(found := feature.get(name), dict))]
+    if any(value for each in about for name, value in each.items() if name.rpartition(".")[2] == "is_depth_map"):
+        return "it is declared as a depth camera (is_depth_map)"
+    return DEPTH_BY_NAME if is_depth(key) else None
+
+
+def unused(meta: Meta, used: Collection[str]) -> list[str]:
+    """Describe the numeric features that are of the kind of state and actions, and are not used."""
+    return [
+        f"{key} ({told_numbers(feature['shape'])})"
+        for key, feature in meta.features.items()
+        if meta.numeric(key) and key not in (*used, *REQUIRED) and not key.startswith("next.")
+    ]
 
 
 def _camera_name(key: str) -> str:

@@ -112,7 +112,7 @@ def map_rows(episodes: Iterable[Mapping[str, Column | None]], lengths: Int[np.nd
 
 def _plain_parts(column: Column | None) -> tuple[StoredRows, ...] | None:
     """The data sets that a column consists of, if they are all there is to it."""
-    if isinstance(column, Pictures) and not column.flip:
+    if isinstance(column, Pictures) and column.is_plain:
         column = column.rows
     parts = column.parts if isinstance(column, Joined) else (column,)
     plain = tuple(part for part in parts if isinstance(part, StoredRows) and part.is_aligned)

@@ -1,8 +1,9 @@
 """Minari datasets, read by the ``minari`` library: an ``EpisodeSource`` in memory.
 
 The library stores one observation more than actions: row t pairs observation t with action t, and the last observation
-is left out. Numbers of a dictionary observation stand side by side, in the order of their names; uint8 pictures
-[h w 3] are cameras. ``terminations`` are the terminals; ``truncations`` end an episode without one.
+is left out. Numbers of a dictionary observation stand side by side, in the order of their names; uint8 pictures are
+cameras where they are colour or grey (``pictures.rgb_rows``). ``terminations`` are the terminals; ``truncations``
+end an episode without one.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any, Literal
 import numpy as np
 
 from acrlpd import files
+from acrlpd.data import pictures
 from acrlpd.data import rewards as reward_labels
-from acrlpd.data.episodes import BadEpisodes, EpisodeStore, HeldEpisodes, check_fps
+from acrlpd.data.episodes import IMAGE_PREFIX, BadEpisodes, EpisodeStore, HeldEpisodes, check_fps, told_numbers
 from acrlpd.data.layouts.columns import Reading, check_inside
+from acrlpd.data.pictures import PictureError
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.types import Episode
 
@@ -53,13 +56,16 @@ class MinariSource(HeldEpisodes):
         found = _opened(str(dataset))
         bad = BadEpisodes(on_bad_episode)
         self._store = EpisodeStore()
+        left_out: dict[str, str] = {}
         threshold = reward_labels.success_reward(rewards, [np.asarray(episode.rewards) for episode in found])
         for episode in found.iterate_episodes():
             source = f"{dataset}: episode {episode.id}"
             with bad.guard(source):
                 self._store.append(_episode(episode, source, state_keys, rewards, threshold, default_task))
+                left_out |= _readable(episode, state_keys)[1]
         bad.report(str(dataset), int(found.total_episodes))
         self.skipped = bad.skipped
+        self.left_out = [f"{key} ({why})" for key, why in left_out.items()]
 
     format = "minari"
 
@@ -70,7 +76,10 @@ def _opened(dataset: str) -> Any:
     except ImportError as error:
         raise ImportError(f"{dataset}: reading Minari datasets needs minari: pip install 'acrlpd[minari]'") from error
     if dataset.startswith(PREFIX):
-        return minari.load_dataset(dataset.removeprefix(PREFIX))
+        found = minari.load_dataset(dataset.removeprefix(PREFIX))
+        if (folder := Path(found.storage.data_path)).is_dir():
+            _check_files(folder)
+        return found
     path = Path(dataset)
     folder = path.parent if path.is_file() else path
     folder = folder / "data" if (folder / "data").is_dir() else folder
@@ -98,12 +107,13 @@ def _episode(
     task: str,
 ) -> Episode:
     length = len(found.actions)
-    parts = dict(_parts(found.observations))
-    images = {name: part[:length] for name, part in parts.items() if _is_picture(part)}
+    parts, _ = _readable(found, state_keys)
+    images = {name: part[:length] for name, part in parts.items() if name not in (state_keys or ()) and part.ndim == 4}
     names = sorted(name for name in parts if name not in images) if state_keys is None else list(state_keys)
     unknown = [name for name in names if name not in parts]
     if unknown or not names:
-        raise ValueError(f"{source}: state: {unknown or 'no numbers'} among the observations {', '.join(parts)}")
+        there = dict(_parts(found.observations))
+        raise ValueError(f"{source}: state: {unknown or 'no numbers'} among the observations {', '.join(there)}")
     if isinstance(found.actions, Mapping | tuple):
         raise ValueError(f"{source}: actions: expected one array, found {type(found.actions).__name__}")
     stored = np.asarray(found.rewards, np.float32)
@@ -139,5 +149,30 @@ def _parts(observations: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarra
         yield from _parts(part, f"{prefix}/{name}" if prefix else name)
 
 
-def _is_picture(part: np.ndarray) -> bool:
-    return part.dtype == np.uint8 and part.ndim == 4 and part.shape[-1] == 3
+def _readable(found: Any, state_keys: Sequence[str] | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The parts of an episode's observations that are read, pictures as RGB, and those that are not, with a reason."""
+    readable, left_out = {}, {}
+    for name, part in _parts(found.observations):
+        if _is_picture(name, part) and name not in (state_keys or ()):
+            try:
+                readable[name] = _as_camera(name, part)
+            except PictureError as error:
+                left_out[IMAGE_PREFIX + name] = str(error)
+        elif state_keys is None or name in state_keys:
+            readable[name] = part
+        else:
+            left_out[name] = told_numbers(part.shape[1:])
+    for name, part in _parts(found.infos or {}, "infos"):
+        if part.dtype.kind in "fiub" and name != "infos/success":
+            left_out[name] = told_numbers(part.shape[1:])
+    return readable, left_out
+
+
+def _is_picture(name: str, part: np.ndarray) -> bool:
+    return part.ndim >= 3 and (part.dtype == np.uint8 or pictures.is_depth(name))
+
+
+def _as_camera(name: str, part: np.ndarray) -> np.ndarray:
+    if pictures.is_depth(name):
+        raise PictureError(pictures.DEPTH_BY_NAME)
+    return pictures.rgb_rows(part)

@@ -2,6 +2,10 @@
 
     observations (R, s)   actions (R, a)   terminals (R,)   qpos (R, q)   button_states (R, buttons), some
 
+The visual sets have pictures as observations, uint8 (R, h, w, 3), and no numbers: they become the camera
+``front_pixels``, and the state is one number that is always 0. Stacked frames (R, h, w, 3 k) become k cameras in the
+order of their channels, ``front_pixels_0`` and so on.
+
 ``terminals`` flags the last row of each trajectory, whatever the reason. That row is dropped, as OGBench does: nothing
 in the file follows its action. ``qpos`` is the simulator's state before the action of its row.
 
@@ -21,10 +25,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from acrlpd import files
-from acrlpd.data.episodes import BadEpisodes, EpisodeStore, HeldEpisodes, check_fps
+from acrlpd.data.episodes import BadEpisodes, EpisodeStore, HeldEpisodes, check_fps, told_numbers
+from acrlpd.data.pictures import PictureError, rgb_rows
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.types import Episode
 
+CAMERA = "front_pixels"  # which OGBench's simulators call it, too
 CLIP = 1e-5  # how far OGBench's loader keeps actions from -1 and 1
 CUBE_TOLERANCE = 0.04  # m
 FIRST_CUBE, CUBE_WIDTH = 14, 7  # of qpos: position and quaternion of each cube, after the arm and the gripper
@@ -101,7 +107,8 @@ class NpzReader(HeldEpisodes):
         self.fps = check_fps(fps)
         arrays = _load(self.path)
         labels, done = _relabelled(self.path, arrays, goal, rewards)
-        state, actions = arrays["observations"], arrays["actions"]
+        state, images = _observed(self.path, arrays["observations"])
+        actions = arrays["actions"]
         actions = _clipped(actions) if clip_actions else actions
         bad = BadEpisodes(on_bad_episode)
         self._store = EpisodeStore()
@@ -118,12 +125,19 @@ class NpzReader(HeldEpisodes):
                         labels[rows],
                         done[rows],
                         default_task,
+                        images={name: frames[rows] for name, frames in images.items()},
                         success=bool(done[rows].any()) if goal is not None else None,
                         source=source,
                     )
                 )
         bad.report(str(self.path), len(last_rows))
         self.skipped = bad.skipped
+        used = ("observations", "actions", "terminals", _needed(goal))
+        self.left_out = [
+            f"{key} ({told_numbers(array.shape[1:])})"
+            for key, array in arrays.items()
+            if key not in used and array.ndim and array.dtype.kind in "fiub"
+        ]
 
     format = "ogbench"
 
@@ -142,7 +156,8 @@ def _load(path: Path) -> dict[str, np.ndarray]:
     for key, rank in {"observations": 2, "actions": 2, "terminals": 1}.items():
         if key not in arrays:
             raise ValueError(f"{path}: {key}: expected an array of that name, found {files.listed(arrays) or 'none'}")
-        if arrays[key].ndim != rank or arrays[key].dtype.kind not in "fiub":
+        pictures = key == "observations" and arrays[key].ndim == 4
+        if (arrays[key].ndim != rank and not pictures) or arrays[key].dtype.kind not in "fiub":
             found = f"{arrays[key].dtype} {arrays[key].shape}"
             raise ValueError(f"{path}: {key}: expected numbers with {rank} axes, found {found}")
     rows = len(arrays["observations"])
@@ -155,6 +170,32 @@ def _load(path: Path) -> dict[str, np.ndarray]:
             "not. The file was cut, or is not in OGBench's format."
         )
     return arrays
+
+
+def _observed(path: Path, observations: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The state and the pictures of every row."""
+    if observations.ndim == 2:
+        return observations, {}
+    num_frames = _num_frames(observations.shape[1:])
+    stacked = np.split(observations, num_frames, axis=-1)
+    names = [CAMERA] if num_frames == 1 else [f"{CAMERA}_{number}" for number in range(num_frames)]
+    try:
+        images = {name: rgb_rows(frames) for name, frames in zip(names, stacked, strict=True)}
+    except PictureError as error:
+        raise ValueError(f"{path}: observations: {error}") from error
+    return np.zeros((len(observations), 1), np.float32), images
+
+
+def _num_frames(shape: tuple[int, ...]) -> int:
+    """How many pictures of three channels lie one behind the other in one of this shape."""
+    height, width, channels = shape
+    stacked = channels % 3 == 0 and channels < min(height, width)
+    return channels // 3 if stacked else 1
+
+
+def _needed(goal: Goal | None) -> str | None:
+    """The array that a goal of ours looks at."""
+    return "qpos" if isinstance(goal, CubeGoal) else "button_states" if isinstance(goal, ButtonGoal) else None
 
 
 def _clipped(actions: np.ndarray) -> Float[np.ndarray, "r a"]:

@@ -47,7 +47,7 @@ class ParquetReader:
         return self._kept.get((path, *names), lambda: self._read(path, names))
 
     def cells(self, path: Path, name: str, start: int, stop: int) -> list[Any]:
-        """Cells of one column as Python objects. Row groups without any of them are not read."""
+        """Cells of one column as Python objects, lists as arrays. Row groups without any of them are not read."""
         metadata, cells, first = self._metadata(path), [], 0
         for group in range(metadata.num_row_groups):
             last = first + metadata.row_group(group).num_rows
@@ -55,12 +55,12 @@ class ParquetReader:
                 read = functools.partial(self._read_group, path, name, group)
                 column = self._kept.get((path, name, group), read)
                 low, high = max(start, first) - first, min(stop, last) - first
-                cells += column.slice(low, high - low).to_pylist()
+                cells += _to_cells(column.slice(low, high - low), name)
             first = last
         return cells
 
     def cell(self, path: Path, name: str, row: int) -> Any:
-        """One cell as a Python object. Little more than what lies before it in its row group is read."""
+        """One cell, as ``cells`` gives it. Little more than what lies before it in its row group is read."""
         self._check_names(path, [name])
         metadata, group = self._metadata(path), 0
         while row >= metadata.row_group(group).num_rows:
@@ -70,7 +70,8 @@ class ParquetReader:
         def read() -> Any:
             file = import_pyarrow().parquet.ParquetFile(path, memory_map=True, pre_buffer=False)
             batches = file.iter_batches(row + 1, row_groups=[group], columns=[name])
-            return next(batches).column(0)[row].as_py()
+            column = next(batches).column(0).slice(row, 1)
+            return _to_cells(import_pyarrow().chunked_array([column]), name)[0]
 
         return _readable(path, read)
 
@@ -152,6 +153,12 @@ def checked(metadata: Any) -> Any:
             nbytes += max(column.total_uncompressed_size, column.num_values * MIN_VALUE_BYTES)
     check_memory("columns", nbytes)
     return metadata
+
+
+def _to_cells(column: Any, name: str) -> list[Any]:
+    """The cells of lists, which are arrays, as numpy arrays; others as Python objects."""
+    storage = getattr(column.type, "storage_type", column.type)
+    return list(_to_numpy(column, name)) if hasattr(storage, "value_type") else column.to_pylist()
 
 
 def _to_numpy(column: Any, name: str) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import inspect
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from acrlpd.data.minari import PREFIX as MINARI_PREFIX
 from acrlpd.data.minari import MinariSource
 from acrlpd.data.npz import NpzReader
 from acrlpd.data.rewards import RewardConfig
+
+logger = logging.getLogger(__name__)
 
 UNDERSTOOD = (
     "a LeRobot dataset v2.0, v2.1 or v3.0 (a folder with meta/info.json, or the lerobot library's object); a folder of "
@@ -51,6 +54,11 @@ class Dataset(EpisodeSource, Protocol):
     @property
     def untold_tasks(self) -> Sequence[str]:
         """What tells apart the tasks of episodes without an instruction, such as their files; mostly nothing does."""
+        ...
+
+    @property
+    def left_out(self) -> list[str]:
+        """Key and, in brackets, the reason or the size of all that is there and not read: cameras, numbers."""
         ...
 
 
@@ -90,7 +98,10 @@ def open_episodes(
         options["metadata_cache"] = MetadataCache()
     if kind == "minari" and isinstance(data, os.PathLike):
         data = str(data)
-    return reader(data, on_bad_episode=on_bad_episode, **options)
+    dataset = reader(data, on_bad_episode=on_bad_episode, **options)
+    if dataset.left_out:
+        logger.warning("%s: not read: %s", data, ", ".join(dataset.left_out))
+    return dataset
 
 
 # not options of one format

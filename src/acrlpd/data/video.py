@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from acrlpd.data.pictures import PictureError
 from acrlpd.files import MAX_PIXELS
 
 READ_ON_S = 0.2  # decode on, instead of seeking, up to this far ahead
@@ -29,6 +30,10 @@ class VideoError(ValueError):
     """What is wrong with a video; the caller adds file, episode and camera."""
 
 
+class VideoPictureError(VideoError, PictureError):
+    """Why the pictures of a video are not 8-bit colour."""
+
+
 class VideoReader:
     """One open video file. Safe to use from several threads, which take turns."""
 
@@ -37,6 +42,7 @@ class VideoReader:
         self._lock = threading.Lock()
         self._container = _open(self._av, path)
         self._stream = self._container.streams.video[0]
+        _check_colour(self._stream)
         self._frames: Iterator[Any] = iter(())
         self._before: Any = None  # the last two frames decoded: the time last asked for lies between them
         self._current: Any = None
@@ -59,7 +65,9 @@ class VideoReader:
                     self._decode(time, tolerance_s, span_s, picture)
             except self._av.FFmpegError as error:
                 self._before = self._current = None
-                raise VideoError(f"the video does not decode ({error.strerror}); the mp4 is damaged") from error
+                raise VideoError(
+                    f"the video does not decode ({getattr(error, 'strerror', error)}); the mp4 is damaged"
+                ) from error
         return out
 
     def _decode(self, time: float, tolerance_s: float, span_s: tuple[float, float], picture: np.ndarray) -> None:
@@ -155,6 +163,22 @@ def outline(path: Path) -> Outline:
     return Outline(size, num_frames or len(frame_times(path)))
 
 
+def check_colour(path: Path) -> None:
+    """Raise ``VideoPictureError`` unless a file's header promises 8-bit colour or grey."""
+    container = _open(import_av(), path)
+    try:
+        _check_colour(container.streams.video[0])
+    finally:
+        container.close()
+
+
+def _check_colour(stream: Any) -> None:
+    """Depth is stored as grey of 10 to 16 bits; conversion to RGB would keep the highest 8."""
+    layout = stream.format
+    if layout is not None and any(component.bits != 8 or component.is_alpha for component in layout.components):
+        raise VideoPictureError(f"its pictures are {layout.name}, expected 8-bit colour")
+
+
 def frame_times(path: Path) -> Float[np.ndarray, " n"]:
     """Presentation times of the frames whose data is complete, ascending, in seconds. Nothing is decoded.
 
@@ -216,7 +240,9 @@ def _open(av: Any, path: Path) -> Any:
     try:
         container = av.open(str(path), options=LIMITS)
     except (av.FFmpegError, UnicodeError) as error:
-        raise VideoError(f"the video cannot be opened ({error.strerror}); the mp4 is truncated or damaged") from error
+        raise VideoError(
+            f"the video cannot be opened ({getattr(error, 'strerror', error)}); the mp4 is truncated or damaged"
+        ) from error
     if not container.streams.video:
         container.close()
         raise VideoError("the file holds no video stream")

@@ -1,7 +1,8 @@
 """ALOHA and ACT: one HDF5 file an episode (``episode_0.hdf5``), without rate, text, reward or success.
 
     /observations/qpos, qvel, effort   (T, 14)         what the followers measured
-    /observations/images/<camera>      (T, h, w, 3)    raw RGB, or (T, bytes): one JPEG a row, padded with zeros
+    /observations/images/<camera>      (T, h, w, 3)    raw RGB, or one JPEG a row: (T, bytes) padded with zeros, or (T,)
+                                                       byte strings of fixed or variable length
     /action                            (T, 14)         the leaders' joint targets, taken at the observation of their row
 
 14 numbers are 6 joint angles (rad) and the gripper (0 closed, 1 open) of the left arm, then of the right one.
@@ -10,14 +11,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-import h5py
+from acrlpd.data.layouts import cameras, columns
+from acrlpd.data.layouts.columns import Column, Joined, Options, Reading, Record
 
-from acrlpd.data.episodes import IMAGE_PREFIX
-from acrlpd.data.layouts import columns
-from acrlpd.data.layouts.columns import Column, Joined, Jpegs, Options, Pictures, Reading, Record, Rows
-
+IMAGES = "observations/images"
 STATE_KEYS = ("qpos",)
 ACTION_KEYS = ("action",)
 
@@ -36,29 +36,29 @@ class Aloha:
 
     def scan(self, index: int) -> Record:
         where, options = self.sources[index], self._options
-        state = [f"observations/{key}" for key in options.state_keys or STATE_KEYS]
+        state, actions = self._labels()
         with Reading(self._paths[index]) as file:
+            cameras.check_keys(where, file, state, "state_keys", asked=options.state_keys is not None)
+            cameras.check_keys(where, file, actions, "action_keys", asked=options.action_keys is not None)
             found: dict[str, Column] = {
                 "state": Joined(tuple(columns.numbers(where, file, label) for label in state)),
-                "actions": Joined(
-                    tuple(columns.numbers(where, file, label) for label in options.action_keys or ACTION_KEYS)
-                ),
+                "actions": Joined(tuple(columns.numbers(where, file, label) for label in actions)),
             }
-            # Names containing "depth" are not colour pictures.
-            cameras = [name for name in columns.names(where, file, "observations/images") if "depth" not in name]
-            pictures = {
-                IMAGE_PREFIX + camera: _pictures(where, file, f"observations/images/{camera}")
-                for camera in columns.choose_cameras(where, cameras, options.cameras)
+            openers = {
+                name: partial(cameras.stored, where, file, f"{IMAGES}/{name}", bgr=options.jpeg_bgr)
+                for name in columns.names(where, file, IMAGES)
             }
-        columns.checked(where, Record(found | pictures))  # before a picture's size is asked for: there may be none
-        for key, column in pictures.items():
-            found[key] = Jpegs.of(column, bgr=options.jpeg_bgr) if isinstance(column, Rows) else column
-        return Record(found, options.default_task)
+            pictures, left_out = cameras.choose(where, openers, options.cameras)
+        return columns.checked(where, Record(found | pictures, options.default_task, left_out=left_out))
 
+    def unused(self, index: int) -> list[str]:
+        state, actions = self._labels()
+        with Reading(self._paths[index]) as file:
+            images = [f"{IMAGES}/{name}" for name in columns.names(self.sources[index], file, IMAGES)]
+            return cameras.unused(file, {*state, *actions, *images, "compress_len"})
 
-def _pictures(where: str, file: h5py.File, label: str) -> Pictures | Rows:
-    """The rank decides: an attribute that says so exists in newer files alone."""
-    data = columns.dataset(where, file, label)
-    if data.ndim == 2:
-        return Rows.of(where, data, label, kinds="u", ranks=(2,))
-    return columns.raw_pictures(where, file, label)
+    def _labels(self) -> tuple[list[str], list[str]]:
+        """The keys of state and actions."""
+        options = self._options
+        state = [f"observations/{key}" for key in options.state_keys or STATE_KEYS]
+        return state, list(options.action_keys or ACTION_KEYS)

@@ -20,7 +20,8 @@ from jaxtyping import Float, Shaped, UInt8
 from PIL import Image
 
 from acrlpd import files
-from acrlpd.data.episodes import IMAGE_PREFIX, OptionError, check_fps
+from acrlpd.data import pictures
+from acrlpd.data.episodes import OptionError, check_fps
 from acrlpd.types import typed
 
 
@@ -63,6 +64,7 @@ class Record:
     terminals: Shaped[np.ndarray, " t"] | None = None  # as stored; our own layout alone has them
     task_changes: tuple[tuple[int, str], ...] = ()  # as in ``Episode``; our own layout alone has them
     task_mark: str = ""  # where the text is empty: what tells the task from others, such as its file
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)  # cameras that are not read, and why
 
     def __len__(self) -> int:
         return len(self.columns["actions"])
@@ -91,6 +93,10 @@ class Layout(Protocol):
         Raises:
             ValueError: names file, episode and key.
         """
+        ...
+
+    def unused(self, index: int) -> list[str]:
+        """Names the numbers and pictures of an episode that are of the kind of what is read, and are not read."""
         ...
 
 
@@ -185,27 +191,69 @@ def _kind_of_link(parent: h5py.Group, place: bytes) -> int | None:
 
 
 def dataset(where: str, group: h5py.Group, label: str) -> h5py.Dataset:
+    """Return a dataset all of whose numbers are there."""
     found = find(where, group, label)
     if not isinstance(found, h5py.Dataset):
         raise ValueError(f"{where}: {label}: expected a dataset, found {'nothing' if found is None else 'a group'}")
-    stored = found.id.get_create_plist()
-    elsewhere = stored.get_external_count() > 0
-    if stored.get_layout() == h5py.h5d.VIRTUAL:
-        elsewhere = any(stored.get_virtual_filename(part) != "." for part in range(stored.get_virtual_count()))
-    if elsewhere:
-        raise ValueError(
-            f"{where}: {label}: expected content of this file, found numbers in another file. Copy them in."
-        )
+    _check_is_stored(f"{where}: {label}", found)
     return found
 
 
 def check_inside(where: str, file: h5py.File) -> None:
-    """Refuse a file that leads into another one anywhere. For libraries that read files themselves."""
+    """Refuse a file that leads elsewhere or lacks numbers anywhere. For libraries that read files themselves."""
     labels: list[str] = []
     file.id.links.visit(lambda name: labels.append(os.fsdecode(name)))
     for label in labels:
         if isinstance(find(where, file, label), h5py.Dataset):
             dataset(where, file, label)
+
+
+def _check_is_stored(where: str, data: h5py.Dataset) -> None:
+    """Raise where the HDF5 library would hand out fill values, such as zeros, in place of numbers."""
+    if data.external:
+        raise ValueError(f"{where}: expected content of this file, found numbers in another file. Copy them in.")
+    if data.is_virtual:
+        _check_sources(where, data)
+    elif data.chunks is not None:
+        expected = math.prod(-(-size // chunk) for size, chunk in zip(data.shape, data.chunks, strict=True))
+        if (written := data.id.get_num_chunks()) < expected:
+            raise ValueError(f"{where}: {expected - written} of {expected} chunks were never written: rows are missing")
+    elif data.size and not data.id.get_storage_size():
+        raise ValueError(f"{where}: its {len(data)} rows were never written")
+    if data.size and not data.is_virtual:
+        _check_fits(where, data)
+
+
+def _check_fits(where: str, data: h5py.Dataset) -> None:
+    """Compare the shape of a data set with what its file can hold, before any memory is taken for it."""
+    there = Path(os.fsdecode(h5py.h5f.get_name(data.id))).stat().st_size
+    if data.chunks is not None:
+        files.check_memory(f"{where}: a chunk", math.prod(data.chunks) * data.dtype.itemsize)
+        stored = data.id.get_create_plist()
+        if any(stored.get_filter(at)[0] not in KNOWN_FILTERS for at in range(stored.get_nfilters())):
+            return
+        there = data.id.get_storage_size() * MAX_RATIO
+    if data.size * data.dtype.itemsize > there:
+        raise ValueError(f"{where}: the shape {data.shape} is larger than what the file holds. Is it damaged?")
+
+
+def _check_sources(where: str, data: h5py.Dataset) -> None:
+    """Raise unless a virtual dataset consists of others in its file, which hold all of its numbers."""
+    if None in data.maxshape:
+        raise ValueError(f"{where}: it is virtual and may grow, so nothing says how long it is. Copy its numbers.")
+    mapped = 0
+    for source in data.virtual_sources():
+        if source.file_name != ".":
+            raise ValueError(f"{where}: expected content of this file, found numbers in another file. Copy them in.")
+        found = dataset(where, data.file, source.dset_name)
+        whole = source.src_space.get_select_type() == h5py.h5s.SEL_ALL
+        ends = found.shape if whole else tuple(last + 1 for last in source.src_space.get_select_bounds()[1])
+        count = source.vspace.get_select_npoints()
+        if len(ends) != found.ndim or any(np.greater(ends, found.shape)) or found.size < count:
+            raise ValueError(f"{where}: it is virtual, and its source {source.dset_name} lacks rows")
+        mapped += count
+    if mapped < data.size:
+        raise ValueError(f"{where}: it is virtual, and {data.size - mapped} of its {data.size} numbers have no source")
 
 
 def group(where: str, parent: h5py.Group, label: str) -> h5py.Group:
@@ -220,24 +268,6 @@ def names(where: str, parent: h5py.Group, label: str) -> list[str]:
     if find(where, parent, label) is None:
         return []
     return [files.check_name(name, f"{where}: {label}") for name in group(where, parent, label)]
-
-
-def check_stored(where: str, label: str, data: h5py.Dataset, path: Path) -> None:
-    """Compare what a data set says to hold with what the file can hold, before any memory is taken for it."""
-    nbytes = math.prod(data.shape) * data.dtype.itemsize
-    stored = data.id.get_create_plist()
-    if stored.get_layout() == h5py.h5d.VIRTUAL:
-        return
-    held = data.id.get_storage_size()
-    if nbytes and not held:
-        raise ValueError(f"{where}: {label}: expected the numbers of {data.shape}, but they were never written")
-    there = path.stat().st_size
-    if stored.get_layout() == h5py.h5d.CHUNKED:
-        files.check_memory(f"{where}: {label}: a chunk", math.prod(data.chunks) * data.dtype.itemsize)
-        known = all(stored.get_filter(at)[0] in KNOWN_FILTERS for at in range(stored.get_nfilters()))
-        there = held * MAX_RATIO if known else nbytes
-    if nbytes > there:
-        raise ValueError(f"{where}: {label}: the shape {data.shape} is larger than what the file holds. Is it damaged?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,10 +295,14 @@ class Rows:
         if len(shape) not in ranks:
             expected = " or ".join(map(str, ranks))
             raise ValueError(f"{where}: {label}: expected {expected} axes, time first, found shape {shape}")
-        offset = data.id.get_offset() if data.chunks is None and not data.external and not data.is_virtual else None
+        return cls.at(data, label)
+
+    @classmethod
+    def at(cls, data: h5py.Dataset, label: str) -> Rows:
+        """The rows of a data set of any kind."""
+        plain = data.chunks is None and not data.is_virtual and not data.dtype.hasobject
         path = Path(os.fsdecode(h5py.h5f.get_name(data.id)))  # data.file would make an object of all of the file
-        check_stored(where, label, data, path)
-        return cls(path, data.name, label, shape, dtype, offset)
+        return cls(path, data.name, label, data.shape, data.dtype, data.id.get_offset() if plain else None)
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -290,7 +324,7 @@ class Rows:
         if self.offset is not None and stop > start:
             return self._read_plain(start, stop, self.offset)
         with Reading(self.path) as file:
-            return dataset(str(self.path), file, self.name)[start:stop]
+            return file[self.name][start:stop]
 
     def _read_plain(self, start: int, stop: int, offset: int) -> np.ndarray:
         """The bytes of the rows, without HDF5. Not a mapping: one that outlives its file would crash the process."""
@@ -366,9 +400,9 @@ class Joined:
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """Raw RGB pictures; ``flip`` names the axes of a picture to turn around (0 rows, 1 columns)."""
+    """Raw pictures as RGB; ``flip`` names the axes of a picture to turn around (0 rows, 1 columns)."""
 
-    rows: Rows
+    rows: Rows | Jpegs
     flip: tuple[int, ...] = ()
 
     @property
@@ -380,33 +414,50 @@ class Pictures:
         return self.rows.label
 
     @property
-    def row_shape(self) -> tuple[int, ...]:
-        return self.rows.row_shape
+    def row_shape(self) -> tuple[int, int, int]:
+        if isinstance(self.rows, Jpegs):
+            return self.rows.row_shape
+        return pictures.rgb_shape(self.rows.row_shape, self.rows.dtype)
 
     @property
     def kind(self) -> str:
         return "u"
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the rows are the pictures as they are stored."""
+        return isinstance(self.rows, Rows) and not self.flip and self.rows.row_shape == self.row_shape
+
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
-        frames = np.flip(self.rows.read(start, stop), tuple(axis + 1 for axis in self.flip))
-        return np.ascontiguousarray(frames)
+        try:
+            frames = pictures.rgb_rows(self.rows.read(start, stop))
+        except pictures.PictureError as error:
+            raise ValueError(f"{self.path}: {self.label}: rows {start}..{stop}: {error}") from error
+        return np.ascontiguousarray(np.flip(frames, tuple(axis + 1 for axis in self.flip)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Jpegs:
-    """One JPEG a row, padded with zeros. Decoders stop at the end marker, so the byte counts are not needed."""
+    """One JPEG or PNG a row. What pads it is no matter: decoders stop at the end marker."""
 
     rows: Rows
-    row_shape: tuple[int, ...]  # of the first picture
+    row_shape: tuple[int, int, int]  # of the first picture
     bgr: bool = False  # the recorder had red and blue the wrong way round
 
     @classmethod
     def of(cls, rows: Rows, *, bgr: bool = False) -> Jpegs:
-        width, height = _open_jpeg(rows, 0, rows.read(0, 1)[0]).size
-        return cls(rows, (height, width, 3), bgr)
+        """Looks at the first picture; raises ``pictures.PictureError`` unless it is 8-bit colour."""
+        if not len(rows):
+            return cls(rows, (0, 0, 3), bgr)
+        first = _open_jpeg(rows, 0, _cells(rows, 0, 1)[0])
+        try:
+            pictures.check_colour(first)
+        except DAMAGE as error:
+            raise _bad_jpeg(rows, 0, error) from error
+        return cls(rows, (first.height, first.width, 3), bgr)
 
     @property
     def path(self) -> Path:
@@ -425,15 +476,15 @@ class Jpegs:
 
     def read(self, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
         frames = np.empty((stop - start, *self.row_shape), np.uint8)
-        for frame, (number, row) in zip(frames, enumerate(self.rows.read(start, stop), start), strict=True):
+        for frame, (number, row) in zip(frames, enumerate(_cells(self.rows, start, stop), start), strict=True):
             frame[...] = self._decode(number, row)
         return frames[..., ::-1].copy() if self.bgr else frames
 
     def _decode(self, number: int, row: UInt8[np.ndarray, " bytes"]) -> np.ndarray:
         picture = _open_jpeg(self.rows, number, row)
         try:
-            frame = np.asarray(picture.convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three for damaged data
+            frame = pictures.decoded(picture)
+        except (*DAMAGE, ValueError) as error:
             raise _bad_jpeg(self.rows, number, error) from error
         if frame.shape != self.row_shape:
             raise ValueError(
@@ -441,6 +492,15 @@ class Jpegs:
                 f"expected {self.row_shape} as in frame 0"
             )
         return frame
+
+
+def _cells(rows: Rows, start: int, stop: int) -> np.ndarray:
+    """The bytes of each picture. Strings of fixed length would lose the zeros at their end, which WebP may need."""
+    cells = rows.read(start, stop)
+    return cells.view(np.dtype((np.void, cells.itemsize))) if cells.dtype.kind == "S" else cells
+
+
+DAMAGE = (OSError, SyntaxError)  # Pillow raises either, and ValueError, for damaged data
 
 
 def _open_jpeg(rows: Rows, number: int, row: np.ndarray) -> Image.Image:
@@ -452,7 +512,7 @@ def _open_jpeg(rows: Rows, number: int, row: np.ndarray) -> Image.Image:
 
 def _bad_jpeg(rows: Rows, number: int, reason: object) -> ValueError:
     return ValueError(
-        f"{rows.path}: {rows.label}: the image of frame {number} cannot be decoded: expected a JPEG ({reason})"
+        f"{rows.path}: {rows.label}: the image of frame {number} cannot be decoded: expected a JPEG or PNG ({reason})"
     )
 
 
@@ -509,13 +569,6 @@ def vector(where: str, group: h5py.Group, label: str, *, kinds: str = "fiub") ->
     return values
 
 
-def raw_pictures(where: str, group: h5py.Group, label: str, *, flip: tuple[int, ...] = ()) -> Pictures:
-    rows = Rows.of(where, dataset(where, group, label), label, kinds="u", ranks=(4,))
-    if rows.dtype != np.uint8 or rows.row_shape[-1] != 3:
-        raise ValueError(f"{where}: {label}: expected uint8 (T, h, w, 3), found {rows.dtype} {rows.shape}")
-    return Pictures(rows, flip)
-
-
 def check_finite(where: str, label: str, array: np.ndarray) -> None:
     """As float32, which all numbers become: a larger one would be infinite there."""
     if array.dtype.kind != "f":
@@ -552,16 +605,6 @@ def checked(where: str, record: Record) -> Record:
 
 def _parts(column: Column) -> Sequence[Column]:
     return column.parts if isinstance(column, Joined) else (column,)
-
-
-def choose_cameras(where: str, found: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
-    """The cameras of an episode that are to be read: those asked for, by default all."""
-    missing = [camera for camera in wanted or () if camera not in found]
-    if missing:
-        raise OptionError(
-            f"{where}: {IMAGE_PREFIX}{missing[0]}: no such camera; the episode has {', '.join(found) or 'none'}"
-        )
-    return list(found if wanted is None else wanted)
 
 
 def text(where: str, name: str, value: Any) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from acrlpd import files
 from acrlpd.data.episodes import IMAGE_PREFIX, first_text
-from acrlpd.data.layouts import columns
+from acrlpd.data.layouts import cameras, columns
 from acrlpd.data.layouts.columns import Column, Joined, Options, Picked, Reading, Record
 from acrlpd.data.layouts.mp4 import Video
 from acrlpd.data.tree import files_below
@@ -31,6 +32,8 @@ FILE = "trajectory.h5"
 FPS = 15.0
 STATE_KEYS = ("joint_positions", "gripper_position")
 ACTION_KEYS = ("joint_velocity", "gripper_position")
+NUMBERS = ("action/", "observation/robot_state/")  # where the keys of state and actions lie
+COPY = "action/robot_state/"  # of the state, at the time of the action
 CLOCK = "observation/timestamp/control/step_start"  # ms
 INSTRUCTION = "language_instruction1"
 WRIST = "wrist_image_left"
@@ -59,29 +62,43 @@ class Droid:
 
     def scan(self, index: int) -> Record:
         where, folder, options = self.sources[index], self._folders[index], self._options
-        state = [f"observation/robot_state/{key}" for key in options.state_keys or STATE_KEYS]
-        actions = [f"action/{key}" for key in options.action_keys or ACTION_KEYS]
+        state, actions = self._labels()
         uuid, metadata = _metadata(folder)
         with Reading(folder / FILE) as file:
+            cameras.check_keys(where, file, state, "state_keys", asked=options.state_keys is not None, below=NUMBERS)
+            cameras.check_keys(
+                where, file, actions, "action_keys", asked=options.action_keys is not None, below=NUMBERS
+            )
             numbers: dict[str, Column] = {
                 "state": Joined(tuple(columns.numbers(where, file, label) for label in state)),
                 "actions": Joined(tuple(columns.numbers(where, file, label) for label in actions)),
             }
             columns.checked(where, Record(numbers))
             _check_clock(where, file, len(numbers["state"]))
-            serials = _cameras(where, file)
+            serials, others = _cameras(where, file)
             success = _success(where, file, metadata, folder.relative_to(self._root.parent))
             driven = _driven(where, file) if options.drop_idle else None
             label = file.attrs.get("current_task")
             mark = "" if label is None else columns.text(where, "current_task", label)
-        videos: dict[str, Column] = {
-            IMAGE_PREFIX + camera: Video.of(
-                folder / "recordings" / "MP4" / f"{serials[camera]}.mp4", camera, self._videos
-            )
-            for camera in columns.choose_cameras(where, sorted(serials), options.cameras)
+        videos = folder / "recordings" / "MP4"
+        openers = {
+            camera: partial(Video.of, videos / f"{serials[camera]}.mp4", camera, self._videos)
+            for camera in sorted(serials)
         }
-        record = Record(numbers | videos, self._task(uuid), success, task_mark=mark)
+        pictures, left_out = cameras.choose(where, openers, options.cameras)
+        record = Record(numbers | pictures, self._task(uuid), success, task_mark=mark, left_out=left_out | others)
         return _picked(where, _ended_with_videos(where, record), driven)
+
+    def unused(self, index: int) -> list[str]:
+        state, actions = self._labels()
+        with Reading(self._folders[index] / FILE) as file:
+            found = cameras.unused(file, {*state, *actions}, NUMBERS)
+        return [told for told in found if not told.startswith(COPY)]
+
+    def _labels(self) -> tuple[list[str], list[str]]:
+        """The keys of state and actions."""
+        state = [f"observation/robot_state/{key}" for key in self._options.state_keys or STATE_KEYS]
+        return state, [f"action/{key}" for key in self._options.action_keys or ACTION_KEYS]
 
     def _task(self, uuid: str) -> str:
         entry = self._annotations.get(uuid, {})
@@ -90,7 +107,7 @@ class Droid:
             raise ValueError(
                 f"{self._annotations_file}: {uuid}: expected an object with a text {INSTRUCTION}, found {text!r:.100}"
             )
-        return first_text(text, self._options.default_task)
+        return first_text(text or "", self._options.default_task)
 
 
 def trajectories(root: Path) -> Iterator[Path]:
@@ -130,8 +147,11 @@ def _check_clock(where: str, file: h5py.File, steps: int) -> None:
         )
 
 
-def _cameras(where: str, file: h5py.File) -> dict[str, str]:
-    """Serial number by camera: type 0 is the wrist, the others are exterior cameras in ascending order."""
+def _cameras(where: str, file: h5py.File) -> tuple[dict[str, str], dict[str, str]]:
+    """Serial number by camera: type 0 is the wrist, the others are exterior cameras in ascending order.
+
+    Beside them, the reason for each camera that has no name: a second one on the wrist.
+    """
     group = "observation/camera_type"
     if not isinstance(columns.find(where, file, group), h5py.Group):
         raise ValueError(f"{where}: {group}: expected the type of each camera, found nothing")
@@ -139,7 +159,8 @@ def _cameras(where: str, file: h5py.File) -> dict[str, str]:
     wrist = [serial for serial, kinds in types.items() if (kinds == 0).all()]
     exterior = sorted((serial for serial in types if serial not in wrist), key=_serial_order)
     named = {EXTERIOR.format(number=number): serial for number, serial in enumerate(exterior, 1)}
-    return named | ({WRIST: wrist[0]} if wrist else {})
+    others = {IMAGE_PREFIX + serial: f"a second camera on the wrist, beside {wrist[0]}" for serial in wrist[1:]}
+    return named | ({WRIST: wrist[0]} if wrist else {}), others
 
 
 def _serial_order(serial: str) -> tuple[int, str]:

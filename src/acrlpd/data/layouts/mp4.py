@@ -26,12 +26,14 @@ class Video:
 
     @classmethod
     def of(cls, path: Path, label: str, readers: video.VideoReaders) -> Video:
-        """Counts the frames, and decodes the first one alone."""
+        """Counts the frames, and decodes the first one alone; ``PictureError`` where it is not 8-bit colour."""
         try:
             times = _frame_times(path)
             if not len(times):
                 raise video.VideoError("the video has no frame")
             first = readers.frames(path, times[:1], TOLERANCE_S, (-np.inf, np.inf))
+        except video.VideoPictureError:
+            raise
         except video.VideoError as error:
             raise _named(path, label, error) from error
         return cls(path, label, len(times), first.shape[1:], readers)

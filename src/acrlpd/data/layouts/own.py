@@ -21,6 +21,7 @@ import os
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ import h5py
 import numpy as np
 
 from acrlpd import files
-from acrlpd.data.episodes import IMAGE_PREFIX, check_task_changes, first_text, step_tasks
-from acrlpd.data.layouts import columns
+from acrlpd.data.episodes import check_task_changes, first_text, step_tasks
+from acrlpd.data.layouts import cameras, columns
 from acrlpd.data.layouts.columns import Column, Joined, Options, Reading, Record
 from acrlpd.types import Episode
 
 FORMAT = "acrlpd"
 VERSION = 1
+IMAGES = "observations/images"
 SUFFIXES = (".hdf5", ".h5")
 
 
@@ -82,7 +84,7 @@ def read_episode(path: str | os.PathLike[str]) -> Episode:
     """Read and check one episode: finite, of one length, at least one step."""
     with Reading(Path(path)) as file:
         check_layout(str(path), file)
-        images = columns.names(str(path), file, "observations/images")
+        images = columns.names(str(path), file, IMAGES)
         episode = Episode(
             state=_array(str(path), file, "observations/state", "f", np.float32),
             actions=_array(str(path), file, "actions", "f", np.float32),
@@ -90,7 +92,7 @@ def read_episode(path: str | os.PathLike[str]) -> Episode:
             terminals=_array(str(path), file, "terminals", "b", np.bool_),
             task=columns.text(str(path), "task", file.attrs["task"]),
             task_changes=_task_changes(str(path), file),
-            images={name: _array(str(path), file, f"observations/images/{name}", "u", np.uint8) for name in images},
+            images={name: _array(str(path), file, f"{IMAGES}/{name}", "u", np.uint8) for name in images},
             success=columns.flag(str(path), "success", file.attrs.get("success")),
             source=str(path),
         )
@@ -123,25 +125,32 @@ class Own:
             metadata = columns.json_text(where, "metadata", file.attrs.get("metadata"))
             if self._options.fps is None:
                 _fps(where, metadata)
-            recorded = columns.names(where, file, "observations/images")
-            cameras = columns.choose_cameras(where, recorded, self._options.cameras)
+            openers = {
+                name: partial(cameras.stored, where, file, f"{IMAGES}/{name}")
+                for name in columns.names(where, file, IMAGES)
+            }
+            pictures, left_out = cameras.choose(where, openers, self._options.cameras)
             found: dict[str, Column] = {
                 "state": Joined((columns.numbers(where, file, "observations/state", kinds="f", ranks=(2,)),)),
                 "actions": Joined((columns.numbers(where, file, "actions", kinds="f", ranks=(2,)),)),
             }
-            for camera in cameras:
-                found[IMAGE_PREFIX + camera] = columns.raw_pictures(where, file, f"observations/images/{camera}")
             default = self._options.default_task
             record = Record(
-                found,
+                found | pictures,
                 first_text(columns.text(where, "task", file.attrs["task"]), default),
                 columns.flag(where, "success", file.attrs.get("success")),
                 columns.vector(where, file, "rewards", kinds="f").astype(np.float32),
                 columns.vector(where, file, "terminals", kinds="b"),
                 tuple((step, first_text(text, default)) for step, text in _task_changes(where, file)),
+                left_out=left_out,
             )
         check_task_changes(where, record.task_changes, len(columns.checked(where, record)))
         return record
+
+    def unused(self, index: int) -> list[str]:
+        with Reading(self._paths[index]) as file:
+            images = [f"{IMAGES}/{name}" for name in columns.names(self.sources[index], file, IMAGES)]
+            return cameras.unused(file, {"observations/state", "actions", "rewards", "terminals", *images})
 
 
 def _stated_fps(paths: Sequence[Path]) -> float | None:
@@ -214,7 +223,6 @@ def _array(where: str, file: h5py.File, key: str, kind: str, dtype: type[np.gene
     data = columns.dataset(where, file, key)
     if data.dtype.kind != kind:
         raise ValueError(f"{where}: {key}: expected {np.dtype(dtype)}, found {data.dtype}")
-    columns.check_stored(where, key, data, Path(where))
     return data[...].astype(dtype, copy=False)
 
 

@@ -21,6 +21,7 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,23 @@ import h5py
 import numpy as np
 
 from acrlpd import files
-from acrlpd.data.episodes import IMAGE_PREFIX, first_text
-from acrlpd.data.layouts import columns
+from acrlpd.data.episodes import first_text
+from acrlpd.data.layouts import cameras, columns
 from acrlpd.data.layouts.columns import Column, Converted, Joined, Options, Picked, Reading, Record
 
-STATE_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
+ARM = r"(robot(\d+)(_right|_left)?)_eef_pos"  # one key of each arm; robosuite's robots with two arms name the side
+ARM_KEYS = ("eef_pos", "eef_quat", "gripper_qpos")  # of every arm
 LIBERO_STATE_KEYS = ("ee_pos", "ee_ori", "gripper_states")
 ACTION_KEYS = ("actions",)
+BOOKKEEPING = ("rewards", "dones", "states")  # of a demo, and the observations after each step: no policy reads them
 
 
 class Robomimic:
-    """The demos of one or several files, by file and number. ``state_keys`` are below ``obs``.
+    """The demos of one or several files, by file and number. ``state_keys`` are below ``obs``, or else of the demo.
 
-    Without them, the state is pi0's: the quaternion of ``STATE_KEYS`` becomes a rotation vector. Keys that are named
-    are read as they are stored.
+    Without them, the state is pi0's, of all arms: ``ARM_KEYS``, with the quaternion as a rotation vector. Keys that are
+    named are read as they are stored. ``<key>_image`` and ``<key>_rgb`` below ``obs`` are cameras, and so is any key
+    that is named as one.
     """
 
     def __init__(self, paths: Sequence[Path], options: Options):
@@ -66,29 +70,56 @@ class Robomimic:
         path, name = self._demos[index]
         if path in self._faults:
             raise ValueError(self._faults[path])
-        state_keys = options.state_keys or (LIBERO_STATE_KEYS if self._libero else STATE_KEYS)
         convert = options.state_keys is None
         with Reading(path) as file:
             demo = columns.group(where, file, f"data/{name}")
+            state, actions = self._labels(where, demo)
+            cameras.check_keys(where, demo, state, "state_keys", asked=not convert)
+            cameras.check_keys(where, demo, actions, "action_keys", asked=options.action_keys is not None)
             found: dict[str, Column] = {
-                "state": Joined(tuple(_state(where, demo, f"obs/{key}", convert=convert) for key in state_keys)),
-                "actions": Joined(
-                    tuple(columns.numbers(where, demo, label) for label in options.action_keys or ACTION_KEYS)
-                ),
+                "state": Joined(tuple(_state(where, demo, label, convert=convert) for label in state)),
+                "actions": Joined(tuple(columns.numbers(where, demo, label) for label in actions)),
             }
-            for camera in columns.choose_cameras(where, _cameras(where, demo), options.cameras):
-                found[IMAGE_PREFIX + camera] = columns.raw_pictures(
-                    where, demo, f"obs/{camera}", flip=self._flips[path]
-                )
+            openers = {
+                camera: partial(cameras.stored, where, demo, label, flip=self._flips[path])
+                for camera, label in self._cameras(where, demo).items()
+            }
+            pictures, left_out = cameras.choose(where, openers, options.cameras)
             meta = columns.json_text(where, "ep_meta", demo.attrs.get("ep_meta"))
             record = Record(
-                found,
+                found | pictures,
                 first_text(str(meta.get("lang") or ""), self._tasks[path], options.default_task),
                 task_mark=self._marks[path],
                 rewards=_rewards(where, demo),
+                left_out=left_out,
             )
             _check_num_samples(where, demo, len(columns.checked(where, record)))
         return _aligned(where, record) if options.align_observations else record
+
+    def unused(self, index: int) -> list[str]:
+        where, (path, name) = self.sources[index], self._demos[index]
+        with Reading(path) as file:
+            demo = file[f"data/{name}"]
+            state, actions = self._labels(where, demo)
+            known = {*state, *actions, *self._cameras(where, demo).values(), *BOOKKEEPING}
+            return [told for told in cameras.unused(demo, known) if not told.startswith("next_obs/")]
+
+    def _labels(self, where: str, demo: h5py.Group) -> tuple[list[str], list[str]]:
+        """The keys of state and actions, below the demo."""
+        options, there = self._options, columns.names(where, demo, "obs")
+        if options.state_keys is not None:
+            state = [_label(demo, key) for key in options.state_keys]
+        elif self._libero:
+            state = [f"obs/{key}" for key in LIBERO_STATE_KEYS]
+        else:
+            state = [f"obs/{arm}_{key}" for arm in _arms(there) for key in ARM_KEYS]
+        return state, list(options.action_keys or ACTION_KEYS)
+
+    def _cameras(self, where: str, demo: h5py.Group) -> dict[str, str]:
+        """The key of each camera: ``<camera>_image``, in LIBERO ``<camera>_rgb``, and those named as cameras."""
+        usual = [key for key in columns.names(where, demo, "obs") if key.endswith(("_image", "_rgb"))]
+        named = {key: _label(demo, key) for key in self._options.cameras or ()}
+        return {key: f"obs/{key}" for key in usual} | {key: label for key, label in named.items() if label in demo}
 
     def _add_files(self, paths: Sequence[Path]) -> set[bool]:
         """As ``_add_file``. A file that cannot be read is told, or left out, when its turn comes."""
@@ -133,8 +164,7 @@ def _demo_names(where: str, file: h5py.File, filter_key: str | None) -> list[str
     """The demos, or those that the filter key names, by number: text order puts demo_10 before demo_2."""
     stored = [name for name in columns.names(where, file, "data") if re.fullmatch(r"demo_\d+", name)]
     if filter_key is not None:
-        mask = columns.find(where, file, f"mask/{filter_key}")
-        if not isinstance(mask, h5py.Dataset):
+        if not isinstance(columns.find(where, file, f"mask/{filter_key}"), h5py.Dataset):
             known = ", ".join(columns.names(where, file, "mask")) or "none"
             raise ValueError(f"{where}: mask/{filter_key}: no such filter key; the file has {known}")
         mask = columns.dataset(where, file, f"mask/{filter_key}")
@@ -173,9 +203,16 @@ def _state(where: str, demo: h5py.Group, label: str, *, convert: bool) -> Column
     return Converted(rows, columns.axis_angle, (3,)) if convert and is_quaternion else rows
 
 
-def _cameras(where: str, demo: h5py.Group) -> list[str]:
-    """Keys that hold colour pictures: ``<camera>_image``, in LIBERO ``<camera>_rgb``."""
-    return [key for key in columns.names(where, demo, "obs") if key.endswith(("_image", "_rgb"))]
+def _arms(there: Sequence[str]) -> list[str]:
+    """The arms that have keys, by number, the right one first; robot0 where none has."""
+    found = [arm for key in there if (arm := re.fullmatch(ARM, key))]
+    found.sort(key=lambda arm: (int(arm[2]), arm[3] != "_right"))
+    return [arm[1] for arm in found] or ["robot0"]
+
+
+def _label(demo: h5py.Group, key: str) -> str:
+    """Where a key lies that the user named: below ``obs``, or else where it says in the demo."""
+    return key if f"obs/{key}" not in demo and key in demo else f"obs/{key}"
 
 
 def _check_num_samples(where: str, demo: h5py.Group, stored: int) -> None:

@@ -1,0 +1,120 @@
+"""Which keys of an episode file are cameras that can be read, which are left out, and what else is there.
+
+A camera that is not asked for is never opened. By default all are read whose pictures are 8-bit colour; the others are
+left out with the reason, which is an error where they were asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TypeVar
+
+import h5py
+import numpy as np
+
+from acrlpd.data import pictures
+from acrlpd.data.episodes import IMAGE_PREFIX, OptionError, told_numbers
+from acrlpd.data.layouts import columns
+from acrlpd.data.layouts.columns import Jpegs, Pictures, Rows
+from acrlpd.data.pictures import PictureError
+
+KINDS = "fiubSVO"  # of numbers, and of the bytes of pictures
+BLOCK = 64  # pictures looked at together
+Found = TypeVar("Found")
+
+
+def choose(
+    where: str, openers: Mapping[str, Callable[[], Found]], wanted: Sequence[str] | None
+) -> tuple[dict[str, Found], dict[str, str]]:
+    """Open the cameras ``wanted``, by default all that hold 8-bit colour. Keys are ``images/<camera>``.
+
+    Returns what was opened, and the cameras that were not, each with the reason. No reason is given to someone who
+    wants no picture at all.
+
+    Raises:
+        OptionError: there is no such camera, or it holds no 8-bit colour.
+    """
+    missing = [camera for camera in wanted or () if camera not in openers]
+    if missing:
+        raise OptionError(
+            f"{where}: {IMAGE_PREFIX}{missing[0]}: no such camera; the episode has {', '.join(openers) or 'none'}"
+        )
+    found: dict[str, Found] = {}
+    left_out = {IMAGE_PREFIX + camera: pictures.NOT_CHOSEN for camera in openers if wanted and camera not in wanted}
+    for camera in openers if wanted is None else wanted:
+        try:
+            if pictures.is_depth(camera):
+                raise PictureError(pictures.DEPTH_BY_NAME)
+            found[IMAGE_PREFIX + camera] = openers[camera]()
+        except PictureError as error:
+            if wanted is not None:
+                raise OptionError(f"{where}: {IMAGE_PREFIX}{camera}: {error}. Leave it out of cameras.") from error
+            left_out[IMAGE_PREFIX + camera] = str(error)
+    return found, left_out
+
+
+def stored(
+    where: str, group: h5py.Group, label: str, *, flip: tuple[int, ...] = (), bgr: bool = False
+) -> Pictures | Jpegs:
+    """Return the pictures of a dataset: raw ones, or a JPEG or PNG a row, padded, of fixed or of variable length.
+
+    Raises:
+        PictureError: they are not 8-bit colour.
+    """
+    data = columns.dataset(where, group, label)
+    rows = Rows.at(data, label)
+    if _is_encoded(data):
+        encoded = Jpegs.of(rows, bgr=bgr)
+        return Pictures(encoded, flip) if flip else encoded
+    raw = Pictures(rows, flip)
+    pictures.rgb_shape(rows.row_shape, rows.dtype)
+    if rows.kind == "f":  # which are colour if they all lie in 0..1
+        for start in range(0, len(rows), BLOCK):
+            pictures.rgb_rows(rows.read(start, min(start + BLOCK, len(rows))))
+    return raw
+
+
+def _is_encoded(data: h5py.Dataset) -> bool:
+    """Whether rows are bytes of files: two axes of uint8, or one of byte strings or of rows of variable length."""
+    opaque = data.dtype.kind == "S" or (data.dtype.kind == "V" and data.dtype.names is None)
+    variable = h5py.check_vlen_dtype(data.dtype) == np.uint8
+    return (data.ndim == 1 and (opaque or variable)) or (data.ndim == 2 and data.dtype == np.uint8)
+
+
+def check_keys(
+    where: str,
+    group: h5py.Group,
+    labels: Sequence[str],
+    option: str,
+    *,
+    asked: bool,
+    below: Sequence[str] = ("",),
+) -> None:
+    """Raise where one of the keys of the state or the actions is no dataset; tell those that are there (``below``).
+
+    Raises:
+        OptionError: the user ``asked`` for it with ``option``.
+        ValueError: it is one of the format's own.
+    """
+    missing = [label for label in labels if not isinstance(columns.find(where, group, label), h5py.Dataset)]
+    if not missing:
+        return
+    kind = "nothing" if columns.find(where, group, missing[0]) is None else "a group"
+    text = (
+        f"{where}: {missing[0]}: expected a dataset, found {kind}. There are {', '.join(unused(group, (), below))}. "
+        f"Choose with {option} (--data.{option}), and cameras with cameras (--data.cameras)."
+    )
+    raise OptionError(text) if asked else ValueError(text)
+
+
+def unused(group: h5py.Group, used: Collection[str], below: Sequence[str] = ("",)) -> list[str]:
+    """Describe the numbers and pictures of a group, or those ``below`` some names in it, without those ``used``."""
+    found: dict[str, str] = {}
+
+    def note(name: str, item: h5py.Dataset | h5py.Group) -> None:
+        known = name in used or not name.startswith(tuple(below))
+        if isinstance(item, h5py.Dataset) and item.ndim and item.dtype.kind in KINDS and not known:
+            found[name] = told_numbers(item.shape[1:]) if item.dtype.kind in "fiub" else "bytes"
+
+    group.visititems(note)
+    return [f"{name} ({what})" for name, what in sorted(found.items())]

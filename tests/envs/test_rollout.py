@@ -81,6 +81,20 @@ def test_a_time_limit_is_no_terminal(make_counting):
     assert result.episode.success is False
 
 
+@pytest.mark.parametrize("horizon", [1, 2, 5])
+@pytest.mark.parametrize("record_images", [True, False])
+def test_what_was_seen_after_the_last_action_is_kept(make_counting, record_images, horizon):
+    """Whether the task or the time ends the episode, and wherever in a chunk."""
+    for step, states in ((1.0, 3), (0.5, 4)):
+        environment = make_counting(max_episode_steps=4, cameras=("front",))
+        act = Recorder(horizon=horizon, step=step)
+        (result,) = rollout(local(environment), act, [8], execute_horizon=horizon, record_images=record_images)
+        assert result.length == states
+        assert result.episode.final.state.tolist() == [8, step * states]
+        pictures = {"front": np.full((4, 4, 3), int(step * states)).tolist()} if record_images else {}
+        assert {name: picture.tolist() for name, picture in result.episode.final.images.items()} == pictures
+
+
 def test_no_seeds_no_policy_calls(make_counting):
     act = Recorder()
     assert rollout(local(make_counting()), act, [], execute_horizon=1) == []
@@ -101,6 +115,7 @@ def test_a_physics_error_is_a_failed_episode(make_counting, broken, stored):
     assert not lost.episode.terminals.any()
     assert lost.episode.success is False
     assert np.isfinite(lost.episode.state).all()
+    assert lost.episode.final is None  # nothing was seen
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 2), (2, 4, 3), (2, 1, 2), (2, 2)])

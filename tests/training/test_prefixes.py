@@ -12,7 +12,7 @@ from acrlpd.data import hdf5
 from acrlpd.models.critic import CriticConfig
 from acrlpd.training import prefixes, setup
 from acrlpd.training.metrics import read_jsonl
-from acrlpd.types import Episode
+from acrlpd.types import Episode, FinalObservation
 
 
 @pytest.fixture
@@ -26,9 +26,10 @@ def frozen(tmp_path):
             state=rng.normal(size=(7, 4)).astype(np.float32),
             actions=rng.uniform(-1, 1, size=(7, 2)).astype(np.float32),
             rewards=np.where(np.arange(7) == 6, 0.0, -1.0).astype(np.float32),
-            terminals=np.arange(7) == 6,
+            terminals=(np.arange(7) == 6) & (number == 0),
             task="push the button",
             images={"top": rng.integers(0, 256, (7, 16, 16, 3), np.uint8)},
+            final=FinalObservation(np.ones(4, np.float32), {"top": np.full((16, 16, 3), 200, np.uint8)}),
         )
         hdf5.write_episode(path, episode)
     return TrainConfig(

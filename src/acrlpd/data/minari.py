@@ -1,7 +1,7 @@
 """Minari datasets, read by the ``minari`` library: an ``EpisodeSource`` in memory.
 
 The library stores one observation more than actions: row t pairs observation t with action t, and the last observation
-is left out. Numbers of a dictionary observation stand side by side, in the order of their names; uint8 pictures
+is the final one. Numbers of a dictionary observation stand side by side, in the order of their names; uint8 pictures
 [h w 3] are cameras. ``terminations`` are the terminals; ``truncations`` end an episode without one.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from acrlpd.data import rewards as reward_labels
 from acrlpd.data.episodes import BadEpisodes, EpisodeStore, HeldEpisodes, check_fps
 from acrlpd.data.rewards import RewardConfig
-from acrlpd.types import Episode
+from acrlpd.types import Episode, FinalObservation
 
 PREFIX = "minari:"
 
@@ -103,8 +103,9 @@ def _episode(
         rewards, terminals = reward_labels.label(
             config, length, success=success, stored=stored, terminals=own, threshold=threshold, where=source
         )
+    state = np.concatenate([parts[name].reshape(length + 1, -1) for name in names], axis=1, dtype=np.float32)
     return Episode(
-        state=np.concatenate([parts[name][:length].reshape(length, -1) for name in names], axis=1, dtype=np.float32),
+        state=state[:length],
         actions=np.asarray(found.actions, np.float32).reshape(length, -1),
         rewards=rewards,
         terminals=terminals,
@@ -112,6 +113,7 @@ def _episode(
         images=images,
         success=success,
         source=source,
+        final=FinalObservation(state[length], {name: parts[name][length] for name in images}),
     )
 
 

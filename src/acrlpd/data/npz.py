@@ -3,7 +3,7 @@
     observations (R, s)   actions (R, a)   terminals (R,)   qpos (R, q)   button_states (R, buttons), some
 
 ``terminals`` flags the last row of each trajectory, whatever the reason. That row is dropped, as OGBench does: nothing
-in the file follows its action. ``qpos`` is the simulator's state before the action of its row.
+in the file follows its action. Its observation is the final one of the trajectory. ``qpos`` is the simulator's state before the action of its row.
 
 Rewards come from a goal: the number of objects in place minus the number of objects, judged before the action. Play
 data passes through the goal and goes on, so a terminal may lie in mid-episode.
@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 
 from acrlpd.data.episodes import BadEpisodes, EpisodeStore, HeldEpisodes, check_fps
 from acrlpd.data.rewards import RewardConfig
-from acrlpd.types import Episode
+from acrlpd.types import Episode, FinalObservation
 
 CLIP = 1e-5  # how far OGBench's loader keeps actions from -1 and 1
 CUBE_TOLERANCE = 0.04  # m
@@ -127,6 +127,7 @@ class NpzReader(HeldEpisodes):
                         default_task,
                         success=bool(done[rows].any()) if goal is not None else None,
                         source=source,
+                        final=FinalObservation(state[last]),
                     )
                 )
         bad.report(str(self.path), len(last_rows))

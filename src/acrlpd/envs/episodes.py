@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from acrlpd.envs.env import Environment, Obs, PhysicsError, clip_action
-from acrlpd.types import Episode
+from acrlpd.types import Episode, FinalObservation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ class EpisodeRunner:
         self._record(clip_action(self.environment.spec, action), step.reward)
         self.observation = step.observation
         if step.terminated or step.truncated:
-            return self._finish(step.terminated, step.success, None)
+            return self._finish(step.terminated, step.success)
         return None
 
     def _record(self, action: Float[np.ndarray, " a"], reward: float) -> None:
@@ -116,12 +116,14 @@ class EpisodeRunner:
         self._record(clip_action(self.environment.spec, np.nan_to_num(action)), self.environment.spec.failure_reward)
         return self._finish(False, False, error)
 
-    def _finish(self, terminated: bool, success: bool, error: str | None) -> Rollout:
+    def _finish(self, terminated: bool, success: bool, error: str | None = None) -> Rollout:
+        """The last observation is the final one, unless there is none because the simulation gave up."""
         start, self._start = self._start, None
         assert start is not None, "an episode ends once"
         terminals = np.zeros(len(self._actions), np.bool_)
         terminals[-1] = terminated
         spec = self.environment.spec
+        cameras = spec.cameras if start.record_images else ()
         episode = Episode(
             state=np.stack([observation["state"] for observation in self._observations]),
             actions=np.stack(self._actions),
@@ -130,13 +132,19 @@ class EpisodeRunner:
             task=spec.instruction,
             images={
                 camera: np.stack([observation["image"][camera] for observation in self._observations])
-                for camera in (spec.cameras if start.record_images else ())
+                for camera in cameras
             },
             success=success,
             source=f"{spec.name} seed {start.seed}",
+            final=None if error else self._final(cameras),
         )
         returns = float(np.sum(self._rewards))
         return Rollout(episode, start.number, start.seed, returns, len(episode), success, error)
+
+
+    def _final(self, cameras: tuple[str, ...]) -> FinalObservation:
+        images = self.observation["image"]
+        return FinalObservation(self.observation["state"], {camera: images[camera] for camera in cameras})
 
 
 def replay(environment: Environment, result: Rollout, size: int) -> UInt8[np.ndarray, "frames h w 3"]:

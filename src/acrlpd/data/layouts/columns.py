@@ -61,6 +61,7 @@ class Record:
     success: bool | None = None  # None: the format does not say
     rewards: Float[np.ndarray, " t"] | None = None  # as stored; None where none are
     terminals: Shaped[np.ndarray, " t"] | None = None  # as stored; our own layout alone has them
+    final: dict[str, Column] = dataclasses.field(default_factory=dict)  # what was seen after the last action, one row
 
     def __len__(self) -> int:
         return len(self.columns["actions"])
@@ -473,7 +474,20 @@ def checked(where: str, record: Record) -> Record:
         if values is not None:
             lengths[label] = len(values)
     check_lengths(where, lengths)
+    for key, column in record.final.items():
+        like = record.columns[key]
+        if len(column) != 1 or column.row_shape != like.row_shape:
+            raise ValueError(
+                f"{where}: {column.label}: expected 1 row of shape {like.row_shape} (as in {like.label}), found "
+                f"{len(column)} of shape {column.row_shape}"
+            )
     return record
+
+
+def last_row(where: str, column: Column, steps: int) -> Picked:
+    """The last row of a column that must have one for each of ``steps`` actions."""
+    check_lengths(where, {"actions": steps} | {part.label: len(part) for part in _parts(column)})
+    return Picked(column, np.array([steps - 1]))
 
 
 def _parts(column: Column) -> Sequence[Column]:

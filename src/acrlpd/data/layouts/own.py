@@ -5,6 +5,8 @@
     /actions                      (T, a)        float32, as executed
     /rewards                      (T,)          float32
     /terminals                    (T,)          bool, true where the task ended (a time limit does not end it)
+    /final/state                  (1, s)        float32, what was seen after the last action; absent: not recorded
+    /final/images/<camera>        (1, h, w, 3)  uint8, RGB, of every camera
     attributes of /: format="acrlpd", version=1, task (text), success (bool; absent: nobody knows), metadata (JSON)
 
 ``fps`` in the metadata is the rate of the recording. State and actions are in raw units; row t holds what was seen, the
@@ -14,6 +16,7 @@ action taken there and what it paid.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -25,11 +28,12 @@ from typing import Any
 import h5py
 import numpy as np
 
+from acrlpd.data import finals
 from acrlpd.data.episodes import IMAGE_PREFIX
 from acrlpd.data.layouts import columns
 from acrlpd.data.layouts.columns import Column, Joined, Options, Reading, Record
 from acrlpd.data.unfinished import temporary_path
-from acrlpd.types import Episode
+from acrlpd.types import Episode, FinalObservation
 
 FORMAT = "acrlpd"
 VERSION = 1
@@ -97,9 +101,19 @@ def read_episode(path: str | os.PathLike[str]) -> Episode:
             images={name: _array(str(path), file, f"observations/images/{name}", "u", np.uint8) for name in images},
             success=columns.flag(str(path), "success", file.attrs.get("success")),
             source=str(path),
+            final=_read_final(str(path), file, images) if "final" in file else None,
         )
     _check_episode(str(path), episode)
     return episode
+
+
+def _read_final(where: str, file: h5py.File, cameras: Sequence[str]) -> FinalObservation:
+    state = _array(where, file, "final/state", "f", np.float32)
+    images = {name: _array(where, file, f"final/images/{name}", "u", np.uint8) for name in cameras}
+    for key, rows in {"state": state, **images}.items():
+        if rows.ndim == 0 or len(rows) != 1:
+            raise ValueError(f"{where}: final/{key}: expected 1 row, found the shape {rows.shape}")
+    return FinalObservation(state[0], {name: rows[0] for name, rows in images.items()})
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -135,12 +149,18 @@ class Own:
             }
             for camera in cameras:
                 found[IMAGE_PREFIX + camera] = columns.raw_pictures(where, file, f"observations/images/{camera}")
+            final: dict[str, Column] = {}
+            if "final" in file:
+                final["state"] = Joined((columns.numbers(where, file, "final/state", kinds="f", ranks=(2,)),))
+                for camera in cameras:
+                    final[IMAGE_PREFIX + camera] = columns.raw_pictures(where, file, f"final/images/{camera}")
             record = Record(
                 found,
                 columns.text(where, "task", file.attrs["task"]) or self._options.default_task,
                 columns.flag(where, "success", file.attrs.get("success")),
                 columns.vector(where, file, "rewards", kinds="f").astype(np.float32),
                 columns.vector(where, file, "terminals", kinds="b"),
+                final,
             )
         return columns.checked(where, record)
 
@@ -181,6 +201,11 @@ def _fill(file: h5py.File, episode: Episode, metadata: Mapping[str, Any], compre
         # One frame a chunk, or one after the other: a sample reads two frames of an episode, not all of them.
         chunks = None if compression is None else (1, *frames.shape[1:])
         file.create_dataset(f"observations/images/{camera}", data=frames, chunks=chunks, compression=compression)
+    if episode.final is None:
+        return
+    file.create_dataset("final/state", data=episode.final.state[None], dtype=np.float32)
+    for camera, frame in episode.final.images.items():
+        file.create_dataset(f"final/images/{camera}", data=frame[None], compression=compression)
 
 
 def check_layout(where: str, file: h5py.File) -> None:
@@ -229,3 +254,4 @@ def _check_episode(where: str, episode: Episode) -> None:
         columns.check_finite(where, key, np.asarray(array))
         if rank == 4 and (array.shape[-1] != 3 or array.dtype != np.uint8):
             raise ValueError(f"{where}: {key}: expected uint8 (T, h, w, 3), found {array.dtype} {array.shape}")
+    finals.rows_of(dataclasses.replace(episode, source=where), finals.seen_rows(episode))

@@ -2,14 +2,16 @@
 
     /data                attributes: total, env_args (JSON)
     /data/demo_<i>       attributes: num_samples, ep_meta (JSON, newer files)
-        actions (N, a)   rewards (N,)   obs/<key> (N, ...)
+        actions (N, a)   rewards (N,)   obs/<key> (N, ...)   next_obs/<key> (N, ...), in some files
     /mask/<filter key>   names of demos
+
+The last row of ``next_obs`` is the final observation of the demo; the others repeat ``obs``.
 
 ``dones`` tells neither the end of an episode nor success (it depends on how the file was made) and is not read.
 
 LIBERO stores its pictures upside down and mirrored; they are turned here. Its recorder stored each observation *after*
 the action of its row. Rows are read as they are stored, unless ``align_observations`` pairs every action with the
-observation before it, which leaves out the first action.
+observation before it, which leaves out the first action and has the last observation for the final one.
 """
 
 from __future__ import annotations
@@ -64,21 +66,32 @@ class Robomimic:
         convert = options.state_keys is None
         with Reading(path) as file:
             demo = columns.group(where, file, f"data/{name}")
-            found: dict[str, Column] = {
-                "state": Joined(tuple(_state(where, demo, f"obs/{key}", convert=convert) for key in state_keys)),
+            cameras = columns.choose_cameras(where, _cameras(where, demo), options.cameras)
+
+            def seen(group: str) -> dict[str, Column]:
+                states = tuple(_state(where, demo, f"{group}/{key}", convert=convert) for key in state_keys)
+                pictures = {
+                    IMAGE_PREFIX + camera: columns.raw_pictures(
+                        where, demo, f"{group}/{camera}", flip=self._flips[path]
+                    )
+                    for camera in cameras
+                }
+                return {"state": Joined(states), **pictures}
+
+            found = seen("obs") | {
                 "actions": Joined(
                     tuple(columns.numbers(where, demo, label) for label in options.action_keys or ACTION_KEYS)
                 ),
             }
-            for camera in columns.choose_cameras(where, _cameras(where, demo), options.cameras):
-                found[IMAGE_PREFIX + camera] = columns.raw_pictures(
-                    where, demo, f"obs/{camera}", flip=self._flips[path]
-                )
+            has_next = all(f"next_obs/{key}" in demo for key in (*state_keys, *cameras))
+            after = seen("next_obs") if has_next else {}
+            steps = len(found["actions"])
             meta = columns.json_text(where, "ep_meta", demo.attrs.get("ep_meta"))
             record = Record(
                 found,
                 str(meta.get("lang") or self._tasks[path] or options.default_task),
                 rewards=columns.vector(where, demo, "rewards").astype(np.float32) if "rewards" in demo else None,
+                final={key: columns.last_row(where, column, steps) for key, column in after.items()},
             )
             _check_num_samples(where, demo, len(columns.checked(where, record)))
         return _aligned(where, record) if options.align_observations else record
@@ -188,4 +201,5 @@ def _aligned(where: str, record: Record) -> Record:
     before, after = np.arange(steps - 1), np.arange(1, steps)
     shifted = {key: Picked(column, after if key == "actions" else before) for key, column in record.columns.items()}
     rewards = None if record.rewards is None else record.rewards[1:]
-    return Record(dict(shifted), record.task, record.success, rewards)
+    final = {key: Picked(record.columns[key], after[-1:]) for key in record.columns if key != "actions"}
+    return Record(dict(shifted), record.task, record.success, rewards, final=dict(final))

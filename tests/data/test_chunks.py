@@ -238,7 +238,7 @@ def test_a_final_observation_has_the_form_of_the_others():
         FinalObservation(np.float32([1]), {}),
         FinalObservation(np.float32([1]), {"top": np.zeros((4, 4, 3), np.uint8)}),
     ):
-        with pytest.raises(ValueError, match="mine: final (state|images/top): expected finite"):
+        with pytest.raises(ValueError, match=r"mine: final (state|images/top): expected finite"):
             EpisodeStore().append(dataclasses.replace(episode, final=final, source="mine"))
 
 

@@ -3,7 +3,8 @@
     observations (R, s)   actions (R, a)   terminals (R,)   qpos (R, q)   button_states (R, buttons), some
 
 ``terminals`` flags the last row of each trajectory, whatever the reason. That row is dropped, as OGBench does: nothing
-in the file follows its action. Its observation is the final one of the trajectory. ``qpos`` is the simulator's state before the action of its row.
+in the file follows its action. Its observation is the final one of the trajectory. ``qpos`` is the simulator's state
+before the action of its row.
 
 Rewards come from a goal: the number of objects in place minus the number of objects, judged before the action. Play
 data passes through the goal and goes on, so a terminal may lie in mid-episode.

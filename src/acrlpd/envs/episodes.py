@@ -141,7 +141,6 @@ class EpisodeRunner:
         returns = float(np.sum(self._rewards))
         return Rollout(episode, start.number, start.seed, returns, len(episode), success, error)
 
-
     def _final(self, cameras: tuple[str, ...]) -> FinalObservation:
         images = self.observation["image"]
         return FinalObservation(self.observation["state"], {camera: images[camera] for camera in cameras})

@@ -9,8 +9,8 @@ Pooled features alone are small (8 KB a row of a full-size pi0). They are all th
 of a run, which train nothing else (``critic_alone_steps``), read them back whatever the backbone does later.
 
     <folder>/<key>/arrays.json    shape of a row and dtype of each array
-                  /0.bin, ...     features, mask, then the cache's arrays; a row of the data set is a row of each, and behind
-                                  them, where final observations are known, there is one for every episode
+                  /0.bin, ...     features, mask, then the cache's arrays; a row of the data set is a row of each, and
+                                  behind them, where final observations are known, every episode has one
 
 The key is a digest of the weights, the data and all that happens to an observation on its way to the model.
 """

@@ -421,9 +421,9 @@ def test_explore(actor, toys):
 
 
 @pytest.mark.parametrize("mode", ["greedy", "explore", "bc"])
-def test_with_a_key_each_observations_draw_what_they_draw_alone(mode, agents, toys):
+def test_with_a_key_each_observations_draw_what_they_draw_alone(mode, agents):
     agent, state = agents["min"], jnp.ones((6, 4)) * jnp.arange(6.0)[:, None]
-    keys = jax.random.split(toys.key(4), 6)
+    keys = jax.random.split(jax.random.key(4), 6)  # threefry: the bits of others depend on what is beside them
     together = acrlpd.act(agent, Observation(state=state), keys, mode=mode)[0]
     for row in range(6):
         alone = agent.sample_actions(Observation(state=state[row : row + 1]), keys[row], mode=mode)

@@ -17,8 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from acrlpd.data import finals
-from acrlpd.data.finals import IMAGE_PREFIX as IMAGE_PREFIX
-from acrlpd.data.finals import Finals
+from acrlpd.data.finals import IMAGE_PREFIX, Finals
 from acrlpd.data.rows import Column, FixedColumn, RowReader, Rows
 from acrlpd.types import Episode
 

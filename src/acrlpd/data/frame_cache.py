@@ -26,8 +26,8 @@ from jaxtyping import UInt8
 
 from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeSource
 from acrlpd.data.layouts.columns import Rows
-from acrlpd.data.transforms import resize_with_pad
 from acrlpd.data.unfinished import remove_abandoned, temporary_path
+from acrlpd.pictures import resize_with_pad
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class FrameSource(EpisodeSource, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FrameCache:
-    """Records under ``folder``, of frames padded to ``height`` x ``width`` as ``transforms.resize_with_pad`` does."""
+    """Records under ``folder``, of frames padded to ``height`` x ``width`` as ``pictures.resize_with_pad`` does."""
 
     folder: Path
     height: int = 224

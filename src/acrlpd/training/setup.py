@@ -122,7 +122,7 @@ def _make_trainer(
         agent, progress = fresh_agent(), Progress()
         stats = make_norm_stats(config, prior, source, spec)
     settle_best(progress, Progress(), checkpoints, files)
-    transform = make_transform(config, stats, dims)
+    transform = make_transform(config, stats, dims, prior.cameras)
     interaction = make_interaction(config, files, progress) if config.env and config.online_steps else None
     loader = make_loader(config, prior, transform, interaction, agent, stats)
     return ACRLPDTrainer(
@@ -243,7 +243,8 @@ def load_checkpoint(path: str | Path) -> Loaded:
     dims = Dims(len(stats["state"].mean), len(stats["actions"].mean))
     here = dataclasses.replace(config, fsdp_devices=1) if jax.device_count() % config.fsdp_devices else config
     restored = manager.restore(make_agent(here, dims, tuple(run["cameras"])), step)
-    return Loaded(restored.agent, make_transform(config, stats, dims), config, restored.step)
+    transform = make_transform(config, stats, dims, tuple(run["cameras"]))
+    return Loaded(restored.agent, transform, config, restored.step)
 
 
 def locate_checkpoint(path: Path) -> tuple[Path, int | None]:
@@ -329,8 +330,13 @@ def make_norm_stats(
     return stats
 
 
-def make_transform(config: TrainConfig, stats: Mapping[str, NormStats], dims: Dims) -> Transform:
-    """From raw observations to the model's, in openpi's order; serving uses the same list."""
+def make_transform(
+    config: TrainConfig, stats: Mapping[str, NormStats], dims: Dims, cameras: tuple[str, ...] | None = None
+) -> Transform:
+    """From raw observations to the model's, in openpi's order; serving uses the same list.
+
+    ``cameras`` of the data that are read; others are ignored, whatever they hold. None: all are.
+    """
     policy = config.policy
     return to_model(
         before_normalization(config),
@@ -340,6 +346,7 @@ def make_transform(config: TrainConfig, stats: Mapping[str, NormStats], dims: Di
         image_size=policy.image_size,
         action_dim=policy.action_dim,
         robot_action_dim=dims.action,
+        cameras=None if cameras is None else model_cameras(config, cameras),
     )
 
 

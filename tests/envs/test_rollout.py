@@ -118,6 +118,37 @@ def test_a_physics_error_is_a_failed_episode(make_counting, broken, stored):
     assert lost.episode.final is None  # nothing was seen
 
 
+def break_resets(environment, broken):
+    """Resets with these seeds end in a state that is not finite."""
+    reset = environment.simulator.reset
+    environment.simulator.reset = lambda seed: reset(seed) * (np.nan if broken(seed) else 1)
+    return environment
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_a_reset_that_fails_costs_its_episode(make_counting, num_envs, caplog):
+    environments = local(*(break_resets(make_counting(), lambda seed: seed in (3, 4, 8)) for _ in range(num_envs)))
+    results = rollout(environments, Recorder(), range(9), execute_horizon=2)
+    assert [result.seed for result in results] == [0, 1, 2, 5, 6, 7]
+    assert caplog.text.count("its reset failed") == 3
+    assert rollout(environments, Recorder(), [3, 4], execute_horizon=2) == []
+
+
+def test_a_reset_that_fails_online_is_counted_and_another_episode_begun(make_counting):
+    broken = {episode_seed(0, number) for number in (0, 3)}
+    environment = break_resets(make_counting(), lambda seed: seed in broken)
+    collector = OnlineCollector(local(environment), seed=0, execute_horizon=4)
+    collected = [collector.collect(Recorder()) for _ in range(3)]
+    assert [[each.number for each in one.rollouts] for one in collected] == [[1], [2], [4]]
+    assert [one.num_lost for one in collected] == [1, 1, 0]  # the first before anything was asked of the policy
+
+
+def test_an_environment_that_can_never_begin_ends_the_run(make_counting):
+    environment = break_resets(make_counting(), lambda seed: True)
+    with pytest.raises(RuntimeError, match=r"10 episodes in a row could not begin in an environment, .*finite"):
+        OnlineCollector(local(make_counting(), environment), seed=0, execute_horizon=4)
+
+
 @pytest.mark.parametrize("shape", [(1, 4, 2), (2, 4, 3), (2, 1, 2), (2, 2)])
 def test_actions_of_the_wrong_shape_are_refused(make_counting, shape):
     with pytest.raises(ValueError, match=r"expected \(2, h, 2\) with h at least execute_horizon \(2\)"):

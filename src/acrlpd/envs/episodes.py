@@ -58,7 +58,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Lost:
-    """There is no answer: whoever had the episode is gone, and the episode with it."""
+    """There is no answer: the episode could not begin, or whoever had it is gone, and the episode with it."""
 
     reason: str
 
@@ -75,8 +75,13 @@ class EpisodeRunner:
         self._rewards: list[float] = []
 
     def obey(self, command: Command) -> Report | Lost:
+        """A reset that fails costs the episode it was to begin, as a step that fails costs the one under way."""
         if isinstance(command, Start):
-            return Report(self.start(command), None, 0)
+            try:
+                return Report(self.start(command), None, 0)
+            except PhysicsError as error:
+                self._start = None
+                return Lost(f"its reset failed: {error}")
         if self._start is None:
             return Lost("the worker that had begun the episode was replaced")
         return self.execute(command.chunk)

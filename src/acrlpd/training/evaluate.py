@@ -32,7 +32,7 @@ class Evaluation:
     return_mean: float
     return_std: float
     length_mean: float
-    lost: int = 0  # episodes whose worker died; they count nowhere else
+    lost: int = 0  # episodes whose worker died or whose reset failed; they count nowhere else
 
     @property
     def success(self) -> float:
@@ -107,7 +107,7 @@ def evaluate(
 
 def summarize(rollouts: Sequence[Rollout], *, lost: int = 0) -> Evaluation:
     if not rollouts:
-        raise ValueError(f"no episode was finished, and {lost} were lost with their workers: there is nothing to judge")
+        raise ValueError(f"no episode was finished, and {lost} were lost: there is nothing to judge")
     successes = sum(each.success for each in rollouts)
     returns = np.array([each.returns for each in rollouts])
     return Evaluation(

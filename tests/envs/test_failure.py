@@ -241,7 +241,7 @@ def test_collecting_replaces_an_episode_that_cannot_begin(named, caplog):
     collect(named("sometimes"), range(6), policy="random", on_episode=episodes.append)
     assert [each.number for each in episodes] == list(range(6))
     assert all(each.seed % 2 for each in episodes)
-    assert "is lost, and another seed is tried" in caplog.text
+    assert "is lost, another seed is tried" in caplog.text
     again = []
     collect(named("sometimes"), [4], policy="random", on_episode=again.append)  # a function of seed and number alone
     np.testing.assert_array_equal(again[0].episode.actions, episodes[4].episode.actions)

@@ -125,7 +125,7 @@ def select(
         if top_k is not None and top_k < scores.shape[0]:
             cut = jax.lax.top_k(scores.T, top_k)[0][:, -1]  # [b]
             scores = jnp.where(scores >= cut[None, :], scores, -jnp.inf)
-        scores = scores / temperature + draw(jax.random.gumbel, rng, *scores.shape)
+        scores = scores / temperature + draw(jax.random.gumbel, rng, scores.shape[0], scores.shape[1])
     best = jnp.argmax(scores, axis=0)
     return take(candidates, best), best
 

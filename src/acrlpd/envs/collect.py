@@ -75,15 +75,15 @@ class _CollectJob:
 
     def _begin(self, run: EpisodeRunner, number: int) -> None:
         """Resets the environment; where that fails, the episode is lost and another seed has its number."""
-        for attempt in range(MAX_BAD_STARTS_IN_A_ROW):
-            seed = episode_seed(self.seed, number, attempt)
+        reasons = []
+        while len(reasons) < MAX_BAD_STARTS_IN_A_ROW:
+            seed = episode_seed(self.seed, number, len(reasons))
             answer = run.obey(Start(number, seed, record_images=bool(self.config.cameras)))
             if not isinstance(answer, Lost):
                 return
-            logger.warning(
-                "episode %d with seed %d is lost, and another seed is tried: %s", number, seed, answer.reason
-            )
-        raise RuntimeError(f"episode {number} could not begin with any of {attempt + 1} seeds: {answer.reason}")
+            reasons.append(answer.reason)
+            logger.warning("episode %d with seed %d is lost, another seed is tried: %s", number, seed, answer.reason)
+        raise RuntimeError(f"episode {number} could not begin with any of {len(reasons)} seeds: {reasons[-1]}")
 
 
 def _in_this_process(job: _CollectJob, numbers: list[int]) -> Iterator[Rollout]:

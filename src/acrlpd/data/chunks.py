@@ -48,7 +48,7 @@ def gather(
     real = steps < end[:, None]
     steps = np.minimum(steps, end[:, None] - 1)
     ends_with = rows + horizon == end
-    final = ends_with & store.has_final[episodes]
+    final = ends_with & store.knows_final(episodes)
     next_rows = np.where(final, store.num_rows + episodes, np.minimum(rows + horizon, end - 1))
 
     def take(key: str, wanted: Int[np.ndarray, "*shape"]) -> np.ndarray:
@@ -102,7 +102,7 @@ def _seen(
     """Rows of a key of observations, numbered as in ``observe``."""
     after = rows >= store.num_rows
     found = store.take(key, np.where(after, store.ends[episodes] - 1, rows), episodes)
-    final = after & store.has_final[episodes]
+    final = after & store.knows_final(episodes)
     if final.any():
         found[final] = store.take_finals(key, episodes[final])
     return found

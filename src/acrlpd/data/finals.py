@@ -103,6 +103,10 @@ class Finals:
         """Whether each episode has one."""
         return self._numbers.rows >= 0
 
+    def has(self, episodes: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
+        """Whether these have one."""
+        return self._numbers.rows[episodes] >= 0
+
     @property
     def nbytes(self) -> int:
         return sum(column.rows.nbytes for column in self._columns.values())

@@ -147,8 +147,8 @@ class EpisodeRunner:
         return Rollout(episode, start.number, start.seed, returns, len(episode), success, error)
 
     def _final(self, cameras: tuple[str, ...]) -> FinalObservation:
-        images = self.observation["image"]
-        return FinalObservation(self.observation["state"], {camera: images[camera] for camera in cameras})
+        images = {camera: self.observation["image"][camera] for camera in cameras}
+        return FinalObservation(self.observation["state"], images)
 
 
 def replay(environment: Environment, result: Rollout, size: int) -> UInt8[np.ndarray, "frames h w 3"]:

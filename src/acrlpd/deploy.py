@@ -199,7 +199,7 @@ def _default_prompt(prompt: str | None, *, needed: bool) -> list[Transform]:
 
 
 def _read_cameras(trained: Trained) -> tuple[str, ...]:
-    """The data's cameras that the policy reads: of a client's others nothing is asked."""
+    """Return the data's cameras that the policy reads: of a client's others nothing is asked."""
     return () if trained.config.policy.kind == "mlp_flow" else trained.cameras
 
 

@@ -10,6 +10,7 @@ EXIT_NO_GUARD = 78  # of a process that would have started others while it was b
 
 
 def message() -> str:
+    """Say what is wrong with the script, and what to do."""
     script = next((file for name in MAINS if (file := getattr(sys.modules.get(name), "__file__", None))), "the script")
     return (
         f"{script} starts processes, and each of them runs it again: put its code under `if __name__ == '__main__':`, "
@@ -18,7 +19,7 @@ def message() -> str:
 
 
 def check(*, tell: bool = True) -> None:
-    """Call before processes are started: ends this one if it is still importing the script that started it.
+    """End this process if it is still importing the script that started it; call it before others are started.
 
     ``tell`` prints why, for those whose parent cannot see with which code they exit.
     """

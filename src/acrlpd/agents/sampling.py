@@ -94,7 +94,7 @@ def _num_bytes(array: Any) -> int:
 def draw(
     distribution: Callable[..., Array], rng: Key[Array, "..."], n: int, b: int, shape: tuple[int, ...] = ()
 ) -> Float[Array, "n b *shape"]:
-    """Numbers for n candidates of b observations, such as ``jax.random.normal``'s.
+    """Draw numbers for n candidates of b observations, such as ``jax.random.normal``'s.
 
     ``rng`` is one key for all, or [b] keys: then each observation has the numbers that its key has alone.
     """

@@ -82,7 +82,7 @@ def gather(
 
 @typed
 def observe(store: EpisodeStore, rows: Int[np.ndarray, " b"]) -> dict[str, Any]:
-    """``state``, ``image`` and ``prompt`` at rows, as ``gather`` names them.
+    """Read ``state``, ``image`` and ``prompt`` at rows, as ``gather`` names them.
 
     ``store.num_rows`` + n stands for the final observation of the n-th episode, or, where that is not known, for the
     last one before it.
@@ -99,7 +99,7 @@ def observe(store: EpisodeStore, rows: Int[np.ndarray, " b"]) -> dict[str, Any]:
 def _seen(
     store: EpisodeStore, key: str, rows: Int[np.ndarray, " b"], episodes: Int[np.ndarray, " b"]
 ) -> Shaped[np.ndarray, "b *shape"]:
-    """Rows of a key of observations, numbered as in ``observe``."""
+    """Read rows of a key of observations, numbered as in ``observe``."""
     after = rows >= store.num_rows
     found = store.take(key, np.where(after, store.ends[episodes] - 1, rows), episodes)
     final = after & store.knows_final(episodes)

@@ -368,18 +368,18 @@ class EpisodeStore:
 
     @property
     def has_final(self) -> Bool[np.ndarray, " n"]:
-        """Whether the final observation of each episode is known."""
+        """Tell of which episodes the final observation is known."""
         return self._finals.known
 
     def final(self, index: int, key: str) -> Shaped[np.ndarray, "*shape"]:
         return self._finals.take(key, np.array([self._checked_index(index)]))[0]
 
     def knows_final(self, episodes: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
-        """As ``has_final``, of episodes by position."""
+        """Tell the same of episodes by position."""
         return self._finals.has(episodes)
 
     def take_finals(self, key: str, episodes: Int[np.ndarray, " b"]) -> Shaped[np.ndarray, "b *shape"]:
-        """``state`` or ``images/<camera>`` of the final observations of episodes, by position; all have one."""
+        """Return ``state`` or ``images/<camera>`` of the final observations of episodes, by position; all have one."""
         return self._finals.take(key, episodes)
 
     def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:

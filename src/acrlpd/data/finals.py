@@ -24,26 +24,26 @@ class FinalSource(Protocol):
 
     @property
     def has_final(self) -> Bool[np.ndarray, " n"]:
-        """Whether each episode did."""
+        """Tell which episodes did."""
         ...
 
     def final(self, index: int, key: str) -> Shaped[np.ndarray, "*shape"]:
-        """The ``state`` or ``images/<camera>`` of an episode that did."""
+        """Read the ``state`` or ``images/<camera>`` of an episode that did."""
         ...
 
 
 def has_final(source: object, num_episodes: int) -> Bool[np.ndarray, " n"]:
-    """Which episodes of ``source`` recorded their final observation; none where it cannot tell."""
+    """Return which episodes of ``source`` recorded their final observation; none where it cannot tell."""
     return source.has_final if isinstance(source, FinalSource) else np.zeros(num_episodes, bool)
 
 
 def is_seen(key: str) -> bool:
-    """Whether a key belongs to an observation, and so to a final one."""
+    """Return whether a key belongs to an observation, and so to a final one."""
     return key == "state" or key.startswith(IMAGE_PREFIX)
 
 
 def seen_rows(episode: Episode) -> dict[str, np.ndarray]:
-    """The rows of an episode that belong to its observations, by key."""
+    """Return the rows of an episode that belong to its observations, by key."""
     return {"state": episode.state} | {IMAGE_PREFIX + camera: frames for camera, frames in episode.images.items()}
 
 
@@ -52,7 +52,7 @@ def nbytes_of(rows: Mapping[str, np.ndarray], final: Mapping[str, np.ndarray] | 
 
 
 def rows_of(episode: Episode, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-    """The final observation by key, if there is one; refuses one of another form than the episode's rows."""
+    """Return the final observation by key, if there is one; refuse one of another form than the episode's rows."""
     if episode.final is None:
         return None
     given = {"state": episode.final.state} | {IMAGE_PREFIX + name: x for name, x in episode.final.images.items()}
@@ -89,7 +89,7 @@ class Finals:
 
     @classmethod
     def of_source(cls, source: object, num_episodes: int, keys: list[str]) -> Finals:
-        """Those of ``source``, each read when it is asked for: few rows of a batch end with their episode."""
+        """Make a store that reads each from ``source`` when it is asked for: few chunks end with their episode."""
         finals, known = cls(), has_final(source, num_episodes)
         finals._numbers.append(np.where(known, np.cumsum(known) - 1, -1))
         finals._count = int(known.sum())
@@ -100,11 +100,11 @@ class Finals:
 
     @property
     def known(self) -> Bool[np.ndarray, " n"]:
-        """Whether each episode has one."""
+        """Tell which episodes have one."""
         return self._numbers.rows >= 0
 
     def has(self, episodes: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
-        """Whether these have one."""
+        """Tell which of these episodes have one."""
         return self._numbers.rows[episodes] >= 0
 
     @property
@@ -112,7 +112,7 @@ class Finals:
         return sum(column.rows.nbytes for column in self._columns.values())
 
     def append(self, rows: Mapping[str, np.ndarray] | None) -> None:
-        """The next episode's, by key; None: it has none."""
+        """Add that of the next episode, by key; None: it has none."""
         self._numbers.append(np.array([-1 if rows is None else self._count]))
         if rows is None:
             return
@@ -131,7 +131,7 @@ class Finals:
         self._numbers.drop(1)
 
     def take(self, key: str, episodes: Int[np.ndarray, " b"]) -> Shaped[np.ndarray, "b *shape"]:
-        """The rows of a key of these episodes, all of which have one."""
+        """Return one key of the final observations of these episodes, all of which have one."""
         return self._columns[key].take(self._numbers.rows[episodes] - self._dropped, episodes)
 
 

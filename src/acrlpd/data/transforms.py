@@ -151,9 +151,9 @@ class Normalize:
 
 @dataclasses.dataclass(frozen=True)
 class ResizeImages:
-    """Images to the model's size, aspect kept, the rest black. Images of the right size are not touched.
+    """Brings images to the model's size, aspect kept, the rest black; those of that size are not touched.
 
-    Of ``cameras`` (None: of all); others are left out before anything of them is read.
+    Cameras beside ``cameras`` are left out before anything of them is read; None reads all.
     """
 
     height: int

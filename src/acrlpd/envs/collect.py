@@ -74,7 +74,7 @@ class _CollectJob:
                 return result
 
     def _begin(self, run: EpisodeRunner, number: int) -> None:
-        """Resets the environment; where that fails, the episode is lost and another seed has its number."""
+        """Reset the environment; where that fails, the episode is lost and another seed gets its number."""
         reasons = []
         while len(reasons) < MAX_BAD_STARTS_IN_A_ROW:
             seed = episode_seed(self.seed, number, len(reasons))

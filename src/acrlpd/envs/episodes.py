@@ -75,7 +75,7 @@ class EpisodeRunner:
         self._rewards: list[float] = []
 
     def obey(self, command: Command) -> Report | Lost:
-        """A reset that fails costs the episode it was to begin, as a step that fails costs the one under way."""
+        """Carry out a command. A reset that fails costs the episode it was to begin, as a step does its own."""
         if isinstance(command, Start):
             try:
                 return Report(self.start(command), None, 0)
@@ -122,7 +122,7 @@ class EpisodeRunner:
         return self._finish(False, False, error)
 
     def _finish(self, terminated: bool, success: bool, error: str | None = None) -> Rollout:
-        """The last observation is the final one, unless there is none because the simulation gave up."""
+        """Make the rollout. The last observation is the final one; where the simulation gave up, there is none."""
         start, self._start = self._start, None
         assert start is not None, "an episode ends once"
         terminals = np.zeros(len(self._actions), np.bool_)

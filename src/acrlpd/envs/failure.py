@@ -27,12 +27,13 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
+        """Put an exception into words; one that has none of its own is told, too."""
         told = traceback.TracebackException.from_exception(error)
         mistake = next((known.__name__ for known in MISTAKES if isinstance(error, known)), "")
         return cls(type(error).__name__, mistake, str(told), "".join(told.format()))
 
     def error(self) -> Exception:
-        """The exception to raise here, with the other process's traceback as a note."""
+        """Return the exception to raise here, with the other process's traceback as a note."""
         made = next((known for known in MISTAKES if known.__name__ == self.mistake), WorkerError)
         found = made(self.message if self.kind == self.mistake else f"{self.kind}: {self.message}")
         found.add_note(f"In a worker process:\n{self.traceback}")

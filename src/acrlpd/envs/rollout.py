@@ -43,7 +43,7 @@ class Collected(NamedTuple):
 
 
 def episode_seed(seed: int, number: int, attempt: int = 0) -> int:
-    """The seed of one episode of a run: neighbouring runs and episodes share nothing, nor do attempts to begin one."""
+    """Return the seed of one episode of a run: neighbouring runs, episodes and attempts to begin one share nothing."""
     words = (seed, number, attempt) if attempt else (seed, number)
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 

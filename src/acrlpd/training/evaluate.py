@@ -142,7 +142,7 @@ class ChunkDraws:
         return _fold_in_pairs(self.rng, self.seeds, self.chunks)
 
     def generators(self, purpose: int) -> list[np.random.Generator]:
-        """For noise that is drawn on the host; what is drawn for another purpose is independent of it."""
+        """Make generators of noise on the host, one an episode; those of another purpose are independent of them."""
         words = np.asarray(jax.random.key_data(self.rng)).tolist()
         pairs = zip(self.seeds.tolist(), self.chunks.tolist(), strict=True)
         return [np.random.default_rng((purpose, *words, seed, chunk)) for seed, chunk in pairs]
@@ -160,7 +160,7 @@ class EpisodeDraws:
     counts: dict[int, int] = dataclasses.field(default_factory=dict)  # chunks so far, by the number of an episode
 
     def next(self, numbers: Int[np.ndarray, " n"]) -> ChunkDraws:
-        """For the next chunk of each of these episodes; -1 is padding."""
+        """Return what is random about the next chunk of each of these episodes; -1 is padding."""
         chunks = [self.counts.get(number, 0) for number in numbers.tolist()]
         self.counts |= {number: chunk + 1 for number, chunk in zip(numbers.tolist(), chunks, strict=True)}
         seeds = [self._seed(number) for number in numbers.tolist()]

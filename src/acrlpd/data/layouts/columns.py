@@ -485,7 +485,7 @@ def checked(where: str, record: Record) -> Record:
 
 
 def last_row(where: str, column: Column, steps: int) -> Picked:
-    """The last row of a column that must have one for each of ``steps`` actions."""
+    """Pick the last row of a column that must have one for each of ``steps`` actions."""
     check_lengths(where, {"actions": steps} | {part.label: len(part) for part in _parts(column)})
     return Picked(column, np.array([steps - 1]))
 

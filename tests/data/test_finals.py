@@ -128,6 +128,13 @@ def test_pictures_of_the_frame_caches_size(tmp_path):
     assert open_store(source, memory_bytes=0).take_finals("images/top", np.array([0, 3])).shape == (2, 4, 4, 3)
 
 
+def test_episodes_that_were_cut_without_it_are_counted():
+    ended = np.array([False, False, True])
+    short = dataclasses.replace(counting_episode(1), final=None)
+    store = EpisodeStore.from_episodes([counting_episode(0), short, dataclasses.replace(short, terminals=ended), short])
+    assert chunks.num_cut(store) == 2
+
+
 def test_files_of_before_are_read(tmp_path):
     write(tmp_path)
     for path in tmp_path.glob("*.hdf5"):

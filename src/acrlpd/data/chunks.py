@@ -80,6 +80,12 @@ def gather(
     }
 
 
+def num_cut(store: EpisodeStore) -> int:
+    """Count the episodes that were cut without a word of what came next: no window that ends with them bootstraps."""
+    cut = np.flatnonzero(~store.has_final)
+    return int(np.sum(~store.take("terminals", store.ends[cut] - 1, cut)))
+
+
 @typed
 def observe(store: EpisodeStore, rows: Int[np.ndarray, " b"]) -> dict[str, Any]:
     """Read ``state``, ``image`` and ``prompt`` at rows, as ``gather`` names them.

@@ -75,7 +75,7 @@ class _CollectJob:
 
     def _begin(self, run: EpisodeRunner, number: int) -> None:
         """Reset the environment; where that fails, the episode is lost and another seed gets its number."""
-        reasons = []
+        reasons: list[str] = []
         while len(reasons) < MAX_BAD_STARTS_IN_A_ROW:
             seed = episode_seed(self.seed, number, len(reasons))
             answer = run.obey(Start(number, seed, record_images=bool(self.config.cameras)))

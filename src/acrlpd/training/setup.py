@@ -18,7 +18,7 @@ from flax import nnx
 
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.config import PolicyConfig, TrainConfig, from_dict
-from acrlpd.data import normalize, npz, windows
+from acrlpd.data import chunks, normalize, npz, windows
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.frame_cache import FrameCache
 from acrlpd.data.loader import ChunkLoader
@@ -102,6 +102,12 @@ def _make_trainer(
     dims = Dims(prior.state.shape[1], prior.actions.shape[1])
     spec = environments.spec if environments else None
     check_prior(config, prior, dims, spec)
+    if config.agent.algorithm != "bc" and (num_cut := chunks.num_cut(prior)):
+        logger.info(
+            "%d of %d episodes were cut and do not say what was seen after their last action: their last whole window "
+            "stays out of the TD loss",
+            *(num_cut, prior.num_episodes),
+        )
     checkpoints = ACRLPDCheckpointManager(
         files.checkpoints,
         max_to_keep=config.max_to_keep,

@@ -61,7 +61,7 @@ def _whole_levels(picture: np.ndarray, where: str) -> UInt8[np.ndarray, "..."]:
 
 @typed
 def resize_with_pad(images: UInt8[np.ndarray, "*batch h w 3"], height: int, width: int) -> UInt8[np.ndarray, "..."]:
-    """Resize by Pillow's bilinear filter to the largest size that fits, centred on black, smaller half of the rim first.
+    """Resize by Pillow's bilinear filter to the largest size that fits, centred on black, the rim's smaller half first.
 
     Rows come first, then columns, in two calls: left to itself, newer Pillow chooses the order, and levels differ
     by one.

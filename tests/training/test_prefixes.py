@@ -106,9 +106,7 @@ def test_critics_alone_read_stored_features_of_any_backbone(frozen, tmp_path, mo
     assert stored.prefix[1:] == (None, None)
     (made,) = (tmp_path / "runs" / "prefixes").iterdir()
     assert [path.name for path in sorted(made.iterdir())] == ["0.bin", "arrays.json"]
-    last, *finals = trainer.loader._features.take(np.array([13, 14, 15]))[0]  # of the last step, of both final ones
-    np.testing.assert_allclose(*finals, rtol=1e-5, atol=1e-6)
-    assert np.abs(last - finals[1]).max() > 1e-3
+    assert len(trainer.loader._features.arrays[0]) == 14 + 2  # every row, and every final observation
     for each in (trainer, plain):
         each.train()
     records = [

@@ -103,9 +103,13 @@ def _episode(
         rewards, terminals = reward_labels.label(
             config, length, success=success, stored=stored, terminals=own, threshold=threshold, where=source
         )
-    state = np.concatenate([parts[name].reshape(length + 1, -1) for name in names], axis=1, dtype=np.float32)
+    read = [parts[name] for name in (*names, *images)]
+    last = None
+    if all(len(part) == length + 1 for part in read):
+        numbers = np.concatenate([parts[name][length].ravel() for name in names], dtype=np.float32)
+        last = FinalObservation(numbers, {name: parts[name][length] for name in images})
     return Episode(
-        state=state[:length],
+        state=np.concatenate([parts[name][:length].reshape(length, -1) for name in names], axis=1, dtype=np.float32),
         actions=np.asarray(found.actions, np.float32).reshape(length, -1),
         rewards=rewards,
         terminals=terminals,
@@ -113,7 +117,7 @@ def _episode(
         images=images,
         success=success,
         source=source,
-        final=FinalObservation(state[length], {name: parts[name][length] for name in images}),
+        final=last,
     )
 
 

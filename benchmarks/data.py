@@ -40,8 +40,9 @@ from acrlpd.data.lerobot import LeRobotSource
 from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.metadata_cache import MetadataCache
 from acrlpd.data.normalize import NormStats
-from acrlpd.data.transforms import Compose, Normalize, resize_with_pad
+from acrlpd.data.transforms import Compose, Normalize
 from acrlpd.data.windows import open_store
+from acrlpd.pictures import resize_with_pad
 from acrlpd.presets import get_preset
 from acrlpd.training.setup import make_trainer
 from acrlpd.types import Episode

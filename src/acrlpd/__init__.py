@@ -55,7 +55,7 @@ _HOMES = {
     "acrlpd.training.protocol": ("ACRLPDEvaluationProtocol",),
     "acrlpd.training.setup": ("load_checkpoint", "make_trainer"),
     "acrlpd.training.writers": ("WANDB_METRIC_GROUPS",),
-    "acrlpd.types": ("ChunkBatch", "Episode", "Observation"),
+    "acrlpd.types": ("ChunkBatch", "Episode", "FinalObservation", "Observation"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

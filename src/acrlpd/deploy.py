@@ -177,7 +177,7 @@ def trained_policy(trained: Trained, options: ActingOptions) -> Policy:
         [
             ActionsOnly(),
             *_default_prompt(options.default_prompt, needed=config.policy.kind != "mlp_flow"),
-            setup.make_transform(config, trained.stats, trained.dims),
+            setup.make_transform(config, trained.stats, trained.dims, _read_cameras(trained)),
         ]
     )
     return Policy(
@@ -198,11 +198,16 @@ def _default_prompt(prompt: str | None, *, needed: bool) -> list[Transform]:
     return [DefaultPrompt(prompt or "")]
 
 
+def _read_cameras(trained: Trained) -> tuple[str, ...]:
+    """Return the data's cameras that the policy reads: of a client's others nothing is asked."""
+    return () if trained.config.policy.kind == "mlp_flow" else trained.cameras
+
+
 def _spec(trained: Trained) -> Observation:
     policy, dims = trained.config.policy, trained.dims
-    cameras = setup.model_cameras(trained.config, trained.cameras)
     if policy.kind == "mlp_flow":
         return _observation_spec(dims.state, (), 0, policy.max_token_len)
+    cameras = setup.model_cameras(trained.config, trained.cameras)
     return _observation_spec(policy.action_dim or dims.state, cameras, policy.image_size, policy.max_token_len)
 
 
@@ -430,6 +435,7 @@ def openpi_policy(
         quantiles=is_fast or pi05 if openpi.quantiles is None else openpi.quantiles,
         image_size=model.image_size,
         action_dim=None if is_fast else model.action_dim,
+        cameras=model.cameras,
     )
     state_dim = platform.state_dim if is_fast else model.action_dim
     return Policy(

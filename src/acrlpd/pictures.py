@@ -45,7 +45,7 @@ def to_rgb(picture: Any, where: str) -> UInt8[np.ndarray, "*batch h w 3"]:
 
 
 def _whole_levels(picture: np.ndarray, where: str) -> UInt8[np.ndarray, "..."]:
-    """Levels from 0 to 255. Floats are cut to them, not rounded, as openpi does it."""
+    """Return levels from 0 to 255. Floats are cut to them, not rounded, as openpi does it."""
     if not picture.size or picture.dtype.kind not in "fiu":
         raise ValueError(f"{where} is no picture: {picture.dtype} of shape {picture.shape}. Expected uint8 RGB.")
     if picture.dtype == np.uint8:
@@ -61,9 +61,10 @@ def _whole_levels(picture: np.ndarray, where: str) -> UInt8[np.ndarray, "..."]:
 
 @typed
 def resize_with_pad(images: UInt8[np.ndarray, "*batch h w 3"], height: int, width: int) -> UInt8[np.ndarray, "..."]:
-    """Pillow's bilinear filter to the largest size that fits, centred on black (the smaller half of the rim first).
+    """Resize by Pillow's bilinear filter to the largest size that fits, centred on black, the rim's smaller half first.
 
-    Rows first, then columns, in two calls: left to itself, newer Pillow chooses the order, and levels differ by one.
+    Rows come first, then columns, in two calls: left to itself, newer Pillow chooses the order, and levels differ
+    by one.
     """
     old_height, old_width = images.shape[-3:-1]
     scale = max(old_width / width, old_height / height)

@@ -51,12 +51,20 @@ class ChunkBatch:
     rewards: Float[AnyArray, "b h"]  # per step, undiscounted; 0 past the end
     terminals: Float[AnyArray, "b h"]  # the task truly ended here (success or failure); a time limit does not count
     valid: Float[AnyArray, "b h"]  # 1 where the step is real and no terminal came before it in the window
-    next_observations: Observation  # at t+h, or the last real step
+    next_observations: Observation  # at t+h; s_T if the window ends with the episode, the last real step past it
     bootstrap_mask: Float[AnyArray, " b"]  # 0 if the task terminated inside the window, else 1
     sequence_mask: Float[AnyArray, " b"]  # 1 where the chunk may be used for the TD loss
     episode_id: Int[AnyArray, " b"]
     step_id: Int[AnyArray, " b"]
     next_actions: Float[AnyArray, "b h a"] | None = None  # the data's own at next_observations, for critics alone
+
+
+@dataclasses.dataclass(frozen=True)
+class FinalObservation:
+    """What was seen after the last action of an episode: s_T, which no row of it holds."""
+
+    state: Float[np.ndarray, " s"]
+    images: dict[str, UInt8[np.ndarray, "_ _ 3"]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +80,7 @@ class Episode:
     success: bool | None = None  # None: nobody knows
     source: str = ""  # the file (and group) it came from, for messages
     task_changes: tuple[tuple[int, str], ...] = ()  # where it changes inside: each later one, behind its first step
+    final: FinalObservation | None = None  # None: it was not recorded
 
     def __len__(self) -> int:
         return len(self.actions)

@@ -420,6 +420,16 @@ def test_explore(actor, toys):
     np.testing.assert_array_equal(actor(toys.key(0), temperature=1e-9, mode="explore"), actor(toys.key(0)))
 
 
+@pytest.mark.parametrize("mode", ["greedy", "explore", "bc"])
+def test_with_a_key_each_observations_draw_what_they_draw_alone(mode, agents):
+    agent, state = agents["min"], jnp.ones((6, 4)) * jnp.arange(6.0)[:, None]
+    keys = jax.random.split(jax.random.key(4), 6)  # threefry: the bits of others depend on what is beside them
+    together = acrlpd.act(agent, Observation(state=state), keys, mode=mode)[0]
+    for row in range(6):
+        alone = agent.sample_actions(Observation(state=state[row : row + 1]), keys[row], mode=mode)
+        np.testing.assert_allclose(together[row], alone[0], atol=1e-5)
+
+
 def test_exploration_does_not_reward_spread_in_the_padding(toys):
     """Candidates that differ in a padded dimension alone have the same bonus: Q decides."""
     agent = toys.agent(toys.config(diversity_bonus=1e4), policy=toys.policy(3), action_dim=2)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -5,13 +7,15 @@ from hypothesis import strategies as st
 
 from acrlpd.data import chunks
 from acrlpd.data.episodes import EpisodeStore
-from acrlpd.types import Episode
+from acrlpd.types import Episode, FinalObservation
 
 
-def make_episode(length, *, first=1, terminals=(), task="lift", task_changes=(), cameras=()):
+def make_episode(length, *, first=1, terminals=(), task="lift", task_changes=(), cameras=(), final=False):
     """State, actions, rewards and pictures hold the number of the step, counted from ``first``."""
     steps = np.arange(first, first + length)
     pictures = np.broadcast_to(steps[:, None, None, None], (length, 2, 2, 3)).astype(np.uint8)
+    after = np.float32([first + length])
+    last = {camera: np.full((2, 2, 3), first + length + 10 * i, np.uint8) for i, camera in enumerate(cameras)}
     return Episode(
         state=steps[:, None].astype(np.float32),
         actions=steps[:, None].astype(np.float32),
@@ -20,6 +24,7 @@ def make_episode(length, *, first=1, terminals=(), task="lift", task_changes=(),
         task=task,
         task_changes=task_changes,
         images={camera: pictures + 10 * i for i, camera in enumerate(cameras)},
+        final=FinalObservation(after, last) if final else None,
     )
 
 
@@ -36,7 +41,7 @@ EDGES = [
     # id, terminals, step, horizon, actions, rewards, terminals, valid, next_state, sequence_mask, bootstrap_mask
     ("first step", [], 0, 3, [1, 2, 3], [1, 2, 3], [0, 0, 0], [1, 1, 1], 4, 1, 1),
     ("window ends at the last step but one", [], 1, 3, [2, 3, 4], [2, 3, 4], [0, 0, 0], [1, 1, 1], 5, 1, 1),
-    ("window ends at the last step", [], 2, 3, [3, 4, 5], [3, 4, 5], [0, 0, 0], [1, 1, 1], 5, 1, 1),
+    ("window ends at the last step", [], 2, 3, [3, 4, 5], [3, 4, 5], [0, 0, 0], [1, 1, 1], 5, 0, 1),
     ("last step but one, time limit", [], 3, 3, [4, 5, 5], [4, 5, 0], [0, 0, 0], [1, 1, 0], 5, 0, 1),
     ("last step, time limit", [], 4, 3, [5, 5, 5], [5, 0, 0], [0, 0, 0], [1, 0, 0], 5, 0, 1),
     ("last step but one, terminated", [4], 3, 3, [4, 5, 5], [4, 5, 0], [0, 1, 0], [1, 1, 0], 5, 1, 0),
@@ -44,12 +49,13 @@ EDGES = [
     ("full window up to the terminal", [4], 2, 3, [3, 4, 5], [3, 4, 5], [0, 0, 1], [1, 1, 1], 5, 1, 0),
     ("full window before the terminal", [4], 1, 3, [2, 3, 4], [2, 3, 4], [0, 0, 0], [1, 1, 1], 5, 1, 1),
     ("horizon 1", [], 1, 1, [2], [2], [0], [1], 3, 1, 1),
+    ("horizon 1 at the time limit", [], 4, 1, [5], [5], [0], [1], 5, 0, 1),
     ("horizon 1 at a terminal", [4], 4, 1, [5], [5], [1], [1], 5, 1, 0),
     ("longer than the episode", [], 0, 6, [1, 2, 3, 4, 5, 5], [1, 2, 3, 4, 5, 0], [0] * 6, [1] * 5 + [0], 5, 0, 1),
     ("longer, terminated", [4], 0, 6, [1, 2, 3, 4, 5, 5], [1, 2, 3, 4, 5, 0], [0] * 4 + [1, 0], [1] * 5 + [0], 5, 1, 0),
     ("terminal in mid-episode", [1], 0, 3, [1, 2, 3], [1, 2, 3], [0, 1, 0], [1, 1, 0], 4, 1, 0),
     ("two terminals in mid-episode", [1, 2], 0, 4, [1, 2, 3, 4], [1, 2, 3, 4], [0, 1, 1, 0], [1, 1, 0, 0], 5, 1, 0),
-    ("just after a mid-episode terminal", [1], 2, 3, [3, 4, 5], [3, 4, 5], [0, 0, 0], [1, 1, 1], 5, 1, 1),
+    ("just after a mid-episode terminal", [1], 2, 3, [3, 4, 5], [3, 4, 5], [0, 0, 0], [1, 1, 1], 5, 0, 1),
     ("mid-episode terminal, then a time limit", [3], 3, 3, [4, 5, 5], [4, 5, 0], [1, 0, 0], [1, 0, 0], 5, 1, 0),
 ]  # fmt: skip
 
@@ -62,6 +68,39 @@ def test_edges_by_hand(case):
     for key, value in zip(keys, expected, strict=True):
         np.testing.assert_array_equal(np.squeeze(chunk[key]), np.squeeze(value), err_msg=key)
     assert (chunk["state"], chunk["episode_id"], chunk["step_id"]) == ([step + 1], 1, step)
+
+
+# the same episode where what was seen after its last action, 6, is known: what differs from the above
+FINAL_EDGES = [
+    # id, terminals, step, horizon, next_state, sequence_mask, bootstrap_mask
+    ("window ends at the last step but one", [], 1, 3, 5, 1, 1),
+    ("window ends at the last step", [], 2, 3, 6, 1, 1),
+    ("last step but one, time limit", [], 3, 3, 5, 0, 1),
+    ("full window up to the terminal", [4], 2, 3, 6, 1, 0),
+    ("last step, terminated", [4], 4, 3, 5, 1, 0),
+    ("horizon 1 at the time limit", [], 4, 1, 6, 1, 1),
+    ("the whole episode", [], 0, 5, 6, 1, 1),
+    ("longer than the episode", [], 0, 6, 5, 0, 1),
+]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case[1:], id=case[0]) for case in FINAL_EDGES])
+def test_edges_with_a_final_observation_by_hand(case):
+    terminals, step, horizon, *expected = case
+    chunk = gather_one(make_episode(5, terminals=terminals, final=True), step, horizon)
+    for key, value in zip(["next_state", "sequence_mask", "bootstrap_mask"], expected, strict=True):
+        np.testing.assert_array_equal(np.squeeze(chunk[key]), value, err_msg=key)
+
+
+def test_pictures_of_a_final_observation():
+    with_final, without = (make_episode(3, cameras=["top", "wrist"], final=final) for final in (True, False))
+    store = EpisodeStore.from_episodes([without, with_final])
+    chunk = chunks.gather(store, np.array([1, 4, 3]), 2)
+    assert chunk["next_row"].tolist() == [2, 7, 5]  # rows 6 and 7 stand for what came after the two episodes
+    np.testing.assert_array_equal(chunk["next_image"]["wrist"][:, 0, 0, 0], [13, 14, 13])
+    observed = chunks.observe(store, np.array([6, 7, 0]))
+    np.testing.assert_array_equal(observed["state"][:, 0], [3, 4, 1])  # that of the first is not known: its last row
+    np.testing.assert_array_equal(observed["image"]["top"][:, 1, 1, 2], [3, 4, 1])
 
 
 def test_an_episode_of_one_step():
@@ -99,10 +138,10 @@ def test_the_batch_is_a_copy():
 
 
 def test_seam_after_the_oldest_episodes_were_dropped():
-    bytes_per_row = 4 * 3 + 1
+    bytes_per_row = 4 * 3 + 1  # and a final observation has 4
     store = EpisodeStore(max_bytes=9 * bytes_per_row)
     for i in range(20):
-        store.append(make_episode(4, first=100 * i, terminals=[3] if i % 2 else []))
+        store.append(make_episode(4, first=100 * i, terminals=[3] if i % 2 else [], final=i % 3 == 0))
     # the buffers have been moved several times; episodes 18 (time limit) and 19 (terminated) are left
     chunk = chunks.gather(store, np.array([0, 2, 3, 4, 7]), 3)
     np.testing.assert_array_equal(
@@ -114,6 +153,11 @@ def test_seam_after_the_oldest_episodes_were_dropped():
     np.testing.assert_array_equal(chunk["sequence_mask"], [1, 0, 0, 1, 1])
     np.testing.assert_array_equal(chunk["bootstrap_mask"], [1, 1, 1, 1, 0])
     np.testing.assert_array_equal(chunk["next_state"][:, 0], [1803, 1803, 1803, 1903, 1903])
+    assert store.has_final.tolist() == [True, False]
+    chunk = chunks.gather(store, np.array([1, 5]), 3)
+    np.testing.assert_array_equal(chunk["next_state"][:, 0], [1804, 1903])
+    assert store.episode(0).final.state == 1804
+    assert store.episode(1).final is None
 
 
 def slow_gather(episodes, index, step, horizon):
@@ -129,15 +173,17 @@ def slow_gather(episodes, index, step, horizon):
         terminals.append(float(real and episode.terminals[t]))
         valid.append(float(real and not ended))
         ended = ended or bool(terminals[-1])
+    states = [*episode.state, episode.final.state] if episode.final else [*episode.state]
+    inside = step + horizon <= length  # what lies past the end is masked out, and reads the last real step
     return {
         "state": episode.state[step],
-        "next_state": episode.state[min(step + horizon, length - 1)],
+        "next_state": states[step + horizon] if inside and step + horizon < len(states) else episode.state[-1],
         "actions": actions,
         "rewards": rewards,
         "terminals": terminals,
         "valid": valid,
         "bootstrap_mask": float(not ended),
-        "sequence_mask": float(step + horizon <= length or ended),
+        "sequence_mask": float((inside and step + horizon < len(states)) or ended),
         "episode_id": index,
         "step_id": step,
         "prompt": instruction_at(episode, step),
@@ -154,9 +200,10 @@ def instruction_at(episode, step):
     changes=st.sets(st.integers(1, 6)),
     horizon=st.integers(1, 9),
     num_dropped=st.integers(0, 3),
+    finals=st.lists(st.booleans(), min_size=5, max_size=5),
 )
 @settings(deadline=None, max_examples=150)
-def test_agrees_with_a_slow_reference(flags, changes, horizon, num_dropped):
+def test_agrees_with_a_slow_reference(flags, changes, horizon, num_dropped, finals):
     firsts = np.cumsum([0, *map(len, flags)])
     episodes = [
         make_episode(
@@ -165,8 +212,9 @@ def test_agrees_with_a_slow_reference(flags, changes, horizon, num_dropped):
             terminals=np.flatnonzero(row),
             task=f"task {len(row)}",
             task_changes=tuple((step, f"part {step}") for step in sorted(changes) if step < len(row)),
+            final=final,
         )
-        for row, first in zip(flags, firsts, strict=False)
+        for row, first, final in zip(flags, firsts, finals, strict=False)
     ]
     num_dropped = min(num_dropped, len(episodes) - 1)
     store = EpisodeStore.from_episodes(episodes)
@@ -177,6 +225,35 @@ def test_agrees_with_a_slow_reference(flags, changes, horizon, num_dropped):
     for row, (index, step) in enumerate(places):
         for key, value in slow_gather(episodes, index, step, horizon).items():
             np.testing.assert_array_equal(chunk[key][row], value, err_msg=f"{key} at episode {index}, step {step}")
+
+
+@given(
+    flags=st.lists(st.booleans(), min_size=1, max_size=8),
+    horizon=st.integers(1, 9),
+    final=st.booleans(),
+    ends_in_chunks=st.booleans(),
+)
+@settings(deadline=None, max_examples=150)
+def test_what_bootstraps_does_so_from_the_state_after_the_horizon(flags, horizon, final, ends_in_chunks):
+    """The environment counts its steps, so the state h steps later is h more, whatever the ends."""
+    store = EpisodeStore.from_episodes([make_episode(len(flags), terminals=np.flatnonzero(flags), final=final)] * 2)
+    chunk = chunks.gather(store, np.arange(store.num_rows), horizon, ends_in_chunks=ends_in_chunks)
+    bootstraps = (chunk["sequence_mask"] * chunk["bootstrap_mask"]) == 1
+    np.testing.assert_array_equal(chunk["next_state"][bootstraps], chunk["state"][bootstraps] + horizon)
+    unknown = (chunk["step_id"] + horizon > len(flags)) | ((chunk["step_id"] + horizon == len(flags)) & (not final))
+    np.testing.assert_array_equal(bootstraps, ~unknown & (chunk["bootstrap_mask"] == 1))  # and nothing else is left out
+
+
+def test_a_final_observation_has_the_form_of_the_others():
+    episode = make_episode(3, cameras=["top"], final=True)
+    for final in (
+        FinalObservation(np.zeros(2, np.float32), episode.final.images),
+        FinalObservation(np.float32([np.nan]), episode.final.images),
+        FinalObservation(np.float32([1]), {}),
+        FinalObservation(np.float32([1]), {"top": np.zeros((4, 4, 3), np.uint8)}),
+    ):
+        with pytest.raises(ValueError, match=r"mine: final (state|images/top): expected finite"):
+            EpisodeStore().append(dataclasses.replace(episode, final=final, source="mine"))
 
 
 def test_bad_horizon():

@@ -57,9 +57,11 @@ def test_rows_pair_an_observation_with_the_action_taken_there(library):
     assert asked == ["D4RL/door/human-v2"]
     assert (found.format, found.lengths.tolist(), found.cameras) == ("minari", [4, 6], ("camera",))
     parts = dataset[1].observations
-    state = np.column_stack([parts["goal"]["angle"], parts["goal"]["place"], parts["observation"]])[:6]
+    states = np.column_stack([parts["goal"]["angle"], parts["goal"]["place"], parts["observation"]])
     second = found.episode(1)
-    np.testing.assert_array_equal(second.state, state.astype(np.float32))
+    np.testing.assert_array_equal(second.state, states[:6].astype(np.float32))
+    np.testing.assert_array_equal(second.final.state, states[6].astype(np.float32))
+    np.testing.assert_array_equal(second.final.images["camera"], parts["camera"][6])
     np.testing.assert_array_equal(second.images["camera"], parts["camera"][:6])
     np.testing.assert_array_equal(second.actions, dataset[1].actions)
     assert not second.terminals.any()  # cut by a time limit

@@ -7,6 +7,7 @@ import pytest
 from acrlpd.data import transforms as tf
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.tokenizer import PromptTokenizer
+from acrlpd.pictures import resize_with_pad
 
 STATS = {
     "state": NormStats(np.array([1.0, 2.0, 0.0]), np.array([2.0, 4.0, 1.0]), -np.ones(3), 3 * np.ones(3)),
@@ -153,16 +154,23 @@ def test_keys_without_statistics_are_left_alone_but_needed_on_the_way_back():
 
 
 def test_images_of_the_right_size_are_not_touched():
-    image = np.zeros((2, 4, 6, 3), np.float32)  # a float one too
+    image = np.zeros((2, 4, 6, 3), np.uint8)
     assert tf.ResizeImages(4, 6)({"image": {"top": image}})["image"]["top"] is image
-    with pytest.raises(ValueError, match=r"image/top is float32 of size \(4, 6\), and only uint8"):
-        tf.ResizeImages(4, 4)({"image": {"top": image}})
+    with pytest.raises(ValueError, match=r"image/top is float32 from -1 to -1: expected uint8"):
+        tf.ResizeImages(4, 6)({"image": {"top": image.astype(np.float32) - 1}})
+
+
+@pytest.mark.parametrize("other", [np.zeros((4, 4), np.uint16), "no picture", None, np.full((9, 9, 3), np.nan)])
+def test_a_camera_that_is_not_read_is_ignored_whatever_it_holds(other):
+    image = np.zeros((4, 6, 3), np.uint8)
+    resized = tf.ResizeImages(4, 6, ("top", "wrist"))({"image": {"depth": other, "top": image}})
+    assert resized == {"image": {"top": image}}
 
 
 @pytest.mark.parametrize(("height", "width", "rows", "columns"), [(8, 8, (2, 6), (0, 8)), (4, 11, (0, 4), (1, 9))])
 def test_the_rim_is_black_and_the_smaller_half_comes_first(height, width, rows, columns):
     white = np.full((4, 8, 3), 255, np.uint8)
-    resized = tf.resize_with_pad(white, height, width)
+    resized = resize_with_pad(white, height, width)
     expected = np.zeros((height, width, 3), np.uint8)
     expected[slice(*rows), slice(*columns)] = 255
     np.testing.assert_array_equal(resized, expected)
@@ -195,15 +203,6 @@ def test_padding_never_cuts_on_the_way_in():
     np.testing.assert_array_equal(tf.PadToModel(2)(data)["state"], np.arange(4.0))
     assert tf.PadToModel(4).inverse({"actions": np.ones((2, 4))})["actions"].shape == (2, 4)
     assert tf.PadToModel(4, robot_action_dim=3).inverse({"actions": np.ones((2, 4))})["actions"].shape == (2, 3)
-
-
-def test_to_image():
-    picture = np.zeros((2, 5, 7, 3), np.float32)
-    picture[..., 0] = 0.999  # cut, not rounded: 254.7 is 254
-    image = tf.to_image(picture)
-    assert (image.dtype, image.shape) == (np.uint8, (2, 5, 7, 3))
-    np.testing.assert_array_equal(image[0, 0, 0], [254, 0, 0])
-    np.testing.assert_array_equal(tf.to_image(np.moveaxis(picture, -1, -3)), image)
 
 
 def test_to_observation():
@@ -244,7 +243,7 @@ def test_resize_is_openpis(shared):
     assert cases
     for case in cases:
         height, width = map(int, arrays[f"{case}/size"])
-        resized = tf.resize_with_pad(arrays[f"{case}/in_u8"], height, width)
+        resized = resize_with_pad(arrays[f"{case}/in_u8"], height, width)
         np.testing.assert_array_equal(resized, arrays[f"{case}/out_pil_u8"])
 
 

@@ -69,6 +69,19 @@ def test_episodes_on_a_robot():
     assert solved.episode.state.tolist() == [[0], [1], [2]]
 
 
+@pytest.mark.parametrize("judged", list(Outcome))
+def test_a_robot_that_is_complete_is_not_moved_on(judged):
+    robot = Robot()
+    environment = make_robot(
+        robot, Clock(), outcome=lambda observation, complete: judged if complete else Outcome.GOING_ON
+    )
+    environment.reset(0)
+    steps = [environment.step(np.ones(1)) for _ in range(3)]
+    assert [step.terminated or step.truncated for step in steps] == [False, False, True]
+    assert steps[-1].truncated == (judged in (Outcome.GOING_ON, Outcome.TRUNCATED))
+    assert steps[-1].success == (judged is Outcome.SOLVED)
+
+
 def test_steps_keep_the_control_rate():
     robot, clock = Robot(), Clock()
     environment = make_robot(robot, clock)

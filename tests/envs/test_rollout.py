@@ -81,6 +81,20 @@ def test_a_time_limit_is_no_terminal(make_counting):
     assert result.episode.success is False
 
 
+@pytest.mark.parametrize("horizon", [1, 2, 5])
+@pytest.mark.parametrize("record_images", [True, False])
+def test_what_was_seen_after_the_last_action_is_kept(make_counting, record_images, horizon):
+    """Whether the task or the time ends the episode, and wherever in a chunk."""
+    for step, states in ((1.0, 3), (0.5, 4)):
+        environment = make_counting(max_episode_steps=4, cameras=("front",))
+        act = Recorder(horizon=horizon, step=step)
+        (result,) = rollout(local(environment), act, [8], execute_horizon=horizon, record_images=record_images)
+        assert result.length == states
+        assert result.episode.final.state.tolist() == [8, step * states]
+        pictures = {"front": np.full((4, 4, 3), int(step * states)).tolist()} if record_images else {}
+        assert {name: picture.tolist() for name, picture in result.episode.final.images.items()} == pictures
+
+
 def test_no_seeds_no_policy_calls(make_counting):
     act = Recorder()
     assert rollout(local(make_counting()), act, [], execute_horizon=1) == []
@@ -101,6 +115,38 @@ def test_a_physics_error_is_a_failed_episode(make_counting, broken, stored):
     assert not lost.episode.terminals.any()
     assert lost.episode.success is False
     assert np.isfinite(lost.episode.state).all()
+    assert lost.episode.final is None  # nothing was seen
+
+
+def break_resets(environment, broken):
+    """Resets with these seeds end in a state that is not finite."""
+    reset = environment.simulator.reset
+    environment.simulator.reset = lambda seed: reset(seed) * (np.nan if broken(seed) else 1)
+    return environment
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_a_reset_that_fails_costs_its_episode(make_counting, num_envs, caplog):
+    environments = local(*(break_resets(make_counting(), lambda seed: seed in (3, 4, 8)) for _ in range(num_envs)))
+    results = rollout(environments, Recorder(), range(9), execute_horizon=2)
+    assert [result.seed for result in results] == [0, 1, 2, 5, 6, 7]
+    assert caplog.text.count("its reset failed") == 3
+    assert rollout(environments, Recorder(), [3, 4], execute_horizon=2) == []
+
+
+def test_a_reset_that_fails_online_is_counted_and_another_episode_begun(make_counting):
+    broken = {episode_seed(0, number) for number in (0, 3)}
+    environment = break_resets(make_counting(), lambda seed: seed in broken)
+    collector = OnlineCollector(local(environment), seed=0, execute_horizon=4)
+    collected = [collector.collect(Recorder()) for _ in range(3)]
+    assert [[each.number for each in one.rollouts] for one in collected] == [[1], [2], [4]]
+    assert [one.num_lost for one in collected] == [1, 1, 0]  # the first before anything was asked of the policy
+
+
+def test_an_environment_that_can_never_begin_ends_the_run(make_counting):
+    environment = break_resets(make_counting(), lambda seed: True)
+    with pytest.raises(RuntimeError, match=r"10 episodes in a row could not begin in an environment, .*finite"):
+        OnlineCollector(local(make_counting(), environment), seed=0, execute_horizon=4)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 2), (2, 4, 3), (2, 1, 2), (2, 2)])

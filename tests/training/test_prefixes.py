@@ -12,7 +12,7 @@ from acrlpd.data import hdf5
 from acrlpd.models.critic import CriticConfig
 from acrlpd.training import prefixes, setup
 from acrlpd.training.metrics import read_jsonl
-from acrlpd.types import Episode
+from acrlpd.types import Episode, FinalObservation
 
 
 @pytest.fixture
@@ -26,10 +26,11 @@ def frozen(tmp_path):
             state=rng.normal(size=(7, 4)).astype(np.float32),
             actions=rng.uniform(-1, 1, size=(7, 2)).astype(np.float32),
             rewards=np.where(np.arange(7) == 6, 0.0, -1.0).astype(np.float32),
-            terminals=np.arange(7) == 6,
+            terminals=(np.arange(7) == 6) & (number == 0),
             task="push the button",
             task_changes=((3, "pull it"),) if number else (),
             images={"top": rng.integers(0, 256, (7, 16, 16, 3), np.uint8)},
+            final=FinalObservation(np.ones(4, np.float32), {"top": np.full((16, 16, 3), 200, np.uint8)}),
         )
         hdf5.write_episode(path, episode)
     return TrainConfig(
@@ -106,6 +107,7 @@ def test_critics_alone_read_stored_features_of_any_backbone(frozen, tmp_path, mo
     assert stored.prefix[1:] == (None, None)
     (made,) = (tmp_path / "runs" / "prefixes").iterdir()
     assert [path.name for path in sorted(made.iterdir())] == ["0.bin", "arrays.json"]
+    assert len(trainer.loader._features.arrays[0]) == 14 + 2  # every row, and every final observation
     for each in (trainer, plain):
         each.train()
     records = [

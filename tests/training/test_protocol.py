@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,7 +15,13 @@ from acrlpd.envs.env import EnvConfig, Outcome, SimulatedEnvironment
 from acrlpd.envs.vector import LocalVectorEnv
 from acrlpd.models.critic import CriticConfig
 from acrlpd.training import setup
-from acrlpd.training.evaluate import ObservationNoise, with_observation_noise
+from acrlpd.training.evaluate import (
+    EpisodeDraws,
+    ObservationNoise,
+    chunk_policy,
+    evaluate,
+    with_observation_noise,
+)
 from acrlpd.training.protocol import ProtocolConfig
 
 
@@ -104,6 +111,47 @@ def test_noise_changes_what_is_done_and_the_same_candidates_do_not(findings):
     np.testing.assert_array_equal(actions(findings.best_of_n[3]), undisturbed)  # 3 is what the agent takes anyway
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "greedy"},
+        {"mode": "explore"},
+        {"mode": "bc"},
+        {"mode": "greedy", "observation_noise": 0.3},
+        {"mode": "greedy", "action_noise": 0.3},
+    ],
+    ids=str,
+)
+def test_an_episode_is_a_function_of_its_seed(agent, transform, options):
+    """Whatever runs beside it, in whatever order, and whichever other seeds there are."""
+
+    def run(num_envs, seeds):
+        environments = LocalVectorEnv([SimulatedEnvironment(Drift(), EnvConfig("drift")) for _ in range(num_envs)])
+        rollouts = evaluate(agent, transform, environments, seeds, rng=jax.random.key(3), execute_horizon=2, **options)[
+            1
+        ]
+        return {each.seed: each.episode.actions for each in rollouts}
+
+    alone = run(1, range(100, 110))
+    assert len({actions.tobytes() for actions in alone.values()}) > 5
+    for num_envs, seeds in ((3, range(100, 110)), (4, range(109, 99, -1)), (2, [104, 2**40 + 1, 107])):
+        beside = run(num_envs, seeds)
+        for seed in alone.keys() & beside.keys():
+            np.testing.assert_allclose(beside[seed], alone[seed], atol=1e-5)
+
+
+def test_policies_of_one_episode_share_its_draws(agent, transform):
+    """As online, where an update may come between two chunks: the second is not the first once more."""
+    draws, observation = EpisodeDraws(jax.random.key(0)), {"state": np.zeros(4), "image": {}, "prompt": "go"}
+    first, second, other = (
+        chunk_policy(agent, transform, draws, mode="bc")([observation], np.array([number]))[0] for number in (7, 7, 8)
+    )
+    assert np.abs(first - second).max() > 1e-3
+    assert np.abs(first - other).max() > 1e-3
+    again = chunk_policy(agent, transform, jax.random.key(0), mode="bc")([observation] * 2, np.array([8, 7]))
+    np.testing.assert_allclose(again, [other, first], atol=1e-6)  # a resumed run draws the same
+
+
 def test_every_executed_chunk_has_its_q(findings):
     lengths = [each.length for each in findings.task.rollouts]
     assert findings.agreement.chunks == sum(-(-length // 2) for length in lengths)
@@ -126,16 +174,16 @@ def test_findings_are_json(findings):
 
 
 def test_noise_comes_right_behind_the_normalization(transform):
-    noisy = with_observation_noise(transform, 0.1, seed=0)
+    noisy = with_observation_noise(transform, 0.1, [np.random.default_rng(0)])
     kinds = [type(step).__name__ for step in noisy.transforms]
     assert kinds[kinds.index("Normalize") + 1] == "ObservationNoise"
     with pytest.raises(ValueError, match="Compose with a Normalize"):
-        with_observation_noise(Compose([PadToModel(8)]), 0.1, seed=0)
+        with_observation_noise(Compose([PadToModel(8)]), 0.1, [])
 
 
 def test_observation_noise_has_its_deviation_on_states_and_pictures():
-    noise = ObservationNoise(0.1, np.random.default_rng(0))
-    data = noise({"state": np.zeros((500, 4)), "image": {"top": np.full((2, 64, 64, 3), 100, np.uint8)}})
+    noise = ObservationNoise(0.1, [np.random.default_rng(seed) for seed in range(2)])
+    data = noise({"state": np.zeros((2, 1000)), "image": {"top": np.full((2, 64, 64, 3), 100, np.uint8)}})
     assert np.std(data["state"]) == pytest.approx(0.1, rel=0.05)
     assert data["image"]["top"].dtype == np.uint8
     assert np.std(data["image"]["top"]) == pytest.approx(12.75, rel=0.05)

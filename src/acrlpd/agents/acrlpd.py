@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 from acrlpd.agents import candidates, flow_bc, losses, rlpd_ac, sampling, td
 from acrlpd.agents.config import AgentConfig
@@ -394,20 +394,23 @@ def _bc_sample_weights(
 def act(
     agent: ACRLPDAgent,
     observations: Observation,
-    rng: PRNGKeyArray,
+    rng: Key[Array, "..."],
     *,
     mode: ActingMode = "greedy",
     num_samples: int | None = None,
     num_steps: int | None = None,
 ) -> tuple[Float[Array, "b h a"], Metrics]:
-    """Chosen chunks and, per observation, the values they were chosen by, if they were."""
+    """Chosen chunks and, per observation, the values they were chosen by, if they were.
+
+    With [b] keys, each observation gets the chunk that it gets alone with its key, whatever else is in the batch.
+    """
     config, num_steps = agent.config, num_steps or agent.config.flow_steps
     modules = agent.acting_modules()
     prefix = flow.encode(modules.policy, observations)
-    noise_rng, choice_rng = jax.random.split(rng)
+    noise_rng, choice_rng = jax.random.split(rng) if rng.ndim == 0 else jax.vmap(jax.random.split, out_axes=1)(rng)
     alone = mode == "bc" or not agent.chooses
     n = 1 if alone else num_samples or config.best_of_n_samples
-    noise = jax.random.normal(noise_rng, (n, prefix.state.shape[0], *agent.nets.action_shape))
+    noise = sampling.draw(jax.random.normal, noise_rng, n, prefix.state.shape[0], agent.nets.action_shape)
     if alone:
         return candidates.unchosen(modules, config, prefix, noise, num_steps), {}
     chunks, scores = candidates.propose(modules, config, prefix, noise, num_steps)

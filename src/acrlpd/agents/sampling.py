@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 from acrlpd.types import typed
 
@@ -91,11 +91,23 @@ def _num_bytes(array: Any) -> int:
     return int(array.size * array.dtype.itemsize)
 
 
+def draw(
+    distribution: Callable[..., Array], rng: Key[Array, "..."], n: int, b: int, shape: tuple[int, ...] = ()
+) -> Float[Array, "n b *shape"]:
+    """Draw numbers for n candidates of b observations, such as ``jax.random.normal``'s.
+
+    ``rng`` is one key for all, or [b] keys: then each observation has the numbers that its key has alone.
+    """
+    if rng.ndim == 0:
+        return distribution(rng, (n, b, *shape))
+    return jax.vmap(lambda key: distribution(key, (n, *shape)), out_axes=1)(rng)
+
+
 @typed
 def select(
     candidates: Float[Array, "n b h a"],
     scores: Float[Array, "n b"],
-    rng: PRNGKeyArray | None = None,
+    rng: Key[Array, "..."] | None = None,
     *,
     temperature: Float[Array, ""] | float | None = None,
     top_k: int | None = None,
@@ -103,8 +115,9 @@ def select(
 ) -> tuple[Float[Array, "b h a"], Int[Array, " b"]]:
     """The chosen chunk of each observation and its index.
 
-    Greedy without an ``rng``; with one, drawn from softmax(score / temperature) over the ``top_k`` best (all by
-    default). The bonus adds to each score its weight times the candidate's mean L2 distance to the others.
+    Greedy without an ``rng``; with one (or one an observation, see ``draw``), drawn from softmax(score / temperature)
+    over the ``top_k`` best (all by default). The bonus adds to each score its weight times the candidate's mean L2
+    distance to the others.
     """
     if diversity_bonus:
         scores = scores + diversity_bonus * mean_distance(candidates)
@@ -112,7 +125,7 @@ def select(
         if top_k is not None and top_k < scores.shape[0]:
             cut = jax.lax.top_k(scores.T, top_k)[0][:, -1]  # [b]
             scores = jnp.where(scores >= cut[None, :], scores, -jnp.inf)
-        scores = scores / temperature + jax.random.gumbel(rng, scores.shape)
+        scores = scores / temperature + draw(jax.random.gumbel, rng, scores.shape[0], scores.shape[1])
     best = jnp.argmax(scores, axis=0)
     return take(candidates, best), best
 

@@ -9,6 +9,10 @@ A worked example: an episode of 5 steps (0..4), horizon 4, window from step 3.
 
 If step 4 is a terminal, sequence_mask = 1 and bootstrap_mask = 0: the return ends there. If the episode was merely cut
 (a time limit), sequence_mask = 0: nobody knows what would have followed, so the chunk stays out of the TD loss.
+
+The window from step 1 reads all of 1..4 and ends exactly with the episode. After its four steps comes s5, the final
+observation, which has no row of its own: next state is s5 where it was recorded. Where it was not, and step 4 is no
+terminal, sequence_mask = 0: the state before the last action is no state to bootstrap from.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 
 from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeStore
 from acrlpd.types import typed
@@ -30,8 +34,9 @@ def gather(
 
     ``state``, ``next_state`` [b s]; ``image``, ``next_image`` {camera: [b h w 3]} (empty without ``images``);
     ``actions`` [b h a]; ``rewards``, ``terminals``, ``valid`` [b h]; ``bootstrap_mask``, ``sequence_mask`` [b];
-    ``episode_id``, ``step_id`` [b]; ``row``, ``next_row`` [b] of the store; ``prompt``, ``next_prompt`` [b] of str: the
-    instruction at the chunk's first step and after it. Masks are float32, 0 or 1.
+    ``whole`` [b]: all steps are real; ``episode_id``, ``step_id`` [b]; ``row``, ``next_row`` [b] of the store, as
+    ``observe`` takes them; ``prompt``, ``next_prompt`` [b] of str: the instruction at the chunk's first step and after
+    it. Masks are float32, 0 or 1.
 
     A terminal may lie in mid-episode (relabelled play data): the steps after it are read, but are not ``valid``.
     Without ``ends_in_chunks`` the ``sequence_mask`` leaves out what the end of an episode cuts short, terminal or not.
@@ -43,7 +48,9 @@ def gather(
     steps = rows[:, None] + np.arange(horizon)[None, :]  # [b h]
     real = steps < end[:, None]
     steps = np.minimum(steps, end[:, None] - 1)
-    next_rows = np.minimum(rows + horizon, end - 1)
+    ends_with = rows + horizon == end
+    final = ends_with & store.knows_final(episodes)
+    next_rows = np.where(final, store.num_rows + episodes, np.minimum(rows + horizon, end - 1))
 
     def take(key: str, wanted: Int[np.ndarray, "*shape"]) -> np.ndarray:
         return store.take(key, wanted, episodes if wanted.ndim == 1 else episodes[:, None])
@@ -52,17 +59,20 @@ def gather(
     terminals = take("terminals", steps) & real
     terminal_before = np.cumsum(terminals, axis=1) > terminals  # strictly before: the terminal step itself is valid
     terminated = terminals.any(axis=1)
+    whole = real.all(axis=1)
+    followed = whole & (~ends_with | final | terminated)  # by a state to bootstrap from, or by nothing
     return {
         "state": take("state", rows),
-        "next_state": take("state", next_rows),
+        "next_state": _seen(store, "state", next_rows, episodes),
         "image": {name: take(IMAGE_PREFIX + name, rows) for name in cameras},
-        "next_image": {name: take(IMAGE_PREFIX + name, next_rows) for name in cameras},
+        "next_image": {name: _seen(store, IMAGE_PREFIX + name, next_rows, episodes) for name in cameras},
         "actions": store.take_stretches("actions", steps, episodes),
         "rewards": take("rewards", steps) * real,
         "terminals": terminals.astype(np.float32),
         "valid": (real & ~terminal_before).astype(np.float32),
         "bootstrap_mask": (~terminated).astype(np.float32),
-        "sequence_mask": (real.all(axis=1) | (terminated & ends_in_chunks)).astype(np.float32),
+        "sequence_mask": (followed | (terminated & ends_in_chunks)).astype(np.float32),
+        "whole": whole.astype(np.float32),
         "episode_id": episodes + store.first_episode_id,
         "step_id": rows - start,
         "row": rows,
@@ -70,6 +80,40 @@ def gather(
         "prompt": store.instructions(rows),
         "next_prompt": store.instructions(np.minimum(rows + horizon, end - 1)),
     }
+
+
+def num_cut(store: EpisodeStore) -> int:
+    """Count the episodes that were cut without a word of what came next: no window that ends with them bootstraps."""
+    cut = np.flatnonzero(~store.has_final)
+    return int(np.sum(~store.take("terminals", store.ends[cut] - 1, cut)))
+
+
+@typed
+def observe(store: EpisodeStore, rows: Int[np.ndarray, " b"]) -> dict[str, Any]:
+    """Read ``state``, ``image`` and ``prompt`` at rows, as ``gather`` names them.
+
+    ``store.num_rows`` + n stands for the final observation of the n-th episode, or, where that is not known, for the
+    last one before it.
+    """
+    after = rows - store.num_rows
+    episodes = np.where(after >= 0, after, store.episode_index(np.minimum(rows, store.num_rows - 1)))
+    return {
+        "state": _seen(store, "state", rows, episodes),
+        "image": {name: _seen(store, IMAGE_PREFIX + name, rows, episodes) for name in store.cameras},
+        "prompt": store.instructions(np.where(after >= 0, store.ends[episodes] - 1, rows)),
+    }
+
+
+def _seen(
+    store: EpisodeStore, key: str, rows: Int[np.ndarray, " b"], episodes: Int[np.ndarray, " b"]
+) -> Shaped[np.ndarray, "b *shape"]:
+    """Read rows of a key of observations, numbered as in ``observe``."""
+    after = rows >= store.num_rows
+    found = store.take(key, np.where(after, store.ends[episodes] - 1, rows), episodes)
+    final = after & store.knows_final(episodes)
+    if final.any():
+        found[final] = store.take_finals(key, episodes[final])
+    return found
 
 
 def step_rng(seed: int, step: int) -> np.random.Generator:

@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import io
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from PIL import Image
 
 from acrlpd.data import hdf5
 from acrlpd.data.episodes import check_fps, step_tasks, task_runs
+from acrlpd.data.finals import has_final
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.lerobot import REWARD, SUCCESS, TERMINAL, LeRobotSource
 from acrlpd.data.lerobot_checks import told_size
@@ -34,6 +36,8 @@ from acrlpd.data.video import import_av
 from acrlpd.data.windows import check_videos
 from acrlpd.files import inside, remove_abandoned, temporary_path
 from acrlpd.types import Episode
+
+logger = logging.getLogger(__name__)
 
 Pictures = Literal["av1", "h264", "png"]
 
@@ -90,6 +94,8 @@ def to_lerobot(
     ``next.success`` is written where the success of every episode is known. A column of our own, ``next.terminal``,
     keeps where the task ended. ``success`` is your word for the episodes of which nothing says how they ended.
 
+    Final observations have no place there: a warning says so where there are some.
+
     Raises:
         ValueError: the rate is unknown, or the success of some episodes alone.
     """
@@ -105,6 +111,12 @@ def to_lerobot(
             "Say how they ended: --success True (in Python success=True) if they succeeded, False if they failed."
         )
     check_videos(dataset)
+    if num_finals := int(has_final(dataset, dataset.num_episodes).sum()):
+        logger.warning(
+            "%s: LeRobot cannot hold what was seen after the last action (%d of %d episodes have it): the last window "
+            "of an episode that was cut will stay out of the TD loss. --to hdf5 keeps it.",
+            *(folder, num_finals, dataset.num_episodes),
+        )
     with _new_folder(Path(folder)) as temporary:
         writer = _LeRobotWriter(temporary, dataset, float(rate), pictures, success, with_success=unknown == 0)
         writer.write(robot_type)

@@ -15,12 +15,12 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
+from acrlpd.data import finals
+from acrlpd.data.finals import IMAGE_PREFIX, Finals
 from acrlpd.data.rows import Column, FixedColumn, RowReader, Rows
 from acrlpd.types import Episode
-
-IMAGE_PREFIX = "images/"  # a camera's key: "images/<camera>"
 
 
 class OptionError(ValueError):
@@ -201,6 +201,13 @@ class HeldEpisodes:
     def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
         return self._store.window(index, key, start, stop)
 
+    @property
+    def has_final(self) -> Bool[np.ndarray, " n"]:
+        return self._store.has_final
+
+    def final(self, index: int, key: str) -> Shaped[np.ndarray, "*shape"]:
+        return self._store.final(index, key)
+
 
 class EpisodeStore:
     """Episodes in memory, appended at the end; an ``EpisodeSource`` itself.
@@ -228,6 +235,7 @@ class EpisodeStore:
         self._rows_dropped = 0
         self._episodes_dropped = 0
         self._known_numbering: _Numbering | None = None  # None: an episode came or went since it was asked for
+        self._finals = Finals()
 
     @classmethod
     def from_episodes(cls, episodes: Iterable[Episode], *, max_bytes: int | None = None) -> EpisodeStore:
@@ -248,9 +256,17 @@ class EpisodeStore:
 
     @classmethod
     def of_columns(
-        cls, columns: Mapping[str, Rows | np.ndarray], infos: Sequence[EpisodeInfo], reader: RowReader | None = None
+        cls,
+        columns: Mapping[str, Rows | np.ndarray],
+        infos: Sequence[EpisodeInfo],
+        reader: RowReader | None = None,
+        *,
+        source: object = None,
     ) -> EpisodeStore:
-        """A store of rows that lie elsewhere, which cannot grow. Keys are those of an ``EpisodeSource``."""
+        """A store of rows that lie elsewhere, which cannot grow. Keys are those of an ``EpisodeSource``.
+
+        ``source`` gives the final observations, if it is a ``FinalSource``.
+        """
         store = cls()
         store.reader = reader
         store._columns = {key: FixedColumn(rows) for key, rows in columns.items()}
@@ -260,6 +276,7 @@ class EpisodeStore:
         store._append_tasks(
             (start + step, text) for start, info in zip(starts, infos, strict=True) for step, text in task_runs(info)
         )
+        store._finals = Finals.of_source(source, len(infos), [key for key in columns if finals.is_seen(key)])
         return store
 
     @property
@@ -272,8 +289,8 @@ class EpisodeStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows kept."""
-        return sum(column.rows.nbytes for column in self._columns.values())
+        """Bytes of the rows and final observations kept."""
+        return sum(column.rows.nbytes for column in self._columns.values()) + self._finals.nbytes
 
     @property
     def first_episode_id(self) -> int:
@@ -363,7 +380,9 @@ class EpisodeStore:
         if not self._columns:
             self._columns = {key: Column(value.shape[1:], value.dtype) for key, value in rows.items()}
             self._first_source = episode.source
-        self._make_room(sum(value.nbytes for value in rows.values()))
+        final = finals.rows_of(episode, rows)
+        self._make_room(finals.nbytes_of(rows, final))
+        self._finals.append(final)
         for key, value in rows.items():
             self._columns[key].append(value)
         end = self._rows_dropped + self.num_rows
@@ -378,7 +397,7 @@ class EpisodeStore:
         rows = _checked_rows(episode)
         if self._columns:
             self._check_shapes(rows, episode.source)
-        nbytes = sum(value.nbytes for value in rows.values())
+        nbytes = finals.nbytes_of(rows, finals.rows_of(episode, rows))
         if self.max_bytes is not None and nbytes > self.max_bytes:
             raise ValueError(
                 f"{episode.source}: the episode needs {nbytes} bytes, more than max_bytes ({self.max_bytes}). "
@@ -394,14 +413,32 @@ class EpisodeStore:
         info = self.info(index)
         rows: dict[str, Any] = {key: self.window(index, key, 0, info.length).copy() for key in self._columns}
         images = {key.removeprefix(IMAGE_PREFIX): rows.pop(key) for key in list(rows) if key.startswith(IMAGE_PREFIX)}
+        final = finals.final_observation(self, index, self.cameras)
         return Episode(
             **rows,
             task=info.task,
-            task_changes=info.task_changes,
             images=images,
             success=info.success,
             source=info.source,
+            task_changes=info.task_changes,
+            final=final,
         )
+
+    @property
+    def has_final(self) -> Bool[np.ndarray, " n"]:
+        """Tell of which episodes the final observation is known."""
+        return self._finals.known
+
+    def final(self, index: int, key: str) -> Shaped[np.ndarray, "*shape"]:
+        return self._finals.take(key, np.array([self._checked_index(index)]))[0]
+
+    def knows_final(self, episodes: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
+        """Tell the same of episodes by position."""
+        return self._finals.has(episodes)
+
+    def take_finals(self, key: str, episodes: Int[np.ndarray, " b"]) -> Shaped[np.ndarray, "b *shape"]:
+        """Return ``state`` or ``images/<camera>`` of the final observations of episodes, by position; all have one."""
+        return self._finals.take(key, episodes)
 
     def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
         """A view; valid until the next append."""
@@ -474,6 +511,7 @@ class EpisodeStore:
         for column in self._columns.values():
             column.drop(length)
         self._ends.drop(1)
+        self._finals.drop()
         for tasks in (self._task_starts, self._task_indices):
             tasks.drop(1 + len(info.task_changes))
         self._rows_dropped += length

@@ -26,7 +26,7 @@ from jaxtyping import UInt8
 from acrlpd import files
 from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeSource
 from acrlpd.data.layouts.columns import Rows
-from acrlpd.data.transforms import resize_with_pad
+from acrlpd.pictures import resize_with_pad
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class FrameSource(EpisodeSource, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FrameCache:
-    """Records under ``folder``, of frames padded to ``height`` x ``width`` as ``transforms.resize_with_pad`` does."""
+    """Records under ``folder``, of frames padded to ``height`` x ``width`` as ``pictures.resize_with_pad`` does."""
 
     folder: Path
     height: int = 224

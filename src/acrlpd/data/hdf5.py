@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from acrlpd.data import processes
+from acrlpd.data import finals, processes
 from acrlpd.data import rewards as reward_labels
 from acrlpd.data.episodes import (
     IMAGE_PREFIX,
@@ -203,7 +203,16 @@ class H5DatasetReader:
             images={camera: whole(IMAGE_PREFIX + camera) for camera in self.cameras},
             success=info.success,
             source=info.source,
+            final=finals.final_observation(self, index, self.cameras),
         )
+
+    @property
+    def has_final(self) -> Bool[np.ndarray, " n"]:
+        return self._opened["has_final"]
+
+    def final(self, index: int, key: str) -> Shaped[np.ndarray, "*shape"]:
+        row = self._stored(index, "final")[key].read(0, 1)
+        return (self._frame_cache.resize(row) if self._frame_cache and key.startswith(IMAGE_PREFIX) else row)[0]
 
     def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
         length = int(self.lengths[index])
@@ -228,7 +237,7 @@ class H5DatasetReader:
 
         def episodes() -> Iterator[dict[str, Column | None]]:
             for index in range(self.num_episodes):
-                columns = self._stored_columns(index)
+                columns = self._stored(index, "column")
                 yield {key: self._cached(index, key, column) for key, column in columns.items()}
 
         known = {key: self._opened[key] for key in ("rewards", "terminals")}
@@ -256,13 +265,13 @@ class H5DatasetReader:
         if index not in self._decoded:
             if len(self._decoded) >= MAX_DECODED:
                 self._decoded = {}
-            self._decoded[index] = self._stored_columns(index)
+            self._decoded[index] = self._stored(index, "column")
         return self._decoded[index]
 
-    def _stored_columns(self, index: int) -> dict[str, Column]:
-        end = self._opened["column_ends"]
+    def _stored(self, index: int, name: Literal["column", "final"]) -> dict[str, Column]:
+        end = self._opened[f"{name}_ends"]
         start = end[index - 1] if index else 0
-        return stored.decode(self._opened["columns"][start : end[index]].tobytes(), self._videos)
+        return stored.decode(self._opened[f"{name}s"][start : end[index]].tobytes(), self._videos)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,6 +301,7 @@ def _find_out(
     infos = [episode.info for episode in episodes.values()]
     tasks = {task: number for number, task in enumerate(dict.fromkeys(info.task for info in infos))}
     columns = [stored.encode(episode.record.columns) for episode in episodes.values()]
+    last = [stored.encode(episode.record.final) for episode in episodes.values()]
     facts = {
         "layout": layout.name,
         "fps": layout.fps,
@@ -318,6 +328,9 @@ def _find_out(
         "terminals": np.concatenate([episode.terminals for episode in episodes.values()]),
         "columns": np.frombuffer(b"".join(columns), np.uint8),
         "column_ends": np.cumsum([len(text) for text in columns]),
+        "has_final": np.array([bool(episode.record.final) for episode in episodes.values()]),
+        "finals": np.frombuffer(b"".join(last), np.uint8),
+        "final_ends": np.cumsum([len(text) for text in last]),
     }
 
 

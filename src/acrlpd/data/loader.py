@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from acrlpd.data import chunks
 from acrlpd.data.episodes import EpisodeStore
@@ -107,7 +107,7 @@ class ChunkLoader:
         """The batch of one training step, as numpy: replayed chunks first, then prior ones. One caller at a time.
 
         With ``critic_alone`` the same chunks bring along their successors, ``next_actions``; those whose successor is
-        cut short by anything but a terminal stay out of the TD loss.
+        missing, or cut short by anything but a terminal, stay out of the TD loss.
         """
         started = time.perf_counter()
         if online or not self._prefetch:
@@ -212,7 +212,9 @@ class ChunkLoader:
             return None
         gather = functools.partial(chunks.gather, store, horizon=self._horizon, ends_in_chunks=self._ends_in_chunks)
         raw = gather(own, images=prefixes is None)
-        batch = self._to_batch(raw, gather(raw["next_row"], images=False) if critic_alone else None)
+        goes_on = raw["next_row"] < store.num_rows  # no action follows a final observation
+        following = gather(np.where(goes_on, raw["next_row"], raw["row"]), images=False) if critic_alone else None
+        batch = self._to_batch(raw, following, goes_on)
         if prefixes is None:
             return batch
         now, after = (prefixes.take(raw[name]) for name in ("row", "next_row"))
@@ -222,8 +224,10 @@ class ChunkLoader:
             next_observations=dataclasses.replace(batch.next_observations, prefix=after),
         )
 
-    def _to_batch(self, raw: dict[str, Any], following: dict[str, Any] | None) -> ChunkBatch:
-        """``following``: the chunks that come after those of ``raw``, if they are wanted."""
+    def _to_batch(
+        self, raw: dict[str, Any], following: dict[str, Any] | None, goes_on: Bool[np.ndarray, " b"]
+    ) -> ChunkBatch:
+        """``following``: the chunks that come after those of ``raw``, if they are wanted and the data goes on."""
         now = self._transform({key: raw[key] for key in ("state", "actions", "image", "prompt")})
         seen = {"state": raw["next_state"], "image": raw["next_image"], "prompt": raw["next_prompt"]}
         usable, next_actions = raw["sequence_mask"], None
@@ -232,7 +236,9 @@ class ChunkLoader:
         else:
             after = self._transform(seen | {"actions": following["actions"]})
             next_actions = np.asarray(after["actions"], np.float32)
-            usable = usable * np.where(raw["bootstrap_mask"] > 0, following["sequence_mask"], 1).astype(np.float32)
+            ended = (following["bootstrap_mask"] == 0) & self._ends_in_chunks
+            complete = goes_on & ((following["whole"] > 0) | ended)
+            usable = usable * np.where(raw["bootstrap_mask"] > 0, complete, 1).astype(np.float32)
         return ChunkBatch(
             observations=to_observation(now),
             actions=np.asarray(now["actions"], np.float32),
@@ -249,9 +255,8 @@ class ChunkLoader:
 
 
 def read_observations(store: EpisodeStore, transform: Transform, rows: Int[np.ndarray, " b"]) -> Observation:
-    """What the model sees at these rows."""
-    raw = chunks.gather(store, rows, 1)
-    return to_observation(transform({key: raw[key] for key in ("state", "image", "prompt")}))
+    """What the model sees at these rows, which are numbered as in ``chunks.observe``."""
+    return to_observation(transform(chunks.observe(store, rows)))
 
 
 class _Counters:

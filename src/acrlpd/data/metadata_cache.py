@@ -29,7 +29,7 @@ from acrlpd.files import remove_abandoned, temporary_path
 
 logger = logging.getLogger(__name__)
 
-VERSION = 5  # of what the entries hold; raise it when readers find out something else
+VERSION = 6  # of what the entries hold; raise it when readers find out something else
 
 Arrays = dict[str, np.ndarray]
 

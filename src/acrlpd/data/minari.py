@@ -1,8 +1,8 @@
 """Minari datasets, read by the ``minari`` library: an ``EpisodeSource`` in memory.
 
 The library stores one observation more than actions: row t pairs observation t with action t, and the last observation
-is left out. Numbers of a dictionary observation stand side by side, in the order of their names; uint8 pictures are
-cameras where they are colour or grey (``pictures.rgb_rows``). ``terminations`` are the terminals; ``truncations``
+is the final one. Numbers of a dictionary observation stand side by side, in the order of their names; uint8 pictures
+are cameras where they are colour or grey (``pictures.rgb_rows``). ``terminations`` are the terminals; ``truncations``
 end an episode without one.
 """
 
@@ -22,7 +22,7 @@ from acrlpd.data.episodes import IMAGE_PREFIX, BadEpisodes, EpisodeStore, HeldEp
 from acrlpd.data.layouts.columns import Reading, check_inside
 from acrlpd.data.pictures import PictureError
 from acrlpd.data.rewards import RewardConfig
-from acrlpd.types import Episode
+from acrlpd.types import Episode, FinalObservation
 
 PREFIX = "minari:"
 
@@ -128,6 +128,11 @@ def _episode(
         rewards, terminals = reward_labels.label(
             config, length, success=success, stored=stored, terminals=own, threshold=threshold, where=source
         )
+    read = [parts[name] for name in (*names, *images)]
+    last = None
+    if all(len(part) == length + 1 for part in read):
+        numbers = np.concatenate([parts[name][length].ravel() for name in names], dtype=np.float32)
+        last = FinalObservation(numbers, {name: parts[name][length] for name in images})
     return Episode(
         state=np.concatenate([parts[name][:length].reshape(length, -1) for name in names], axis=1, dtype=np.float32),
         actions=np.asarray(found.actions, np.float32).reshape(length, -1),
@@ -137,6 +142,7 @@ def _episode(
         images=images,
         success=success,
         source=source,
+        final=last,
     )
 
 

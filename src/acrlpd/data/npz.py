@@ -7,7 +7,8 @@ The visual sets have pictures as observations, uint8 (R, h, w, 3), and no number
 order of their channels, ``front_pixels_0`` and so on.
 
 ``terminals`` flags the last row of each trajectory, whatever the reason. That row is dropped, as OGBench does: nothing
-in the file follows its action. ``qpos`` is the simulator's state before the action of its row.
+in the file follows its action. Its observation is the final one of the trajectory. ``qpos`` is the simulator's state
+before the action of its row.
 
 Rewards come from a goal: the number of objects in place minus the number of objects, judged before the action. Play
 data passes through the goal and goes on, so a terminal may lie in mid-episode.
@@ -28,7 +29,7 @@ from acrlpd import files
 from acrlpd.data.episodes import BadEpisodes, EpisodeStore, HeldEpisodes, check_fps, told_numbers
 from acrlpd.data.pictures import PictureError, rgb_rows
 from acrlpd.data.rewards import RewardConfig
-from acrlpd.types import Episode
+from acrlpd.types import Episode, FinalObservation
 
 CAMERA = "front_pixels"  # which OGBench's simulators call it, too
 CLIP = 1e-5  # how far OGBench's loader keeps actions from -1 and 1
@@ -128,6 +129,7 @@ class NpzReader(HeldEpisodes):
                         images={name: frames[rows] for name, frames in images.items()},
                         success=bool(done[rows].any()) if goal is not None else None,
                         source=source,
+                        final=FinalObservation(state[last], {name: frames[last] for name, frames in images.items()}),
                     )
                 )
         bad.report(str(self.path), len(last_rows))

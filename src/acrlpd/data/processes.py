@@ -9,12 +9,15 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
+from acrlpd import main_guard
+
 
 def start(num_workers: int, prepare: Callable[..., None], *arguments: Any) -> concurrent.futures.ProcessPoolExecutor:
     """A pool in which each process first calls ``prepare``. A script that uses it needs the usual ``__main__`` guard.
 
     Not forked: the caller has JAX's threads, whose locks a forked process would inherit.
     """
+    main_guard.check()
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     return concurrent.futures.ProcessPoolExecutor(num_workers, context, prepare, arguments)

@@ -17,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Float, Shaped, UInt8
-from PIL import Image
+from jaxtyping import Float
 
 from acrlpd.data.normalize import NormStats, normalize, unnormalize
 from acrlpd.data.tokenizer import PromptTokenizer
-from acrlpd.types import Observation, typed
+from acrlpd.pictures import fit
+from acrlpd.types import Observation
 
 Data = dict[str, Any]
 
@@ -151,46 +151,23 @@ class Normalize:
 
 @dataclasses.dataclass(frozen=True)
 class ResizeImages:
-    """Images to the model's size, aspect kept, the rest black. Images of the right size are not touched."""
+    """Brings images to the model's size, aspect kept, the rest black; those of that size are not touched.
+
+    Cameras beside ``cameras`` are left out before anything of them is read; None reads all.
+    """
 
     height: int
     width: int
+    cameras: Sequence[str] | None = None
 
     def __call__(self, data: Data) -> Data:
-        images = {camera: self._resized(camera, np.asarray(image)) for camera, image in data.get("image", {}).items()}
-        return data | {"image": images}
+        given = data.get("image", {})
+        cameras = given if self.cameras is None else [camera for camera in self.cameras if camera in given]
+        fitted = {camera: fit(given[camera], self.height, self.width, f"image/{camera}") for camera in cameras}
+        return data | {"image": fitted}
 
     def inverse(self, data: Data) -> Data:
         return data
-
-    def _resized(self, camera: str, image: np.ndarray) -> np.ndarray:
-        if image.shape[-3:-1] == (self.height, self.width):
-            return image
-        if image.dtype != np.uint8:
-            raise ValueError(
-                f"image/{camera} is {image.dtype} of size {image.shape[-3:-1]}, and only uint8 is resized here. "
-                "Convert it to 0..255 uint8 first."
-            )
-        return resize_with_pad(image, self.height, self.width)
-
-
-@typed
-def resize_with_pad(images: UInt8[np.ndarray, "*batch h w 3"], height: int, width: int) -> UInt8[np.ndarray, "..."]:
-    """Pillow's bilinear filter to the largest size that fits, centred on black (the smaller half of the rim first).
-
-    Rows first, then columns, in two calls: left to itself, newer Pillow chooses the order, and levels differ by one.
-    """
-    old_height, old_width = images.shape[-3:-1]
-    scale = max(old_width / width, old_height / height)
-    new_height, new_width = int(old_height / scale), int(old_width / scale)
-    top, left = int((height - new_height) / 2), int((width - new_width) / 2)
-    resized = np.zeros((*images.shape[:-3], height, width, 3), dtype=np.uint8)
-    targets = resized.reshape(-1, height, width, 3)
-    for source, target in zip(images.reshape(-1, old_height, old_width, 3), targets, strict=True):
-        narrow = Image.fromarray(source).resize((new_width, old_height), resample=Image.Resampling.BILINEAR)
-        small = narrow.resize((new_width, new_height), resample=Image.Resampling.BILINEAR)
-        target[top : top + new_height, left : left + new_width] = np.asarray(small)
-    return resized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,23 +224,19 @@ def to_model(
     image_size: int,
     action_dim: int | None,
     robot_action_dim: int | None = None,
+    cameras: Sequence[str] | None = None,
 ) -> Compose:
-    """All of it in openpi's order: ``before``, then normalization and what follows; None as width pads nothing."""
+    """All of it in openpi's order: ``before``, then normalization and what follows; None as width pads nothing.
+
+    ``cameras``: those that the model reads, in its own words; None: all that there are.
+    """
     steps: list[Transform] = [
         *before,
         Normalize(stats, quantiles),
-        ResizeImages(image_size, image_size),
+        ResizeImages(image_size, image_size, cameras),
         tokenize,
     ]
     return Compose(steps if action_dim is None else [*steps, PadToModel(action_dim, robot_action_dim)])
-
-
-@typed
-def to_image(image: Shaped[np.ndarray, "*batch _ _ _"]) -> UInt8[np.ndarray, "*batch _ _ _"]:
-    """A camera's picture as uint8 (h, w, 3): floats are 0..1, cut to whole levels; (3, h, w) is turned."""
-    if np.issubdtype(image.dtype, np.floating):
-        image = (255 * image).astype(np.uint8)
-    return np.moveaxis(image, -3, -1) if image.shape[-3] == 3 else image
 
 
 def to_observation(data: Data) -> Observation:

@@ -62,7 +62,7 @@ def _stored(source: EpisodeSource, limit: int, num_workers: int) -> EpisodeStore
         return SourceRows(reader, key, (num_rows, *features[key].shape[1:]))
 
     infos = [source.info(index) for index in range(source.num_episodes)]
-    return EpisodeStore.of_columns({key: rows(key) for key in features}, infos, reader)
+    return EpisodeStore.of_columns({key: rows(key) for key in features}, infos, reader, source=source)
 
 
 def _kept(needed: Mapping[str, int], limit: int) -> tuple[set[str], int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import logging
 import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,10 +13,14 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 from tqdm import tqdm
 
+from acrlpd import main_guard
 from acrlpd.envs.env import EnvConfig, SimulatedEnvironment, clip_action, make
-from acrlpd.envs.episodes import EpisodeRunner, Rollout, Start
+from acrlpd.envs.episodes import EpisodeRunner, Lost, Rollout, Start
 from acrlpd.envs.experts import PolicyKind, SmoothNoise, make_expert
-from acrlpd.envs.rollout import episode_seed
+from acrlpd.envs.failure import Failure
+from acrlpd.envs.rollout import MAX_BAD_STARTS_IN_A_ROW, episode_seed
+
+logger = logging.getLogger(__name__)
 
 
 def collect(
@@ -57,7 +62,7 @@ class _CollectJob:
     def run(self, environment: SimulatedEnvironment, number: int) -> Rollout:
         rng = np.random.default_rng((self.seed, number))
         run = EpisodeRunner(environment)
-        run.start(Start(number, episode_seed(self.seed, number), record_images=bool(self.config.cameras)))
+        self._begin(run, number)
         expert = make_expert(environment, self.policy, rng)
         noise = SmoothNoise(rng, environment.spec.action_dim, self.noise_range)
         while True:
@@ -67,6 +72,18 @@ class _CollectJob:
             result = run.step(action, render=bool(self.config.cameras))
             if result is not None:
                 return result
+
+    def _begin(self, run: EpisodeRunner, number: int) -> None:
+        """Reset the environment; where that fails, the episode is lost and another seed gets its number."""
+        reasons: list[str] = []
+        while len(reasons) < MAX_BAD_STARTS_IN_A_ROW:
+            seed = episode_seed(self.seed, number, len(reasons))
+            answer = run.obey(Start(number, seed, record_images=bool(self.config.cameras)))
+            if not isinstance(answer, Lost):
+                return
+            reasons.append(answer.reason)
+            logger.warning("episode %d with seed %d is lost, another seed is tried: %s", number, seed, answer.reason)
+        raise RuntimeError(f"episode {number} could not begin with any of {len(reasons)} seeds: {reasons[-1]}")
 
 
 def _in_this_process(job: _CollectJob, numbers: list[int]) -> Iterator[Rollout]:
@@ -80,36 +97,48 @@ def _in_this_process(job: _CollectJob, numbers: list[int]) -> Iterator[Rollout]:
 
 def _in_processes(job: _CollectJob, numbers: list[int], num_workers: int) -> Iterator[Rollout]:
     """Results in the order of ``numbers``; no more than two episodes a worker wait for their turn in memory."""
+    main_guard.check()
     executor = concurrent.futures.ProcessPoolExecutor(
         num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(job,)
     )
-    waiting: deque[concurrent.futures.Future[Rollout]] = deque()
+    waiting: deque[concurrent.futures.Future[Rollout | Failure]] = deque()
     with executor:
         try:
             for number in numbers:
                 if len(waiting) == 2 * num_workers:
-                    yield waiting.popleft().result()
+                    yield _checked(waiting.popleft().result())
                 waiting.append(executor.submit(_run_in_worker, number))
             while waiting:
-                yield waiting.popleft().result()
+                yield _checked(waiting.popleft().result())
         except BrokenProcessPool as error:
             raise ChildProcessError(
-                "a collecting process died (out of memory, or killed). Finished episodes are kept: the same command "
-                "makes those that are missing."
+                "a collecting process died (out of memory, or killed, or the script that started it has no "
+                "`if __name__ == '__main__':` around its code). Finished episodes are kept: the same command makes "
+                "those that are missing."
             ) from error
 
 
-_worker: tuple[_CollectJob, SimulatedEnvironment] | None = (
-    None  # of a worker process: built once, used for many episodes
-)
+def _checked(result: Rollout | Failure) -> Rollout:
+    if isinstance(result, Failure):
+        raise result.error()
+    return result
+
+
+_job: _CollectJob | None = None  # of a worker process
+_environment: SimulatedEnvironment | None = None  # built once, used for many episodes
 
 
 def _start_worker(job: _CollectJob) -> None:
-    global _worker
-    _worker = (job, make(job.config))
+    global _job
+    _job = job
 
 
-def _run_in_worker(number: int) -> Rollout:
-    assert _worker is not None, "the pool's initializer has run"
-    job, environment = _worker
-    return job.run(environment, number)
+def _run_in_worker(number: int) -> Rollout | Failure:
+    global _environment
+    assert _job is not None, "the pool's initializer has run"
+    try:
+        if _environment is None:
+            _environment = make(_job.config)
+        return _job.run(_environment, number)
+    except Exception as error:  # noqa: BLE001 (raised again in the parent)
+        return Failure.of(error)

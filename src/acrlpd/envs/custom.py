@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image
 
 from acrlpd.envs import rendering
-from acrlpd.envs.env import Outcome, Simulator
+from acrlpd.envs.env import Outcome, Simulator, action_bounds
+from acrlpd.pictures import fit
 
 
 def load(task: str) -> Simulator:
@@ -36,12 +36,17 @@ def load(task: str) -> Simulator:
 class GymnasiumSimulator:
     """A Gymnasium environment with a box of actions, behind our interface.
 
+    The box may have any rank; its numbers stand in one row here. An episode ends when the environment says so: by
+    ``truncated`` as by a time limit, and by ``terminated`` as a failure, unless ``outcome`` knows better.
+
     Args:
         env: the environment, made with ``render_mode="rgb_array"`` if pictures are wanted.
         instruction: the task in words.
-        outcome: from a step's (observation, reward, terminated, info) to what became of the task.
+        outcome: from a step's (observation, reward, terminated, info) to what became of the task; ``info["truncated"]``
+            is the environment's own flag.
         state: from an observation to the numbers that the policy sees; by default a box's, in one row.
-        cameras: by name, from an observation to its picture (uint8 [h, w, 3]), for environments that observe some.
+        cameras: by name, from an observation to its picture (see ``pictures.to_rgb``), for environments that observe
+            some.
         time_limit: None takes the environment's own.
 
     One more camera, ``render``, is what ``env.render()`` shows.
@@ -59,8 +64,9 @@ class GymnasiumSimulator:
         cameras: Mapping[str, Callable[[Any], UInt8[np.ndarray, "h w 3"]]] | None = None,
         time_limit: int | None = None,
     ):
-        if not hasattr(env.action_space, "low"):
-            raise ValueError(f"{env}: a flow policy needs a Box of actions, got {env.action_space}")
+        space = env.action_space
+        if not hasattr(space, "low") or np.dtype(space.dtype).kind != "f":
+            raise ValueError(f"{env}: a flow policy needs a Box of actions that are floats, got {space}")
         if state is None and len(env.observation_space.shape or ()) == 0:
             raise ValueError(f"{env}: observes {env.observation_space}; say by state=... which numbers the policy sees")
         limit = time_limit or (env.spec.max_episode_steps if env.spec else None)
@@ -73,26 +79,32 @@ class GymnasiumSimulator:
         self._observation: Any = None
         self.instruction = instruction
         self.time_limit = limit
-        self.action_low = np.asarray(env.action_space.low, np.float32)
-        self.action_high = np.asarray(env.action_space.high, np.float32)
+        self.action_low, self.action_high = action_bounds(str(env), space.low, space.high)
         self.fps = float(env.metadata.get("render_fps", 30))
         self.cameras = (*self._pictures, "render")
-        self.state_dim = len(self.reset(0))
+        first = self.reset(0)
+        if first.ndim != 1 or first.dtype.kind not in "fiub":
+            raise ValueError(f"{env}: a state is numbers in one row, got {first.dtype} of shape {first.shape}")
+        self.state_dim = len(first)
 
     def reset(self, seed: int) -> Float[np.ndarray, " s"]:
         self._observation, _ = self._env.reset(seed=seed)
         return np.asarray(self._state(self._observation))
 
     def step(self, action: Float[np.ndarray, " a"]) -> tuple[Float[np.ndarray, " s"], Outcome]:
-        """The time limit is ours, so a ``truncated`` of the environment's own is not asked."""
-        self._observation, reward, terminated, _, info = self._env.step(action)
-        outcome = self._outcome(self._observation, float(reward), bool(terminated), info)
+        box = self._env.action_space
+        told = np.asarray(action, box.dtype).reshape(box.shape)
+        inside = np.asarray(np.clip(told, box.low, box.high))  # float32 bounds may lie a little outside of float64's
+        self._observation, reward, terminated, truncated, info = self._env.step(inside)
+        flags = {**info, "truncated": bool(truncated)}
+        outcome = self._outcome(self._observation, float(reward), bool(terminated), flags)
+        if outcome is Outcome.GOING_ON and (terminated or truncated):
+            outcome = Outcome.FAILED if terminated else Outcome.TRUNCATED
         return np.asarray(self._state(self._observation)), outcome
 
     def render(self, camera: str, size: int) -> UInt8[np.ndarray, "h w 3"]:
         picture = self._pictures[camera](self._observation) if camera in self._pictures else self._frame()
-        resized = Image.fromarray(np.asarray(picture, np.uint8)).resize((size, size), Image.Resampling.BILINEAR)
-        return np.asarray(resized)
+        return fit(picture, size, size, f"{self._env}: camera {camera!r}")
 
     def close(self) -> None:
         self._env.close()

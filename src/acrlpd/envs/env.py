@@ -62,7 +62,7 @@ class Step:
     observation: Obs
     reward: float
     terminated: bool  # the task was solved, or failed for good
-    truncated: bool  # the time limit was reached
+    truncated: bool  # the time limit was reached, or the simulator stopped the episode for no reason of the task's
     success: bool
 
 
@@ -73,6 +73,7 @@ class Outcome(enum.Enum):
     GOING_ON = "going on"
     SOLVED = "solved"
     FAILED = "failed"
+    TRUNCATED = "truncated"  # stopped, as by a time limit: the task has not ended, but the episode has
 
     @classmethod
     def solved_if(cls, success: bool) -> Outcome:
@@ -127,22 +128,23 @@ class Simulator(Protocol):
 class SimulatedEnvironment:
     """A simulator with sparse rewards, a time limit and cameras.
 
-    Success or final failure terminates the episode, the time limit truncates it. Actions are clipped to the action
-    space.
+    Success or final failure terminates the episode, the time limit (or a simulator of its own accord) truncates it.
+    Actions are clipped to the action space.
     """
 
     def __init__(self, simulator: Simulator, config: EnvConfig):
         unknown = sorted(set(config.cameras) - set(simulator.cameras))
         if unknown:
             raise ValueError(f"{config.name} has no camera {unknown}; it has {list(simulator.cameras)}")
+        action_low, action_high = action_bounds(config.name, simulator.action_low, simulator.action_high)
         self.simulator = simulator
         self.spec = EnvSpec(
             name=config.name,
             instruction=simulator.instruction if config.instruction is None else config.instruction,
             state_dim=simulator.state_dim,
-            action_dim=len(simulator.action_low),
-            action_low=simulator.action_low,
-            action_high=simulator.action_high,
+            action_dim=len(action_low),
+            action_low=action_low,
+            action_high=action_high,
             max_episode_steps=config.max_episode_steps or simulator.time_limit,
             cameras=config.cameras,
             image_size=config.image_size,
@@ -161,9 +163,10 @@ class SimulatedEnvironment:
             raise RuntimeError(f"{self.spec.name}: step() before reset(), or after the end of the episode")
         steps, self._num_steps = self._num_steps + 1, None
         state, outcome = self.simulator.step(self._checked(action))
-        terminated = outcome is not Outcome.GOING_ON
+        terminated = Outcome(outcome) in (Outcome.SOLVED, Outcome.FAILED)  # refuses what is no Outcome
         success = outcome is Outcome.SOLVED
-        truncated = not terminated and steps >= self.spec.max_episode_steps
+        late = steps >= self.spec.max_episode_steps
+        truncated = not terminated and (late or outcome is Outcome.TRUNCATED)
         observation = self._observation(state, render)
         if not terminated and not truncated:
             self._num_steps = steps
@@ -189,6 +192,27 @@ class SimulatedEnvironment:
         cameras = self.spec.cameras if render else ()
         images = {camera: self.simulator.render(camera, self.spec.image_size) for camera in cameras}
         return {"state": state.astype(np.float32), "image": images, "prompt": self.spec.instruction}
+
+
+LARGEST_BOUND = 1e9  # a larger one stands for none, as the largest float32 does
+
+
+def action_bounds(where: str, low: Any, high: Any) -> tuple[Float[np.ndarray, " a"], Float[np.ndarray, " a"]]:
+    """Check the limits of an action space of any rank; return them as float32, in one row.
+
+    Raises:
+        ValueError: one is missing or not finite, or none is meant; names the environment and the dimension.
+    """
+    lows, highs = (np.ravel(np.asarray(bound, np.float64)) for bound in (low, high))
+    if lows.shape != highs.shape or not len(lows):
+        raise ValueError(f"{where}: expected as many lower as upper action bounds, got {len(lows)} and {len(highs)}")
+    bad = np.flatnonzero(~((lows >= -LARGEST_BOUND) & (highs <= LARGEST_BOUND) & (lows < highs)))  # nan too
+    if len(bad):
+        raise ValueError(
+            f"{where}: action {bad[0]} lies between {lows[bad[0]]:g} and {highs[bad[0]]:g}: a policy needs finite "
+            "bounds, the lower one below the upper. Give the action space the range that the actuators have."
+        )
+    return lows.astype(np.float32), highs.astype(np.float32)
 
 
 def clip_action(spec: EnvSpec, action: Float[np.ndarray, "*b a"]) -> Float[np.ndarray, "*b a"]:

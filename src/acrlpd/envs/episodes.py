@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from acrlpd.envs.env import Environment, Obs, PhysicsError, clip_action
-from acrlpd.types import Episode
+from acrlpd.types import Episode, FinalObservation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Lost:
-    """There is no answer: whoever had the episode is gone, and the episode with it."""
+    """There is no answer: the episode could not begin, or whoever had it is gone, and the episode with it."""
 
     reason: str
 
@@ -75,8 +75,13 @@ class EpisodeRunner:
         self._rewards: list[float] = []
 
     def obey(self, command: Command) -> Report | Lost:
+        """Carry out a command. A reset that fails costs the episode it was to begin, as a step does its own."""
         if isinstance(command, Start):
-            return Report(self.start(command), None, 0)
+            try:
+                return Report(self.start(command), None, 0)
+            except PhysicsError as error:
+                self._start = None
+                return Lost(f"its reset failed: {error}")
         if self._start is None:
             return Lost("the worker that had begun the episode was replaced")
         return self.execute(command.chunk)
@@ -103,7 +108,7 @@ class EpisodeRunner:
         self._record(clip_action(self.environment.spec, action), step.reward)
         self.observation = step.observation
         if step.terminated or step.truncated:
-            return self._finish(step.terminated, step.success, None)
+            return self._finish(step.terminated, step.success)
         return None
 
     def _record(self, action: Float[np.ndarray, " a"], reward: float) -> None:
@@ -116,12 +121,14 @@ class EpisodeRunner:
         self._record(clip_action(self.environment.spec, np.nan_to_num(action)), self.environment.spec.failure_reward)
         return self._finish(False, False, error)
 
-    def _finish(self, terminated: bool, success: bool, error: str | None) -> Rollout:
+    def _finish(self, terminated: bool, success: bool, error: str | None = None) -> Rollout:
+        """Make the rollout. The last observation is the final one; where the simulation gave up, there is none."""
         start, self._start = self._start, None
         assert start is not None, "an episode ends once"
         terminals = np.zeros(len(self._actions), np.bool_)
         terminals[-1] = terminated
         spec = self.environment.spec
+        cameras = spec.cameras if start.record_images else ()
         episode = Episode(
             state=np.stack([observation["state"] for observation in self._observations]),
             actions=np.stack(self._actions),
@@ -130,13 +137,18 @@ class EpisodeRunner:
             task=spec.instruction,
             images={
                 camera: np.stack([observation["image"][camera] for observation in self._observations])
-                for camera in (spec.cameras if start.record_images else ())
+                for camera in cameras
             },
             success=success,
             source=f"{spec.name} seed {start.seed}",
+            final=None if error else self._final(cameras),
         )
         returns = float(np.sum(self._rewards))
         return Rollout(episode, start.number, start.seed, returns, len(episode), success, error)
+
+    def _final(self, cameras: tuple[str, ...]) -> FinalObservation:
+        images = {camera: self.observation["image"][camera] for camera in cameras}
+        return FinalObservation(self.observation["state"], images)
 
 
 def replay(environment: Environment, result: Rollout, size: int) -> UInt8[np.ndarray, "frames h w 3"]:

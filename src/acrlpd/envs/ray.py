@@ -8,6 +8,7 @@ from typing import Any
 
 from acrlpd.envs.env import EnvSpec
 from acrlpd.envs.episodes import Command, EpisodeRunner, Lost, Report
+from acrlpd.envs.failure import Failure, WorkerError
 from acrlpd.envs.vector import MAX_DEATHS_IN_A_ROW, STARTUP_TIMEOUT_S, MakeEnvironment
 
 
@@ -36,7 +37,7 @@ class RayVectorEnv:
         self._pending: dict[int, tuple[Any, dict[int, Command]]] = {}  # by actor: its answer to come, and its commands
         self._sent = 0.0
         self.actors = [self._begin(indices) for indices in self._indices]
-        self.spec: EnvSpec = ray.get(self.actors[0].spec.remote(), timeout=STARTUP_TIMEOUT_S)
+        self.spec: EnvSpec = _checked(ray.get(self.actors[0].spec.remote(), timeout=STARTUP_TIMEOUT_S))
 
     def send(self, commands: Mapping[int, Command]) -> None:
         for number, indices in enumerate(self._indices):
@@ -51,14 +52,14 @@ class RayVectorEnv:
             left = max(0.0, self._timeout_s - (time.monotonic() - self._sent))
             fresh = self._deaths_in_a_row[number] > 0  # a new actor has to start first
             try:
-                answers |= self._ray.get(answer, timeout=left + fresh * STARTUP_TIMEOUT_S)
+                answers |= _checked(self._ray.get(answer, timeout=left + fresh * STARTUP_TIMEOUT_S))
                 self._deaths_in_a_row[number] = 0
             except self._ray.exceptions.GetTimeoutError:
                 answers |= self._replace(number, commands, f"actor {number} hung: no answer in {self._timeout_s:g} s")
             except self._ray.exceptions.RayActorError as error:
                 answers |= self._replace(number, commands, f"actor {number} died: {error}")
-            except self._ray.exceptions.RayTaskError as error:
-                raise error.cause from error
+            except self._ray.exceptions.RayTaskError as error:  # its answer could not be sent
+                raise WorkerError(str(error)) from None
         self._pending = {}
         return answers
 
@@ -82,14 +83,29 @@ class RayVectorEnv:
         return {index: Lost(reason) for index in commands}
 
 
+def _checked(answer: Any) -> Any:
+    if isinstance(answer, Failure):
+        raise answer.error()
+    return answer
+
+
 class _Runners:
-    """The actor."""
+    """The actor. What goes wrong in it is answered as text, from its beginning on."""
 
     def __init__(self, make_one: MakeEnvironment, indices: tuple[int, ...]):
-        self._runners = {index: EpisodeRunner(make_one()) for index in indices}
+        self._failure: Failure | None = None
+        try:
+            self._runners = {index: EpisodeRunner(make_one()) for index in indices}
+        except Exception as error:  # noqa: BLE001 (raised again by whoever asks)
+            self._failure = Failure.of(error)
 
-    def spec(self) -> EnvSpec:
-        return next(iter(self._runners.values())).environment.spec
+    def spec(self) -> EnvSpec | Failure:
+        return self._failure or next(iter(self._runners.values())).environment.spec
 
-    def obey(self, commands: Mapping[int, Command]) -> dict[int, Report | Lost]:
-        return {index: self._runners[index].obey(command) for index, command in commands.items()}
+    def obey(self, commands: Mapping[int, Command]) -> dict[int, Report | Lost] | Failure:
+        if self._failure is not None:
+            return self._failure
+        try:
+            return {index: self._runners[index].obey(command) for index, command in commands.items()}
+        except Exception as error:  # noqa: BLE001 (raised again by whoever asked)
+            return Failure.of(error)

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image
 
-from acrlpd.envs.env import Outcome
+from acrlpd.envs.env import Outcome, action_bounds
+from acrlpd.pictures import fit
 
 
 class RuntimeEnvironment(Protocol):
@@ -40,8 +40,8 @@ class RobotSimulator:
         state: from an observation to the numbers that the policy sees.
         action_low, action_high: what may be commanded; actions are clipped to it.
         outcome: from an observation and ``is_episode_complete()`` to what became of the task: a sensor, a classifier, a
-            person at a key.
-        cameras: by name, from an observation to its picture (uint8 [h, w, 3]).
+            person at a key. An episode that is complete while the task goes on is truncated.
+        cameras: by name, from an observation to its picture (see ``pictures.to_rgb``).
         fps: control rate; a step returns no earlier than its time is over, as openpi's ``Runtime`` does it.
         time_limit: steps of an episode.
 
@@ -74,8 +74,7 @@ class RobotSimulator:
         self.instruction = instruction
         self.time_limit = time_limit
         self.fps = fps
-        self.action_low = np.asarray(action_low, np.float32)
-        self.action_high = np.asarray(action_high, np.float32)
+        self.action_low, self.action_high = action_bounds(type(environment).__name__, action_low, action_high)
         self.cameras = tuple(self._pictures)
         self.default_camera = next(iter(self._pictures), "none")
         self._observation: Mapping[str, Any] = environment.get_observation()
@@ -92,13 +91,16 @@ class RobotSimulator:
         self._sleep(max(0.0, self._next_step - self._clock()))
         self._next_step = max(self._next_step, self._clock()) + 1 / self.fps  # time lost to a policy is not made up for
         self._observation = self._environment.get_observation()
-        return self._state(), self._outcome(self._observation, self._environment.is_episode_complete())
+        complete = self._environment.is_episode_complete()
+        outcome = self._outcome(self._observation, complete)
+        if complete and outcome is Outcome.GOING_ON:
+            outcome = Outcome.TRUNCATED
+        return self._state(), outcome
 
     def render(self, camera: str, size: int) -> UInt8[np.ndarray, "h w 3"]:
         if camera not in self._pictures:
             raise RuntimeError(f"this robot has no camera {camera!r}; it has {list(self._pictures)}")
-        picture = Image.fromarray(np.asarray(self._pictures[camera](self._observation), np.uint8))
-        return np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
+        return fit(self._pictures[camera](self._observation), size, size, f"camera {camera!r}")
 
     def close(self) -> None:
         """The robot is its owner's to switch off."""

@@ -23,6 +23,8 @@ from acrlpd.envs.vector import VectorEnv
 
 logger = logging.getLogger(__name__)
 
+MAX_BAD_STARTS_IN_A_ROW = 10  # of one environment: it is broken, and not an accident
+
 Act: TypeAlias = Callable[[list[Obs], Int[np.ndarray, " n"]], Float[np.ndarray, "n h a"]]
 
 
@@ -37,12 +39,13 @@ class Seconds:
 class Collected(NamedTuple):
     rollouts: list[Rollout]  # finished in this call
     num_steps: int  # environment steps taken in this call, over all environments
-    num_lost: int  # episodes whose worker died or hung
+    num_lost: int  # episodes whose worker died or hung, or whose reset failed
 
 
-def episode_seed(seed: int, number: int) -> int:
-    """The seed of one episode of a run: neighbouring runs and episodes share nothing."""
-    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+def episode_seed(seed: int, number: int, attempt: int = 0) -> int:
+    """Return the seed of one episode of a run: neighbouring runs, episodes and attempts to begin one share nothing."""
+    words = (seed, number, attempt) if attempt else (seed, number)
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
 def rollout(
@@ -58,7 +61,7 @@ def rollout(
     """Run every seed exactly once; rollouts come in the order of ``seeds``, ``on_episode`` as they finish.
 
     Pictures are rendered where the policy looks, at the start of each chunk; ``record_images`` renders and keeps every
-    step's. An episode whose worker died is missing from the result.
+    step's. An episode whose worker died or whose reset failed is missing from the result.
     """
     jobs = iter(list(enumerate(seeds)))
     lanes = _Lanes(environments, jobs, execute_horizon, record_images, Seconds() if seconds is None else seconds)
@@ -98,7 +101,7 @@ class OnlineCollector:
         missing = (number for number in itertools.count(first_episode) if number not in done)
         jobs = ((number, episode_seed(seed, number)) for number in missing)
         self._lanes = _Lanes(environments, jobs, execute_horizon, record_images, self.seconds)
-        self._lanes.start_idle()
+        self._num_lost = self._lanes.start_idle()  # since the last answer
 
     @property
     def next_episode(self) -> int:
@@ -114,8 +117,8 @@ class OnlineCollector:
 
     def finish(self) -> Collected:
         collected = self._lanes.finish()
-        num_lost = self._lanes.start_idle()
-        return collected._replace(num_lost=collected.num_lost + num_lost)
+        before, self._num_lost = self._num_lost, 0
+        return collected._replace(num_lost=collected.num_lost + before + self._lanes.start_idle())
 
     def collect(self, act: Act) -> Collected:
         self.begin(act)
@@ -141,6 +144,7 @@ class _Lanes:
         self.environments = environments
         self.numbers = [-1] * environments.num_envs  # of the episodes under way
         self.begun = False
+        self._bad_starts = [0] * environments.num_envs  # in a row
         self._observations: list[Obs] = [{} for _ in self.numbers]
         self._jobs = jobs
         self._execute_horizon = execute_horizon
@@ -163,9 +167,19 @@ class _Lanes:
             for lane, answer in self._receive().items():
                 if isinstance(answer, Lost):
                     num_lost += self._lose(starts[lane].number, answer)
+                    self._count_bad_start(lane, answer)
                     continue
+                self._bad_starts[lane] = 0
                 assert answer.observation is not None, "a started episode has an observation"
                 self.numbers[lane], self._observations[lane] = starts[lane].number, answer.observation
+
+    def _count_bad_start(self, lane: int, lost: Lost) -> None:
+        self._bad_starts[lane] += 1
+        if self._bad_starts[lane] == MAX_BAD_STARTS_IN_A_ROW:
+            raise RuntimeError(
+                f"{MAX_BAD_STARTS_IN_A_ROW} episodes in a row could not begin in an environment, the last because "
+                f"{lost.reason}"
+            )
 
     def begin(self, act: Act) -> None:
         """Asks the policy once for all active lanes, each at the end of a chunk or at a reset, and sends them off."""

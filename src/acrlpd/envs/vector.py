@@ -12,13 +12,14 @@ import functools
 import multiprocessing
 import signal
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol, TypeAlias
 
+from acrlpd import main_guard
 from acrlpd.envs.env import EnvConfig, Environment, EnvSpec, make
 from acrlpd.envs.episodes import Command, EpisodeRunner, Lost, Report
+from acrlpd.envs.failure import Failure
 
 MakeEnvironment: TypeAlias = Callable[[], Environment]
 MAX_DEATHS_IN_A_ROW = 3  # of one worker, without an answer in between: a broken installation, not an accident
@@ -96,7 +97,7 @@ class ProcessVectorEnv:
     """In worker processes, environment i in worker i modulo ``num_workers``.
 
     A worker that dies or takes longer than ``timeout_s`` is replaced; the episodes under way in it are lost: one, where
-    every environment has a worker of its own. An exception in a worker is raised here.
+    every environment has a worker of its own. An exception in a worker is raised here, in its own words.
     """
 
     def __init__(self, make_one: MakeEnvironment, num_envs: int, *, num_workers: int, timeout_s: float = 120.0):
@@ -181,6 +182,7 @@ class _Worker:
         self._end()
 
     def _begin(self) -> None:
+        main_guard.check(tell=False)
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
@@ -205,9 +207,11 @@ class _Worker:
             answer = self._connection.recv()
         except (EOFError, ConnectionResetError) as error:
             self._process.join(timeout=5)
+            if self._process.exitcode == main_guard.EXIT_NO_GUARD:
+                raise ValueError(main_guard.message()) from None
             raise _GoneError(f"worker {self.pid} died (exit code {self._process.exitcode})") from error
-        if isinstance(answer, BaseException):
-            raise answer
+        if isinstance(answer, Failure):
+            raise answer.error()
         return answer
 
     def _replace(self, reason: str) -> None:
@@ -242,6 +246,5 @@ def _serve(connection: Connection, make_one: MakeEnvironment, indices: Sequence[
     except EOFError:  # the parent closed its end, or is gone
         return
     except Exception as error:  # noqa: BLE001 (raised again in the parent)
-        error.add_note(f"In a worker process:\n{traceback.format_exc()}")
         with contextlib.suppress(BrokenPipeError):
-            connection.send(error)
+            connection.send(Failure.of(error))

@@ -19,7 +19,7 @@ from acrlpd.envs.env import EnvConfig
 from acrlpd.envs.episodes import Rollout
 from acrlpd.envs.rollout import episode_seed, rollout
 from acrlpd.envs.vector import RolloutConfig, make_vector
-from acrlpd.training.evaluate import chunk_policy
+from acrlpd.training.evaluate import EpisodeDraws, chunk_policy
 
 
 def collect_prior(env: EnvConfig, wanted: CollectConfig, directory: Path, *, seed: int) -> None:
@@ -60,6 +60,7 @@ def collect_by_agent(
     missing = folder.missing(episodes)
     if not missing:
         return
+    seeds = [episode_seed(seed, number) for number in missing]
     environments = make_vector(env, min(num_envs, len(missing)), RolloutConfig(num_workers=num_workers))
     progress = tqdm(desc=f"collect {env.name}", total=len(missing), unit="episode")
 
@@ -70,8 +71,8 @@ def collect_by_agent(
     try:
         rollout(
             environments,
-            chunk_policy(agent, transform, jax.random.key(seed), mode=mode),
-            [episode_seed(seed, number) for number in missing],
+            chunk_policy(agent, transform, EpisodeDraws(jax.random.key(seed), seeds), mode=mode),
+            seeds,
             execute_horizon=execute_horizon,
             on_episode=write,
             record_images=bool(env.cameras),

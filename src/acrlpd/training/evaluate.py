@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt32
 
 from acrlpd.agents import acrlpd
 from acrlpd.agents.acrlpd import ACRLPDAgent, ActingMode
@@ -32,7 +32,7 @@ class Evaluation:
     return_mean: float
     return_std: float
     length_mean: float
-    lost: int = 0  # episodes whose worker died; they count nowhere else
+    lost: int = 0  # episodes whose worker died or whose reset failed; they count nowhere else
 
     @property
     def success(self) -> float:
@@ -93,22 +93,21 @@ def evaluate(
     mode: ActingMode,
     rng: PRNGKeyArray,
     execute_horizon: int,
-    num_samples: int | None = None,
-    action_noise: float = 0.0,
-    on_choice: OnChoice | None = None,
     seconds: Seconds | None = None,
+    **options: Any,
 ) -> tuple[Evaluation, list[Rollout]]:
-    """Runs every seed once, the environments side by side with one batched policy call a chunk."""
-    act = chunk_policy(
-        agent, transform, rng, mode=mode, num_samples=num_samples, action_noise=action_noise, on_choice=on_choice
-    )
+    """Runs every seed once, the environments side by side with one batched policy call a chunk.
+
+    An episode is a function of ``rng`` and its seed, whatever runs beside it. ``options``: those of ``chunk_policy``.
+    """
+    act = chunk_policy(agent, transform, EpisodeDraws(rng, seeds), mode=mode, **options)
     rollouts = rollout(environments, act, seeds, execute_horizon=execute_horizon, seconds=seconds)
     return summarize(rollouts, lost=len(seeds) - len(rollouts)), rollouts
 
 
 def summarize(rollouts: Sequence[Rollout], *, lost: int = 0) -> Evaluation:
     if not rollouts:
-        raise ValueError(f"no episode was finished, and {lost} were lost with their workers: there is nothing to judge")
+        raise ValueError(f"no episode was finished, and {lost} were lost: there is nothing to judge")
     successes = sum(each.success for each in rollouts)
     returns = np.array([each.returns for each in rollouts])
     return Evaluation(
@@ -125,34 +124,84 @@ def summarize(rollouts: Sequence[Rollout], *, lost: int = 0) -> Evaluation:
 fold_in = jax.jit(jax.random.fold_in)  # compiled, for the plain one takes as long as a tenth of a choice
 
 
+@jax.jit
+def _fold_in_pairs(rng: PRNGKeyArray, seeds: UInt32[Array, " n"], chunks: UInt32[Array, " n"]) -> Key[Array, " n"]:
+    return jax.vmap(lambda seed, chunk: jax.random.fold_in(jax.random.fold_in(rng, seed), chunk))(seeds, chunks)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkDraws:
+    """All that is random about one chunk of each of n episodes."""
+
+    rng: PRNGKeyArray
+    seeds: UInt32[np.ndarray, " n"]
+    chunks: UInt32[np.ndarray, " n"]
+
+    @property
+    def keys(self) -> Key[Array, " n"]:
+        return _fold_in_pairs(self.rng, self.seeds, self.chunks)
+
+    def generators(self, purpose: int) -> list[np.random.Generator]:
+        """Make generators of noise on the host, one an episode; those of another purpose are independent of them."""
+        words = np.asarray(jax.random.key_data(self.rng)).tolist()
+        pairs = zip(self.seeds.tolist(), self.chunks.tolist(), strict=True)
+        return [np.random.default_rng((purpose, *words, seed, chunk)) for seed, chunk in pairs]
+
+
+@dataclasses.dataclass
+class EpisodeDraws:
+    """The randomness of a policy: a function of an episode's seed and the number of the chunk in it, and nothing else.
+
+    So it does not matter which episodes run side by side, or in which order they are begun.
+    """
+
+    rng: PRNGKeyArray
+    seeds: Sequence[int] | None = None  # by the number of an episode; None: the number itself
+    counts: dict[int, int] = dataclasses.field(default_factory=dict)  # chunks so far, by the number of an episode
+
+    def next(self, numbers: Int[np.ndarray, " n"]) -> ChunkDraws:
+        """Return what is random about the next chunk of each of these episodes; -1 is padding."""
+        chunks = [self.counts.get(number, 0) for number in numbers.tolist()]
+        self.counts |= {number: chunk + 1 for number, chunk in zip(numbers.tolist(), chunks, strict=True)}
+        seeds = [self._seed(number) for number in numbers.tolist()]
+        return ChunkDraws(self.rng, np.array(seeds, np.uint32), np.array(chunks, np.uint32))
+
+    def _seed(self, number: int) -> int:
+        seed = number if self.seeds is None or number < 0 else self.seeds[number]
+        return seed % 2**32
+
+
 def chunk_policy(
     agent: ACRLPDAgent,
     transform: Transform,
-    rng: PRNGKeyArray,
+    draws: PRNGKeyArray | EpisodeDraws,
     *,
     mode: ActingMode,
     num_samples: int | None = None,
+    observation_noise: float = 0.0,
     action_noise: float = 0.0,
     on_choice: OnChoice | None = None,
 ) -> Act:
-    """The agent as a function from raw observations to chunks in the environment's units; call k uses key k.
+    """The agent as a function from raw observations to chunks in the environment's units.
 
-    ``action_noise`` is the deviation of Gaussian noise on every executed action, in normalized units. ``on_choice`` is
-    told the numbers of the episodes and the values by which their chunks were chosen; imitation (bc) has none.
+    ``draws`` are shared by the policies of an episode, where it has several; a key stands for fresh ones.
+    ``observation_noise`` and ``action_noise`` are deviations of Gaussian noise in normalized units, on what the policy
+    sees and on every executed action. ``on_choice`` is told the numbers of the episodes and the values by which their
+    chunks were chosen; imitation (bc) has none.
     """
     agent = dataclasses.replace(agent, opt_state={})  # acting needs none, and a call walks through all it is given
-    calls = 0
+    episodes = draws if isinstance(draws, EpisodeDraws) else EpisodeDraws(draws)
 
     def act(observations: list[Obs], numbers: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n h a"]:
-        nonlocal calls
-        calls += 1
-        data = transform(stack(observations))
-        key = fold_in(rng, calls)
-        chosen, values = acrlpd.act(agent, to_observation(data), key, mode=mode, num_samples=num_samples)
+        drawn, seen = episodes.next(numbers), transform
+        if observation_noise:
+            seen = with_observation_noise(transform, observation_noise, drawn.generators(ON_OBSERVATIONS))
+        data = seen(stack(observations))
+        chosen, values = acrlpd.act(agent, to_observation(data), drawn.keys, mode=mode, num_samples=num_samples)
         chunks = np.asarray(chosen)
         if action_noise:
-            noise_rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-            chunks = chunks + action_noise * noise_rng.standard_normal(chunks.shape, np.float32)
+            noise = [rng.standard_normal(chunks.shape[1:], np.float32) for rng in drawn.generators(ON_ACTIONS)]
+            chunks = chunks + action_noise * np.stack(noise)
         if on_choice is not None:
             on_choice(numbers, {name: np.asarray(value) for name, value in values.items()})
         return transform.inverse({"state": data["state"], "actions": chunks})["actions"]
@@ -160,15 +209,18 @@ def chunk_policy(
     return act
 
 
+ON_OBSERVATIONS, ON_ACTIONS = 0, 1  # purposes of noise
+
+
 @dataclasses.dataclass(frozen=True)
 class ObservationNoise:
     """A transform: Gaussian noise of ``deviation`` on the normalized state, and on pictures as the model scales them.
 
-    Each call draws anew, in the order of calls from ``rng``.
+    Row i of a batch draws from ``rngs[i]``.
     """
 
     deviation: float
-    rng: np.random.Generator
+    rngs: Sequence[np.random.Generator]
 
     def __call__(self, data: Data) -> Data:
         state = np.asarray(data["state"])
@@ -183,16 +235,16 @@ class ObservationNoise:
         return np.clip(np.round(noisy), 0, 255).astype(np.uint8)
 
     def _draw(self, shape: tuple[int, ...]) -> np.ndarray:
-        return self.deviation * self.rng.standard_normal(shape, np.float32)
+        return self.deviation * np.stack([rng.standard_normal(shape[1:], np.float32) for rng in self.rngs])
 
 
-def with_observation_noise(transform: Transform, deviation: float, seed: int) -> Compose:
+def with_observation_noise(transform: Transform, deviation: float, rngs: Sequence[np.random.Generator]) -> Compose:
     """The same transform with noise right behind its normalization: before pi0.5 writes the state into its prompt."""
     if not isinstance(transform, Compose) or not any(isinstance(step, Normalize) for step in transform.transforms):
         raise ValueError("observation noise is in normalized units: the transform must be a Compose with a Normalize")
     place = len(transform.before(Normalize).transforms) + 1
     steps = list(transform.transforms)
-    return Compose([*steps[:place], ObservationNoise(deviation, np.random.default_rng(seed)), *steps[place:]])
+    return Compose([*steps[:place], ObservationNoise(deviation, rngs), *steps[place:]])
 
 
 def stack(observations: Sequence[Obs]) -> dict[str, Any]:

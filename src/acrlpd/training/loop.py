@@ -25,7 +25,7 @@ from acrlpd.envs.vector import VectorEnv
 from acrlpd.overrides import differences
 from acrlpd.training import guards
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager, checksums
-from acrlpd.training.evaluate import Evaluation, chunk_policy, evaluate, fold_in
+from acrlpd.training.evaluate import EpisodeDraws, Evaluation, chunk_policy, evaluate, fold_in
 from acrlpd.training.faults import DataFault, Diverged, Interrupted, RunFault
 from acrlpd.training.guards import RunLock, SkippedUpdates, StopRequest
 from acrlpd.training.metrics import MetricAverage, Stopwatch, breakdown, write_json
@@ -77,7 +77,8 @@ class ACRLPDTrainer:
         self._interaction = interaction
         self._eval_environments = eval_environments
         self._mesh = make_mesh(config.fsdp_devices)
-        self._update_rng, self._act_rng, self._eval_rng = jax.random.split(jax.random.key(config.seed + 1), 3)
+        self._update_rng, act_rng, self._eval_rng = jax.random.split(jax.random.key(config.seed + 1), 3)
+        self._act_draws = EpisodeDraws(act_rng)
         self._average = MetricAverage()
         self._watch = Stopwatch()
         self._checkpoints = checkpoints
@@ -223,8 +224,7 @@ class ACRLPDTrainer:
         with self._watch.span("update"):
             jax.block_until_ready(self.agent.step)  # the policy that acts is the newest: wait for it
         with self._watch.span("act" if self._has_acted else "compile"):
-            rng = fold_in(self._act_rng, self.progress.env_steps)
-            collector.begin(chunk_policy(self.agent, self._transform, rng, mode="explore"))
+            collector.begin(chunk_policy(self.agent, self._transform, self._act_draws, mode="explore"))
         self._has_acted = True
         self._chosen_at = self._step
 

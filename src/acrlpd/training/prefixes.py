@@ -9,7 +9,8 @@ Pooled features alone are small (8 KB a row of a full-size pi0). They are all th
 of a run, which train nothing else (``critic_alone_steps``), read them back whatever the backbone does later.
 
     <folder>/<key>/arrays.json    shape of a row and dtype of each array
-                  /0.bin, ...     features, mask, then the cache's arrays; a row of the data set is a row of each
+                  /0.bin, ...     features, mask, then the cache's arrays; a row of the data set is a row of each, and
+                                  behind them, where final observations are known, every episode has one
 
 The key is a digest of the weights, the data and all that happens to an observation on its way to the model.
 """
@@ -91,22 +92,23 @@ def open_rows(
     ``features_alone`` stores what critics read, of any backbone and whatever its size.
     """
     encode, policy = _encoder(agent, features_alone)
+    num_rows = store.num_rows + (store.num_episodes if store.has_final.any() else 0)
     first = read_observations(store, transform, np.zeros(1, np.int64))
     like, structure = jax.tree.flatten(jax.eval_shape(encode, policy, first))
-    needed = store.num_rows * sum(math.prod(each.shape[1:]) * each.dtype.itemsize for each in like)
+    needed = num_rows * sum(math.prod(each.shape[1:]) * each.dtype.itemsize for each in like)
     if needed > config.data.prefix_bytes and not features_alone:
         logger.info(
             "the prefixes of %d rows are computed in every update: stored, they would take %.1f GiB, and "
             "data.prefix_bytes allows %.1f",
-            *(store.num_rows, needed / 2**30, config.data.prefix_bytes / 2**30),
+            *(num_rows, needed / 2**30, config.data.prefix_bytes / 2**30),
         )
         return None
     target = folder / key(config, agent, stats, data, features_alone)
     if not (target / INDEX).exists():
         what = "pooled features" if features_alone else "prefixes"
-        logger.info("computing the %s of %d rows (%.2f GiB) into %s", what, store.num_rows, needed / 2**30, target)
-        _write(target, like, _computed(config, encode, policy, store, transform), store.num_rows)
-    return StoredPrefixes(_mapped(target, store.num_rows), structure)
+        logger.info("computing the %s of %d rows (%.2f GiB) into %s", what, num_rows, needed / 2**30, target)
+        _write(target, like, _computed(config, encode, policy, store, transform, num_rows), num_rows)
+    return StoredPrefixes(_mapped(target, num_rows), structure)
 
 
 def key(
@@ -134,14 +136,14 @@ def _encoder(agent: ACRLPDAgent, features_alone: bool) -> tuple[Any, Any]:
 
 
 def _computed(
-    config: TrainConfig, encode: Any, policy: Any, store: EpisodeStore, transform: Transform
+    config: TrainConfig, encode: Any, policy: Any, store: EpisodeStore, transform: Transform, num_rows: int
 ) -> Iterator[list[np.ndarray]]:
     """Arrays of some rows at a time, in order; all calls have one shape, so the last rows are repeated."""
-    size = min(config.data.batch_size, store.num_rows)
-    for start in range(0, store.num_rows, size):
-        rows = np.minimum(np.arange(start, start + size), store.num_rows - 1)
+    size = min(config.data.batch_size, num_rows)
+    for start in range(0, num_rows, size):
+        rows = np.minimum(np.arange(start, start + size), num_rows - 1)
         found = jax.device_get(encode(policy, read_observations(store, transform, rows)))
-        yield [each[: store.num_rows - start] for each in jax.tree.leaves(found)]
+        yield [each[: num_rows - start] for each in jax.tree.leaves(found)]
 
 
 def _write(target: Path, like: list[Any], blocks: Iterator[list[np.ndarray]], num_rows: int) -> None:

@@ -16,12 +16,15 @@ from acrlpd.envs.rollout import Rollout
 from acrlpd.envs.vector import VectorEnv
 from acrlpd.training.agreement import Agreement, Choice, agreement
 from acrlpd.training.comparison import Comparison, compare
-from acrlpd.training.evaluate import Evaluation, evaluate, with_observation_noise
+from acrlpd.training.evaluate import Evaluation, evaluate
 
 
 @dataclasses.dataclass(frozen=True)
 class ProtocolConfig:
-    """What is tried beside the task itself. Every trial meets the same seeds, so trials compare episode by episode."""
+    """What is tried beside the task itself.
+
+    Every trial meets the same seeds, with the same draws for each of them, so trials compare episode by episode.
+    """
 
     observation_noise: tuple[float, ...] = (0.01, 0.05, 0.1)  # deviations in normalized units: of state and pictures
     action_noise: tuple[float, ...] = (0.01, 0.05, 0.1)  # likewise, on every executed action
@@ -148,8 +151,7 @@ class ACRLPDEvaluationProtocol:
     def evaluate_robustness(self, agent: ACRLPDAgent) -> tuple[dict[float, Trial], dict[float, Trial]]:
         """With noise on what the policy sees, and on what it does."""
         observation_noise = {
-            level: self._trial(agent, transform=with_observation_noise(self._transform, level, self._seed))
-            for level in self.config.observation_noise
+            level: self._trial(agent, observation_noise=level) for level in self.config.observation_noise
         }
         return observation_noise, {level: self._trial(agent, action_noise=level) for level in self.config.action_noise}
 
@@ -164,12 +166,10 @@ class ACRLPDEvaluationProtocol:
             return None
         return agreement(task.rollouts, choices, discount=agent.config.discount, execute_horizon=self._execute_horizon)
 
-    def _trial(
-        self, agent: ACRLPDAgent, *, transform: Transform | None = None, mode: ActingMode | None = None, **options: Any
-    ) -> Trial:
+    def _trial(self, agent: ACRLPDAgent, *, mode: ActingMode | None = None, **options: Any) -> Trial:
         result, rollouts = evaluate(
             agent,
-            transform or self._transform,
+            self._transform,
             self._environments,
             self._seeds,
             mode=mode or self._mode,

@@ -26,7 +26,7 @@ class Progress:
     best_step: int | None = None  # whose checkpoint is kept, and what it reached
     best_step_success: float = -1.0
     rollbacks: int = 0
-    lost_episodes: int = 0  # online, with a worker that died or hung
+    lost_episodes: int = 0  # online, with a worker that died or hung, or a reset that failed
     next_episode: int = 0  # in the journal: those before it were there at this moment
     wall_s: float = 0.0
     cpu_s: float = 0.0

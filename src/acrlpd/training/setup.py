@@ -17,7 +17,7 @@ from flax import nnx
 
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.config import PolicyConfig, TrainConfig, from_dict
-from acrlpd.data import instructions, normalize, npz, windows
+from acrlpd.data import chunks, instructions, normalize, npz, windows
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.frame_cache import FrameCache
 from acrlpd.data.loader import ChunkLoader
@@ -103,6 +103,12 @@ def _make_trainer(
     dims = Dims(prior.state.shape[1], prior.actions.shape[1])
     spec = environments.spec if environments else None
     check_prior(config, prior, dims, spec)
+    if config.agent.algorithm != "bc" and (num_cut := chunks.num_cut(prior)):
+        logger.info(
+            "%d of %d episodes were cut and do not say what was seen after their last action: their last whole window "
+            "stays out of the TD loss",
+            *(num_cut, prior.num_episodes),
+        )
     checkpoints = ACRLPDCheckpointManager(
         files.checkpoints,
         max_to_keep=config.max_to_keep,
@@ -123,7 +129,7 @@ def _make_trainer(
         agent, progress = fresh_agent(), Progress()
         stats = make_norm_stats(config, prior, source, spec)
     settle_best(progress, Progress(), checkpoints, files)
-    transform = make_transform(config, stats, dims)
+    transform = make_transform(config, stats, dims, prior.cameras)
     interaction = make_interaction(config, files, progress) if config.env and config.online_steps else None
     loader = make_loader(config, prior, transform, interaction, agent, stats)
     return ACRLPDTrainer(
@@ -257,7 +263,8 @@ def load_checkpoint(path: str | Path) -> Loaded:
     dims = Dims(len(stats["state"].mean), len(stats["actions"].mean))
     here = dataclasses.replace(config, fsdp_devices=1) if jax.device_count() % config.fsdp_devices else config
     restored = manager.restore(make_agent(here, dims, tuple(run["cameras"])), step)
-    return Loaded(restored.agent, make_transform(config, stats, dims), config, restored.step)
+    transform = make_transform(config, stats, dims, tuple(run["cameras"]))
+    return Loaded(restored.agent, transform, config, restored.step)
 
 
 def locate_checkpoint(path: Path) -> tuple[Path, int | None]:
@@ -350,8 +357,13 @@ def make_norm_stats(
     return stats
 
 
-def make_transform(config: TrainConfig, stats: Mapping[str, NormStats], dims: Dims) -> Transform:
-    """From raw observations to the model's, in openpi's order; serving uses the same list."""
+def make_transform(
+    config: TrainConfig, stats: Mapping[str, NormStats], dims: Dims, cameras: tuple[str, ...] | None = None
+) -> Transform:
+    """From raw observations to the model's, in openpi's order; serving uses the same list.
+
+    ``cameras`` of the data that are read; others are ignored, whatever they hold. None: all are.
+    """
     policy = config.policy
     return to_model(
         before_normalization(config),
@@ -361,6 +373,7 @@ def make_transform(config: TrainConfig, stats: Mapping[str, NormStats], dims: Di
         image_size=policy.image_size,
         action_dim=policy.action_dim,
         robot_action_dim=dims.action,
+        cameras=None if cameras is None else model_cameras(config, cameras),
     )
 
 

@@ -65,6 +65,7 @@ class Record:
     task_changes: tuple[tuple[int, str], ...] = ()  # as in ``Episode``; our own layout alone has them
     task_mark: str = ""  # where the text is empty: what tells the task from others, such as its file
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)  # cameras that are not read, and why
+    final: dict[str, Column] = dataclasses.field(default_factory=dict)  # what was seen after the last action, one row
 
     def __len__(self) -> int:
         return len(self.columns["actions"])
@@ -600,7 +601,20 @@ def checked(where: str, record: Record) -> Record:
         if values is not None:
             lengths[label] = len(values)
     check_lengths(where, lengths)
+    for key, column in record.final.items():
+        like = record.columns[key]
+        if len(column) != 1 or column.row_shape != like.row_shape:
+            raise ValueError(
+                f"{where}: {column.label}: expected 1 row of shape {like.row_shape} (as in {like.label}), found "
+                f"{len(column)} of shape {column.row_shape}"
+            )
     return record
+
+
+def last_row(where: str, column: Column, steps: int) -> Picked:
+    """Pick the last row of a column that must have one for each of ``steps`` actions."""
+    check_lengths(where, {"actions": steps} | {part.label: len(part) for part in _parts(column)})
+    return Picked(column, np.array([steps - 1]))
 
 
 def _parts(column: Column) -> Sequence[Column]:

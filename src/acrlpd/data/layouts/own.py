@@ -6,6 +6,8 @@
     /rewards                      (T,)          float32
     /terminals                    (T,)          bool, true where the task ended (a time limit does not end it)
     /task_index, /tasks           (T,), (k,)    int32, text: only where the instruction changes inside the episode
+    /final/state                  (1, s)        float32, what was seen after the last action; absent: not recorded
+    /final/images/<camera>        (1, h, w, 3)  uint8, RGB, of every camera
     attributes of /: format="acrlpd", version=1, task (text), success (bool; absent: nobody knows), metadata (JSON)
 
 ``fps`` in the metadata is the rate of the recording. State and actions are in raw units; row t holds what was seen, the
@@ -15,6 +17,7 @@ action taken there and what it paid.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -29,10 +32,11 @@ import h5py
 import numpy as np
 
 from acrlpd import files
+from acrlpd.data import finals
 from acrlpd.data.episodes import check_task_changes, first_text, step_tasks
 from acrlpd.data.layouts import cameras, columns
 from acrlpd.data.layouts.columns import Column, Joined, Options, Reading, Record
-from acrlpd.types import Episode
+from acrlpd.types import Episode, FinalObservation
 
 FORMAT = "acrlpd"
 VERSION = 1
@@ -95,9 +99,19 @@ def read_episode(path: str | os.PathLike[str]) -> Episode:
             images={name: _array(str(path), file, f"{IMAGES}/{name}", "u", np.uint8) for name in images},
             success=columns.flag(str(path), "success", file.attrs.get("success")),
             source=str(path),
+            final=_read_final(str(path), file, images) if columns.find(str(path), file, "final") is not None else None,
         )
     _check_episode(str(path), episode)
     return episode
+
+
+def _read_final(where: str, file: h5py.File, cameras: Sequence[str]) -> FinalObservation:
+    state = _array(where, file, "final/state", "f", np.float32)
+    images = {name: _array(where, file, f"final/images/{name}", "u", np.uint8) for name in cameras}
+    for key, rows in {"state": state, **images}.items():
+        if rows.ndim == 0 or len(rows) != 1:
+            raise ValueError(f"{where}: final/{key}: expected 1 row, found the shape {rows.shape}")
+    return FinalObservation(state[0], {name: rows[0] for name, rows in images.items()})
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -134,6 +148,10 @@ class Own:
                 "state": Joined((columns.numbers(where, file, "observations/state", kinds="f", ranks=(2,)),)),
                 "actions": Joined((columns.numbers(where, file, "actions", kinds="f", ranks=(2,)),)),
             }
+            final: dict[str, Column] = {}
+            if columns.find(where, file, "final") is not None:
+                final["state"] = Joined((columns.numbers(where, file, "final/state", kinds="f", ranks=(2,)),))
+                final |= {key: cameras.stored(where, file, f"final/{key}") for key in pictures}
             default = self._options.default_task
             record = Record(
                 found | pictures,
@@ -143,6 +161,7 @@ class Own:
                 columns.vector(where, file, "terminals", kinds="b"),
                 tuple((step, first_text(text, default)) for step, text in _task_changes(where, file)),
                 left_out=left_out,
+                final=final,
             )
         check_task_changes(where, record.task_changes, len(columns.checked(where, record)))
         return record
@@ -180,7 +199,10 @@ def _fill(file: h5py.File, episode: Episode, metadata: Mapping[str, Any], compre
         # One frame a chunk, or one after the other: a sample reads two frames of an episode, not all of them.
         chunks = None if compression is None else (1, *frames.shape[1:])
         file.create_dataset(f"observations/images/{camera}", data=frames, chunks=chunks, compression=compression)
-
+    if episode.final is not None:
+        file.create_dataset("final/state", data=episode.final.state[None], dtype=np.float32)
+        for camera, frame in episode.final.images.items():
+            file.create_dataset(f"final/images/{camera}", data=frame[None], compression=compression)
     if episode.task_changes:
         numbers: dict[str, int] = {}
         file.create_dataset("task_index", data=step_tasks(episode, numbers), dtype=np.int32)
@@ -249,3 +271,4 @@ def _check_episode(where: str, episode: Episode) -> None:
         columns.check_finite(where, key, np.asarray(array))
         if rank == 4 and (array.shape[-1] != 3 or array.dtype != np.uint8):
             raise ValueError(f"{where}: {key}: expected uint8 (T, h, w, 3), found {array.dtype} {array.shape}")
+    finals.rows_of(dataclasses.replace(episode, source=where), finals.seen_rows(episode))

@@ -2,14 +2,16 @@
 
     /data                attributes: total, env_args (JSON)
     /data/demo_<i>       attributes: num_samples, ep_meta (JSON, newer files)
-        actions (N, a)   rewards (N,)   obs/<key> (N, ...)
+        actions (N, a)   rewards (N,)   obs/<key> (N, ...)   next_obs/<key> (N, ...), in some files
     /mask/<filter key>   names of demos
+
+The last row of ``next_obs`` is the final observation of the demo; the others repeat ``obs``.
 
 ``dones`` tells neither the end of an episode nor success (it depends on how the file was made) and is not read.
 
 LIBERO stores its pictures upside down and mirrored; they are turned here. Its recorder stored each observation *after*
 the action of its row. Rows are read as they are stored, unless ``align_observations`` pairs every action with the
-observation before it, which leaves out the first action.
+observation before it, which leaves out the first action and has the last observation for the final one.
 
 LIBERO names a file after its task, ``KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5``: that is the text where the file has
 none, as copies that were filtered do not.
@@ -29,7 +31,7 @@ import h5py
 import numpy as np
 
 from acrlpd import files
-from acrlpd.data.episodes import first_text
+from acrlpd.data.episodes import IMAGE_PREFIX, first_text
 from acrlpd.data.layouts import cameras, columns
 from acrlpd.data.layouts.columns import Column, Converted, Joined, Options, Picked, Reading, Record
 
@@ -85,6 +87,7 @@ class Robomimic:
                 for camera, label in self._cameras(where, demo).items()
             }
             pictures, left_out = cameras.choose(where, openers, options.cameras)
+            final = self._final(where, demo, index, state, list(pictures))
             meta = columns.json_text(where, "ep_meta", demo.attrs.get("ep_meta"))
             record = Record(
                 found | pictures,
@@ -92,9 +95,27 @@ class Robomimic:
                 task_mark=self._marks[path],
                 rewards=_rewards(where, demo),
                 left_out=left_out,
+                final=final,
             )
             _check_num_samples(where, demo, len(columns.checked(where, record)))
         return _aligned(where, record) if options.align_observations else record
+
+    def _final(
+        self, where: str, demo: h5py.Group, index: int, state: Sequence[str], pictures: Sequence[str]
+    ) -> dict[str, Column]:
+        """What was seen after the last action, where ``next_obs`` has all keys of the observations."""
+        known = self._cameras(where, demo)
+        labels = {key: known[key.removeprefix(IMAGE_PREFIX)] for key in pictures}
+        wanted = [*state, *labels.values()]
+        if any(columns.find(where, demo, _next(label)) is None for label in wanted):
+            return {}
+        convert, flip = self._options.state_keys is None, self._flips[self._demos[index][0]]
+        after: dict[str, Column] = {
+            "state": Joined(tuple(_state(where, demo, _next(label), convert=convert) for label in state))
+        }
+        after |= {key: cameras.stored(where, demo, _next(label), flip=flip) for key, label in labels.items()}
+        steps = len(columns.dataset(where, demo, self._labels(where, demo)[1][0]))
+        return {key: columns.last_row(where, column, steps) for key, column in after.items()}
 
     def unused(self, index: int) -> list[str]:
         where, (path, name) = self.sources[index], self._demos[index]
@@ -191,6 +212,11 @@ def _task_in_name(path: Path) -> str:
     return found["words"].replace("_", " ") if found and (found["scene"] or found["end"]) else ""
 
 
+def _next(label: str) -> str:
+    """The key of the same observation one step later."""
+    return f"next_obs/{label.removeprefix('obs/')}"
+
+
 def _rewards(where: str, demo: h5py.Group) -> np.ndarray | None:
     if columns.find(where, demo, "rewards") is None:
         return None
@@ -261,4 +287,5 @@ def _aligned(where: str, record: Record) -> Record:
     before, after = np.arange(steps - 1), np.arange(1, steps)
     shifted = {key: Picked(column, after if key == "actions" else before) for key, column in record.columns.items()}
     rewards = None if record.rewards is None else record.rewards[1:]
-    return dataclasses.replace(record, columns=dict(shifted), rewards=rewards)
+    final = {key: Picked(record.columns[key], after[-1:]) for key in record.columns if key != "actions"}
+    return dataclasses.replace(record, columns=dict(shifted), rewards=rewards, final=dict(final))

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float
 
-from acrlpd.data.transforms import Data, make_bool_mask, to_image
+from acrlpd.data.transforms import Data, make_bool_mask
+from acrlpd.pictures import to_rgb
 from acrlpd.types import typed
 
 STATE_DIM = ACTION_DIM = 14
@@ -50,13 +51,13 @@ class Aloha:
                 f"ALOHA cameras are {', '.join([*_SLOTS.values(), *_UNUSED])}, of which cam_high must be there; "
                 f"got {', '.join(sorted(given))}. Rename them with a Repack."
             )
-        base = to_image(np.asarray(given["cam_high"]))
+        base = to_rgb(given["cam_high"], "images/cam_high")
         seen = np.ones(base.shape[:-3], dtype=bool)
         state = np.asarray(data["state"])
         inputs: dict[str, Any] = {
             "state": state_to_pi0(state) if self.adapt_to_pi else state,
             "image": {
-                slot: to_image(np.asarray(given[camera])) if camera in given else np.zeros_like(base)
+                slot: to_rgb(given[camera], f"images/{camera}") if camera in given else np.zeros_like(base)
                 for slot, camera in _SLOTS.items()
             },
             "image_mask": {slot: seen & (camera in given) for slot, camera in _SLOTS.items()},

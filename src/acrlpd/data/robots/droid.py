@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from acrlpd.data.transforms import Data, to_image
+from acrlpd.data.transforms import Data
+from acrlpd.pictures import to_rgb
 
 STATE_DIM = ACTION_DIM = 8
 CAMERAS = {
@@ -27,8 +28,8 @@ class Droid:
     pi0_fast: bool = False  # pi0-FAST has its cameras in another order and masks none
 
     def __call__(self, data: Data) -> Data:
-        base = to_image(np.asarray(data["observation/exterior_image_1_left"]))
-        wrist = to_image(np.asarray(data["observation/wrist_image_left"]))
+        base = to_rgb(data["observation/exterior_image_1_left"], "observation/exterior_image_1_left")
+        wrist = to_rgb(data["observation/wrist_image_left"], "observation/wrist_image_left")
         missing = np.zeros_like(base)
         seen = np.ones(base.shape[:-3], dtype=bool)
         if self.pi0_fast:

@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from acrlpd.data.transforms import Data, to_image
+from acrlpd.data.transforms import Data
+from acrlpd.pictures import to_rgb
 
 STATE_DIM, ACTION_DIM = 8, 7
 CAMERAS = {
@@ -23,13 +24,13 @@ class Libero:
     pi0_fast: bool = False  # pi0-FAST does not mask the camera that is missing
 
     def __call__(self, data: Data) -> Data:
-        base = to_image(np.asarray(data["observation/image"]))
+        base = to_rgb(data["observation/image"], "observation/image")
         seen = np.ones(base.shape[:-3], dtype=bool)
         inputs = {
             "state": np.asarray(data["observation/state"]),
             "image": {
                 "base_0_rgb": base,
-                "left_wrist_0_rgb": to_image(np.asarray(data["observation/wrist_image"])),
+                "left_wrist_0_rgb": to_rgb(data["observation/wrist_image"], "observation/wrist_image"),
                 "right_wrist_0_rgb": np.zeros_like(base),
             },
             "image_mask": {

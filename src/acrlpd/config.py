@@ -93,7 +93,7 @@ class DataConfig:
     path: str | None = None  # episodes in any format we read; None: collected into the run's own folder
     action_dim: int | None = None  # the robot's; data of another is refused. None: whatever the data has
     robot: Robot | None = None  # see the data as openpi's checkpoints for this robot do; None: as it is
-    delta_mask: tuple[int, ...] | None = None  # 6 -1: six actions relative to the state, one not; None: the robot's
+    delta_mask: tuple[int, ...] | None = None  # 6 -1: six actions relative to the state, one not; 0: none are; None: the robot's
     cameras: tuple[str, ...] = ()  # of the data, those to use; empty: all
     state_keys: tuple[str, ...] = ()  # the format's names of what makes the state; empty: the usual ones
     action_keys: tuple[str, ...] = ()  # likewise for the actions
@@ -126,13 +126,11 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"data.{name} must be finite and not negative, got {value}")
-        if self.delta_mask is not None and 0 in self.delta_mask:
-            raise ValueError(f"data.delta_mask must be counts of actions, below 0 or above, got {self.delta_mask}")
         for name in ("sequence_ratio", "online_ratio"):
             ratio = getattr(self, name)
             if ratio is not None and not 0 <= ratio <= 1:
                 raise ValueError(f"data.{name} must lie in [0, 1], got {ratio}")
-        if (self.robot or self.delta_mask) and self.action_normalization == "bounds":
+        if (self.robot or any(n > 0 for n in self.delta_mask or ())) and self.action_normalization == "bounds":
             raise ValueError(
                 "data.action_normalization='bounds' is of actions as the environment takes them, which data.robot and "
                 "data.delta_mask change: use 'z_score' (openpi's for pi0) or 'quantile' (for pi0.5)"
@@ -303,6 +301,11 @@ class TrainConfig:
                 f"agent.algorithm={self.agent.algorithm!r} does not go with policy.kind={self.policy.kind!r}: "
                 "rlpd_ac, and nothing else, has the gaussian policy (--algorithm rlpd-ac sets both)"
             )
+        if self.policy.kind == "pi05" and self.data.action_normalization == "z_score":
+            raise ValueError(
+                "data.action_normalization='z_score' cannot be had with policy.kind='pi05': it reads the state as 256 "
+                "steps from -1 to 1, which takes quantiles, as openpi has them. Say --data.action_normalization quantile"
+            )
         if self.critic_alone_steps > self.offline_steps:
             raise ValueError(
                 f"critic_alone_steps ({self.critic_alone_steps}) are the first of the offline_steps "
@@ -334,20 +337,41 @@ class ConfigError(ValueError):
     """Everything that is wrong with a description of a run, one problem a line."""
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None) -> T:
+def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None, judge: bool = True) -> T:
     """The inverse of ``to_dict``: what is not named keeps the value of ``base``, or its default.
+
+    Without ``judge`` values need not be right together yet: whoever changes the result once more judges it then.
 
     Raises:
         ConfigError: unknown names, with the nearest valid one; values of the wrong kind or out of range. All at once.
     """
     problems: list[str] = []
-    found = _build(cls, values, base, "", problems)
+    found = _build(cls, values, base, "", problems, judge)
+    if judge and base is not None and not problems:
+        problems += _faults(found)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return typing.cast(T, found)
 
 
-def _build(cls: type, values: Mapping[str, Any], base: Any, path: str, problems: list[str]) -> Any:
+def _faults(config: Any) -> list[str]:
+    """What each part of a configuration says of its own values, where ``base`` had not been judged."""
+    parts = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]
+    own = _refusal(getattr(config, "__post_init__", lambda: None), {})
+    return [*(fault for part in parts for fault in _faults(part)), *([own] if own else [])]
+
+
+def _unjudged(cls: type, base: Any, changes: Mapping[str, Any]) -> Any:
+    """A ``cls`` whose constructor was not asked."""
+    found = object.__new__(cls)
+    for field in dataclasses.fields(cls):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        value = default if base is None else getattr(base, field.name)
+        object.__setattr__(found, field.name, changes.get(field.name, value))
+    return found
+
+
+def _build(cls: type, values: Mapping[str, Any], base: Any, path: str, problems: list[str], judge: bool) -> Any:
     """A ``cls`` from nested values; what is wrong is added to ``problems``, and then the result means nothing."""
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
@@ -361,12 +385,14 @@ def _build(cls: type, values: Mapping[str, Any], base: Any, path: str, problems:
         try:
             if part is not None and isinstance(value, Mapping):
                 inner = None if base is None else getattr(base, name)
-                changes[name] = _build(part, value, inner, f"{path}{name}.", problems)
+                changes[name] = _build(part, value, inner, f"{path}{name}.", problems, judge)
             else:
                 changes[name] = _typed_value(hints[name], value, f"{path}{name}")
         except ValueError as error:
             problems.append(str(error))
     sound = {name: value for name, value in changes.items() if value is not None or values[name] is None}
+    if not judge:
+        return _unjudged(cls, base, sound)
     make = cls if base is None else functools.partial(dataclasses.replace, base)
     try:
         found = make(**sound)

@@ -63,7 +63,7 @@ SEEN: dict[str, tuple[Any, Any] | tuple[Any, Any, dict[str, Any]]] = {
     "env.image_size": (looks.world, 8, {"env.cameras": ["front"]}),
     "env.reward": (looks.world, "0/1"),
     "env.instruction": (looks.world, "count on"),
-    "policy.kind": (looks.shapes, "pi05"),
+    "policy.kind": (looks.shapes, "pi05", {"data.action_normalization": "quantile"}),
     "policy.action_horizon": (looks.shapes, 4),
     "policy.action_dim": (looks.shapes, 6),
     "policy.paligemma_variant": (looks.shapes, "gemma_2b_lora", FULL),

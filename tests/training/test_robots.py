@@ -28,6 +28,8 @@ def with_robot(config: TrainConfig, robot: str | None, *, kind: str = "mlp_flow"
     policy = config.policy
     if kind != "mlp_flow":
         policy = PolicyConfig(kind=kind, action_horizon=5, action_dim=32, image_size=56, max_token_len=48)
+    if kind == "pi05":
+        data["action_normalization"] = "quantile"
     found = dataclasses.replace(config.data, robot=robot, batch_size=2, sequence_ratio=1.0, **data)
     return dataclasses.replace(config, policy=policy, data=found)
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from acrlpd.agents.config import AgentConfig
 from acrlpd.agents.losses import LossWeights
+from acrlpd.data.options import ReaderOptions
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.data.robots.mapping import Robot
 from acrlpd.envs.env import EnvConfig
@@ -87,20 +88,15 @@ class CollectConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Prior data, batches and replay."""
+class DataConfig(ReaderOptions):
+    """Prior data, how to read it, batches and replay."""
 
     path: str | None = None  # episodes in any format we read; None: collected into the run's own folder
     action_dim: int | None = None  # the robot's; data of another is refused. None: whatever the data has
     robot: Robot | None = None  # see the data as openpi's checkpoints for this robot do; None: as it is
-    delta_mask: tuple[int, ...] | None = None  # 6 -1: six actions relative to the state, one not; 0: none are; None: the robot's
-    cameras: tuple[str, ...] = ()  # of the data, those to use; empty: all
-    state_keys: tuple[str, ...] = ()  # the format's names of what makes the state; empty: the usual ones
-    action_keys: tuple[str, ...] = ()  # likewise for the actions
-    default_task: str = ""  # the instruction of episodes whose format has none
-    filter_key: str | None = None  # robomimic's name for a subset of the demos
-    cube_goal: tuple[tuple[float, float, float], ...] = ()  # OGBench play data: where each cube should be, in m
-    button_goal: tuple[int, ...] = ()  # likewise the state of each button
+    delta_mask: tuple[int, ...] | None = (
+        None  # 6 -1: six actions relative to the state, one not; 0: none are; None: the robot's
+    )
     frame_cache: str | None = None  # folder that `acrlpd data cache` filled at policy.image_size
     rewards: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     on_bad_episode: Literal["error", "skip"] = "error"  # an episode that cannot be used; skip warns and goes on
@@ -118,6 +114,7 @@ class DataConfig:
     action_normalization: Literal["bounds", "z_score", "quantile"] = "bounds"  # bounds: of the action space
 
     def __post_init__(self):
+        super().__post_init__()
         for name, least in (("batch_size", 1), ("action_dim", 1), ("max_replay_bytes", 1), ("num_workers", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -140,8 +137,6 @@ class DataConfig:
                 "data.action_normalization='bounds' is of the environment's action space, but data.norm_stats brings "
                 "statistics of the actions, too: use 'z_score' (openpi's for pi0) or 'quantile' (for pi0.5)"
             )
-        if self.cube_goal and self.button_goal:
-            raise ValueError("data.cube_goal and data.button_goal exclude each other")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,16 +1,19 @@
 """Every field of ``DataConfig`` changes what a run is built from."""
 
 import dataclasses
+import inspect
 import json
 
 import h5py
 import numpy as np
 import pytest
 
+from acrlpd.cli import data, norm_stats
 from acrlpd.config import DataConfig, TrainConfig, from_dict, to_dict
-from acrlpd.data import chunks, hdf5, normalize, windows
+from acrlpd.data import chunks, hdf5, normalize, sources, windows
 from acrlpd.data.frame_cache import FrameCache
 from acrlpd.data.normalize import NormStats
+from acrlpd.data.options import FORMATS
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.overrides import apply_config_overrides
 from acrlpd.training import report, setup
@@ -69,6 +72,7 @@ COVERED = {
     *("path", "cameras", "state_keys", "action_keys", "default_task", "filter_key", "rewards", "cube_goal"),
     *("button_goal", "frame_cache", "on_bad_episode", "memory_bytes", "num_workers", "batch_size", "sequence_ratio"),
     *("min_std", "action_normalization", "action_dim", "norm_stats"),
+    *("fps", "episodes", "tolerance_s", "check_images", "align_observations", "jpeg_bgr", "drop_idle", "clip_actions"),
 }
 
 
@@ -127,6 +131,56 @@ def test_play_data_needs_a_goal(tiny_config, play, goal, rewards):
     )
     with pytest.raises(ValueError, match="goal means nothing to hdf5 data"):
         setup.open_prior(with_data(tiny_config, **goal))
+
+
+@pytest.mark.parametrize("kind", sources.READERS)
+def test_an_option_is_the_readers_or_refused(tiny_config, monkeypatch, kind):
+    """By every way to say it: a field of a run, a flag of a command, an argument in Python."""
+    options = {
+        "fps": 7.0,
+        "episodes": (2, 0),
+        "tolerance_s": 0.5,
+        "check_images": True,
+        "align_observations": True,
+        "jpeg_bgr": True,
+        "drop_idle": True,
+        "clip_actions": True,
+        "cameras": ("a",),
+        "state_keys": ("a",),
+        "action_keys": ("a",),
+        "default_task": "lift",
+        "filter_key": "f",
+        "cube_goal": (CUBE,),
+        "button_goal": (1,),
+    }
+    assert options.keys() == FORMATS.keys()
+    known = inspect.signature(sources.READERS[kind]).parameters
+    told: list[dict] = []
+
+    def reader(data, **given):
+        told.append(given)
+        raise ValueError("that was the reader")
+
+    reader.__signature__ = inspect.signature(sources.READERS[kind])
+    monkeypatch.setitem(sources.READERS, kind, reader)
+    monkeypatch.setattr(sources, "identify", lambda data: kind)
+    monkeypatch.setattr(norm_stats, "identify", lambda data: kind)
+    for name, value in options.items():
+        argument = "goal" if name.endswith("_goal") else name
+        is_known = argument in known
+        assert is_known == any((each if each in sources.READERS else "hdf5") == kind for each in FORMATS[name])
+        words = [f"--{name}", *np.ravel(value).astype(str)] if not isinstance(value, bool) else [f"--{name}"]
+        words += ["True"] if name == "check_images" else []
+        for open_it in (
+            lambda name=name, value=value: setup.open_prior(with_data(tiny_config, **{name: value})),
+            lambda words=words: data.main(["convert", "there", "new", *words]),
+            lambda words=words: norm_stats.main(["there", *words]),
+        ):
+            with pytest.raises(ValueError, match="that was the reader" if is_known else f"{argument} means nothing"):
+                open_it()
+            if is_known:
+                said = told.pop()[argument]
+                assert (getattr(said, "positions", None) or getattr(said, "states", said)) == value
 
 
 def test_where_rows_are_held(tiny_config, tmp_path):

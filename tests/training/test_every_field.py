@@ -192,6 +192,13 @@ ELSEWHERE = {
     "data.action_keys": DATA + "test_what_is_read",
     "data.default_task": DATA + "test_what_is_read",
     "data.filter_key": DATA + "test_what_is_read",
+    **{
+        f"data.{name}": DATA + "test_an_option_is_the_readers_or_refused"
+        for name in (
+            *("fps", "episodes", "tolerance_s", "check_images", "align_observations", "jpeg_bgr", "drop_idle"),
+            "clip_actions",
+        )
+    },
     "data.frame_cache": DATA + "test_what_is_read",
     "data.cube_goal": DATA + "test_play_data_needs_a_goal",
     "data.button_goal": DATA + "test_play_data_needs_a_goal",

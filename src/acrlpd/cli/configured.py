@@ -73,7 +73,9 @@ def _with_parts(config: TrainConfig, flags: Sequence[str]) -> tuple[TrainConfig,
     for name in OPTIONAL_PARTS:
         word, rest = take(rest, name)
         if word not in (None, "None"):
-            raise ValueError(f"--{name} {word}: expected None, or a field of it, such as --{name}.{OPTIONAL_PARTS[name]}")
+            raise ValueError(
+                f"--{name} {word}: expected None, or a field of it, such as --{name}.{OPTIONAL_PARTS[name]}"
+            )
         spoken_of = any(flag.replace("-", "_").startswith(f"__{name}.") for flag in rest)
         if word is None and spoken_of and getattr(config, name) is None:
             parts[name] = {}

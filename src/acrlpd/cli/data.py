@@ -17,6 +17,7 @@ from acrlpd.data import convert, inspection, sources
 from acrlpd.data.convert import Pictures
 from acrlpd.data.frame_cache import FrameCache, FrameSource
 from acrlpd.data.inspection import Contents, Inspection, Range
+from acrlpd.data.options import ReaderOptions
 from acrlpd.data.sources import Dataset
 
 SHOWN = 20  # tasks in a table
@@ -24,19 +25,13 @@ EXIT_UNUSABLE = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class ReadArguments:
+class ReadArguments(ReaderOptions):
     """How to read the format; what is left out is found in the files."""
 
-    fps: float | None = None  # where the format does not say
-    default_task: str | None = None  # the instruction of episodes that have none
-    cameras: tuple[str, ...] | None = None
-    state_keys: tuple[str, ...] | None = None
-    action_keys: tuple[str, ...] | None = None
-    filter_key: str | None = None  # robomimic's name for a subset of the demos
     num_workers: int = os.cpu_count() or 1  # processes that read many HDF5 episodes; 0: this one alone
 
     def options(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if value is not None}
+        return self.for_reader() | {"num_workers": self.num_workers}
 
 
 @dataclasses.dataclass(frozen=True)

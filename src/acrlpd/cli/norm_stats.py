@@ -16,6 +16,7 @@ import tyro
 from acrlpd.data import normalize
 from acrlpd.data.episodes import EpisodeSource
 from acrlpd.data.normalize import NormStats
+from acrlpd.data.options import ReaderOptions
 from acrlpd.data.robots import mapping
 from acrlpd.data.robots.mapping import Robot
 from acrlpd.data.sources import identify, open_episodes
@@ -36,22 +37,21 @@ class NormStatsArguments:
     delta_mask: Annotated[tuple[int, ...] | None, tyro.conf.arg(aliases=("--delta",))] = None
     """6 -1: six actions relative to the state, one not; None: the robot's"""
     pi05: bool = False  # the robot's relative actions as pi0.5 has them: none in LIBERO
-    state_keys: tuple[str, ...] = ()  # the format's names of what makes the state; empty: the usual ones
-    action_keys: tuple[str, ...] = ()  # likewise for the actions
     num_episodes: int | None = None  # only so many, evenly spread
     min_std: float = normalize.MIN_STD  # floor where a dimension hardly moves, in raw units; 0: openpi's bare numbers
     on_bad_episode: Literal["error", "skip"] = "error"
+    read: ReaderOptions = dataclasses.field(default_factory=ReaderOptions)
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = tyro.cli(NormStatsArguments, args=argv, prog="acrlpd norm-stats")
+    arguments = tyro.cli(NormStatsArguments, args=argv, prog="acrlpd norm-stats", config=(tyro.conf.OmitArgPrefixes,))
     if arguments.num_episodes is not None and arguments.num_episodes < 1:
         raise ValueError(f"num_episodes must be at least 1, got {arguments.num_episodes}: leave it out for all")
     if not 0 <= arguments.min_std < math.inf:
         raise ValueError(f"min_std must be finite and not negative, got {arguments.min_std}")
-    options = {name: keys for name in ("state_keys", "action_keys") if (keys := getattr(arguments, name))}
+    options = arguments.read.for_reader()
     if identify(arguments.data_path) in ("hdf5", "lerobot"):
-        options["cameras"] = ()  # no picture is opened, and none can be found damaged
+        options.setdefault("cameras", ())  # no picture is opened, and none can be found damaged
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         source = open_episodes(arguments.data_path, on_bad_episode=arguments.on_bad_episode, **options)

@@ -83,7 +83,7 @@ def inspect(data: Any, *, thorough: bool = False, decode: bool = False, **option
         options: the reader's, see ``sources.open_episodes``.
     """
     problems: list[Problem] = []
-    dataset = _opened(data, {"check_images": decode, **options}, problems)
+    dataset = _opened(data, options, problems, decode=decode)
     if dataset is None:
         return Inspection(None, problems)
     numbers = {key: _Dimensions() for key in ("state", "actions")}
@@ -137,7 +137,7 @@ def _steps_and_arrivals(at_end: Bool[np.ndarray, "t d"]) -> Int[np.ndarray, "2 d
     return np.stack([at_end.sum(axis=0), (at_end[1:] & ~at_end[:-1]).sum(axis=0)])
 
 
-def _opened(data: Any, options: dict[str, Any], problems: list[Problem]) -> Dataset | None:
+def _opened(data: Any, options: dict[str, Any], problems: list[Problem], *, decode: bool) -> Dataset | None:
     """The data set without its bad episodes, which become problems.
 
     Raises:
@@ -149,8 +149,8 @@ def _opened(data: Any, options: dict[str, Any], problems: list[Problem]) -> Data
     except ValueError as error:
         problems.append(Problem("error", "", str(error)))
         return None
-    if kind not in ("hdf5", "lerobot"):
-        options = {name: value for name, value in options.items() if name != "check_images"}  # pictures are in memory
+    if kind in ("hdf5", "lerobot"):  # elsewhere pictures are in memory
+        options = {"check_images": decode, **options}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

@@ -18,7 +18,7 @@ from flax import nnx
 
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.config import PolicyConfig, TrainConfig, from_dict
-from acrlpd.data import normalize, npz, windows
+from acrlpd.data import normalize, windows
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.frame_cache import FrameCache
 from acrlpd.data.loader import ChunkLoader
@@ -281,15 +281,7 @@ def open_prior(config: TrainConfig) -> Dataset:
 def _reader_options(config: TrainConfig) -> dict[str, Any]:
     """What the configuration says about its format; a reader refuses what means nothing to it."""
     data = config.data
-    options: dict[str, Any] = {
-        name: value
-        for name in ("cameras", "state_keys", "action_keys", "default_task", "filter_key")
-        if (value := getattr(data, name))
-    }
-    if data.cube_goal:
-        options["goal"] = npz.CubeGoal(data.cube_goal)
-    if data.button_goal:
-        options["goal"] = npz.ButtonGoal(data.button_goal)
+    options = data.for_reader()
     if data.frame_cache is not None:
         size = config.policy.image_size
         options["frame_cache"] = FrameCache(Path(data.frame_cache), size, size)

@@ -21,6 +21,7 @@ from jaxtyping import Float, Shaped, UInt8
 from PIL import Image
 
 from acrlpd.data.episodes import IMAGE_PREFIX, OptionError, check_fps
+from acrlpd.data.options import check_format
 from acrlpd.types import typed
 
 
@@ -111,11 +112,11 @@ class Options:
             if getattr(self, name) == ():
                 raise OptionError(f"{name} names no key. Leave it out for the default of the format.")
 
-    def only(self, layout: str, *known: str) -> None:
-        """Refuses an option that means nothing to ``layout``: to ignore it would be worse."""
-        for name in ("state_keys", "action_keys", "filter_key", "align_observations", "jpeg_bgr", "drop_idle"):
-            if getattr(self, name) and name not in known:
-                raise OptionError(f"{name} does not apply to the layout found here ({layout}). Leave it out.")
+    def check(self, layout: str) -> None:
+        """Refuses options that mean nothing to ``layout``."""
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name):
+                check_format(field.name, layout)
 
 
 class Reading:

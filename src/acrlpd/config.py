@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from acrlpd.agents.config import AgentConfig
 from acrlpd.agents.losses import LossWeights
-from acrlpd.data.options import ReaderOptions
+from acrlpd.data.options import DataSource, ReaderOptions
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.data.robots.mapping import Robot
 from acrlpd.envs.env import EnvConfig
@@ -91,7 +91,9 @@ class CollectConfig:
 class DataConfig(ReaderOptions):
     """Prior data, how to read it, batches and replay."""
 
-    path: str | None = None  # episodes in any format we read; None: collected into the run's own folder
+    path: str | tuple[str, ...] | None = None  # episodes in any format we read, or several; None: collected by the run
+    weights: tuple[float, ...] = ()  # of several paths: how often each is drawn from; empty: every step is as likely
+    sources: tuple[DataSource, ...] = ()  # instead of path and weights, where data sets have options of their own
     action_dim: int | None = None  # the robot's; data of another is refused. None: whatever the data has
     robot: Robot | None = None  # see the data as openpi's checkpoints for this robot do; None: as it is
     delta_mask: tuple[int, ...] | None = (
@@ -114,7 +116,7 @@ class DataConfig(ReaderOptions):
     action_normalization: Literal["bounds", "z_score", "quantile"] = "bounds"  # bounds: of the action space
 
     def __post_init__(self):
-        super().__post_init__()
+        self._check_sets()
         for name, least in (("batch_size", 1), ("action_dim", 1), ("max_replay_bytes", 1), ("num_workers", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -137,6 +139,42 @@ class DataConfig(ReaderOptions):
                 "data.action_normalization='bounds' is of the environment's action space, but data.norm_stats brings "
                 "statistics of the actions, too: use 'z_score' (openpi's for pi0) or 'quantile' (for pi0.5)"
             )
+
+    def _check_sets(self) -> None:
+        """Refuses weights and options that do not belong to the data sets which are named."""
+        if self.sources and (self.path is not None or self.weights):
+            raise ValueError("data.sources exclude data.path and data.weights: each of them has a path and a weight")
+        if "" in self._paths or self.path == ():
+            raise ValueError("a data set needs a path: name it in data.path, or in each of data.sources")
+        count = len(self.sources or self._paths)
+        weights = [each.weight for each in self.sources if each.weight is not None] or self.weights
+        if weights and (len(weights) != count or count == 1):
+            raise ValueError(f"weights are of several data sets, one for each: got {len(weights)} for {count}")
+        if not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(f"the weights of data sets must be finite and above 0, got {weights}")
+        for each in (self, *self.sets):
+            each.check()
+        if count > 1 and self.frame_cache is not None:
+            raise ValueError("a frame cache is of one data set: say frame_cache of each in data.sources")
+
+    @property
+    def _paths(self) -> tuple[str, ...]:
+        if self.sources:
+            return tuple(each.path for each in self.sources)
+        return () if self.path is None else (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
+    def name(self) -> str | None:
+        """What the prior data is called in results."""
+        return " + ".join(self._paths) or None
+
+    @property
+    def sets(self) -> tuple[DataSource, ...]:
+        """The data sets that are named, each with all of its options; empty: the run collects its own."""
+        weights = self.weights or (None,) * len(self._paths)
+        pairs = zip(self._paths, weights, strict=True)
+        sets = self.sources or [DataSource(path=path, weight=weight) for path, weight in pairs]
+        return tuple(each.over(self) for each in sets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,8 +336,8 @@ class TrainConfig:
             )
         if self.policy.kind == "pi05" and self.data.action_normalization == "z_score":
             raise ValueError(
-                "data.action_normalization='z_score' cannot be had with policy.kind='pi05': it reads the state as 256 "
-                "steps from -1 to 1, which takes quantiles, as openpi has them. Say --data.action_normalization quantile"
+                "data.action_normalization='z_score' cannot be had with policy.kind='pi05', which reads the state as "
+                "256 steps from -1 to 1: that takes quantiles. Say --data.action_normalization quantile"
             )
         if self.critic_alone_steps > self.offline_steps:
             raise ValueError(
@@ -310,7 +348,7 @@ class TrainConfig:
             raise ValueError("critic_alone_steps must be 0 with agent.algorithm='bc', which has no use for critics")
         if not 0 < self.utd_ratio < math.inf:
             raise ValueError(f"utd_ratio must be positive, got {self.utd_ratio}")
-        if self.env is None and self.data.path is None:
+        if self.env is None and not self.data.sets:
             raise ValueError("a run needs data.path (a folder of episodes), env.name (to collect some), or both")
 
 
@@ -429,7 +467,11 @@ def _typed_value(hint: Any, value: Any, path: str) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) or _is_union(hint) else (hint,)
     if value is None and types.NoneType in options:
         return None
-    hint = next(option for option in options if option is not types.NoneType)
+    kinds = [option for option in options if option is not types.NoneType]
+    fitting = (kind for kind in kinds if (typing.get_origin(kind) is tuple) == isinstance(value, (list, tuple)))
+    hint = next(fitting, kinds[0])
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return _part(hint, value, path)
     if typing.get_origin(hint) is typing.Literal:
         return _chosen(typing.get_args(hint), value, path)
     if typing.get_origin(hint) is tuple:
@@ -439,6 +481,15 @@ def _typed_value(hint: Any, value: Any, path: str) -> Any:
     if isinstance(hint, type) and not isinstance(value, hint):
         raise ValueError(f"{path}: expected {_KINDS.get(hint, 'a group of fields')}, got {value!r}")
     return value
+
+
+def _part(kind: Any, values: Mapping[str, Any], path: str) -> Any:
+    """One of a list of parts."""
+    problems: list[str] = []
+    found = _build(kind, values, None, f"{path}.", problems, judge=True)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return found
 
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

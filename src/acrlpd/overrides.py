@@ -92,6 +92,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def read_mapping(text: str) -> dict[str, Any]:
+    """Names with values, as they stand in a YAML file."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{text!r} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"expected names with values, such as {{path: data/a, weight: 0.7}}, found {text!r}")
+    return content
+
+
 def load_yaml(
     path: str | Path, preset: Callable[[str], TrainConfig], base: TrainConfig | None = None, *, judge: bool = True
 ) -> TrainConfig:

@@ -289,6 +289,7 @@ COMMANDS = {
             "delta_mask": "--delta_mask 6 -1",
             "pi05": ("--pi05", "--robot libero"),
             **OPTIONS,
+            "weights": ("--weights 1 3", "elsewhere"),
             "num_episodes": "--num_episodes 1",
             "min_std": "--min_std 0",
             "on_bad_episode": "--on_bad_episode skip",
@@ -297,7 +298,7 @@ COMMANDS = {
             (norm_stats, "identify", "hdf5"),
             (norm_stats, "open_episodes", SOURCE),
             (mapping, "check", None),  # of the data's widths, which are no robot's here
-            (normalize, "from_source", STATS),
+            (normalize, "from_sources", STATS),
             (normalize, "save", None),
         ),
     ),

@@ -12,6 +12,7 @@ from acrlpd.cli import data, norm_stats
 from acrlpd.config import DataConfig, TrainConfig, from_dict, to_dict
 from acrlpd.data import chunks, hdf5, normalize, sources, windows
 from acrlpd.data.frame_cache import FrameCache
+from acrlpd.data.mixture import Mixture
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.options import FORMATS
 from acrlpd.data.rewards import RewardConfig
@@ -27,6 +28,8 @@ ELSEWHERE = {
     "prefix_bytes",
     "robot",
     "delta_mask",
+    "weights",
+    "sources",
 }  # tested with what they belong to
 CUBE = (0.425, 0.1, 0.02)
 STATE_DIM, ACTION_DIM = 4, 2  # of the tiny run
@@ -211,7 +214,7 @@ def test_how_numbers_are_normalised(tiny_config):
     store = loaded(tiny_config)
 
     def stats(**changes):
-        return setup.make_norm_stats(with_data(tiny_config, **changes), store, source, None)
+        return setup.make_norm_stats(with_data(tiny_config, **changes), Mixture.of(store), [source], None)
 
     assert (stats(min_std=50.0)["state"].std == 50).all()
     assert (stats()["state"].std < 50).all()

@@ -118,6 +118,8 @@ SEEN: dict[str, tuple[Any, Any] | tuple[Any, Any, dict[str, Any]]] = {
     "agent.health.spike_factor": (looks.learning, 50.0),
     "agent.health.spike_floor": (looks.learning, 10.0),
     "data.path": (looks.mapped, "other"),
+    "data.weights": (looks.mapped, [1, 2], {"data.path": ["one", "other"]}),
+    "data.sources": (looks.mapped, [{"path": "one", "drop_idle": True}], {"data.path": None}),
     "data.robot": (looks.mapped, "aloha"),
     "data.delta_mask": (looks.mapped, [1, -1]),
     "data.rewards.source": (looks.rewarded, "sparse"),

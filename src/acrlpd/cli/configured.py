@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from acrlpd import platforms, presets
-from acrlpd.config import ConfigError, TrainConfig, from_dict
-from acrlpd.overrides import apply_config_overrides, load_yaml
+from acrlpd.config import ConfigError, TrainConfig, from_dict, to_dict
+from acrlpd.data.options import DataSource
+from acrlpd.overrides import apply_config_overrides, load_yaml, read_mapping
 
 T = TypeVar("T")
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -94,6 +99,34 @@ def warn_of_the_unusual(config: TrainConfig) -> None:
             print(f"warning: {line}", file=sys.stderr)
 
 
+class _RefusedError(Exception):
+    """An error that the parser does not put into words of its own."""
+
+
+SOURCES = ConstructorRegistry()
+
+
+@SOURCES.primitive_rule
+def _source(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[DataSource] | None:
+    """A data set is one word: its fields as a YAML file has them, ``{path: data/a, weight: 0.7}``."""
+    if info.type is not DataSource:
+        return None
+
+    def read(words: list[str]) -> DataSource:
+        try:
+            return from_dict(DataSource, read_mapping(words[0]))
+        except ConfigError as error:
+            raise _RefusedError(f"--data.sources {words[0]}: {error}") from error
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{path: STR, weight: FLOAT, ...}",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, DataSource),
+        str_from_instance=lambda source: [json.dumps(to_dict(source))],
+    )
+
+
 def parse(kind: type[T], default: T, flags: Sequence[str], prog: str) -> T:
     """``default`` as the flags have it; what is wrong is told at once, each flag's fault by itself.
 
@@ -103,7 +136,11 @@ def parse(kind: type[T], default: T, flags: Sequence[str], prog: str) -> T:
 
     def attempt(words: Sequence[str], *, tell: bool) -> T:
         form = (tyro.conf.AvoidSubcommands,)
-        return tyro.cli(kind, args=words, default=default, prog=prog, config=form, console_outputs=tell)
+        try:
+            with contextlib.nullcontext() if tell else _silence():
+                return tyro.cli(kind, args=words, default=default, prog=prog, config=form, registry=SOURCES)
+        except _RefusedError as error:
+            raise ConfigError(str(error)) from error
 
     def fault(words: Sequence[str], *, tell: bool = False) -> str | None:
         """A message; an empty one if tyro prints it."""
@@ -133,6 +170,12 @@ def parse(kind: type[T], default: T, flags: Sequence[str], prog: str) -> T:
     if any(found):
         raise ConfigError("\n".join(filter(None, found)))
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def _apart(flags: Sequence[str]) -> list[list[str]]:

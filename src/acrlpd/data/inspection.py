@@ -6,14 +6,15 @@ import collections
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from acrlpd.data import sources
+from acrlpd.data import mixture, sources
 from acrlpd.data.episodes import IMAGE_PREFIX, OptionError
+from acrlpd.data.mixture import Facts
 from acrlpd.data.sources import Dataset
 
 CLIPPED_SHARE = 0.05  # of the steps at one end of a dimension's range, from which on clipping is suspected,
@@ -56,6 +57,12 @@ class Contents:
     successes: int
     failures: int  # of the others, nobody knows
     rewards: tuple[float, float]  # least, most
+    robot: str | None = None  # None: the format does not say
+
+    def facts(self, name: str) -> Facts:
+        """What other data sets must agree with."""
+        dims = len(self.state.low), len(self.actions.low)
+        return Facts(name, *dims, tuple(self.cameras), self.fps, self.robot)
 
     @property
     def success_rate(self) -> float | None:
@@ -101,6 +108,19 @@ def inspect(data: Any, *, thorough: bool = False, decode: bool = False, **option
     if thorough:
         problems += [problem for key, dimensions in numbers.items() for problem in _suspicious(key, dimensions)]
     return Inspection(_contents(dataset, numbers), problems)
+
+
+def disagreements(found: Mapping[str, Inspection]) -> list[Problem]:
+    """Why data sets, by their names, cannot be trained on together, and what is odd about it."""
+    facts = [each.contents.facts(name) for name, each in found.items() if each.contents is not None]
+    problems: list[Problem] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            mixture.check_alike(facts)
+        except ValueError as error:
+            problems.append(Problem("error", "", str(error)))
+    return [*problems, *(Problem("warning", "", str(warning.message)) for warning in caught)]
 
 
 class _Dimensions:
@@ -191,6 +211,7 @@ def _contents(dataset: Dataset, numbers: dict[str, _Dimensions]) -> Contents:
         successes=success[True],
         failures=success[False],
         rewards=(float(min(each.min() for each in rewards)), float(max(each.max() for each in rewards))),
+        robot=Facts.of(dataset, "").robot,
     )
 
 

@@ -105,6 +105,7 @@ class Meta:
     features: dict[str, dict[str, Any]]
     tasks: dict[int, str]
     episodes: list[EpisodeRow]  # episode n is at place n
+    robot_type: str | None = None  # None: it does not say
 
     @property
     def info_path(self) -> Path:
@@ -138,7 +139,10 @@ def read(root: Path) -> Meta:
     _check_total(path, "total_tasks", info.get("total_tasks", len(tasks)), len(tasks), "tasks are in the task table")
     _check_numbers(episodes, "episodes.jsonl" if not is_v3(version) else "meta/episodes", root)
     episodes.sort(key=lambda row: row.number)
-    return Meta(root, version, float(info["fps"]), int(info["total_frames"]), info["features"], tasks, episodes)
+    robot = info.get("robot_type")
+    robot = None if robot in ("", "unknown") or not isinstance(robot, str) else robot
+    numbers = float(info["fps"]), int(info["total_frames"])
+    return Meta(root, version, *numbers, info["features"], tasks, episodes, robot)
 
 
 def is_numeric(dtype: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from acrlpd.data.episodes import OptionError, check_fps
 from acrlpd.data.npz import ButtonGoal, CubeGoal
+from acrlpd.data.rewards import RewardConfig
 
 HDF5 = ("acrlpd", "aloha", "robomimic", "libero", "droid")
 
@@ -52,7 +53,8 @@ class ReaderOptions:
     # OGBench play data: the state that each button should have
     button_goal: tuple[int, ...] = _of((), "npz")
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Refuse values that no reader could make sense of."""
         check_fps(self.fps)
         if self.tolerance_s is not None and not 0 <= self.tolerance_s < math.inf:
             raise OptionError(f"tolerance_s must be finite and not negative, got {self.tolerance_s}")
@@ -66,11 +68,28 @@ class ReaderOptions:
 
     def for_reader(self) -> dict[str, Any]:
         """What was said, as arguments of a reader."""
+        self.check()
         found = self.said()
         for name, goal in (("cube_goal", CubeGoal), ("button_goal", ButtonGoal)):
             if name in found:
                 found["goal"] = goal(found.pop(name))
         return found
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSource(ReaderOptions):
+    """One of the data sets of a run. What it leaves out of its options is as the run's ``data`` has it."""
+
+    path: str = ""  # of episodes in any format we read
+    weight: float | None = None  # how often it is drawn from, beside the others; None: every step is as likely
+    frame_cache: str | None = None  # folder that `acrlpd data cache` filled at policy.image_size
+    rewards: RewardConfig | None = None  # which rewards its episodes get
+
+    def over(self, data: Any) -> DataSource:
+        """With the options of ``data``, a configuration's, where this one says nothing."""
+        options = (field for field in dataclasses.fields(self) if field.name not in ("path", "weight"))
+        unsaid = {each.name for each in options if getattr(self, each.name) == each.default}
+        return dataclasses.replace(self, **{name: getattr(data, name) for name in unsaid})
 
 
 FORMATS: dict[str, tuple[str, ...]] = {

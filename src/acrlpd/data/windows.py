@@ -41,8 +41,26 @@ def open_store(source: EpisodeSource, *, memory_bytes: int | None = None, num_wo
     return store
 
 
+def open_stores(
+    sources: Sequence[EpisodeSource], *, memory_bytes: int | None = None, num_workers: int = 0
+) -> list[EpisodeStore]:
+    """The same of several sources, which share ``memory_bytes`` by their sizes. Each that reads has its own workers."""
+    limit = _physical_memory() // 2 if memory_bytes is None else memory_bytes
+    sizes = [
+        int(np.sum(source.lengths)) * sum(row.nbytes for row in _first_rows(source).values()) for source in sources
+    ]
+    return [
+        open_store(source, memory_bytes=limit * size // max(sum(sizes), 1), num_workers=num_workers)
+        for source, size in zip(sources, sizes, strict=True)
+    ]
+
+
+def _first_rows(source: EpisodeSource) -> dict[str, np.ndarray]:
+    return {key: source.window(0, key, 0, 1) for key in keys(source)}
+
+
 def _stored(source: EpisodeSource, limit: int, num_workers: int) -> EpisodeStore:
-    features = {key: source.window(0, key, 0, 1) for key in keys(source)}
+    features = _first_rows(source)
     num_rows = int(np.sum(source.lengths))
     needed = {key: num_rows * row.nbytes for key, row in features.items()}
     if sum(needed.values()) <= min(limit, COPIED_BYTES):

@@ -46,21 +46,19 @@ def open_stores(
 ) -> list[EpisodeStore]:
     """The same of several sources, which share ``memory_bytes`` by their sizes. Each that reads has its own workers."""
     limit = _physical_memory() // 2 if memory_bytes is None else memory_bytes
-    sizes = [
-        int(np.sum(source.lengths)) * sum(row.nbytes for row in _first_rows(source).values()) for source in sources
-    ]
+    sizes = [_row_bytes(source) * int(np.sum(source.lengths)) for source in sources] if len(sources) > 1 else [1]
     return [
         open_store(source, memory_bytes=limit * size // max(sum(sizes), 1), num_workers=num_workers)
         for source, size in zip(sources, sizes, strict=True)
     ]
 
 
-def _first_rows(source: EpisodeSource) -> dict[str, np.ndarray]:
-    return {key: source.window(0, key, 0, 1) for key in keys(source)}
+def _row_bytes(source: EpisodeSource) -> int:
+    return sum(source.window(0, key, 0, 1).nbytes for key in keys(source))
 
 
 def _stored(source: EpisodeSource, limit: int, num_workers: int) -> EpisodeStore:
-    features = _first_rows(source)
+    features = {key: source.window(0, key, 0, 1) for key in keys(source)}
     num_rows = int(np.sum(source.lengths))
     needed = {key: num_rows * row.nbytes for key, row in features.items()}
     if sum(needed.values()) <= min(limit, COPIED_BYTES):

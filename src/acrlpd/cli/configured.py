@@ -8,17 +8,18 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from acrlpd import platforms, presets
+from acrlpd.cli.idle import refuse_idle
 from acrlpd.config import ConfigError, TrainConfig, from_dict, to_dict
 from acrlpd.data.options import DataSource
 from acrlpd.overrides import apply_config_overrides, load_yaml, read_mapping
 
-T = TypeVar("T")
+T = TypeVar("T", bound="Configured")
 YAML_SUFFIXES = (".yaml", ".yml")
 
 
@@ -127,6 +128,13 @@ def _source(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[DataSource] | N
     )
 
 
+class Configured(Protocol):
+    """Arguments of a command about a run."""
+
+    @property
+    def config(self) -> TrainConfig: ...
+
+
 def parse(kind: type[T], default: T, flags: Sequence[str], prog: str) -> T:
     """``default`` as the flags have it; what is wrong is told at once, each flag's fault by itself.
 
@@ -138,9 +146,11 @@ def parse(kind: type[T], default: T, flags: Sequence[str], prog: str) -> T:
         form = (tyro.conf.AvoidSubcommands,)
         try:
             with contextlib.nullcontext() if tell else _silence():
-                return tyro.cli(kind, args=words, default=default, prog=prog, config=form, registry=SOURCES)
+                found = tyro.cli(kind, args=words, default=default, prog=prog, config=form, registry=SOURCES)
         except _RefusedError as error:
             raise ConfigError(str(error)) from error
+        refuse_idle(found.config)
+        return found
 
     def fault(words: Sequence[str], *, tell: bool = False) -> str | None:
         """A message; an empty one if tyro prints it."""

@@ -396,7 +396,7 @@ def _faults(config: Any) -> list[str]:
 
 def _unjudged(cls: type, base: Any, changes: Mapping[str, Any]) -> Any:
     """A ``cls`` whose constructor was not asked."""
-    found = object.__new__(cls)
+    found: Any = object.__new__(cls)
     for field in dataclasses.fields(cls):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         value = default if base is None else getattr(base, field.name)

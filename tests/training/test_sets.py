@@ -206,6 +206,19 @@ def test_statistics_of_another_place_are_told(tiny_config, tmp_path, caplog, nor
     assert "lie far outside" in message
 
 
+@pytest.mark.parametrize("normalization", ["z_score", "quantile"])
+def test_statistics_that_were_widened_fit_what_they_were_made_from(tiny_config, tmp_path, caplog, normalization):
+    """Of a dimension that stands still but for noise, and one that rarely moves."""
+    rng = np.random.default_rng(0)
+    rarely = (np.arange(400) > 396).astype(np.float32)
+    state = np.stack([1e-5 * rng.normal(size=400), rarely, np.zeros(400), rng.normal(size=400)], axis=1)
+    path = write(tmp_path / "still", lengths=(400,))
+    episode = dataclasses.replace(hdf5.read_episode(hdf5.episode_path(path, 0)), state=state.astype(np.float32))
+    hdf5.write_episode(hdf5.episode_path(path, 0), episode)
+    config = with_data(tiny_config, path=path, action_normalization=normalization)
+    assert judged(caplog, config, tmp_path, lambda key, value: value) == []
+
+
 def test_prefixes_of_several_sets_are_stored_side_by_side(tmp_path, monkeypatch):
     """The same files twice, of which one reading sees no picture of its own: rows must not be mixed up."""
     stores = []

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -75,7 +75,8 @@ def _with_parts(config: TrainConfig, flags: Sequence[str]) -> tuple[TrainConfig,
 
     A part is there with its defaults if a flag speaks of it (``--env.name``), and absent after ``--env None``.
     """
-    rest, parts = list(flags), {}
+    rest = list(flags)
+    parts: dict[str, Any] = {}
     for name in OPTIONAL_PARTS:
         word, rest = take(rest, name)
         if word not in (None, "None"):

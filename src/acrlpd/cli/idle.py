@@ -87,7 +87,7 @@ RULES = (
     *(
         Rule(
             f"no {schedule}.rsqrt_timescale",
-            lambda c, schedule=schedule: _value(c, f"{schedule}.rsqrt_timescale") is None,
+            lambda c, name=f"{schedule}.rsqrt_timescale": _value(c, name) is None,  # type: ignore[misc]
             _in(schedule, "decay_steps", "decay_lr"),
         )
         for schedule in SCHEDULES

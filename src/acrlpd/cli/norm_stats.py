@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     form, episodes = ", ".join(source.format for source in sources), sum(source.num_episodes for source in sources)
     if arguments.json:
         paths = arguments.data_path if len(sets) > 1 else sets[0].path
-        found = {"data_path": paths, "format": form, "num_episodes": episodes, "num_steps": sum(steps)}
+        found: dict[str, Any] = {"data_path": paths, "format": form, "num_episodes": episodes, "num_steps": sum(steps)}
         found |= {"file": file and str(file), "warnings": messages}
         print(json.dumps(found | normalize.to_dict(stats)))
     else:

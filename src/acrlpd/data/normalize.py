@@ -32,6 +32,7 @@ MAX_NORMALIZED = 10.0  # farther from 0 no value comes to lie by which a dimensi
 FAULTY = 100.0  # times half of q99 - q01, from which on a few values are likely faults
 MAX_AWAY = 5.0  # half widths between the middle of statistics and that of data which they fit,
 MAX_WIDER, MAX_NARROWER = 10.0, 30.0  # and by how much the data may be wider or narrower: degrees in a radian are 57
+HARDLY = 1e-2  # raw units: who moves less says nothing of units, and may have been widened (``with_floor``)
 FEW = 5  # values, or a thousandth of all
 MAX_RECOUNTS = 8  # of values in ever finer bins
 FILE_NAME = "norm_stats.json"
@@ -374,11 +375,10 @@ def warn_of_misfits(
         middle, half = (_middle if quantiles else _moments)(given)
         own_middle, own_half = (_middle if quantiles else _moments)(data[key])
         scale = half + EPSILON
-        moves = own_half > EPSILON
         away = np.abs(own_middle - middle) > MAX_AWAY * scale
         findings = {
-            "lie far outside": (away | (own_half > MAX_WIDER * scale)) & (moves | away),
-            "cover almost nothing of the range": moves & ~away & (own_half * MAX_NARROWER < half),
+            "lie far outside": away | (own_half > MAX_WIDER * scale),
+            "cover almost nothing of the range": ~away & (own_half > HARDLY) & (own_half * MAX_NARROWER < half),
         }
         for told, dims in findings.items():
             if dims.any():

@@ -154,8 +154,8 @@ def check_prior(config: TrainConfig, prior: EpisodeStore, dims: Dims, spec: EnvS
     if spec is not None and (spec.state_dim, spec.action_dim) != (dims.state, dims.action):
         raise ValueError(
             f"{name} has {dims.state} state and {dims.action} action dimensions, but {spec.name} has "
-            f"{spec.state_dim} and {spec.action_dim}: name an environment of the same robot (--env.name), none (env: "
-            "null in a --config file), or other keys of the data (--data.state_keys, --data.action_keys)"
+            f"{spec.state_dim} and {spec.action_dim}: name an environment of the same robot (--env.name), none (--env "
+            "None), or other keys of the data (--data.state_keys, --data.action_keys)"
         )
     mapping.check(
         config.data.robot,

@@ -243,3 +243,55 @@ def test_prefixes_of_several_sets_are_stored_side_by_side(tmp_path, monkeypatch)
     assert two.take(np.array([0, 4])).tolist() == [[2, 2], [2, 2]]
     small = with_data(config, prefix_bytes=9 * 8 - 1)  # enough for either alone
     assert prefixes.open_rows(small, None, prior, lambda raw: raw, {}, data=[tmp_path] * 2, folder=tmp_path) is None
+
+
+def test_sets_of_two_robots_are_refused(tiny_config, tmp_path, capsys):
+    """LeRobot says which robot recorded a set; the user's word for all of them wins."""
+    pytest.importorskip("pyarrow")
+    sets = {name: str(tmp_path / name) for name in ("arm", "leg", "unknown")}
+    for name, path in sets.items():
+        words = ["data", "convert", tiny_config.data.path, path, "--fps", "10", "--robot-type", name]
+        assert main(words) == 0
+    with pytest.raises(ValueError, match=r"robots \(a run has statistics of one\): arm and leg"):
+        setup.make_trainer(with_data(tiny_config, path=(sets["arm"], sets["leg"])))
+    assert main(["data", "inspect", sets["arm"], sets["leg"]]) == 1
+    assert "robots (a run has statistics of one): arm and leg" in capsys.readouterr().out
+    assert main(["data", "inspect", sets["arm"], sets["unknown"]]) == 0
+
+
+OPTIONS = {
+    "cameras": ("a",),
+    "state_keys": ("a",),
+    "action_keys": ("a",),
+    "default_task": "lift",
+    "fps": 7.0,
+    "filter_key": "f",
+    "episodes": (2,),
+    "tolerance_s": 0.5,
+    "check_images": True,
+    "align_observations": True,
+    "jpeg_bgr": True,
+    "drop_idle": True,
+    "clip_actions": True,
+    "cube_goal": ((1.0, 2.0, 3.0),),
+    "button_goal": (1,),
+    "frame_cache": "frames",
+    "rewards": RewardConfig(success=True),
+}
+
+
+@pytest.mark.parametrize("name", sorted({field.name for field in dataclasses.fields(DataSource)} - {"path", "weight"}))
+def test_an_option_of_a_set_is_its_own_or_that_of_the_run(tiny_config, monkeypatch, name):
+    """As the reader is asked for it."""
+    asked = []
+    monkeypatch.setattr(setup, "open_episodes", lambda path, **options: asked.append((path, options)))
+    sets = {
+        "of the set": with_data(tiny_config, path=None, sources=(DataSource(path="a", **{name: OPTIONS[name]}),)),
+        "of the run": with_data(tiny_config, path=None, sources=(DataSource(path="a"),), **{name: OPTIONS[name]}),
+        "of a run with one set": with_data(tiny_config, path="a", **{name: OPTIONS[name]}),
+        "without it": with_data(tiny_config, path="a"),
+    }
+    for config in sets.values():
+        setup.open_prior(config)
+    assert asked[0] == asked[1] == asked[2] != asked[3]
+    assert len({path for path, _ in asked}) == 1

@@ -96,6 +96,8 @@ def test_each_set_has_its_own_options_where_they_differ(tiny_config, tmp_path):
         ({"path": ("a", "b"), "frame_cache": "c"}, "a frame cache is of one data set"),
         ({"path": "a", "fps": -1.0}, "fps must be positive"),
         ({"sources": (DataSource(path="a", tolerance_s=-1.0),)}, "tolerance_s must be finite"),
+        ({"sources": (DataSource(path="a", fps=0.0),)}, "fps must be positive"),
+        ({"sources": (DataSource(path="a", episodes=(-1,)),)}, "episodes must be numbers from 0 on"),
     ],
 )
 def test_what_names_no_sets_is_refused(changes, told):

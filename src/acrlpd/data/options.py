@@ -58,6 +58,8 @@ class ReaderOptions:
         check_fps(self.fps)
         if self.tolerance_s is not None and not 0 <= self.tolerance_s < math.inf:
             raise OptionError(f"tolerance_s must be finite and not negative, got {self.tolerance_s}")
+        if any(number < 0 for number in self.episodes):
+            raise OptionError(f"episodes must be numbers from 0 on, got {self.episodes}")
         if self.cube_goal and self.button_goal:
             raise OptionError("cube_goal and button_goal exclude each other")
 

@@ -153,7 +153,7 @@ def test_a_run_of_aloha_acts_the_same_wherever_it_is_loaded(tiny_config, tmp_pat
     run = setup.run_files(config).directory
     loaded = setup.load_checkpoint(run)
     assert loaded.config.data.robot == "aloha"
-    store = trainer.loader._prior
+    (store,) = trainer.loader._prior.stores
     seen = normalize.from_store(store, loaded.transform.before(Normalize), horizon=3)
     for key, stats in trainer.norm_stats.items():
         np.testing.assert_allclose(stats.mean, seen[key].mean, atol=1e-6)

@@ -1,16 +1,18 @@
 """A value that somebody chose has its effect or is refused, for every field that needs another one."""
 
 import itertools
+import json
 import re
 
 import pytest
 from tests.training.test_every_field import SEEN
 
 from acrlpd import platforms, presets
+from acrlpd.cli import train
 from acrlpd.cli.configured import starting_point
 from acrlpd.cli.idle import RULES, refuse_idle
 from acrlpd.cli.main import main
-from acrlpd.config import ConfigError
+from acrlpd.config import ConfigError, to_dict
 from acrlpd.overrides import apply_config_overrides
 
 SETTINGS = {  # of each rule: under which settings of the demo its fields are idle, and under which they are not
@@ -78,6 +80,16 @@ def test_it_is_refused_wherever_it_was_said(tmp_path, capsys, in_file):
     assert main(["config", "show", "demo", *said]) == 2
     assert "agent.best_of_n_block 3 has no effect here" in capsys.readouterr().err
     assert main(["config", "show", "demo", *said, "--agent.best_of_n_strategy", "chunked"]) == 0
+
+
+def test_a_run_that_was_started_with_such_a_value_can_go_on(tmp_path, monkeypatch, capsys):
+    begun = apply_config_overrides(presets.get_preset("demo"), {"agent.best_of_n_block": 3})
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(begun)))
+    monkeypatch.setattr(train, "run", lambda config, **how: 0)
+    assert main(["train", "--resume", str(tmp_path)]) == 0
+    assert main(["config", "show", str(tmp_path)]) == 0
+    assert main(["train", "--resume", str(tmp_path), "--loggers.wandb_mode", "offline"]) == 2
+    assert "loggers.wandb_mode 'offline' has no effect here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("preset", presets.PRESETS)

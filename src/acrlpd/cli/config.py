@@ -74,8 +74,10 @@ def _save(words: list[str]) -> None:
 
 def _parsed(word: str, flags: list[str]) -> ShowArguments:
     stored = Path(word) / "config.json"
+    begun = None
     if stored.is_file():
-        config, flags = changed(from_dict(TrainConfig, json.loads(stored.read_text(encoding="utf-8"))), flags)
+        begun = from_dict(TrainConfig, json.loads(stored.read_text(encoding="utf-8")))
+        config, flags = changed(begun, flags)
     else:
         config, flags = starting_point(word, flags)
-    return parse(ShowArguments, ShowArguments(config), flags, "acrlpd config")
+    return parse(ShowArguments, ShowArguments(config), flags, "acrlpd config", stored=begun)

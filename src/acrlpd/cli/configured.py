@@ -136,8 +136,10 @@ class Configured(Protocol):
     def config(self) -> TrainConfig: ...
 
 
-def parse(kind: type[T], default: T, flags: Sequence[str], prog: str) -> T:
+def parse(kind: type[T], default: T, flags: Sequence[str], prog: str, *, stored: TrainConfig | None = None) -> T:
     """``default`` as the flags have it; what is wrong is told at once, each flag's fault by itself.
+
+    ``stored``: what a run was started with, which is not asked for its effects again.
 
     Raises:
         ConfigError: values that do not go with the others; tyro prints the rest itself and exits.
@@ -150,7 +152,7 @@ def parse(kind: type[T], default: T, flags: Sequence[str], prog: str) -> T:
                 found = tyro.cli(kind, args=words, default=default, prog=prog, config=form, registry=SOURCES)
         except _RefusedError as error:
             raise ConfigError(str(error)) from error
-        refuse_idle(found.config)
+        refuse_idle(found.config, stored)
         return found
 
     def fault(words: Sequence[str], *, tell: bool = False) -> str | None:

@@ -95,15 +95,17 @@ RULES = (
 )
 
 
-def refuse_idle(config: TrainConfig) -> None:
-    """Refuse a value that is neither the preset's nor the default, and that nothing reads as the others are.
+def refuse_idle(config: TrainConfig, start: TrainConfig | None = None) -> None:
+    """Refuse a value that is neither that of ``start`` nor the default, and that nothing reads as the others are.
+
+    ``start``: what nobody chose here; None: the preset.
 
     Raises:
         ConfigError: for each such field, what it would need.
     """
-    if config.preset not in presets.PRESETS:
+    if start is None and config.preset not in presets.PRESETS:
         return
-    preset = presets.get_preset(config.preset)
+    preset = start or presets.get_preset(str(config.preset))
     problems = [
         f"{field} {_value(config, field)!r} has no effect here: it needs {rule.needs}"
         for rule in RULES

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from acrlpd import files
 from acrlpd.agents.config import AgentConfig
 from acrlpd.agents.losses import LossWeights
+from acrlpd.data.options import DataSource, ReaderOptions
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.data.robots.mapping import Robot
 from acrlpd.envs.env import EnvConfig
@@ -88,20 +89,17 @@ class CollectConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Prior data, batches and replay."""
+class DataConfig(ReaderOptions):
+    """Prior data, how to read it, batches and replay."""
 
-    path: str | None = None  # episodes in any format we read; None: collected into the run's own folder
+    path: str | tuple[str, ...] | None = None  # episodes in any format we read, or several; None: collected by the run
+    weights: tuple[float, ...] = ()  # of several paths: how often each is drawn from; empty: every step is as likely
+    sources: tuple[DataSource, ...] = ()  # instead of path and weights, where data sets have options of their own
     action_dim: int | None = None  # the robot's; data of another is refused. None: whatever the data has
     robot: Robot | None = None  # see the data as openpi's checkpoints for this robot do; None: as it is
-    delta_mask: tuple[int, ...] | None = None  # 6 -1: six actions relative to the state, one not; None: the robot's
-    cameras: tuple[str, ...] = ()  # of the data, those to use; empty: all
-    state_keys: tuple[str, ...] = ()  # the format's names of what makes the state; empty: the usual ones
-    action_keys: tuple[str, ...] = ()  # likewise for the actions
-    default_task: str = ""  # the instruction of episodes whose format has none
-    filter_key: str | None = None  # robomimic's name for a subset of the demos
-    cube_goal: tuple[tuple[float, float, float], ...] = ()  # OGBench play data: where each cube should be, in m
-    button_goal: tuple[int, ...] = ()  # likewise the state of each button
+    delta_mask: tuple[int, ...] | None = (
+        None  # 6 -1: six actions relative to the state, one not; 0: none are; None: the robot's
+    )
     frame_cache: str | None = None  # folder that `acrlpd data cache` filled at policy.image_size
     rewards: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     on_bad_episode: Literal["error", "skip"] = "error"  # an episode that cannot be used; skip warns and goes on
@@ -119,6 +117,7 @@ class DataConfig:
     action_normalization: Literal["bounds", "z_score", "quantile"] = "bounds"  # bounds: of the action space
 
     def __post_init__(self):
+        self._check_sets()
         for name, least in (("batch_size", 1), ("action_dim", 1), ("max_replay_bytes", 1), ("num_workers", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -127,13 +126,11 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"data.{name} must be finite and not negative, got {value}")
-        if self.delta_mask is not None and 0 in self.delta_mask:
-            raise ValueError(f"data.delta_mask must be counts of actions, below 0 or above, got {self.delta_mask}")
         for name in ("sequence_ratio", "online_ratio"):
             ratio = getattr(self, name)
             if ratio is not None and not 0 <= ratio <= 1:
                 raise ValueError(f"data.{name} must lie in [0, 1], got {ratio}")
-        if (self.robot or self.delta_mask) and self.action_normalization == "bounds":
+        if (self.robot or any(n > 0 for n in self.delta_mask or ())) and self.action_normalization == "bounds":
             raise ValueError(
                 "data.action_normalization='bounds' is of actions as the environment takes them, which data.robot and "
                 "data.delta_mask change: use 'z_score' (openpi's for pi0) or 'quantile' (for pi0.5)"
@@ -143,8 +140,42 @@ class DataConfig:
                 "data.action_normalization='bounds' is of the environment's action space, but data.norm_stats brings "
                 "statistics of the actions, too: use 'z_score' (openpi's for pi0) or 'quantile' (for pi0.5)"
             )
-        if self.cube_goal and self.button_goal:
-            raise ValueError("data.cube_goal and data.button_goal exclude each other")
+
+    def _check_sets(self) -> None:
+        """Refuses weights and options that do not belong to the data sets which are named."""
+        if self.sources and (self.path is not None or self.weights):
+            raise ValueError("data.sources exclude data.path and data.weights: each of them has a path and a weight")
+        if "" in self._paths or self.path == ():
+            raise ValueError("a data set needs a path: name it in data.path, or in each of data.sources")
+        count = len(self.sources or self._paths)
+        weights = [each.weight for each in self.sources if each.weight is not None] or self.weights
+        if weights and (len(weights) != count or count == 1):
+            raise ValueError(f"weights are of several data sets, one for each: got {len(weights)} for {count}")
+        if not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(f"the weights of data sets must be finite and above 0, got {weights}")
+        for each in (self, *self.sets):
+            each.check()
+        if count > 1 and self.frame_cache is not None:
+            raise ValueError("a frame cache is of one data set: say frame_cache of each in data.sources")
+
+    @property
+    def _paths(self) -> tuple[str, ...]:
+        if self.sources:
+            return tuple(each.path for each in self.sources)
+        return () if self.path is None else (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
+    def name(self) -> str | None:
+        """What the prior data is called in results."""
+        return " + ".join(self._paths) or None
+
+    @property
+    def sets(self) -> tuple[DataSource, ...]:
+        """The data sets that are named, each with all of its options; empty: the run collects its own."""
+        weights = self.weights or (None,) * len(self._paths)
+        pairs = zip(self._paths, weights, strict=True)
+        sets = self.sources or [DataSource(path=path, weight=weight) for path, weight in pairs]
+        return tuple(each.over(self) for each in sets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,6 +336,11 @@ class TrainConfig:
                 "rlpd_ac, and nothing else, has the gaussian policy (--algorithm rlpd-ac sets both)"
             )
         files.inside("assets", self.asset_id, "asset_id")
+        if self.policy.kind == "pi05" and self.data.action_normalization == "z_score":
+            raise ValueError(
+                "data.action_normalization='z_score' cannot be had with policy.kind='pi05', which reads the state as "
+                "256 steps from -1 to 1: that takes quantiles. Say --data.action_normalization quantile"
+            )
         if self.critic_alone_steps > self.offline_steps:
             raise ValueError(
                 f"critic_alone_steps ({self.critic_alone_steps}) are the first of the offline_steps "
@@ -314,7 +350,7 @@ class TrainConfig:
             raise ValueError("critic_alone_steps must be 0 with agent.algorithm='bc', which has no use for critics")
         if not 0 < self.utd_ratio < math.inf:
             raise ValueError(f"utd_ratio must be positive, got {self.utd_ratio}")
-        if self.env is None and self.data.path is None:
+        if self.env is None and not self.data.sets:
             raise ValueError("a run needs data.path (a folder of episodes), env.name (to collect some), or both")
 
 
@@ -336,20 +372,41 @@ class ConfigError(ValueError):
     """Everything that is wrong with a description of a run, one problem a line."""
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None) -> T:
+def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None, judge: bool = True) -> T:
     """The inverse of ``to_dict``: what is not named keeps the value of ``base``, or its default.
+
+    Without ``judge`` values need not be right together yet: whoever changes the result once more judges it then.
 
     Raises:
         ConfigError: unknown names, with the nearest valid one; values of the wrong kind or out of range. All at once.
     """
     problems: list[str] = []
-    found = _build(cls, values, base, "", problems)
+    found = _build(cls, values, base, "", problems, judge)
+    if judge and base is not None and not problems:
+        problems += _faults(found)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return typing.cast(T, found)
 
 
-def _build(cls: type, values: Mapping[str, Any], base: Any, path: str, problems: list[str]) -> Any:
+def _faults(config: Any) -> list[str]:
+    """What each part of a configuration says of its own values, where ``base`` had not been judged."""
+    parts = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]
+    own = _refusal(getattr(config, "__post_init__", lambda: None), {})
+    return [*(fault for part in parts for fault in _faults(part)), *([own] if own else [])]
+
+
+def _unjudged(cls: type, base: Any, changes: Mapping[str, Any]) -> Any:
+    """A ``cls`` whose constructor was not asked."""
+    found: Any = object.__new__(cls)
+    for field in dataclasses.fields(cls):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        value = default if base is None else getattr(base, field.name)
+        object.__setattr__(found, field.name, changes.get(field.name, value))
+    return found
+
+
+def _build(cls: type, values: Mapping[str, Any], base: Any, path: str, problems: list[str], judge: bool) -> Any:
     """A ``cls`` from nested values; what is wrong is added to ``problems``, and then the result means nothing."""
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
@@ -363,12 +420,14 @@ def _build(cls: type, values: Mapping[str, Any], base: Any, path: str, problems:
         try:
             if part is not None and isinstance(value, Mapping):
                 inner = None if base is None else getattr(base, name)
-                changes[name] = _build(part, value, inner, f"{path}{name}.", problems)
+                changes[name] = _build(part, value, inner, f"{path}{name}.", problems, judge)
             else:
                 changes[name] = _typed_value(hints[name], value, f"{path}{name}")
         except ValueError as error:
             problems.append(str(error))
     sound = {name: value for name, value in changes.items() if value is not None or values[name] is None}
+    if not judge:
+        return _unjudged(cls, base, sound)
     make = cls if base is None else functools.partial(dataclasses.replace, base)
     try:
         found = make(**sound)
@@ -410,7 +469,11 @@ def _typed_value(hint: Any, value: Any, path: str) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) or _is_union(hint) else (hint,)
     if value is None and types.NoneType in options:
         return None
-    hint = next(option for option in options if option is not types.NoneType)
+    kinds = [option for option in options if option is not types.NoneType]
+    fitting = (kind for kind in kinds if (typing.get_origin(kind) is tuple) == isinstance(value, (list, tuple)))
+    hint = next(fitting, kinds[0])
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return _part(hint, value, path)
     if typing.get_origin(hint) is typing.Literal:
         return _chosen(typing.get_args(hint), value, path)
     if typing.get_origin(hint) is tuple:
@@ -420,6 +483,15 @@ def _typed_value(hint: Any, value: Any, path: str) -> Any:
     if isinstance(hint, type) and not isinstance(value, hint):
         raise ValueError(f"{path}: expected {_KINDS.get(hint, 'a group of fields')}, got {value!r}")
     return value
+
+
+def _part(kind: Any, values: Mapping[str, Any], path: str) -> Any:
+    """One of a list of parts."""
+    problems: list[str] = []
+    found = _build(kind, values, None, f"{path}.", problems, judge=True)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return found
 
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -17,7 +17,7 @@ from flax import nnx
 
 from acrlpd.agents.acrlpd import ACRLPDAgent, AgentConfig
 from acrlpd.config import TrainConfig, from_dict, to_dict
-from acrlpd.data import normalize, windows
+from acrlpd.data import normalize
 from acrlpd.data.fast_tokenizer import FastPromptTokenizer, FastTokenizer, TokenizeFast
 from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.normalize import NormStats
@@ -307,10 +307,10 @@ def best_critics(trained: Trained, count: int, data: str | Path | None) -> np.nd
     if data is None:
         logger.warning("the critics are compared on the data they were trained on; --data names better data")
     else:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(data)))
-    store = windows.open_store(setup.open_prior(config), memory_bytes=config.data.memory_bytes)
+        other = dataclasses.replace(config.data, path=str(data), weights=(), sources=())
+        config = dataclasses.replace(config, data=other)
     loader = ChunkLoader(
-        store,
+        setup.open_mixture(config, setup.open_sets(config)),
         setup.make_transform(config, trained.stats, trained.dims),
         batch_size=config.data.batch_size,
         horizon=config.policy.action_horizon,

@@ -190,16 +190,20 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: it is no such file; in one line, which names it.
     """
-    text = read_text(path, max_bytes=MAX_YAML_BYTES)
+    return parse_yaml(read_text(path, max_bytes=MAX_YAML_BYTES), str(path))
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """Return what a YAML text says; ``where`` names its place in errors. See ``read_yaml``."""
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         _check_nodes(node)
         content = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none, or ours
-        raise ValueError(f"{path}: expected YAML, found {one_line(error)}") from error
+        raise ValueError(f"{where}: expected YAML, found {one_line(error)}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected names with values, found {_told_kind(content)}")
+        raise ValueError(f"{where}: expected names with values, found {_told_kind(content)}")
     return content
 
 

@@ -53,8 +53,10 @@ ALIASES: dict[str, tuple[str, ...]] = {**_SCHEDULES, **_GROUPS, **_FIELDS}
 """The founding design's names, whole or as the beginning of a path, and the fields they stand for."""
 
 
-def apply_config_overrides(config: TrainConfig, overrides: Mapping[str, Any]) -> TrainConfig:
+def apply_config_overrides(config: TrainConfig, overrides: Mapping[str, Any], *, judge: bool = True) -> TrainConfig:
     """The configuration with values by dotted name or nested, ours or the founding design's.
+
+    Without ``judge`` they need not be right together yet, see ``from_dict``.
 
     Raises:
         ConfigError: every unknown name and every refused value, all at once.
@@ -63,7 +65,7 @@ def apply_config_overrides(config: TrainConfig, overrides: Mapping[str, Any]) ->
     problems = [problem for path, value in _flat(overrides) for problem in _put(nested, fields_of(path), value)]
     if problems:
         raise ConfigError("\n".join(problems))
-    return from_dict(TrainConfig, nested, base=config)
+    return from_dict(TrainConfig, nested, base=config, judge=judge)
 
 
 merge_configurations = apply_config_overrides  # its name in the founding design, for one set of changes
@@ -88,8 +90,21 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(str(error)) from error
 
 
-def load_yaml(path: str | Path, preset: Callable[[str], TrainConfig], base: TrainConfig | None = None) -> TrainConfig:
-    """The preset that the file names (``base_config`` or ``platform``) with its changes, or ``base`` with them."""
+def read_mapping(text: str) -> dict[str, Any]:
+    """Names with values, as they stand in a YAML file."""
+    try:
+        return files.parse_yaml(text, repr(text))
+    except ValueError as error:
+        raise ConfigError(f"{error}. Write it as in {{path: data/a, weight: 0.7}}") from error
+
+
+def load_yaml(
+    path: str | Path, preset: Callable[[str], TrainConfig], base: TrainConfig | None = None, *, judge: bool = True
+) -> TrainConfig:
+    """The preset that the file names (``base_config`` or ``platform``) with its changes, or ``base`` with them.
+
+    Without ``judge`` the values need not be right together yet: flags may come over them.
+    """
     content = read_yaml(path)
     names = [content.pop(key) for key in BASE_KEYS if key in content]
     if base is None:
@@ -97,7 +112,7 @@ def load_yaml(path: str | Path, preset: Callable[[str], TrainConfig], base: Trai
     if base is None:
         raise ConfigError(f"{path} names no preset to start from: add a line such as 'base_config: droid'")
     try:
-        return apply_config_overrides(base, content)
+        return apply_config_overrides(base, content, judge=judge)
     except ConfigError as error:
         raise ConfigError(f"{path}:\n{error}") from error
 

@@ -18,6 +18,8 @@ from acrlpd.config import (
     OptimizersConfig,
     PolicyConfig,
     TrainConfig,
+    from_dict,
+    to_dict,
 )
 from acrlpd.envs.env import EnvConfig
 from acrlpd.models.critic import CriticConfig
@@ -314,60 +316,67 @@ def get_preset(name: str) -> TrainConfig:
     return dataclasses.replace(PRESETS[name](), preset=name)
 
 
-def with_algorithm(config: TrainConfig, name: str) -> TrainConfig:
+def with_algorithm(config: TrainConfig, name: str, *, judge: bool = True) -> TrainConfig:
     """The same run by another algorithm; sizes, rates, N and K stay the preset's. docs/algorithm.md says what differs.
 
     ``bc``: the flow imitates. ``qc``, ``qc-fql``: Q-chunking (Li et al. 2025) by best of N and by distillation.
     ``rlpd-ac``: soft actor-critic on chunks with prior data (Ball et al. 2023), online from the first step.
+    ``judge``: see ``from_dict``.
     """
     if name not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {name!r}: there are {', '.join(ALGORITHMS)}")
-    return ALGORITHMS[name](config)
+    return from_dict(TrainConfig, ALGORITHMS[name](config), base=config, judge=judge)
 
 
-def _bc(config: TrainConfig) -> TrainConfig:
-    return dataclasses.replace(config, agent=dataclasses.replace(config.agent, algorithm="bc"), online_steps=0)
+def _bc(config: TrainConfig) -> Changes:
+    return {"agent": {"algorithm": "bc"}, "online_steps": 0}
 
 
-def _qc(config: TrainConfig, **changes: Any) -> TrainConfig:
+def _qc(config: TrainConfig, **changes: Any) -> Changes:
     agent = _plain(
         config,
-        critic=dataclasses.replace(config.agent.critic, num_critics=2, q_aggregation="mean", dropout_rate=0.0),
-        temperature=TemperatureConfig(adaptive=False),
+        critic=_plain_critic(config, num_critics=2),
+        temperature=to_dict(TemperatureConfig(adaptive=False)),
         **{"top_k": 1, **changes},  # it explores as it acts: by the best
     )
-    data = dataclasses.replace(config.data, sequence_ratio=0.0, online_ratio=None, ends_in_chunks=False)
-    return dataclasses.replace(config, agent=agent, data=data)
+    return {"agent": agent, "data": {"sequence_ratio": 0.0, "online_ratio": None, "ends_in_chunks": False}}
 
 
-def _qc_fql(config: TrainConfig) -> TrainConfig:
+def _qc_fql(config: TrainConfig) -> Changes:
     return _qc(config, extraction="distill", best_of_n_samples=1, distill_weight=100.0)
 
 
-def _rlpd_ac(config: TrainConfig) -> TrainConfig:
+def _rlpd_ac(config: TrainConfig) -> Changes:
     agent = _plain(
         config,
         algorithm="rlpd_ac",
-        critic=dataclasses.replace(config.agent.critic, num_critics=10, q_aggregation="mean", dropout_rate=0.0),
-        temperature=TemperatureConfig(initial_temp=1.0, target_entropy_multiplier=0.5),
-        loss_weights=LossWeights(bc_weight=0.0),
+        critic=_plain_critic(config, num_critics=10),
+        temperature=to_dict(TemperatureConfig(initial_temp=1.0, target_entropy_multiplier=0.5)),
+        loss_weights=to_dict(LossWeights(bc_weight=0.0)),
         target_samples=1,
     )
-    policy = dataclasses.replace(config.policy, kind="gaussian", freeze_pi0_backbone=False, weights=None)
-    offline_steps = 0 if config.online_steps else config.offline_steps
-    return dataclasses.replace(
-        config, agent=agent, policy=policy, offline_steps=offline_steps, online_loss_weights=None
-    )
+    return {
+        "agent": agent,
+        "policy": {"kind": "gaussian", "freeze_pi0_backbone": False, "weights": None},
+        "offline_steps": 0 if config.online_steps else config.offline_steps,
+        "online_loss_weights": None,
+    }
 
 
-def _plain(config: TrainConfig, **changes: Any) -> AgentConfig:
+def _plain(config: TrainConfig, **changes: Any) -> Changes:
     """An agent without what is ours alone, of the preset's sizes."""
     sizes = ("discount", "target_update_tau", "best_of_n_samples", "best_of_n_strategy", "flow_steps", "action_clip")
-    return AgentConfig(**{name: getattr(config.agent, name) for name in sizes} | changes)
+    return to_dict(AgentConfig()) | {name: getattr(config.agent, name) for name in sizes} | changes
 
 
-ALGORITHMS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
-    "acrlpd": lambda config: config,
+def _plain_critic(config: TrainConfig, *, num_critics: int) -> Changes:
+    plain = {"num_critics": num_critics, "q_aggregation": "mean", "dropout_rate": 0.0}
+    return to_dict(config.agent.critic) | plain
+
+
+Changes = dict[str, Any]  # of a configuration, nested
+ALGORITHMS: dict[str, Callable[[TrainConfig], Changes]] = {
+    "acrlpd": lambda config: {},
     "bc": _bc,
     "qc": _qc,
     "qc-fql": _qc_fql,

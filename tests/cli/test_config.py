@@ -15,7 +15,7 @@ from acrlpd import presets
 from acrlpd.cli import train
 from acrlpd.cli.configured import starting_point, take
 from acrlpd.cli.main import main
-from acrlpd.config import to_dict
+from acrlpd.config import TrainConfig, from_dict, to_dict
 from acrlpd.data import lerobot
 from acrlpd.overrides import load_yaml
 
@@ -36,6 +36,47 @@ def test_preset_then_yaml_then_flags(tmp_path, capsys):
     assert main(["config", "show", "demo", "--config", str(file), "--log-frequency", "3", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["agent"]["discount"], shown["log_frequency"], shown["utd_ratio"]) == (0.9, 3, 0.5)
+
+
+TOGETHER = {  # changes that contradict a preset each alone, and not together
+    "data instead of an environment": ("debug", {"env": None}, {"data.path": "somewhere"}),
+    "a robot and its statistics": ("demo", {"data.robot": "libero"}, {"data.action_normalization": "z_score"}),
+    "pi0.5 and quantiles": ("aloha", {"policy.kind": "pi05"}, {"data.action_normalization": "quantile"}),
+    "a chunk and what is executed": ("demo", {"execute_horizon": 9}, {"policy.action_horizon": 9}),
+    "adapters in both experts": (
+        "droid",
+        {"policy.paligemma_variant": "gemma_2b_lora", "policy.frozen_dtype": "bfloat16"},
+        {"policy.action_expert_variant": "gemma_300m_lora"},
+    ),
+}
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("algorithm", [[], ["--algorithm", "bc"], ["--algorithm", "qc"]])
+@pytest.mark.parametrize("case", TOGETHER)
+def test_a_file_is_judged_together_with_the_flags(tmp_path, capsys, case, algorithm, named):
+    """Either half may stand in the file, which may come over a preset or name its own."""
+    preset, *halves = TOGETHER[case]
+    for in_file, as_flags in (halves, halves[::-1]):
+        file = tmp_path / "half.yaml"
+        file.write_text(json.dumps(in_file | ({"base_config": preset} if named else {})))
+        flags = [word for field, value in as_flags.items() for word in (f"--{field}", str(value))]
+        start = [str(file)] if named else [preset, "--config", str(file)]
+        assert main(["config", "show", *start, *algorithm, *flags, "--json"]) == 0
+        shown = leaves(from_dict(TrainConfig, json.loads(capsys.readouterr().out)))
+        for field, value in (in_file | as_flags).items():
+            assert shown.get(field) == value
+
+
+def test_a_file_that_no_flag_saves_is_told(tmp_path, capsys):
+    file = tmp_path / "wrong.yaml"
+    file.write_text("env: null\n")
+    assert main(["config", "show", "demo", "--config", str(file), "--data.no-ends-in-chunks", "--seed", "-1"]) == 2
+    told = capsys.readouterr().err
+    assert "a run needs data.path" in told
+    assert "seed must not be negative, got -1" in told
+    assert main(["config", "show", "demo", "--env", "counting"]) == 2
+    assert "--env counting: expected None, or a field of it, such as --env.name" in capsys.readouterr().err
 
 
 def test_save_and_diff(tmp_path, capsys):

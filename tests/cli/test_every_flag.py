@@ -53,15 +53,24 @@ PLAN = memory.Plan(1, 1, 1, 10, 10, 10, 10, 10, 10, 1, memory.Machine(2, 9000))
 SOURCE = mock.Mock(format="acrlpd", num_episodes=1, lengths=np.array([3]), cameras=("top",))
 SOURCE.window.return_value = np.zeros((1, 14))
 FOUND = inspection.Inspection(contents=None, problems=[])
-READ = {
+OPTIONS = {
     "read.fps": "--fps 7",
     "read.default_task": "--default_task lift",
     "read.cameras": "--cameras top",
     "read.state_keys": "--state_keys a b",
     "read.action_keys": "--action_keys a",
     "read.filter_key": "--filter_key some",
-    "read.num_workers": f"--num_workers {(os.cpu_count() or 1) + 1}",
+    "read.episodes": "--episodes 3 0",
+    "read.tolerance_s": "--tolerance_s 0.1",
+    "read.check_images": "--check_images True",
+    "read.align_observations": "--align_observations",
+    "read.jpeg_bgr": "--jpeg_bgr",
+    "read.drop_idle": "--drop_idle",
+    "read.clip_actions": "--clip_actions",
+    "read.cube_goal": "--cube_goal 1 2 3",
+    "read.button_goal": "--button_goal 0 1",
 }
+READ = {**OPTIONS, "read.num_workers": f"--num_workers {(os.cpu_count() or 1) + 1}"}
 CHECKPOINT = "--policy checkpoint --checkpoint there"
 
 COMMANDS = {
@@ -279,8 +288,8 @@ COMMANDS = {
             "robot": "--robot aloha",
             "delta_mask": "--delta_mask 6 -1",
             "pi05": ("--pi05", "--robot libero"),
-            "state_keys": "--state_keys a",
-            "action_keys": "--action_keys a",
+            **OPTIONS,
+            "weights": ("--weights 1 3", "elsewhere"),
             "num_episodes": "--num_episodes 1",
             "min_std": "--min_std 0",
             "on_bad_episode": "--on_bad_episode skip",
@@ -289,7 +298,7 @@ COMMANDS = {
             (norm_stats, "identify", "hdf5"),
             (norm_stats, "open_episodes", SOURCE),
             (mapping, "check", None),  # of the data's widths, which are no robot's here
-            (normalize, "from_source", STATS),
+            (normalize, "from_sources", STATS),
             (normalize, "save", None),
         ),
     ),

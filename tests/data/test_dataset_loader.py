@@ -149,7 +149,9 @@ def test_frames_of_videos_are_mapped_from_the_cache(videos, tmp_path):
     decoded = ACRLPDDataLoader(source, 6, 4, seed=5)
     cache.build(source)
     loader = ACRLPDDataLoader(source, 6, 4, memory_bytes=1 << 16, seed=5)
-    assert all(isinstance(column.rows, MappedRows) for key, column in loader._prior._columns.items() if "/" in key)
+    assert all(
+        isinstance(column.rows, MappedRows) for key, column in loader._prior.stores[0]._columns.items() if "/" in key
+    )
     assert_same(loader.batch(2), decoded.batch(2))
     for each in (loader, decoded):
         each.close()

@@ -26,6 +26,7 @@ from acrlpd.agents.losses import LossWeights
 from acrlpd.config import OptimizersConfig, PolicyConfig, TrainConfig
 from acrlpd.data import rewards
 from acrlpd.data.episodes import EpisodeStore
+from acrlpd.data.mixture import Mixture
 from acrlpd.data.normalize import NormStats
 from acrlpd.envs import vector
 from acrlpd.envs.env import EnvConfig, SimulatedEnvironment, make
@@ -158,7 +159,7 @@ def batches(config: TrainConfig) -> Any:
     transform = setup.make_transform(config, STATS, DIMS)
     online = types.SimpleNamespace(replay=replay)
     with mock.patch.object(setup.prefixes, "is_legal", return_value=False):
-        loader = setup.make_loader(config, prior, transform, online, None, STATS)
+        loader = setup.make_loader(config, Mixture.of(prior), transform, online, None, STATS)
     found = [loader.batch(0), loader.batch(1, online=True)]
     loader.close()
     return digest(found)
@@ -168,7 +169,7 @@ def mapped(config: TrainConfig) -> Any:
     """What the data passes before it is normalised, as which cameras, and where it is looked for."""
     steps = [vars(step) if hasattr(step, "__dict__") else {} for step in setup.before_normalization(config)]
     names = [type(step).__name__ for step in setup.before_normalization(config)]
-    return names, str(steps), setup.delta_mask(config), setup.model_cameras(config, CAMERAS), setup.prior_path(config)
+    return names, str(steps), setup.delta_mask(config), setup.model_cameras(config, CAMERAS), setup.prior_sets(config)
 
 
 def statistics(config: TrainConfig) -> Any:
@@ -176,7 +177,7 @@ def statistics(config: TrainConfig) -> Any:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, robot=None, delta_mask=None))
     store = EpisodeStore.from_episodes([episode(30)])
     spec = types.SimpleNamespace(action_low=np.full(2, -3.0), action_high=np.full(2, 3.0))
-    stats = setup.make_norm_stats(config, store, None, spec)
+    stats = setup.make_norm_stats(config, Mixture.of(store), [None], spec)
     return digest([(each.mean, each.std) for each in stats.values()])
 
 

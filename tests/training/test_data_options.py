@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import shutil
 
@@ -9,11 +10,13 @@ import h5py
 import numpy as np
 import pytest
 
+from acrlpd.cli import data, norm_stats
 from acrlpd.config import DataConfig, TrainConfig, from_dict, to_dict
-from acrlpd.data import chunks, hdf5, normalize, windows
+from acrlpd.data import chunks, hdf5, inspection, normalize, sources, windows
 from acrlpd.data.frame_cache import FrameCache
-from acrlpd.data.inspection import inspect
+from acrlpd.data.mixture import Mixture
 from acrlpd.data.normalize import NormStats
+from acrlpd.data.options import FORMATS
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.envs.env import EnvSpec
 from acrlpd.overrides import apply_config_overrides
@@ -28,6 +31,8 @@ ELSEWHERE = {
     "prefix_bytes",
     "robot",
     "delta_mask",
+    "weights",
+    "sources",
 }  # tested with what they belong to
 CUBE = (0.425, 0.1, 0.02)
 STATE_DIM, ACTION_DIM = 4, 2  # of the tiny run
@@ -73,6 +78,7 @@ COVERED = {
     *("path", "cameras", "state_keys", "action_keys", "default_task", "filter_key", "rewards", "cube_goal"),
     *("button_goal", "frame_cache", "on_bad_episode", "memory_bytes", "num_workers", "batch_size", "sequence_ratio"),
     *("min_std", "action_normalization", "action_dim", "norm_stats"),
+    *("fps", "episodes", "tolerance_s", "check_images", "align_observations", "jpeg_bgr", "drop_idle", "clip_actions"),
 }
 
 
@@ -133,6 +139,56 @@ def test_play_data_needs_a_goal(tiny_config, play, goal, rewards):
         setup.open_prior(with_data(tiny_config, **goal))
 
 
+@pytest.mark.parametrize("kind", sources.READERS)
+def test_an_option_is_the_readers_or_refused(tiny_config, monkeypatch, kind):
+    """By every way to say it: a field of a run, a flag of a command, an argument in Python."""
+    options = {
+        "fps": 7.0,
+        "episodes": (2, 0),
+        "tolerance_s": 0.5,
+        "check_images": True,
+        "align_observations": True,
+        "jpeg_bgr": True,
+        "drop_idle": True,
+        "clip_actions": True,
+        "cameras": ("a",),
+        "state_keys": ("a",),
+        "action_keys": ("a",),
+        "default_task": "lift",
+        "filter_key": "f",
+        "cube_goal": (CUBE,),
+        "button_goal": (1,),
+    }
+    assert options.keys() == FORMATS.keys()
+    known = inspect.signature(sources.READERS[kind]).parameters
+    told: list[dict] = []
+
+    def reader(data, **given):
+        told.append(given)
+        raise ValueError("that was the reader")
+
+    reader.__signature__ = inspect.signature(sources.READERS[kind])
+    monkeypatch.setitem(sources.READERS, kind, reader)
+    monkeypatch.setattr(sources, "identify", lambda data: kind)
+    monkeypatch.setattr(norm_stats, "identify", lambda data: kind)
+    for name, value in options.items():
+        argument = "goal" if name.endswith("_goal") else name
+        is_known = argument in known
+        assert is_known == any((each if each in sources.READERS else "hdf5") == kind for each in FORMATS[name])
+        words = [f"--{name}", *np.ravel(value).astype(str)] if not isinstance(value, bool) else [f"--{name}"]
+        words += ["True"] if name == "check_images" else []
+        for open_it in (
+            lambda name=name, value=value: setup.open_prior(with_data(tiny_config, **{name: value})),
+            lambda words=words: data.main(["convert", "there", "new", *words]),
+            lambda words=words: norm_stats.main(["there", *words]),
+        ):
+            with pytest.raises(ValueError, match="that was the reader" if is_known else f"{argument} means nothing"):
+                open_it()
+            if is_known:
+                said = told.pop()[argument]
+                assert (getattr(said, "positions", None) or getattr(said, "states", said)) == value
+
+
 def test_where_rows_are_held(tiny_config, tmp_path):
     frames = np.zeros((4, 8, 8, 3), np.uint8)
     numbers = np.zeros((4, 2), np.float32)
@@ -161,7 +217,7 @@ def test_how_numbers_are_normalised(tiny_config):
     store = loaded(tiny_config)
 
     def stats(**changes):
-        return setup.make_norm_stats(with_data(tiny_config, **changes), store, source, None)
+        return setup.make_norm_stats(with_data(tiny_config, **changes), Mixture.of(store), [source], None)
 
     assert (stats(min_std=50.0)["state"].std == 50).all()
     assert (stats()["state"].std < 50).all()
@@ -282,25 +338,27 @@ def test_no_text_is_no_instruction_for_a_policy_that_reads_one(tiny_config, robo
     """What ``acrlpd data inspect`` says of the same data, and a refusal where several tasks would share the text."""
 
     def told(path, **changes):
-        caplog.clear()
         config = with_data(tiny_config, path=str(path), state_keys=("place",), **changes)
         algorithm = "rlpd_ac" if kind == "gaussian" else config.agent.algorithm
         config = dataclasses.replace(
             config,
             policy=dataclasses.replace(config.policy, kind=kind),
             agent=dataclasses.replace(config.agent, algorithm=algorithm),
+            data=dataclasses.replace(config.data, action_normalization="quantile"),
         )
-        setup.check_instructions(config, setup.open_prior(config), None)
+        opened = setup.open_sets(config)
+        caplog.clear()
+        setup.check_instructions(config, opened, None)
         return caplog.text
 
     reads = kind in ("pi0", "pi05")
-    (problem,) = inspect(robomimic, state_keys=("place",)).problems
+    (problem,) = inspection.inspect(robomimic, state_keys=("place",)).problems
     assert (problem.text in told(robomimic)) == reads
     assert told(robomimic, default_task="lift it") == ""
     (tmp_path / "two").mkdir()
     for name in ("one.hdf5", "other.hdf5"):
         shutil.copy(robomimic, tmp_path / "two" / name)
-    (problem,) = inspect(tmp_path / "two", state_keys=("place",)).problems
+    (problem,) = inspection.inspect(tmp_path / "two", state_keys=("place",)).problems
     assert "2 tasks (one.hdf5, other.hdf5)" in problem.text
     with pytest.raises(ValueError, match="does not train on them") if reads else contextlib.nullcontext() as refused:
         assert told(tmp_path / "two") == ""
@@ -312,5 +370,5 @@ def test_an_environment_without_an_instruction_is_told(tiny_config, caplog):
     config = dataclasses.replace(tiny_config, policy=dataclasses.replace(tiny_config.policy, kind="pi0"))
     numbers = np.zeros(2, np.float32)
     spec = EnvSpec("robot/mine", " ", 4, 2, numbers, numbers, 10, (), 8, 10.0, -1.0)
-    setup.check_instructions(config, setup.open_prior(config), spec)
+    setup.check_instructions(config, setup.open_sets(config), spec)
     assert "robot/mine has no instruction, and the policy reads one: say it with --env.instruction" in caplog.text

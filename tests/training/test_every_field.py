@@ -63,7 +63,7 @@ SEEN: dict[str, tuple[Any, Any] | tuple[Any, Any, dict[str, Any]]] = {
     "env.image_size": (looks.world, 8, {"env.cameras": ["front"]}),
     "env.reward": (looks.world, "0/1"),
     "env.instruction": (looks.world, "count on"),
-    "policy.kind": (looks.shapes, "pi05"),
+    "policy.kind": (looks.shapes, "pi05", {"data.action_normalization": "quantile"}),
     "policy.action_horizon": (looks.shapes, 4),
     "policy.action_dim": (looks.shapes, 6),
     "policy.paligemma_variant": (looks.shapes, "gemma_2b_lora", FULL),
@@ -118,6 +118,8 @@ SEEN: dict[str, tuple[Any, Any] | tuple[Any, Any, dict[str, Any]]] = {
     "agent.health.spike_factor": (looks.learning, 50.0),
     "agent.health.spike_floor": (looks.learning, 10.0),
     "data.path": (looks.mapped, "other"),
+    "data.weights": (looks.mapped, [1, 2], {"data.path": ["one", "other"]}),
+    "data.sources": (looks.mapped, [{"path": "one", "drop_idle": True}], {"data.path": None}),
     "data.robot": (looks.mapped, "aloha"),
     "data.delta_mask": (looks.mapped, [1, -1]),
     "data.rewards.source": (looks.rewarded, "sparse"),
@@ -192,6 +194,13 @@ ELSEWHERE = {
     "data.action_keys": DATA + "test_what_is_read",
     "data.default_task": DATA + "test_what_is_read",
     "data.filter_key": DATA + "test_what_is_read",
+    **{
+        f"data.{name}": DATA + "test_an_option_is_the_readers_or_refused"
+        for name in (
+            *("fps", "episodes", "tolerance_s", "check_images", "align_observations", "jpeg_bgr", "drop_idle"),
+            "clip_actions",
+        )
+    },
     "data.frame_cache": DATA + "test_what_is_read",
     "data.cube_goal": DATA + "test_play_data_needs_a_goal",
     "data.button_goal": DATA + "test_play_data_needs_a_goal",

@@ -107,7 +107,7 @@ def test_critics_alone_read_stored_features_of_any_backbone(frozen, tmp_path, mo
     assert stored.prefix[1:] == (None, None)
     (made,) = (tmp_path / "runs" / "prefixes").iterdir()
     assert [path.name for path in sorted(made.iterdir())] == ["0.bin", "arrays.json"]
-    assert len(trainer.loader._features.arrays[0]) == 14 + 2  # every row, and every final observation
+    assert len(trainer.loader._features[0].arrays[0]) == 14 + 2  # every row, and every final observation
     for each in (trainer, plain):
         each.train()
     records = [

@@ -28,6 +28,8 @@ def with_robot(config: TrainConfig, robot: str | None, *, kind: str = "mlp_flow"
     policy = config.policy
     if kind != "mlp_flow":
         policy = PolicyConfig(kind=kind, action_horizon=5, action_dim=32, image_size=56, max_token_len=48)
+    if kind == "pi05":
+        data["action_normalization"] = "quantile"
     found = dataclasses.replace(config.data, robot=robot, batch_size=2, sequence_ratio=1.0, **data)
     return dataclasses.replace(config, policy=policy, data=found)
 
@@ -151,7 +153,7 @@ def test_a_run_of_aloha_acts_the_same_wherever_it_is_loaded(tiny_config, tmp_pat
     run = setup.run_files(config).directory
     loaded = setup.load_checkpoint(run)
     assert loaded.config.data.robot == "aloha"
-    store = trainer.loader._prior
+    (store,) = trainer.loader._prior.stores
     seen = normalize.from_store(store, loaded.transform.before(Normalize), horizon=3)
     for key, stats in trainer.norm_stats.items():
         np.testing.assert_allclose(stats.mean, seen[key].mean, atol=1e-6)

@@ -55,9 +55,9 @@ def test_data_of_another_robot_than_the_environments_is_refused(tiny_config):
     with pytest.raises(
         ValueError, match="has 4 state and 2 action dimensions, but metaworld/drawer-open-v3 has 39 and 4"
     ):
-        setup.check_prior(tiny_config, EpisodeStore(), setup.Dims(4, 2), spec)
+        setup.check_prior(tiny_config, EpisodeStore(), setup.Dims(4, 2), spec, "data")
     fitting = dataclasses.replace(spec, state_dim=4, action_dim=2)
-    setup.check_prior(tiny_config, EpisodeStore(), setup.Dims(4, 2), fitting)
+    setup.check_prior(tiny_config, EpisodeStore(), setup.Dims(4, 2), fitting, "data")
 
 
 def test_a_checkpoint_needs_neither_the_weights_it_started_from_nor_an_environment(tiny_config, tmp_path):

@@ -75,8 +75,9 @@ def _save(words: list[str]) -> None:
 
 def _parsed(word: str, flags: list[str]) -> ShowArguments:
     stored = Path(word) / "config.json"
+    begun = None
     if stored.is_file():
         config, flags = changed(read_config(stored), flags)
     else:
         config, flags = starting_point(word, flags)
-    return parse(ShowArguments, ShowArguments(config), flags, "acrlpd config")
+    return parse(ShowArguments, ShowArguments(config), flags, "acrlpd config", stored=begun)

@@ -16,7 +16,8 @@ import tyro
 from acrlpd.data import convert, inspection, sources
 from acrlpd.data.convert import Pictures
 from acrlpd.data.frame_cache import FrameCache, FrameSource
-from acrlpd.data.inspection import Contents, Inspection, Range
+from acrlpd.data.inspection import Contents, Inspection, Problem, Range
+from acrlpd.data.options import ReaderOptions
 from acrlpd.data.sources import Dataset
 from acrlpd.data.windows import check_videos
 from acrlpd.files import printable
@@ -26,26 +27,20 @@ EXIT_UNUSABLE = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class ReadArguments:
+class ReadArguments(ReaderOptions):
     """How to read the format; what is left out is found in the files."""
 
-    fps: float | None = None  # where the format does not say
-    default_task: str | None = None  # the instruction of episodes that have none
-    cameras: tuple[str, ...] | None = None
-    state_keys: tuple[str, ...] | None = None
-    action_keys: tuple[str, ...] | None = None
-    filter_key: str | None = None  # robomimic's name for a subset of the demos
     num_workers: int = os.cpu_count() or 1  # processes that read many HDF5 episodes; 0: this one alone
 
     def options(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if value is not None}
+        return self.for_reader() | {"num_workers": self.num_workers}
 
 
 @dataclasses.dataclass(frozen=True)
 class InspectArguments:
     """Episodes, steps, tasks, cameras, ranges, success rate, and episodes that cannot be used. Exit code 1 if any."""
 
-    path: tyro.conf.Positional[str]  # a folder or file of episodes
+    path: tyro.conf.Positional[tuple[str, ...]]  # folders or files of episodes; several are to go together
     read: ReadArguments = dataclasses.field(default_factory=ReadArguments)
     json: bool = False
 
@@ -54,7 +49,7 @@ class InspectArguments:
 class ValidateArguments:
     """As inspect, and every picture, constant dimensions, clipped actions, episodes that occur twice."""
 
-    path: tyro.conf.Positional[str]  # a folder or file of episodes
+    path: tyro.conf.Positional[tuple[str, ...]]  # folders or files of episodes; several are to go together
     read: ReadArguments = dataclasses.field(default_factory=ReadArguments)
     decode: bool = True  # read every picture, which takes long where they are many
     json: bool = False
@@ -102,14 +97,32 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _inspect(arguments: InspectArguments) -> int:
-    found = inspection.inspect(arguments.path, **arguments.read.options())
-    return _show(arguments.path, found, as_json=arguments.json)
+    return _look(arguments.path, as_json=arguments.json, **arguments.read.options())
 
 
 def _validate(arguments: ValidateArguments) -> int:
-    options = arguments.read.options()
-    found = inspection.inspect(arguments.path, thorough=True, decode=arguments.decode, **options)
-    return _show(arguments.path, found, as_json=arguments.json)
+    options = {"thorough": True, "decode": arguments.decode, **arguments.read.options()}
+    return _look(arguments.path, as_json=arguments.json, **options)
+
+
+def _look(paths: Sequence[str], *, as_json: bool, **options: Any) -> int:
+    """Show what each of the data sets holds, and whether several go together in one run."""
+    if not paths:
+        raise ValueError("name a folder or file of episodes, or several")
+    found = {path: inspection.inspect(path, **options) for path in dict.fromkeys(paths)}
+    apart = inspection.disagreements(found)
+    usable = all(each.usable for each in found.values()) and not any(each.level == "error" for each in apart)
+    if as_json:
+        sets = [_as_json(path, each) for path, each in found.items()]
+        several = {"sets": sets, "problems": [dataclasses.asdict(each) for each in apart], "usable": usable}
+        print(json.dumps(_finite(sets[0] if len(sets) == 1 else several), indent=2, allow_nan=False))
+    else:
+        for path, each in found.items():
+            lines = _table(path, each.contents) if each.contents is not None else [f"{path}: no usable episode"]
+            print(printable("\n".join([*lines, *_problems(each.problems)])))
+        if len(found) > 1:
+            print(printable("\n".join(["all of them together", *_problems(apart)])))
+    return 0 if usable else EXIT_UNUSABLE
 
 
 def _convert(arguments: ConvertArguments) -> int:
@@ -163,16 +176,11 @@ def _opened(path: str, read: ReadArguments, **options: Any) -> Dataset:
     return sources.open_episodes(path, **read.options(), **options)
 
 
-def _show(path: str, found: Inspection, *, as_json: bool) -> int:
-    if as_json:
-        content = dataclasses.asdict(found) | {"path": path, "usable": found.usable}
-        if found.contents is not None:
-            content["contents"]["success_rate"] = found.contents.success_rate
-        print(json.dumps(_finite(content), indent=2, allow_nan=False))
-    else:
-        lines = _table(path, found.contents) if found.contents is not None else [f"{path}: no usable episode"]
-        print(printable("\n".join([*lines, *_problems(found)])))
-    return 0 if found.usable else EXIT_UNUSABLE
+def _as_json(path: str, found: Inspection) -> dict[str, Any]:
+    content = dataclasses.asdict(found) | {"path": path, "usable": found.usable}
+    if found.contents is not None:
+        content["contents"]["success_rate"] = found.contents.success_rate
+    return content
 
 
 def _finite(content: Any) -> Any:
@@ -215,11 +223,11 @@ def _ranges(name: str, found: Range) -> list[str]:
     return [head, *(f"  {dim:<8}" + "".join(f"{number:>12.4g}" for number in row) for dim, row in enumerate(rows))]
 
 
-def _problems(found: Inspection) -> list[str]:
-    if not found.problems:
+def _problems(found: Sequence[Problem]) -> list[str]:
+    if not found:
         return ["problems  none"]
-    lines = [f"problems  {len(found.problems)}"]
-    return lines + [f"  {problem.level}: {_told(problem.episode, problem.text)}" for problem in found.problems]
+    lines = [f"problems  {len(found)}"]
+    return lines + [f"  {problem.level}: {_told(problem.episode, problem.text)}" for problem in found]
 
 
 def _told(episode: str, text: str) -> str:

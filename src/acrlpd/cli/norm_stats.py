@@ -9,16 +9,19 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from acrlpd.config import DataConfig
 from acrlpd.data import normalize
 from acrlpd.data.episodes import EpisodeSource
+from acrlpd.data.mixture import Facts, check_alike
 from acrlpd.data.normalize import NormStats
+from acrlpd.data.options import ReaderOptions
 from acrlpd.data.robots import mapping
 from acrlpd.data.robots.mapping import Robot
-from acrlpd.data.sources import identify, open_episodes
+from acrlpd.data.sources import Dataset, identify, open_episodes
 from acrlpd.data.transforms import Compose, Transform
 
 logger = logging.getLogger(__name__)
@@ -28,36 +31,38 @@ logger = logging.getLogger(__name__)
 class NormStatsArguments:
     """Mean, standard deviation, 1 % and 99 % quantile of state and actions; no picture is decoded."""
 
-    data_path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA_PATH")]  # any data set we read
+    data_path: tyro.conf.Positional[tuple[str, ...]]  # any data set we read, or several that are trained on together
     out: str | None = None  # folder for openpi's norm_stats.json; None: print only
     json: bool = False  # print one JSON object instead of a table
+    weights: tuple[float, ...] = ()  # of several data sets: how often each is drawn from; empty: by their steps
     horizon: int = 1  # statistics are taken over all steps of the chunk at every row; give the policy's
     robot: Robot | None = None  # as a run with data.robot has it: its numbers in openpi's conventions
     delta_mask: Annotated[tuple[int, ...] | None, tyro.conf.arg(aliases=("--delta",))] = None
     """6 -1: six actions relative to the state, one not; None: the robot's"""
     pi05: bool = False  # the robot's relative actions as pi0.5 has them: none in LIBERO
-    state_keys: tuple[str, ...] = ()  # the format's names of what makes the state; empty: the usual ones
-    action_keys: tuple[str, ...] = ()  # likewise for the actions
     num_episodes: int | None = None  # only so many, evenly spread
     min_std: float = normalize.MIN_STD  # floor where a dimension hardly moves, in raw units; 0: openpi's bare numbers
     on_bad_episode: Literal["error", "skip"] = "error"
+    read: ReaderOptions = dataclasses.field(default_factory=ReaderOptions)
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = tyro.cli(NormStatsArguments, args=argv, prog="acrlpd norm-stats")
+    arguments = tyro.cli(NormStatsArguments, args=argv, prog="acrlpd norm-stats", config=(tyro.conf.OmitArgPrefixes,))
     if arguments.num_episodes is not None and arguments.num_episodes < 1:
         raise ValueError(f"num_episodes must be at least 1, got {arguments.num_episodes}: leave it out for all")
     if not 0 <= arguments.min_std < math.inf:
         raise ValueError(f"min_std must be finite and not negative, got {arguments.min_std}")
-    options = {name: keys for name in ("state_keys", "action_keys") if (keys := getattr(arguments, name))}
-    if identify(arguments.data_path) in ("hdf5", "lerobot"):
-        options["cameras"] = ()  # no picture is opened, and none can be found damaged
+    sets = DataConfig(path=arguments.data_path, weights=arguments.weights).sets
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        source = open_episodes(arguments.data_path, on_bad_episode=arguments.on_bad_episode, **options)
-        stats = normalize.from_source(
-            source,
-            _before_normalization(arguments, source),
+        sources = [_opened(arguments, each.path) for each in sets]
+        check_alike([Facts.of(source, each.path) for source, each in zip(sources, sets, strict=True)])
+        steps = [int(source.lengths.sum()) for source in sources]
+        weights = arguments.weights or steps
+        stats = normalize.from_sources(
+            sources,
+            [weight / sum(weights) for weight in weights],
+            _before_normalization(arguments, sources[0], sets[0].path),
             horizon=arguments.horizon,
             num_episodes=arguments.num_episodes,
             min_std=arguments.min_std,
@@ -68,23 +73,32 @@ def main(argv: Sequence[str]) -> int:
     file = None if arguments.out is None else Path(arguments.out) / normalize.FILE_NAME
     if file is not None:
         normalize.save(file, stats)
+    form, episodes = ", ".join(source.format for source in sources), sum(source.num_episodes for source in sources)
     if arguments.json:
-        found = {"data_path": arguments.data_path, "format": source.format, "num_episodes": source.num_episodes}
-        found |= {"num_steps": int(source.lengths.sum()), "file": file and str(file), "warnings": messages}
+        paths = arguments.data_path if len(sets) > 1 else sets[0].path
+        found: dict[str, Any] = {"data_path": paths, "format": form, "num_episodes": episodes, "num_steps": sum(steps)}
+        found |= {"file": file and str(file), "warnings": messages}
         print(json.dumps(found | normalize.to_dict(stats)))
     else:
-        print(f"{source.format}: {source.num_episodes} episodes, {source.lengths.sum()} steps")
+        print(f"{form}: {episodes} episodes, {sum(steps)} steps")
         _print_table(stats)
         print(f"written: {file}" if file is not None else "not written: name a folder with --out")
     return 0
 
 
-def _before_normalization(arguments: NormStatsArguments, source: EpisodeSource) -> Transform:
+def _opened(arguments: NormStatsArguments, path: str) -> Dataset:
+    options = arguments.read.for_reader()
+    if identify(path) in ("hdf5", "lerobot"):
+        options.setdefault("cameras", ())  # no picture is opened, and none can be found damaged
+    return open_episodes(path, on_bad_episode=arguments.on_bad_episode, **options)
+
+
+def _before_normalization(arguments: NormStatsArguments, source: EpisodeSource, path: str) -> Transform:
     """What a run with these options has there."""
     robot, deltas, pi05 = arguments.robot, arguments.delta_mask, arguments.pi05
     state_dim, action_dim = (source.window(0, key, 0, 1).shape[1] for key in ("state", "actions"))
     mask = mapping.delta_mask(robot, deltas, pi05=pi05)
-    mapping.check(robot, mask, where=arguments.data_path, dims=(state_dim, action_dim), cameras=None, prefix="")
+    mapping.check(robot, mask, where=path, dims=(state_dim, action_dim), cameras=None, prefix="")
     return Compose(mapping.before_normalization(robot, deltas, pi05=pi05))
 
 

@@ -36,16 +36,18 @@ def main(argv: Sequence[str]) -> int:
     if path is not None:
         found, step = locate_run(path)
         flags = words if words[:1] and words[0].startswith("-") else words[1:]  # the preset need not be said again
-        config, rest = changed(stored_config(found), flags)
-        arguments = _parse(config, str(path), ["--resume", *rest])
+        begun = stored_config(found)
+        config, rest = changed(begun, flags)
+        arguments = _parse(config, str(path), ["--resume", *rest], begun)
         return _train(arguments, f"--resume {found}", flags, step)
     name, *flags = argv
     config, rest = starting_point(name, flags)
     arguments = _parse(config, name, rest)
     stored = setup.run_files(arguments.config).config
     if arguments.resume and stored.exists():  # what the run was started with need not be said again
-        config, rest = changed(stored_config(stored.parent), flags, preset=named(name))
-        arguments = _parse(config, name, rest)
+        begun = stored_config(stored.parent)
+        config, rest = changed(begun, flags, preset=named(name))
+        arguments = _parse(config, name, rest, begun)
     return _train(arguments, name, flags)
 
 
@@ -89,8 +91,8 @@ def stored_config(run: Path) -> TrainConfig:
     return dataclasses.replace(config, run_dir=str(run.parent), name=run.name)
 
 
-def _parse(default: TrainConfig, name: str, flags: Sequence[str]) -> TrainArguments:
-    return parse(TrainArguments, TrainArguments(default), flags, f"acrlpd train {name}")
+def _parse(default: TrainConfig, name: str, flags: Sequence[str], begun: TrainConfig | None = None) -> TrainArguments:
+    return parse(TrainArguments, TrainArguments(default), flags, f"acrlpd train {name}", stored=begun)
 
 
 def _train(arguments: TrainArguments, name: str, flags: Sequence[str], step: int | None = None) -> int:

@@ -130,11 +130,20 @@ def start_rows(
     A share ``sequence_ratio`` starts where a full window fits, the rest anywhere, so that terminals and short tails are
     seen as well. Where no episode is as long as ``horizon``, all start anywhere.
     """
+    num_full = round(sequence_ratio * batch_size)
+    return draw_starts(store, rng, horizon, num_full=num_full, num_anywhere=batch_size - num_full)
+
+
+def draw_starts(
+    store: EpisodeStore, rng: np.random.Generator, horizon: int, *, num_full: int, num_anywhere: int
+) -> Int[np.ndarray, " b"]:
+    """So many rows at which a full window fits, and so many others; all anywhere where no window fits."""
     if store.num_rows == 0:
         raise ValueError("cannot draw chunks from an empty EpisodeStore: append an episode first")
     last = store.full_windows(horizon)
-    num_full = round(sequence_ratio * batch_size) if last[-1] else 0
-    anywhere = rng.integers(store.num_rows, size=batch_size - num_full)
+    if not last[-1]:
+        num_full, num_anywhere = 0, num_full + num_anywhere
+    anywhere = rng.integers(store.num_rows, size=num_anywhere)
     if num_full == 0:
         return anywhere
     drawn = rng.integers(last[-1], size=num_full)

@@ -6,14 +6,15 @@ import collections
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from acrlpd.data import instructions, sources
+from acrlpd.data import instructions, mixture, sources
 from acrlpd.data.episodes import IMAGE_PREFIX, OptionError, task_runs
+from acrlpd.data.mixture import Facts
 from acrlpd.data.sources import Dataset
 
 CLIPPED_SHARE = 0.05  # of the steps at one end of a dimension's range, from which on clipping is suspected,
@@ -57,6 +58,12 @@ class Contents:
     successes: int
     failures: int  # of the others, nobody knows
     rewards: tuple[float, float]  # least, most
+    robot: str | None = None  # None: the format does not say
+
+    def facts(self, name: str) -> Facts:
+        """What other data sets must agree with."""
+        dims = len(self.state.low), len(self.actions.low)
+        return Facts(name, *dims, tuple(self.cameras), self.fps, self.robot)
 
     @property
     def success_rate(self) -> float | None:
@@ -84,7 +91,7 @@ def inspect(data: Any, *, thorough: bool = False, decode: bool = False, **option
         options: the reader's, see ``sources.open_episodes``.
     """
     problems: list[Problem] = []
-    dataset = _opened(data, {"check_images": decode, **options}, problems)
+    dataset = _opened(data, options, problems, decode=decode)
     if dataset is None:
         return Inspection(None, problems)
     numbers = {key: _Dimensions() for key in ("state", "actions")}
@@ -104,6 +111,19 @@ def inspect(data: Any, *, thorough: bool = False, decode: bool = False, **option
     if (silent := instructions.untold(dataset)) is not None:
         problems.append(Problem("warning", "", silent.told))
     return Inspection(_contents(dataset, numbers), problems)
+
+
+def disagreements(found: Mapping[str, Inspection]) -> list[Problem]:
+    """Why data sets, by their names, cannot be trained on together, and what is odd about it."""
+    facts = [each.contents.facts(name) for name, each in found.items() if each.contents is not None]
+    problems: list[Problem] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            mixture.check_alike(facts)
+        except ValueError as error:
+            problems.append(Problem("error", "", str(error)))
+    return [*problems, *(Problem("warning", "", str(warning.message)) for warning in caught)]
 
 
 class _Dimensions:
@@ -140,7 +160,7 @@ def _steps_and_arrivals(at_end: Bool[np.ndarray, "t d"]) -> Int[np.ndarray, "2 d
     return np.stack([at_end.sum(axis=0), (at_end[1:] & ~at_end[:-1]).sum(axis=0)])
 
 
-def _opened(data: Any, options: dict[str, Any], problems: list[Problem]) -> Dataset | None:
+def _opened(data: Any, options: dict[str, Any], problems: list[Problem], *, decode: bool) -> Dataset | None:
     """The data set without its bad episodes, which become problems.
 
     Raises:
@@ -152,8 +172,8 @@ def _opened(data: Any, options: dict[str, Any], problems: list[Problem]) -> Data
     except ValueError as error:
         problems.append(Problem("error", "", str(error)))
         return None
-    if kind not in ("hdf5", "lerobot"):
-        options = {name: value for name, value in options.items() if name != "check_images"}  # pictures are in memory
+    if kind in ("hdf5", "lerobot"):  # elsewhere pictures are in memory
+        options = {"check_images": decode, **options}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -197,6 +217,7 @@ def _contents(dataset: Dataset, numbers: dict[str, _Dimensions]) -> Contents:
         successes=success[True],
         failures=success[False],
         rewards=(float(min(each.min() for each in rewards)), float(max(each.max() for each in rewards))),
+        robot=Facts.of(dataset, "").robot,
     )
 
 

@@ -123,6 +123,7 @@ class LeRobotSource:
         folder, episodes = _opened(root, episodes)
         tolerance_s = getattr(root, "tolerance_s", TOLERANCE_S) if tolerance_s is None else tolerance_s
         self.meta = lerobot_meta.read(folder)
+        self.robot_type = self.meta.robot_type
         self.state_keys = lerobot_meta.state_keys(self.meta, state_keys)
         self.action_keys = lerobot_meta.action_keys(self.meta, action_keys)
         self._camera_keys, unread = lerobot_meta.camera_keys(self.meta, cameras)

@@ -110,6 +110,7 @@ class Meta:
     video_path: str | None  # the template
     tasks: dict[int, str]
     episodes: list[EpisodeRow]  # episode n is at place n
+    robot_type: str | None = None  # None: it does not say
 
     @property
     def info_path(self) -> Path:
@@ -145,8 +146,10 @@ def read(root: Path) -> Meta:
     _check_total(path, "total_tasks", info.get("total_tasks", len(tasks)), len(tasks), "tasks are in the task table")
     _check_numbers(episodes, "episodes.jsonl" if not is_v3(version) else "meta/episodes", root)
     episodes.sort(key=lambda row: row.number)
+    robot = info.get("robot_type")
+    robot = None if robot in ("", "unknown") or not isinstance(robot, str) else robot
     totals = (float(info["fps"]), int(info["total_frames"]))
-    return Meta(root, version, *totals, info["features"], info.get("video_path"), tasks, episodes)
+    return Meta(root, version, *totals, info["features"], info.get("video_path"), tasks, episodes, robot)
 
 
 def is_numeric(dtype: str) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Container
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 
 from acrlpd.data import chunks
 from acrlpd.data.episodes import EpisodeStore
+from acrlpd.data.mixture import Mixture
 from acrlpd.data.transforms import Transform, to_observation
 from acrlpd.types import ChunkBatch, Observation
 
@@ -26,6 +27,16 @@ class PrefixRows(Protocol):
     def take(self, rows: Int[np.ndarray, " b"]) -> Any:
         """A pytree of arrays that lead with b."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    """Rows of one store at which chunks of a batch start."""
+
+    store: EpisodeStore
+    rows: Int[np.ndarray, " n"]
+    first_id: int  # added to the ids of its episodes
+    prefixes: PrefixRows | None
 
 
 class ChunkLoader:
@@ -42,8 +53,9 @@ class ChunkLoader:
             row of both is as likely as any other (QC).
         ends_in_chunks: whether chunks that a terminal cuts short count in the TD loss; QC drops them.
         prefetch: batches made ahead; 0 makes each when it is asked for.
-        prefixes: of ``prior``; offline batches then bring them along instead of images. Online ones cannot: nobody
-            has computed those of the replay.
+        prior: recorded episodes; a ``Mixture`` of several sets is drawn from by their shares.
+        prefixes: of each store of ``prior``; offline batches then bring them along instead of images. Online ones
+            cannot: nobody has computed those of the replay.
         features: the part of them that critics read, for batches that train critics alone.
         host_index, num_hosts: this process makes its slice of each batch, the ``host_index``-th of ``num_hosts`` equal
             ones; together they are the batch that one process would make. ``batch_size`` is that of the whole.
@@ -51,7 +63,7 @@ class ChunkLoader:
 
     def __init__(
         self,
-        prior: EpisodeStore,
+        prior: EpisodeStore | Mixture,
         transform: Transform,
         *,
         batch_size: int,
@@ -62,8 +74,8 @@ class ChunkLoader:
         online_ratio: float | None = 0.5,
         ends_in_chunks: bool = True,
         prefetch: int = 2,
-        prefixes: PrefixRows | None = None,
-        features: PrefixRows | None = None,
+        prefixes: Sequence[PrefixRows] | None = None,
+        features: Sequence[PrefixRows] | None = None,
         host_index: int = 0,
         num_hosts: int = 1,
     ):
@@ -83,9 +95,9 @@ class ChunkLoader:
                 f"host_index ({host_index}) must lie in 0..num_hosts-1, and num_hosts ({num_hosts}) must divide "
                 f"batch_size ({batch_size})"
             )
-        if prior.num_rows == 0:
+        self._prior = Mixture.of(prior)
+        if not all(store.num_rows for store in self._prior.stores):
             raise ValueError("the prior data is empty: a ChunkLoader needs at least one episode to draw from")
-        self._prior = prior
         self._transform = transform
         self._batch_size = batch_size
         self._horizon = horizon
@@ -137,15 +149,17 @@ class ChunkLoader:
         started = time.perf_counter()
         rng = chunks.step_rng(self._seed, step)
         replay_size = self._replay_size(rng) if online else 0
-        parts = []
-        draw = functools.partial(self._draw, rng=rng, critic_alone=critic_alone)
-        if self._replay is not None and replay_size and (drawn := draw(self._replay, size=replay_size, place=0)):
-            own_ids = drawn.episode_id + np.int32(self._prior.next_episode_id)
-            parts.append(dataclasses.replace(drawn, episode_id=own_ids))
-        prior_size = self._batch_size - replay_size
-        prefixes = None if online else self._features if critic_alone else self._prefixes
-        if prior_size and (drawn := draw(self._prior, size=prior_size, place=replay_size, prefixes=prefixes)):
-            parts.append(drawn)
+        *first_ids, own_ids = self._prior.first_ids
+        drawn: list[_Drawn] = []
+        if self._replay is not None and replay_size:
+            rows = chunks.start_rows(self._replay, rng, replay_size, self._horizon, self._sequence_ratio)
+            drawn.append(_Drawn(self._replay, rows, own_ids, None))
+        if prior_size := self._batch_size - replay_size:
+            prefixes = None if online else self._features if critic_alone else self._prefixes
+            each = prefixes or (None,) * len(first_ids)
+            rows_of = self._prior.start_rows(rng, prior_size, self._horizon, self._sequence_ratio)
+            drawn += map(_Drawn, self._prior.stores, rows_of, first_ids, each)
+        parts = [self._read(own, critic_alone=critic_alone) for own in self._own_slice(drawn)]
         # each part passed the transforms on its own, so the two may differ in camera names and picture sizes before
         batch = parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
         self._counters.count(batch, time.perf_counter() - started)
@@ -172,18 +186,16 @@ class ChunkLoader:
         that are real; ``wait_s``, how long a caller waited for a batch on average; ``skipped_episodes`` of the prior
         data; and, where rows are read from their source, ``cache_hit_rate``.
         """
-        reader = self._prior.reader
+        hit_rate = self._prior.hit_rate
         found = self._counters.summary() | {"skipped_episodes": len(self._prior.skipped)}
-        return found | ({} if reader is None else {"cache_hit_rate": reader.hit_rate})
+        return found | ({} if hit_rate is None else {"cache_hit_rate": hit_rate})
 
     def contents(self) -> dict[str, Any]:
-        """What the prior data is: ``episodes`` and ``steps`` used, and name and fault of those ``skipped``."""
-        prior = self._prior
-        return {
-            "episodes": prior.num_episodes,
-            "steps": prior.num_rows,
-            "skipped": [list(each) for each in prior.skipped],
-        }
+        """What the prior data is: ``episodes`` and ``steps`` used, name and fault of those ``skipped``.
+
+        Of several ``sets``, name, share, episodes and steps of each.
+        """
+        return self._prior.contents()
 
     def close(self) -> None:
         """Stops the thread, and the processes that read rows from their source."""
@@ -191,27 +203,22 @@ class ChunkLoader:
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
-        if self._prior.reader is not None:
-            self._prior.reader.close()
+        self._prior.close()
 
-    def _draw(
-        self,
-        store: EpisodeStore,
-        *,
-        rng: np.random.Generator,
-        size: int,
-        place: int,
-        critic_alone: bool,
-        prefixes: PrefixRows | None = None,
-    ) -> ChunkBatch | None:
-        """This host's share of ``size`` chunks, which begin at ``place`` in the batch; None if it has none of them."""
-        rows = chunks.start_rows(store, rng, size, self._horizon, self._sequence_ratio)
-        first = max(self._slice_start - place, 0)
-        own = rows[first : max(self._slice_start + self._slice_size - place, 0)]
-        if not len(own):
-            return None
+    def _own_slice(self, drawn: Iterable[_Drawn]) -> Iterator[_Drawn]:
+        """This host's share of a batch that consists of ``drawn``, one behind the other."""
+        start, stop = self._slice_start, self._slice_start + self._slice_size
+        for each in drawn:
+            own = each.rows[max(start, 0) : max(stop, 0)]
+            start, stop = start - len(each.rows), stop - len(each.rows)
+            if len(own):
+                yield dataclasses.replace(each, rows=own)
+
+    def _read(self, drawn: _Drawn, *, critic_alone: bool) -> ChunkBatch:
+        store, prefixes = drawn.store, drawn.prefixes
         gather = functools.partial(chunks.gather, store, horizon=self._horizon, ends_in_chunks=self._ends_in_chunks)
-        raw = gather(own, images=prefixes is None)
+        raw = gather(drawn.rows, images=prefixes is None)
+        raw["episode_id"] = raw["episode_id"] + drawn.first_id
         goes_on = raw["next_row"] < store.num_rows  # no action follows a final observation
         following = gather(np.where(goes_on, raw["next_row"], raw["row"]), images=False) if critic_alone else None
         batch = self._to_batch(raw, following, goes_on)

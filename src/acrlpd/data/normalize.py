@@ -29,6 +29,9 @@ EPSILON = 1e-6  # openpi's, in both formulas
 MIN_STD = 1e-3  # default floor, in raw units
 MAX_NORMALIZED = 10.0  # farther from 0 no value comes to lie by which a dimension that hardly moves was widened
 FAULTY = 100.0  # times half of q99 - q01, from which on a few values are likely faults
+MAX_AWAY = 5.0  # half widths between the middle of statistics and that of data which they fit,
+MAX_WIDER, MAX_NARROWER = 10.0, 30.0  # and by how much the data may be wider or narrower: degrees in a radian are 57
+HARDLY = 1e-2  # raw units: who moves less says nothing of units, and may have been widened (``with_floor``)
 FEW = 5  # values, or a thousandth of all
 MAX_RECOUNTS = 8  # of values in ever finer bins
 FILE_NAME = "norm_stats.json"
@@ -204,11 +207,11 @@ class RunningStats:
     def __init__(self, *, num_bins: int = 5000, bounds: tuple[np.ndarray, np.ndarray] | None = None):
         self._num_bins = num_bins
         self._bounds = bounds
-        self._count = 0
+        self._count = 0.0
 
     @typed
-    def update(self, batch: Float[np.ndarray, "*batch d"]) -> None:
-        """Adds vectors; every axis but the last is a batch axis."""
+    def update(self, batch: Float[np.ndarray, "*batch d"], weight: float = 1.0) -> None:
+        """Adds vectors, each of which counts as ``weight``; every axis but the last is a batch axis."""
         batch = batch.reshape(-1, batch.shape[-1])
         if len(batch) == 0:
             return
@@ -227,18 +230,18 @@ class RunningStats:
             raise ValueError(f"vectors have {batch.shape[-1]} dimensions, expected {len(self._mean)} as before")
         elif (low < self._low).any() or (high > self._high).any():
             self._widen(np.minimum(low, self._low), np.maximum(high, self._high))
-        self._count += len(batch)
-        weight = len(batch) / self._count
+        self._count += len(batch) * weight
+        share = len(batch) * weight / self._count
         centred = batch - self._origin
-        self._mean += (centred.mean(axis=0) - self._mean) * weight
-        self._mean_of_squares += (np.square(centred).mean(axis=0) - self._mean_of_squares) * weight
+        self._mean += (centred.mean(axis=0) - self._mean) * share
+        self._mean_of_squares += (np.square(centred).mean(axis=0) - self._mean_of_squares) * share
         for dim, edges in enumerate(self._edges):
-            self._counts[dim] += np.histogram(batch[:, dim], bins=edges)[0]
+            self._counts[dim] += np.histogram(batch[:, dim], bins=edges)[0] * weight
 
     def result(self) -> NormStats:
         """As openpi: population standard deviation, quantile = left edge of the bin where the count is reached."""
         if self._count < 2:
-            raise ValueError(f"statistics need at least 2 vectors, got {self._count}")
+            raise ValueError(f"statistics need at least 2 vectors, got {self._count:g}")
         variance = self._mean_of_squares - np.square(self._mean)
         return NormStats(
             mean=self._origin + self._mean,
@@ -344,16 +347,47 @@ class _FarOut:
     def __init__(self, stats: NormStats):
         self._middle, half_width = _middle(stats)
         self._limit = MAX_NORMALIZED * half_width
-        self._far, self._count = np.zeros(len(stats.mean), int), 0
+        self._far, self._count = np.zeros(len(stats.mean)), 0.0
 
-    def update(self, batch: Float[np.ndarray, "n d"]) -> None:
-        self._far += np.sum(np.abs(batch - self._middle) > self._limit, axis=0)
-        self._count += len(batch)
+    def update(self, batch: Float[np.ndarray, "n d"], weight: float = 1.0) -> None:
+        self._far += np.sum(np.abs(batch - self._middle) > self._limit, axis=0) * weight
+        self._count += len(batch) * weight
 
     @property
     def are_rare_motions(self) -> Bool[np.ndarray, " d"]:
         """Where they are too many to be faults."""
         return self._far > max(FEW, self._count / 1000)
+
+
+def warn_of_misfits(
+    stats: Mapping[str, NormStats], data: Mapping[str, NormStats], *, where: str, of: str, quantiles: bool
+) -> None:
+    """Warns of dimensions that ``stats`` would normalize to something else than numbers about 1.
+
+    Such as angles in degrees under statistics of radians (or the other way round), or a dimension without any spread
+    that moves. ``data``: bare statistics of what is to be normalized, ``of`` which data set; ``where``: of what the
+    statistics are.
+    """
+    for key, given in stats.items():
+        middle, half = (_middle if quantiles else _moments)(given)
+        own_middle, own_half = (_middle if quantiles else _moments)(data[key])
+        scale = half + EPSILON
+        away = np.abs(own_middle - middle) > MAX_AWAY * scale
+        findings = {
+            "lie far outside": away | (own_half > MAX_WIDER * scale),
+            "cover almost nothing of the range": ~away & (own_half > HARDLY) & (own_half * MAX_NARROWER < half),
+        }
+        for told, dims in findings.items():
+            if dims.any():
+                warnings.warn(
+                    f"{where}: {key}: under these statistics {_named(dims)} of {of} {told}. Are they of the same "
+                    "robot, in the same units?",
+                    stacklevel=2,
+                )
+
+
+def _moments(stats: NormStats) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:
+    return stats.mean, stats.std
 
 
 def _named(chosen: Bool[np.ndarray, " d"]) -> str:
@@ -419,46 +453,77 @@ def from_source(
     from all others, the others are counted once more in finer bins. No picture is read: a ``transform`` that expects
     ``cameras`` is shown black ones. ``num_episodes`` takes so many, evenly spread.
     """
-    spread = np.linspace(0, source.num_episodes - 1, min(num_episodes or source.num_episodes, source.num_episodes))
-    indices = np.unique(spread.round().astype(int)).tolist()
+    options: dict[str, Any] = {"horizon": horizon, "num_episodes": num_episodes, "cameras": cameras}
+    return from_sources([source], [1.0], transform, **options, min_std=min_std)
 
-    def blocks() -> Iterator[dict[str, np.ndarray]]:
-        for index in indices:
-            store = EpisodeStore.from_episodes([_without_pictures(source, index, cameras)])
-            for data in _transformed(store, transform, horizon):
-                yield {key: value.reshape(-1, value.shape[-1]).astype(np.float64) for key, value in data.items()}
+
+def from_sources(
+    sources: Sequence[EpisodeSource],
+    shares: Sequence[float],
+    transform: Transform | None = None,
+    *,
+    horizon: int = 1,
+    num_episodes: int | None = None,
+    cameras: Sequence[str] = (),
+    min_std: float = MIN_STD,
+) -> dict[str, NormStats]:
+    """As ``from_source``, of several sets together, each of which counts by its share, as batches are drawn."""
+    chosen = [_spread(source, num_episodes) for source in sources]
+    weights = _weights(sources, chosen, shares) if len(sources) > 1 else [1.0]
+
+    def weighted() -> Iterator[tuple[dict[str, np.ndarray], float]]:
+        for source, indices, weight in zip(sources, chosen, weights, strict=True):
+            for index in indices.tolist():
+                store = EpisodeStore.from_episodes([_without_pictures(source, index, cameras)])
+                for data in _transformed(store, transform, horizon):
+                    rows = {key: value.reshape(-1, value.shape[-1]) for key, value in data.items()}
+                    yield {key: value.astype(np.float64) for key, value in rows.items()}, weight
 
     low: dict[str, np.ndarray] = {}
     high: dict[str, np.ndarray] = {}
-    for block in blocks():
+    for block, _ in weighted():
         for key, value in block.items():
             low[key] = np.minimum(low.get(key, np.inf), value.min(axis=0))
             high[key] = np.maximum(high.get(key, -np.inf), value.max(axis=0))
     running = {key: RunningStats(bounds=(low[key], high[key])) for key in low}
-    for block in blocks():
+    for block, weight in weighted():
         for key, value in block.items():
-            running[key].update(value)
+            running[key].update(value, weight)
     found = {key: stats.result() for key, stats in running.items()}
     bin_width = {key: stats.bin_width for key, stats in running.items()}
     for _ in range(MAX_RECOUNTS):
         closer = {key: _CloserQuantiles(found[key], width, min_std) for key, width in bin_width.items()}
         if not any(each.dims.any() for each in closer.values()):
             break
-        for block in blocks():
+        for block, weight in weighted():
             for key, value in block.items():
-                closer[key].update(value)
+                closer[key].update(value, weight)
         found = {key: closer[key].improved(stats) for key, stats in found.items()}
         bin_width = {key: each.bin_width for key, each in closer.items()}
     if min_std == 0:
         return found
     far = {key: _FarOut(stats) for key, stats in found.items()}
-    for block in blocks():
+    for block, weight in weighted():
         for key, value in block.items():
-            far[key].update(value)
+            far[key].update(value, weight)
     return {
         key: with_floor(stats, key, min_std=min_std, bounds=(low[key], high[key]), rare=far[key].are_rare_motions)
         for key, stats in found.items()
     }
+
+
+def _weights(
+    sources: Sequence[EpisodeSource], chosen: Sequence[Int[np.ndarray, " n"]], shares: Sequence[float]
+) -> list[float]:
+    """What a row of each source counts, 1 on average over all rows."""
+    steps = [int(source.lengths[indices].sum()) for source, indices in zip(sources, chosen, strict=True)]
+    return [share * sum(steps) / own for share, own in zip(shares, steps, strict=True)]
+
+
+def _spread(source: EpisodeSource, count: int | None) -> Int[np.ndarray, " n"]:
+    """So many episodes, evenly spread; None: all."""
+    spread = np.linspace(0, source.num_episodes - 1, min(count or source.num_episodes, source.num_episodes))
+    return np.unique(spread.round().astype(int))
 
 
 class _CloserQuantiles:
@@ -470,13 +535,13 @@ class _CloserQuantiles:
         self._edges = np.linspace(self._q01 - bin_width, self._q99 + 2 * bin_width, num_bins + 1, axis=-1)
         self.bin_width = np.where(self.dims, self._edges[:, 1] - self._edges[:, 0], bin_width)
         self._counts = np.zeros((len(self._edges), num_bins + 1))  # the first one is of all values below
-        self._count = 0
+        self._count = 0.0
 
-    def update(self, batch: Float[np.ndarray, "n d"]) -> None:
-        self._count += len(batch)
+    def update(self, batch: Float[np.ndarray, "n d"], weight: float = 1.0) -> None:
+        self._count += len(batch) * weight
         for dim in np.flatnonzero(self.dims):
-            self._counts[dim, 0] += np.sum(batch[:, dim] < self._edges[dim, 0])
-            self._counts[dim, 1:] += np.histogram(batch[:, dim], bins=self._edges[dim])[0]
+            self._counts[dim, 0] += np.sum(batch[:, dim] < self._edges[dim, 0]) * weight
+            self._counts[dim, 1:] += np.histogram(batch[:, dim], bins=self._edges[dim])[0] * weight
 
     def improved(self, stats: NormStats) -> NormStats:
         q01, q99 = (np.where(self.dims, self._at(q), old) for q, old in ((0.01, self._q01), (0.99, self._q99)))

@@ -78,8 +78,8 @@ def open_episodes(
         rewards: which rewards to give. None: those stored, and 0 where none are (good for imitation only).
         num_workers: processes that read the episodes of HDF5 data when it is opened for the first time.
         remember: keep what opening found out in the user's cache directory, for the next time.
-        options: the reader's own, such as ``cameras`` or ``state_keys``: see ``H5DatasetReader``, ``LeRobotSource``,
-            ``NpzReader`` and ``MinariSource``.
+        options: the reader's own, such as ``cameras`` or ``state_keys``: see ``options.ReaderOptions``, and
+            ``H5DatasetReader``, ``LeRobotSource``, ``NpzReader`` and ``MinariSource``.
 
     Raises:
         ValueError: nothing is found there that we read; an episode cannot be used; an option has no meaning here.

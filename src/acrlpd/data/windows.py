@@ -41,6 +41,22 @@ def open_store(source: EpisodeSource, *, memory_bytes: int | None = None, num_wo
     return store
 
 
+def open_stores(
+    sources: Sequence[EpisodeSource], *, memory_bytes: int | None = None, num_workers: int = 0
+) -> list[EpisodeStore]:
+    """The same of several sources, which share ``memory_bytes`` by their sizes. Each that reads has its own workers."""
+    limit = _physical_memory() // 2 if memory_bytes is None else memory_bytes
+    sizes = [_row_bytes(source) * int(np.sum(source.lengths)) for source in sources] if len(sources) > 1 else [1]
+    return [
+        open_store(source, memory_bytes=limit * size // max(sum(sizes), 1), num_workers=num_workers)
+        for source, size in zip(sources, sizes, strict=True)
+    ]
+
+
+def _row_bytes(source: EpisodeSource) -> int:
+    return sum(source.window(0, key, 0, 1).nbytes for key in keys(source))
+
+
 def _stored(source: EpisodeSource, limit: int, num_workers: int) -> EpisodeStore:
     features = {key: source.window(0, key, 0, 1) for key in keys(source)}
     num_rows = int(np.sum(source.lengths))

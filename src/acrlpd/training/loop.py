@@ -441,6 +441,7 @@ class ACRLPDTrainer:
             "config": to_dict(self.config),
             "progress": dataclasses.asdict(self.progress),
             "cameras": list(self.loader.cameras),
+            "sets": self.loader.contents().get("sets", []),
         }
 
     @contextlib.contextmanager
@@ -489,7 +490,7 @@ class ACRLPDTrainer:
     def _summarize(self) -> dict[str, Any]:
         self._settle_clocks()
         summary = {
-            "task": self.config.env.name if self.config.env else self.config.data.path,
+            "task": self.config.env.name if self.config.env else self.config.data.name,
             "seed": self.config.seed,
             "data": self.loader.contents(),
             "phases": self.progress.results,

@@ -39,6 +39,7 @@ from acrlpd.config import TrainConfig, to_dict
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.loader import read_observations
 from acrlpd.data.metadata_cache import fingerprint
+from acrlpd.data.mixture import Mixture
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.transforms import Transform
 from acrlpd.files import read_json
@@ -78,44 +79,55 @@ def are_features_of_use(config: TrainConfig, agent: ACRLPDAgent) -> bool:
 def open_rows(
     config: TrainConfig,
     agent: ACRLPDAgent,
-    store: EpisodeStore,
+    prior: Mixture,
     transform: Transform,
     stats: Mapping[str, NormStats],
     *,
-    data: Path,
+    data: Sequence[Path],
     folder: Path,
     features_alone: bool = False,
-) -> StoredPrefixes | None:
-    """The store of this run, made if it is not there; None where it would exceed ``data.prefix_bytes``.
+) -> list[StoredPrefixes] | None:
+    """The rows of each store of this run, made if they are not there; None where they exceed ``data.prefix_bytes``.
 
-    ``data`` are the files that ``store`` was read from, ``stats`` what ``transform`` normalizes with.
+    ``data`` are the files that each of the stores was read from, ``stats`` what ``transform`` normalizes with.
     ``features_alone`` stores what critics read, of any backbone and whatever its size.
     """
     encode, policy = _encoder(agent, features_alone)
-    num_rows = store.num_rows + (store.num_episodes if store.has_final.any() else 0)
-    first = read_observations(store, transform, np.zeros(1, np.int64))
+    sizes = [store.num_rows + (store.num_episodes if store.has_final.any() else 0) for store in prior.stores]
+    first = read_observations(prior.stores[0], transform, np.zeros(1, np.int64))
     like, structure = jax.tree.flatten(jax.eval_shape(encode, policy, first))
-    needed = num_rows * sum(math.prod(each.shape[1:]) * each.dtype.itemsize for each in like)
+    needed = sum(sizes) * sum(math.prod(each.shape[1:]) * each.dtype.itemsize for each in like)
     if needed > config.data.prefix_bytes and not features_alone:
         logger.info(
             "the prefixes of %d rows are computed in every update: stored, they would take %.1f GiB, and "
             "data.prefix_bytes allows %.1f",
-            *(num_rows, needed / 2**30, config.data.prefix_bytes / 2**30),
+            *(sum(sizes), needed / 2**30, config.data.prefix_bytes / 2**30),
         )
         return None
-    target = folder / key(config, agent, stats, data, features_alone)
-    if not (target / INDEX).exists():
-        what = "pooled features" if features_alone else "prefixes"
-        logger.info("computing the %s of %d rows (%.2f GiB) into %s", what, num_rows, needed / 2**30, target)
-        _write(target, like, _computed(config, encode, policy, store, transform, num_rows), num_rows)
-    return StoredPrefixes(_mapped(target, num_rows), structure)
+    found = []
+    for number, (store, files, num_rows) in enumerate(zip(prior.stores, data, sizes, strict=True)):
+        target = folder / key(config, agent, stats, files, features_alone, number)
+        if not (target / INDEX).exists():
+            what = "pooled features" if features_alone else "prefixes"
+            logger.info("computing the %s of %d rows of %s into %s", what, num_rows, files, target)
+            _write(target, like, _computed(config, encode, policy, store, transform, num_rows), num_rows)
+        found.append(StoredPrefixes(_mapped(target, num_rows), structure))
+    return found
 
 
 def key(
-    config: TrainConfig, agent: ACRLPDAgent, stats: Mapping[str, NormStats], data: Path, features_alone: bool = False
+    config: TrainConfig,
+    agent: ACRLPDAgent,
+    stats: Mapping[str, NormStats],
+    data: Path,
+    features_alone: bool = False,
+    number: int = 0,
 ) -> str:
-    """Changes with any weight that is used, any file of the data, and any option of either."""
-    digest = hashlib.sha256(f"{VERSION} {fingerprint(data)} {features_alone}".encode())
+    """Changes with any weight that is used, any file of the data, and any option of either.
+
+    ``number``: of the data set among those of the configuration, which may read the same files otherwise.
+    """
+    digest = hashlib.sha256(f"{VERSION} {fingerprint(data)} {features_alone} {number}".encode())
     weights = (agent.frozen, agent.params["policy"] if features_alone else ())
     digest.update(json.dumps([to_dict(config.policy), to_dict(config.data)], sort_keys=True).encode())
     for array in jax.tree.leaves((weights, {name: dataclasses.asdict(each) for name, each in stats.items()})):

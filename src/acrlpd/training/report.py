@@ -40,7 +40,9 @@ class Run:
     @property
     def task(self) -> str:
         env = self.config.get("env") or {}
-        return str(env.get("name") or self.config.get("data", {}).get("path") or "unknown task")
+        data = self.config.get("data") or {}
+        paths = [each["path"] for each in data.get("sources") or ()] or data.get("path") or "unknown task"
+        return str(env.get("name") or (paths if isinstance(paths, str) else " + ".join(paths)))
 
     @functools.cached_property
     def training(self) -> list[Mapping[str, Any]]:
@@ -153,6 +155,10 @@ def _overview(run: Run) -> str:
     data = (run.summary or {}).get("data")
     if data is not None:
         facts["prior data"] = f"{data['episodes']:,} episodes, {data['steps']:,} steps"
+        for each in data.get("sets", ()):
+            facts[f"of {each['name']}"] = (
+                f"{each['share']:.1%} of the batches; {each['episodes']:,} episodes, {each['steps']:,} steps"
+            )
         if data["skipped"]:
             lines.append(markup.element("p", _left_out(data), "remark"))
     pairs = "".join(

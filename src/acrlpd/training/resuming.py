@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from acrlpd.agents.acrlpd import ACRLPDAgent
-from acrlpd.config import TrainConfig, to_dict
+from acrlpd.config import TrainConfig, from_dict, to_dict
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.overrides import differences
@@ -52,7 +52,7 @@ def claim_directory(
             f"run directory {files.directory} already exists. Use --resume to go on with it, --overwrite to delete it, "
             "or another --name."
         )
-    before = json.loads(files.config.read_text(encoding="utf-8"))
+    before = to_dict(from_dict(TrainConfig, json.loads(files.config.read_text(encoding="utf-8"))))
     lines = differences(before, to_dict(config))
     changed = [line for line in lines if not _may_change(line.split(":")[0], (*CHANGEABLE, *override))]
     if override and lines:

@@ -7,9 +7,9 @@ import dataclasses
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import jax
 import numpy as np
@@ -17,11 +17,13 @@ from flax import nnx
 
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.config import PolicyConfig, TrainConfig, from_dict
-from acrlpd.data import chunks, instructions, normalize, npz, windows
+from acrlpd.data import chunks, instructions, normalize, windows
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.frame_cache import FrameCache
 from acrlpd.data.loader import ChunkLoader
+from acrlpd.data.mixture import Facts, Mixture, check_alike
 from acrlpd.data.normalize import NormStats
+from acrlpd.data.options import DataSource
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.data.robots import mapping
 from acrlpd.data.sources import Dataset, open_episodes
@@ -97,18 +99,19 @@ def _make_trainer(
     if config.env is None and config.online_steps:
         logger.warning("no online phase: online_steps is %d, but env.name names no environment", config.online_steps)
     environments = make_environments(config, config.eval.num_envs) if config.env else None
-    source = open_prior(config)
-    check_instructions(config, source, environments.spec if environments else None)
-    prior = windows.open_store(source, memory_bytes=config.data.memory_bytes, num_workers=config.data.num_workers)
-    dims = Dims(prior.state.shape[1], prior.actions.shape[1])
+    sources = open_sets(config)
+    check_instructions(config, sources, environments.spec if environments else None)
+    prior = open_mixture(config, sources)
+    dims = Dims(prior.stores[0].state.shape[1], prior.stores[0].actions.shape[1])
     spec = environments.spec if environments else None
-    check_prior(config, prior, dims, spec)
-    if config.agent.algorithm != "bc" and (num_cut := chunks.num_cut(prior)):
-        logger.info(
-            "%d of %d episodes were cut and do not say what was seen after their last action: their last whole window "
-            "stays out of the TD loss",
-            *(num_cut, prior.num_episodes),
-        )
+    for name, store in zip(prior.names, prior.stores, strict=True):
+        check_prior(config, store, dims, spec, name)
+        if config.agent.algorithm != "bc" and (num_cut := chunks.num_cut(store)):
+            logger.info(
+                "%s: %d of %d episodes were cut and do not say what was seen after their last action: their last whole "
+                "window stays out of the TD loss",
+                *(name, num_cut, store.num_episodes),
+            )
     checkpoints = ACRLPDCheckpointManager(
         files.checkpoints,
         max_to_keep=config.max_to_keep,
@@ -127,7 +130,7 @@ def _make_trainer(
     else:
         resuming.check_nothing_was_learned(config, files, checkpoints)
         agent, progress = fresh_agent(), Progress()
-        stats = make_norm_stats(config, prior, source, spec)
+        stats = make_norm_stats(config, prior, sources, spec)
     settle_best(progress, Progress(), checkpoints, files)
     transform = make_transform(config, stats, dims, prior.cameras)
     interaction = make_interaction(config, files, progress) if config.env and config.online_steps else None
@@ -148,44 +151,51 @@ def _make_trainer(
     )
 
 
-def check_prior(config: TrainConfig, prior: EpisodeStore, dims: Dims, spec: EnvSpec | None) -> None:
+def check_prior(config: TrainConfig, prior: EpisodeStore, dims: Dims, spec: EnvSpec | None, name: str) -> None:
     """Refuses data of another robot than the configuration speaks of, or the environment is."""
     if config.data.action_dim not in (None, dims.action):
         raise ValueError(
-            f"data.action_dim is {config.data.action_dim}, but the actions in {config.data.path} have {dims.action} "
+            f"data.action_dim is {config.data.action_dim}, but the actions in {name} have {dims.action} "
             "dimensions: this is data of another robot, or another choice of its keys"
         )
     if spec is not None and (spec.state_dim, spec.action_dim) != (dims.state, dims.action):
         raise ValueError(
-            f"{prior_path(config)} has {dims.state} state and {dims.action} action dimensions, but {spec.name} has "
-            f"{spec.state_dim} and {spec.action_dim}: name an environment of the same robot (--env.name), none (env: "
-            "null in a --config file), or other keys of the data (--data.state_keys, --data.action_keys)"
+            f"{name} has {dims.state} state and {dims.action} action dimensions, but {spec.name} has "
+            f"{spec.state_dim} and {spec.action_dim}: name an environment of the same robot (--env.name), none (--env "
+            "None), or other keys of the data (--data.state_keys, --data.action_keys)"
         )
     mapping.check(
         config.data.robot,
         delta_mask(config),
-        where=str(prior_path(config)),
+        where=name,
         dims=(dims.state, dims.action),
         cameras=prior.cameras if config.policy.kind in ("pi0", "pi05") else None,
     )
 
 
-def check_instructions(config: TrainConfig, source: Dataset, spec: EnvSpec | None) -> None:
+def check_instructions(config: TrainConfig, sources: Sequence[Dataset], spec: EnvSpec | None) -> None:
     """Tell what has no instruction where the policy reads one; refuse several tasks that share an empty text."""
     if config.policy.kind not in ("pi0", "pi05"):
         return
     if spec is not None and not spec.instruction.strip():
         logger.warning("%s has no instruction, and the policy reads one: say it with --env.instruction", spec.name)
-    silent = instructions.untold(source)
-    if silent is not None and silent.is_shared:
-        raise ValueError(f"{prior_path(config)}: {silent.told}")
-    if silent is not None:
-        logger.warning("%s: %s", prior_path(config), silent.told)
+    names = [each.path for each in prior_sets(config)]
+    found = {name: instructions.untold(source) for name, source in zip(names, sources, strict=True)}
+    silent = {name: each for name, each in found.items() if each is not None}
+    for name, each in silent.items():
+        if each.is_shared:
+            raise ValueError(f"{name}: {each.told}")
+        logger.warning("%s: %s", name, each.told)
+    if len(silent) > 1:
+        raise ValueError(
+            f"{' and '.join(silent)} have episodes without an instruction, and the policy could not tell their tasks "
+            f"apart: {instructions.CURE}"
+        )
 
 
 def make_loader(
     config: TrainConfig,
-    prior: EpisodeStore,
+    prior: Mixture,
     transform: Transform,
     interaction: Interaction | None,
     agent: ACRLPDAgent,
@@ -193,7 +203,8 @@ def make_loader(
 ) -> ChunkLoader:
     """Batches of this process, from prior data and own episodes; with the stored prefixes of a frozen backbone."""
     stored = features = None
-    if (data := prior_path(config)).exists():
+    data = [Path(each.path) for each in prior_sets(config)]
+    if all(path.exists() for path in data):
         folder = Path(config.run_dir) / "prefixes"
         rows = functools.partial(prefixes.open_rows, config, agent, prior, transform, stats, data=data, folder=folder)
         if prefixes.is_legal(config):
@@ -286,67 +297,69 @@ def _best_step(file: Path) -> int:
     return step
 
 
-def prior_path(config: TrainConfig) -> Path:
-    """Where the prior episodes lie: those given, or those collected into the run's own folder."""
-    return Path(config.data.path) if config.data.path else run_files(config).directory / "prior"
+def prior_sets(config: TrainConfig) -> tuple[DataSource, ...]:
+    """The data sets of the prior episodes: those given, or that collected into the run's own folder."""
+    own = DataSource(path=str(run_files(config).directory / "prior"))
+    return config.data.sets or (own.over(config.data),)
 
 
-def open_prior(config: TrainConfig) -> Dataset:
-    """The prior episodes; collected first where the configuration names an environment and no data."""
-    data, path = config.data, prior_path(config)
-    if data.path is None and config.env is not None:
-        collect_prior(config.env, data.collect, path, seed=config.seed)
+def open_sets(config: TrainConfig) -> list[Dataset]:
+    """Every data set of the prior episodes."""
+    return [open_prior(config, number) for number in range(len(prior_sets(config)))]
+
+
+def open_prior(config: TrainConfig, number: int = 0) -> Dataset:
+    """One data set of the prior episodes; collected first where the configuration has an environment and no data."""
+    data, given = config.data, prior_sets(config)[number]
+    if not data.sets and config.env is not None:
+        collect_prior(config.env, data.collect, Path(given.path), seed=config.seed)
+    options = given.for_reader()
+    if given.frame_cache is not None:
+        size = config.policy.image_size
+        options["frame_cache"] = FrameCache(Path(given.frame_cache), size, size)
     return open_episodes(
-        data.path or path,
-        rewards=data.rewards,
+        given.path,
+        rewards=given.rewards,
         on_bad_episode=data.on_bad_episode,
         num_workers=data.num_workers,
-        remember=data.path is not None,
-        **_reader_options(config),
+        remember=bool(data.sets),
+        **options,
     )
 
 
-def _reader_options(config: TrainConfig) -> dict[str, Any]:
-    """What the configuration says about its format; a reader refuses what means nothing to it."""
-    data = config.data
-    options: dict[str, Any] = {
-        name: value
-        for name in ("cameras", "state_keys", "action_keys", "default_task", "filter_key")
-        if (value := getattr(data, name))
-    }
-    if data.cube_goal:
-        options["goal"] = npz.CubeGoal(data.cube_goal)
-    if data.button_goal:
-        options["goal"] = npz.ButtonGoal(data.button_goal)
-    if data.frame_cache is not None:
-        size = config.policy.image_size
-        options["frame_cache"] = FrameCache(Path(data.frame_cache), size, size)
-    return options
+def open_mixture(config: TrainConfig, sources: Sequence[Dataset]) -> Mixture:
+    """The episodes of all ``sources`` for training, if they go together."""
+    data, sets = config.data, prior_sets(config)
+    with _told():
+        facts = [Facts.of(source, each.path) for source, each in zip(sources, sets, strict=True)]
+        check_alike(facts, of_one_robot=data.robot is not None)
+    weights = tuple(each.weight for each in sets if each.weight is not None)
+    stores = windows.open_stores(sources, memory_bytes=data.memory_bytes, num_workers=data.num_workers)
+    return Mixture(tuple(stores), tuple(each.path for each in sets), weights or None)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Logs the warnings that come up inside."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        logger.warning("%s", warning.message)
 
 
 def make_norm_stats(
-    config: TrainConfig, store: EpisodeStore, source: Dataset, spec: EnvSpec | None
+    config: TrainConfig, prior: Mixture, sources: Sequence[Dataset], spec: EnvSpec | None
 ) -> dict[str, NormStats]:
     """Statistics of the prior data, as it comes to normalization, unless the configuration names some.
 
-    A bounded action space speaks for itself.
+    Several data sets count by their shares. A bounded action space speaks for itself.
     """
-    if config.data.norm_stats is not None:
-        dims = {"state": store.state.shape[1], "actions": store.actions.shape[1]}
-        return normalize.load_for(config.data.norm_stats, dims, quantiles=_has_quantiles(config))
-    before = before_normalization(config)
-    in_memory = isinstance(store.state, np.ndarray) and isinstance(store.actions, np.ndarray)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if before:
-            horizon = config.policy.action_horizon
-            stats = normalize.from_source(source, Compose(before), horizon=horizon, min_std=config.data.min_std)
-        elif in_memory:
-            stats = normalize.from_store(store, min_std=config.data.min_std)
-        else:
-            stats = normalize.from_source(source, min_std=config.data.min_std)
-    for warning in caught:
-        logger.warning("%s", warning.message)
+    with _told():
+        given = _given_stats(config, prior)
+        stats = given or _own_stats(config, prior, sources, config.data.min_std)
+        if given or len(sources) > 1:
+            _judge_stats(config, stats, prior, sources)
     if config.data.action_normalization == "bounds":
         if spec is None:
             raise ValueError(
@@ -355,6 +368,34 @@ def make_norm_stats(
             )
         stats["actions"] = normalize.bounds_stats(spec.action_low, spec.action_high)
     return stats
+
+
+def _own_stats(config: TrainConfig, prior: Mixture, sources: Sequence[Dataset], min_std: float) -> dict[str, NormStats]:
+    before, store = before_normalization(config), prior.stores[0]
+    in_memory = isinstance(store.state, np.ndarray) and isinstance(store.actions, np.ndarray)
+    if in_memory and not before and len(sources) == 1:
+        return normalize.from_store(store, min_std=min_std)
+    transform = Compose(before) if before else None
+    horizon = config.policy.action_horizon if before else 1
+    return normalize.from_sources(sources, prior.shares, transform, horizon=horizon, min_std=min_std)
+
+
+def _judge_stats(
+    config: TrainConfig, stats: Mapping[str, NormStats], prior: Mixture, sources: Sequence[Dataset]
+) -> None:
+    """Warns where statistics that are somebody's, or those of several data sets together, do not fit one of them."""
+    where = config.data.norm_stats or "the statistics of all data sets together"
+    for name, store, source in zip(prior.names, prior.stores, sources, strict=True):
+        own = _own_stats(config, Mixture((store,)), [source], 0.0)
+        normalize.warn_of_misfits(stats, own, where=where, of=name, quantiles=_has_quantiles(config))
+
+
+def _given_stats(config: TrainConfig, prior: Mixture) -> dict[str, NormStats] | None:
+    """Somebody's statistics, if the configuration names them."""
+    if config.data.norm_stats is None:
+        return None
+    dims = {"state": prior.stores[0].state.shape[1], "actions": prior.stores[0].actions.shape[1]}
+    return normalize.load_for(config.data.norm_stats, dims, quantiles=_has_quantiles(config))
 
 
 def make_transform(

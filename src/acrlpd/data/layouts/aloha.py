@@ -28,7 +28,7 @@ class Aloha:
     name = "aloha"
 
     def __init__(self, paths: Sequence[Path], options: Options):
-        options.only(self.name, "state_keys", "action_keys", "jpeg_bgr")
+        options.check(self.name)
         self._options = options
         self._paths = paths
         self.sources = [str(path) for path in paths]

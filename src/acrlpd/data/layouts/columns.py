@@ -22,6 +22,7 @@ from PIL import Image
 from acrlpd import files
 from acrlpd.data import pictures
 from acrlpd.data.episodes import OptionError, check_fps
+from acrlpd.data.options import check_format
 from acrlpd.types import typed
 
 
@@ -121,11 +122,11 @@ class Options:
             if getattr(self, name) == ():
                 raise OptionError(f"{name} names no key. Leave it out for the default of the format.")
 
-    def only(self, layout: str, *known: str) -> None:
-        """Refuses an option that means nothing to ``layout``: to ignore it would be worse."""
-        for name in ("state_keys", "action_keys", "filter_key", "align_observations", "jpeg_bgr", "drop_idle"):
-            if getattr(self, name) and name not in known:
-                raise OptionError(f"{name} does not apply to the layout found here ({layout}). Leave it out.")
+    def check(self, layout: str) -> None:
+        """Refuses options that mean nothing to ``layout``."""
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name):
+                check_format(field.name, layout)
 
 
 class Reading:

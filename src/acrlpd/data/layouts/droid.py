@@ -50,7 +50,7 @@ class Droid:
     name = "droid"
 
     def __init__(self, root: Path, options: Options):
-        options.only(self.name, "state_keys", "action_keys", "drop_idle")
+        options.check(self.name)
         self._root = root
         self._options = options
         self._folders = _folders(root)

@@ -126,7 +126,7 @@ class Own:
     name = "acrlpd"
 
     def __init__(self, paths: Sequence[Path], options: Options):
-        options.only(self.name)
+        options.check(self.name)
         self._options = options
         self._paths = paths
         self.sources = [str(path) for path in paths]

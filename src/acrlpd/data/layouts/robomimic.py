@@ -63,8 +63,7 @@ class Robomimic:
             raise ValueError(f"{paths[0].parent}: expected files of one kind, found robomimic's and LIBERO's")
         (self._libero,) = libero
         self.name = "libero" if self._libero else "robomimic"
-        known = ("align_observations",) if self._libero else ()
-        options.only(self.name, "state_keys", "action_keys", "filter_key", *known)
+        options.check(self.name)
         self.sources = [f"{path}: data/{demo}" if demo else str(path) for path, demo in self._demos]
 
     def scan(self, index: int) -> Record:

@@ -1,0 +1,109 @@
+"""What may be said about how to read recorded episodes: the one table that runs, commands and readers share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from acrlpd.data.episodes import OptionError, check_fps
+from acrlpd.data.npz import ButtonGoal, CubeGoal
+from acrlpd.data.rewards import RewardConfig
+
+HDF5 = ("acrlpd", "aloha", "robomimic", "libero", "droid")
+
+
+def _of(default: Any, *formats: str) -> Any:
+    """A field that means something to these formats alone."""
+    return dataclasses.field(default=default, metadata={"formats": formats})
+
+
+@dataclasses.dataclass(frozen=True)
+class ReaderOptions:
+    """How to read a data set. A reader refuses what means nothing to its format."""
+
+    # the format's names of the cameras to use; empty: all
+    cameras: tuple[str, ...] = _of((), *HDF5, "lerobot")
+    # the format's names of what makes the state, put side by side; empty: the usual ones
+    state_keys: tuple[str, ...] = _of((), "aloha", "robomimic", "libero", "droid", "lerobot", "minari")
+    # likewise for the actions
+    action_keys: tuple[str, ...] = _of((), "aloha", "robomimic", "libero", "droid", "lerobot")
+    # the instruction of episodes that have none
+    default_task: str = _of("", *HDF5, "lerobot", "npz", "minari")
+    # steps a second, where the format does not say or says it wrong
+    fps: float | None = _of(None, *HDF5, "npz", "minari")
+    # robomimic and LIBERO: the name of a subset of the demos
+    filter_key: str | None = _of(None, "robomimic", "libero")
+    # LeRobot: numbers of the episodes to read, in this order; empty: all
+    episodes: tuple[int, ...] = _of((), "lerobot")
+    # LeRobot: seconds by which a timestamp or a video frame may be off; None: 1e-4
+    tolerance_s: float | None = _of(None, "lerobot")
+    # HDF5 and LeRobot: decode every picture when opening; None: only where bad episodes are skipped
+    check_images: bool | None = _of(None, *HDF5, "lerobot")
+    # LIBERO: pair every action with what was seen before it, not after
+    align_observations: bool = _of(False, "libero")
+    # ALOHA: red and blue are swapped in the JPEGs, which nothing in the files tells
+    jpeg_bgr: bool = _of(False, "aloha")
+    # DROID: leave out the steps at which the operator was not driving
+    drop_idle: bool = _of(False, "droid")
+    # OGBench: keep actions from -1 and 1 by 1e-5, as QC does
+    clip_actions: bool = _of(False, "npz")
+    # OGBench play data: where each cube should be, in m
+    cube_goal: tuple[tuple[float, float, float], ...] = _of((), "npz")
+    # OGBench play data: the state that each button should have
+    button_goal: tuple[int, ...] = _of((), "npz")
+
+    def check(self) -> None:
+        """Refuse values that no reader could make sense of."""
+        check_fps(self.fps)
+        if self.tolerance_s is not None and not 0 <= self.tolerance_s < math.inf:
+            raise OptionError(f"tolerance_s must be finite and not negative, got {self.tolerance_s}")
+        if any(number < 0 for number in self.episodes):
+            raise OptionError(f"episodes must be numbers from 0 on, got {self.episodes}")
+        if self.cube_goal and self.button_goal:
+            raise OptionError("cube_goal and button_goal exclude each other")
+
+    def said(self) -> dict[str, Any]:
+        """The options that differ from their defaults, by name."""
+        fields = dataclasses.fields(ReaderOptions)
+        return {field.name: value for field in fields if (value := getattr(self, field.name)) != field.default}
+
+    def for_reader(self) -> dict[str, Any]:
+        """What was said, as arguments of a reader."""
+        self.check()
+        found = self.said()
+        for name, goal in (("cube_goal", CubeGoal), ("button_goal", ButtonGoal)):
+            if name in found:
+                found["goal"] = goal(found.pop(name))
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSource(ReaderOptions):
+    """One of the data sets of a run. What it leaves out of its options is as the run's ``data`` has it."""
+
+    path: str = ""  # of episodes in any format we read
+    weight: float | None = None  # how often it is drawn from, beside the others; None: every step is as likely
+    frame_cache: str | None = None  # folder that `acrlpd data cache` filled at policy.image_size
+    rewards: RewardConfig | None = None  # which rewards its episodes get
+
+    def over(self, data: Any) -> DataSource:
+        """With the options of ``data``, a configuration's, where this one says nothing."""
+        options = (field for field in dataclasses.fields(self) if field.name not in ("path", "weight"))
+        unsaid = {each.name for each in options if getattr(self, each.name) == each.default}
+        return dataclasses.replace(self, **{name: getattr(data, name) for name in unsaid})
+
+
+FORMATS: dict[str, tuple[str, ...]] = {
+    field.name: field.metadata["formats"] for field in dataclasses.fields(ReaderOptions)
+}
+"""The formats that each option means something to; ``npz`` is OGBench's."""
+
+
+def check_format(name: str, layout: str) -> None:
+    """Refuses an option that means nothing to ``layout``: to ignore it would be worse."""
+    if layout not in FORMATS[name]:
+        raise OptionError(
+            f"{name} does not apply to the layout found here ({layout}), but to {', '.join(FORMATS[name])}. Leave it "
+            "out."
+        )

@@ -143,6 +143,8 @@ def parse_json(text: str | bytes, where: str, kind: type = dict, *, allow_nan: b
     hooks: dict[str, Any] = {} if allow_nan else {"parse_constant": _refuse_constant, "parse_float": _finite}
     try:
         content = json.loads(text, object_pairs_hook=_unique, parse_int=_whole, **hooks)
+        if (b"\\u" if isinstance(text, bytes) else "\\u") in text:
+            json.dumps(content, ensure_ascii=False).encode()  # half a character is a text that nobody can write
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, what the hooks refuse; too many brackets
         raise ValueError(f"{where}: expected JSON, found {error}") from error
     if not isinstance(content, kind):

@@ -18,7 +18,6 @@ from jaxtyping import Shaped
 from acrlpd.files import check_memory, listed, one_line
 
 MAX_BYTES = 256 << 20
-MIN_VALUE_BYTES = 1  # in memory: of a number, a flag, a letter
 
 
 class DataError(ValueError):
@@ -147,10 +146,8 @@ def _readable(path: Path, read: Callable[[], Any]) -> Any:
 
 def checked(metadata: Any) -> Any:
     """Return a file's metadata; raise if it says that its columns are larger than this machine's memory."""
-    nbytes = 0
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            nbytes += max(column.total_uncompressed_size, column.num_values * MIN_VALUE_BYTES)
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]  # a column's would abort Python
+    nbytes = sum(max(group.total_byte_size, group.num_rows * group.num_columns) for group in groups)
     check_memory("columns", nbytes)
     return metadata
 

@@ -239,14 +239,15 @@ def _open(av: Any, path: Path) -> Any:
         raise VideoError("no such video file")
     try:
         container = av.open(str(path), options=LIMITS)
-    except (av.FFmpegError, UnicodeError) as error:
-        raise VideoError(
-            f"the video cannot be opened ({getattr(error, 'strerror', error)}); the mp4 is truncated or damaged"
-        ) from error
+    except av.FFmpegError as error:
+        raise VideoError(f"the video cannot be opened ({error.strerror}); the mp4 is truncated or damaged") from error
     if not container.streams.video:
         container.close()
         raise VideoError("the file holds no video stream")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        container.close()
+        raise VideoError("the video is coded in a way that is not known here; the mp4 is damaged, or FFmpeg lacks it")
     if not 0 < stream.height * stream.width <= MAX_PIXELS:
         container.close()
         raise VideoError(f"the video says to have {stream.width}x{stream.height} pixels: it is damaged, or a trap")

@@ -35,6 +35,7 @@ MAX_YAML_BYTES = 1 << 20
 MAX_YAML_NODES = 100_000  # with what its aliases stand for
 MAX_DIGITS = 64  # of a number: no value of ours has more
 MAX_LISTED = 30  # names in an error
+MAX_TOLD = 400  # characters of what a library says
 MAX_NAME = 1024  # characters of a name below a folder
 
 # what acts on a terminal instead of being seen on it: controls, changes of direction, halves of characters
@@ -275,8 +276,8 @@ def listed(names: Iterable[object]) -> str:
 
 
 def one_line(error: object) -> str:
-    """Return what a library says, which may be several lines, for the middle of a sentence."""
-    return printable(" ".join(str(error).split()))
+    """Return what a library says, which may be long and of several lines, for the middle of a sentence."""
+    return printable(" ".join(str(error)[:MAX_TOLD].split()))
 
 
 def check_memory(where: str, nbytes: int) -> None:

@@ -91,6 +91,15 @@ def spoilt(path, rng, of, count):
     return None
 
 
+def scrambled(path, rng):
+    """Some bytes of a video, which may show other pictures then: whoever reads it cannot tell."""
+    content = bytearray(path.read_bytes())
+    for _ in range(int(rng.integers(1, 5))):
+        content[int(rng.integers(len(content)))] = int(rng.integers(256))
+    path.write_bytes(content)
+    return "some bytes"
+
+
 def no_file(path, rng):
     kind = pick(rng, ["pipe", "socket", "loop", "broken link", "device"])
     path.unlink()
@@ -604,7 +613,7 @@ BY_SUFFIX = {
     ".h5": [h5_array, h5_size, h5_link, h5_name, h5_attribute],
     ".parquet": [pq_cell, pq_column, pq_rows],
     ".npz": [npz_array, npz_member],
-    ".mp4": [],
+    ".mp4": [scrambled],
 }
 
 

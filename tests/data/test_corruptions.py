@@ -73,6 +73,8 @@ def check(seed, worker, whole):
         assert len(found["error"]) < 1500, told
         assert printable(found["error"]) == found["error"], told
         return
+    if "scrambled" in damage:  # other pictures, perhaps: no checksum covers a video
+        return
     expected = whole[name]
     assert found["fps"] == expected["fps"], damage
     assert found["cameras"] == expected["cameras"], damage

@@ -238,7 +238,7 @@ def _open(av: Any, path: Path) -> Any:
     if not path.is_file():
         raise VideoError("no such video file")
     try:
-        container = av.open(str(path), options=LIMITS)
+        container = av.open(str(path), options=LIMITS, metadata_errors="replace")
     except av.FFmpegError as error:
         raise VideoError(f"the video cannot be opened ({error.strerror}); the mp4 is truncated or damaged") from error
     if not container.streams.video:

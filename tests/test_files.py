@@ -50,6 +50,8 @@ JSON_TRAPS = {
     "not a number": '{"a": NaN}',
     "infinite": '{"a": -Infinity}',
     "twice": '{"a": 1, "a": 2}',
+    "half a character": r'{"a": "\ud800"}',
+    "half a name": r'{"\ud800": 1}',
 }
 
 

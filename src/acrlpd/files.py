@@ -141,16 +141,16 @@ def parse_json(text: str | bytes, where: str, kind: type = dict, *, allow_nan: b
     Raises:
         ValueError: it is no such text, or its outermost value is not of this ``kind``.
     """
+    text = _decoded(where, text) if isinstance(text, bytes) else text
     hooks: dict[str, Any] = {} if allow_nan else {"parse_constant": _refuse_constant, "parse_float": _finite}
     try:
         content = json.loads(text, object_pairs_hook=_unique, parse_int=_whole, **hooks)
-        if (b"\\u" if isinstance(text, bytes) else "\\u") in text:
+        if "\\u" in text:
             json.dumps(content, ensure_ascii=False).encode()  # half a character is a text that nobody can write
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, what the hooks refuse; too many brackets
+    except (ValueError, RecursionError) as error:  # not JSON, what the hooks refuse; too many brackets
         raise ValueError(f"{where}: expected JSON, found {error}") from error
     if not isinstance(content, kind):
-        kinds: dict[Any, str] = {dict: "a JSON object", list: "a JSON list"}
-        told = kinds.get(kind, kind.__name__)
+        told = "a JSON object" if kind is dict else f"a JSON {kind.__name__}"
         raise ValueError(f"{where}: expected {told}, found {_told_kind(content)}")
     return content
 

@@ -110,3 +110,13 @@ def test_damaged_files(path, tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(DataError, match="without a footer"):
         ParquetReader().columns(path, ("plain",))
+
+
+@pytest.mark.timeout(60)
+def test_more_rows_than_a_file_can_hold_are_refused(tmp_path):
+    """A column of one value takes next to nothing, whatever its length."""
+    path = tmp_path / "bomb.parquet"
+    rows = 30_000_000
+    pq.write_table(pa.table({"index": np.zeros(rows, np.int8)}), path, compression="zstd", row_group_size=rows)
+    with pytest.raises(DataError, match="expected fewer rows in a file of this size, found 30000000"):
+        ParquetReader().columns(path, ["index"])

@@ -23,7 +23,7 @@ import numpy as np
 
 from acrlpd import files
 from acrlpd.data.episodes import OptionError, told_numbers
-from acrlpd.data.parquet import checked, import_pyarrow
+from acrlpd.data.parquet import DataError, checked, import_pyarrow
 from acrlpd.data.pictures import DEPTH_BY_NAME, NOT_CHOSEN, is_depth
 
 PICTURES = ("image", "video")  # dtypes of cameras
@@ -418,7 +418,7 @@ def _read_table(path: Path) -> dict[str, list[Any]]:
         raise ValueError(f"{path}: no such file; the dataset is incomplete")
     try:
         file = arrow.parquet.ParquetFile(path)
-        if checked(file.metadata).num_rows > MAX_ROWS:
+        if checked(file.metadata, path).num_rows > MAX_ROWS:
             raise ValueError(f"{path}: expected a table of at most {MAX_ROWS} rows, found {file.metadata.num_rows}")
         names = [name for name in file.schema_arrow.names if not name.startswith("stats/")]
         if len(set(names)) < len(names):
@@ -426,6 +426,8 @@ def _read_table(path: Path) -> dict[str, list[Any]]:
             raise ValueError(f"{path}: column {twice!r} occurs more than once; expected one of each name")
         table = file.read(names)
         return {name: table[name].to_pylist() for name in names}
+    except DataError as error:
+        raise ValueError(f"{path}: {error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected texts in UTF-8, found invalid bytes ({error})") from error
     except (arrow.ArrowException, OSError) as error:

@@ -18,6 +18,7 @@ from jaxtyping import Shaped
 from acrlpd.files import check_memory, listed, one_line
 
 MAX_BYTES = 256 << 20
+MAX_VALUES_A_BYTE = 100
 
 
 class DataError(ValueError):
@@ -76,7 +77,7 @@ class ParquetReader:
 
     def _metadata(self, path: Path) -> Any:
         parquet = import_pyarrow().parquet
-        return self._kept.get((path,), lambda: _readable(path, lambda: checked(parquet.read_metadata(path))))
+        return self._kept.get((path,), lambda: _readable(path, lambda: checked(parquet.read_metadata(path), path)))
 
     def _read(self, path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         self._check_names(path, names)
@@ -144,8 +145,13 @@ def _readable(path: Path, read: Callable[[], Any]) -> Any:
         ) from error
 
 
-def checked(metadata: Any) -> Any:
-    """Return a file's metadata; raise if it says that its columns are larger than this machine's memory."""
+def checked(metadata: Any, path: Path) -> Any:
+    """Return a file's metadata; raise if it says that its columns are larger than the file, or this machine's memory.
+
+    Columns of one value take next to nothing, but those that count (index, time) do not.
+    """
+    if metadata.num_rows * metadata.num_columns > MAX_VALUES_A_BYTE * path.stat().st_size:
+        raise DataError(f"expected fewer rows in a file of this size, found {metadata.num_rows}. Is it damaged?")
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]  # a column's would abort Python
     nbytes = sum(max(group.total_byte_size, group.num_rows * group.num_columns) for group in groups)
     check_memory("columns", nbytes)

@@ -107,7 +107,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainingCheckpoint:
         ema_params=None if plain is None else saved,
         opt_state=state["opt_state"],
         norm_stats={
-            file.parent.relative_to(assets).as_posix(): file.read_text(encoding="utf-8")
+            file.parent.relative_to(assets).as_posix(): files.read_text(file)
             for file in sorted(assets.rglob(_NORM_STATS))
         },
     )

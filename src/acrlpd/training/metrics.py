@@ -24,6 +24,7 @@ class JsonlWriter:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():  # half a line, left by a kill, would spoil the first line of a resumed run
+            files.check_file(path)
             whole = path.read_bytes()
             os.truncate(path, whole.rfind(b"\n") + 1)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the life of a run)

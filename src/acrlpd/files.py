@@ -280,11 +280,11 @@ def one_line(error: object) -> str:
     return printable(" ".join(str(error)[:MAX_TOLD].split()))
 
 
-def check_memory(where: str, nbytes: int) -> None:
-    """Raise ValueError if an array that a file tells of is larger than this machine's memory."""
+def check_memory(where: str, nbytes: int, error: type[ValueError] = ValueError) -> None:
+    """Raise ``error`` if an array that a file tells of is larger than this machine's memory."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if nbytes > memory:
-        raise ValueError(
+        raise error(
             f"{where}: expected what fits into memory ({memory / 1e9:.0f} GB), found {nbytes / 1e9:.0f} GB. "
             "Is the file damaged?"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -114,6 +115,7 @@ def check_start(rows: dict[str, np.ndarray], tolerance_s: float) -> None:
 
 def decode_images(cells: Sequence[Cell], first: int, size: tuple[int, int]) -> UInt8[np.ndarray, "t h w 3"]:
     """The pictures in cells, as RGB, all of ``size`` (height, width); ``first`` is the number of the first frame."""
+    files.check_memory("pictures", len(cells) * math.prod(size) * 3, DataError)
     frames = np.empty((len(cells), *size, 3), np.uint8)
     for frame, (cell, picture) in enumerate(zip(cells, frames, strict=True), start=first):
         _check_size(_size(cell, frame), frame, size)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from acrlpd.data.pictures import PictureError
-from acrlpd.files import MAX_PIXELS
+from acrlpd.files import MAX_PIXELS, check_memory
 
 READ_ON_S = 0.2  # decode on, instead of seeking, up to this far ahead
 MAX_OPEN_FILES = 16
@@ -58,6 +58,7 @@ class VideoReader:
         Raises:
             VideoError: a time has no frame within ``tolerance_s``, or the frame lies outside the half-open ``span_s``.
         """
+        check_memory("frames", len(times_s) * self._stream.height * self._stream.width * 3, VideoError)
         out = np.empty((len(times_s), self._stream.height, self._stream.width, 3), np.uint8)
         with self._lock:
             try:

@@ -325,6 +325,9 @@ class Rows:
     def read(self, start: int, stop: int) -> np.ndarray:
         if self.offset is not None and stop > start:
             return self._read_plain(start, stop, self.offset)
+        files.check_memory(
+            f"{self.path}: {self.label}", (stop - start) * math.prod(self.row_shape) * self.dtype.itemsize
+        )
         with Reading(self.path) as file:
             return file[self.name][start:stop]
 
@@ -477,6 +480,7 @@ class Jpegs:
         return len(self.rows)
 
     def read(self, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
+        files.check_memory(f"{self.path}: {self.label}", (stop - start) * math.prod(self.row_shape))
         frames = np.empty((stop - start, *self.row_shape), np.uint8)
         for frame, (number, row) in zip(frames, enumerate(_cells(self.rows, start, stop), start), strict=True):
             frame[...] = self._decode(number, row)

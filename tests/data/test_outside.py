@@ -16,6 +16,7 @@ from acrlpd.data.frame_cache import FrameCache, FrameOrigin
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.layouts.columns import Reading, check_inside
 from acrlpd.data.lerobot import LeRobotSource, hub_folder
+from acrlpd.data.sources import open_episodes
 from acrlpd.data.video import VideoError, frame_times
 from acrlpd.files import open_picture
 from acrlpd.models import weights
@@ -179,3 +180,21 @@ def test_pictures_of_other_kinds_are_refused(kind):
     Image.new("RGB", (16, 16)).save(buffer, kind)
     with pytest.raises(ValueError, match="neither PNG nor JPEG nor WebP"):
         open_picture(buffer.getvalue())
+
+
+@pytest.mark.timeout(20)
+def test_a_maze_of_links_ends(tmp_path):
+    """Twelve folders, each with eight links to the next one: billions of ways to the last."""
+    for level in range(12):
+        folder = tmp_path / f"set/level{level}"
+        folder.mkdir(parents=True)
+        for link in range(8):
+            (folder / f"link{link}").symlink_to(f"../level{level + 1}")
+    with pytest.raises(ValueError, match="ways of links"):
+        open_episodes(tmp_path / "set")
+
+
+def test_links_that_lead_back_are_followed_once(tmp_path):
+    hdf5.write_episode(tmp_path / "set/episode_0.hdf5", episode(), {"fps": 10})
+    (tmp_path / "set/again").symlink_to(".")
+    assert open_episodes(tmp_path / "set").num_episodes == 1

@@ -55,9 +55,19 @@ class Video:
             raise _named(self.path, self.label, error) from error
 
 
-@functools.lru_cache(maxsize=4096)
 def _frame_times(path: Path) -> Float[np.ndarray, " n"]:
-    """Kept for the videos in use only: those of a whole data set would take hundreds of megabytes."""
+    if not path.is_file():
+        raise video.VideoError("no such video file")
+    status = path.stat()
+    return _times_of(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@functools.lru_cache(maxsize=4096)
+def _times_of(path: Path, *state: int) -> Float[np.ndarray, " n"]:
+    """Kept for the videos in use only: those of a whole data set would take hundreds of megabytes.
+
+    Another file may take the place of one: ``state`` tells them apart.
+    """
     return video.frame_times(path)
 
 

@@ -10,12 +10,12 @@ import asyncio
 import collections
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from acrlpd.data.transforms import Data
-from acrlpd.serving.policy import Policy
+from acrlpd.serving.policy import NotFiniteError, Policy
 from acrlpd.serving.request import Request
 
 
@@ -114,12 +114,22 @@ class Batcher:
         loop, policy = asyncio.get_running_loop(), self.policy
         try:
             answers = await loop.run_in_executor(self._thread, lambda: policy.infer_batch(requests, size=size))
+        except NotFiniteError as error:
+            _tell(batch, [error if answer is None else answer for answer in error.answers])
+            return
         except Exception as error:  # noqa: BLE001  # each of those who wait raises it
-            for waiting in batch:
-                if not waiting.answer.done():
-                    waiting.answer.set_exception(error)
+            _tell(batch, [error] * len(batch))
             return
         self._on_batch(len(batch), size, time.monotonic() - start)
-        for waiting, answer in zip(batch, answers, strict=True):
-            if not waiting.answer.done():
-                waiting.answer.set_result(answer)
+        _tell(batch, answers)
+
+
+def _tell(batch: Sequence[_Waiting], answers: Sequence[Data | Exception]) -> None:
+    """Hand over the answers to those who still wait for them."""
+    for waiting, answer in zip(batch, answers, strict=True):
+        if waiting.answer.done():
+            continue
+        if isinstance(answer, Exception):
+            waiting.answer.set_exception(answer)
+        else:
+            waiting.answer.set_result(answer)

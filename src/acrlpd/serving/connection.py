@@ -1,0 +1,242 @@
+"""A connection that is held to its share, from the moment it is accepted.
+
+Whoever says nothing gives way to those who come later (``Lobby``); whoever has cost the event loop much is read again
+after a rest (``Pace``); whoever sends crumbs, or leaves unread what it was sent, is cut off (``GuardedConnection``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import socket
+import time
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from websockets.asyncio.server import ServerConnection
+from websockets.exceptions import ProtocolError
+from websockets.frames import Frame
+
+from acrlpd.serving.limits import RateLimit, client_address
+
+MAX_SILENT = 256  # connections that have not finished the opening handshake, TLS included
+MAX_SILENT_PER_ADDRESS = 64
+BACKLOG = 128  # connections that the system holds until they are accepted
+CRUMB_BYTES = 1024  # a frame with less in it is a crumb
+MAX_CRUMBS, CRUMBS_PER_S = 64, 20.0  # at once, or since the last message that was answered; and for ever
+MAX_UNREAD_BYTES = 2**20  # written for a peer and not taken by it
+CLOSE_S = 1.0  # for the end of a connection that is being closed
+FREE_S = 0.0005  # of the event loop's time that nobody pays for: a usual message takes less at a time
+REST = 3.0  # seconds of rest for each second beyond: all who rest have a quarter of the event loop together
+HANDSHAKE_S = 0.0005  # what a connection costs before it has asked for anything
+
+
+class Visitor(socket.socket):
+    """An accepted socket that is in the lobby until ``admit``."""
+
+    lobby: Lobby
+    address: str
+    hang_up: Callable[[], None]  # ends the connection from outside
+
+    def cut(self) -> None:
+        """End the connection while no transport knows of it, or TLS has not begun."""
+        try:
+            self.shutdown(socket.SHUT_RDWR)
+        except OSError:  # the peer was faster
+            return
+
+    def close(self) -> None:
+        self.lobby.leave(self.fileno())
+        super().close()
+
+
+class Listener(socket.socket):
+    """A listening socket whose visitors wait in a lobby; one is accepted at a time."""
+
+    lobby: Lobby
+
+    @classmethod
+    def of(cls, bound: socket.socket, lobby: Lobby) -> Listener:
+        """Return the listener that takes over a bound socket."""
+        listener = cls(bound.family, bound.type, bound.proto, bound.detach())
+        listener.lobby = lobby
+        return listener
+
+    def listen(self, backlog: int = BACKLOG) -> None:
+        """Let the system hold many; asyncio accepts ``backlog`` of them in one go, while everything else waits."""
+        super().listen(BACKLOG)
+
+    def accept(self) -> tuple[Visitor, Any]:
+        accepted, peer = super().accept()
+        visitor = Visitor(accepted.family, accepted.type, accepted.proto, accepted.detach())
+        visitor.lobby, visitor.address, visitor.hang_up = self.lobby, client_address(peer), visitor.cut
+        self.lobby.enter(visitor)
+        return visitor, peer
+
+
+class Lobby:
+    """Connections whose handshake is not finished. Where there are too many, the one that came first has to go.
+
+    So silence keeps nobody out: whoever asks at once is served.
+    """
+
+    def __init__(self, evicted: Callable[[], Any]):
+        self._inside: dict[int, Visitor] = {}  # by file descriptor, the oldest first
+        self._evicted = evicted
+
+    def __len__(self) -> int:
+        return len(self._inside)
+
+    def enter(self, visitor: Visitor) -> None:
+        self._inside[visitor.fileno()] = visitor
+        counts = collections.Counter(each.address for each in self._inside.values())
+        if counts[visitor.address] > MAX_SILENT_PER_ADDRESS:
+            self._evict(visitor.address)
+        elif len(self._inside) > MAX_SILENT:
+            self._evict(counts.most_common(1)[0][0])
+
+    def _evict(self, address: str) -> None:
+        oldest = next(each for each in self._inside.values() if each.address == address)
+        self.leave(oldest.fileno())
+        oldest.hang_up()
+        self._evicted()
+
+    def meet(self, descriptor: int, hang_up: Callable[[], None]) -> None:
+        """Remember the way to end a connection that has a transport now."""
+        if visitor := self._inside.get(descriptor):
+            visitor.hang_up = hang_up
+
+    def leave(self, descriptor: int) -> None:
+        self._inside.pop(descriptor, None)
+
+
+class Pace:
+    """Rests: who has worked the event loop for a second is left alone for three, and longer if others rest too."""
+
+    def __init__(self) -> None:
+        self._until: dict[Hashable, float] = {}
+
+    def left(self, who: Hashable) -> float:
+        """Return the seconds for which ``who`` rests."""
+        return max(0.0, self._until.get(who, 0.0) - time.monotonic())
+
+    def charge(self, who: Hashable, seconds: float) -> float:
+        """Return the seconds for which ``who`` rests, after more work."""
+        now = time.monotonic()
+        self._until = {each: until for each, until in self._until.items() if until > now}
+        resting = len(self._until.keys() | {who})
+        self._until[who] = max(now, self._until.get(who, now)) + seconds * REST * resting
+        return self._until[who] - now
+
+    def bequeath(self, who: Hashable, heir: Hashable) -> None:
+        """Leave the rest of one who has gone to who comes after."""
+        until = self._until.pop(who, 0.0)
+        self._until[heir] = max(until, self._until.get(heir, 0.0))
+
+
+class _Gate:
+    """A transport that reads while nobody has asked it to pause: neither the queue of frames nor a rest."""
+
+    def __init__(self, transport: asyncio.Transport):
+        self._transport = transport
+        self._reasons: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def pause_reading(self, reason: str = "queue") -> None:
+        self._reasons.add(reason)
+        self._transport.pause_reading()
+
+    def resume_reading(self, reason: str = "queue") -> None:
+        self._reasons.discard(reason)
+        if not self._reasons:
+            self._transport.resume_reading()
+
+
+class GuardedConnection(ServerConnection):
+    """A websocket under the rules of this module.
+
+    Args:
+        timeout_s: how long a peer may leave what it was sent.
+        alone: whether nobody else is connected who could be disturbed.
+    """
+
+    def __init__(
+        self, *arguments: Any, lobby: Lobby, pace: Pace, timeout_s: float, alone: Callable[[], bool], **options: Any
+    ):
+        super().__init__(*arguments, **options)
+        self.owner: Hashable = None  # whose requests take turns with those of others: a key, or an address
+        self._lobby, self._pace, self._timeout_s, self._alone = lobby, pace, timeout_s, alone
+        self._crumbs = RateLimit(CRUMBS_PER_S, burst=MAX_CRUMBS)
+        self._unread: asyncio.TimerHandle | None = None
+        self._ending: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        gate: Any = _Gate(transport)  # type: ignore[arg-type]
+        super().connection_made(gate)
+        self.address = client_address(self.remote_address)
+        self._descriptor = transport.get_extra_info("socket").fileno()
+        self._lobby.meet(self._descriptor, gate.abort)
+        self._take_frame = self.protocol.recv_frame
+        self.protocol.recv_frame = self._weigh  # type: ignore[method-assign]  # before the frame is kept
+        door = ("door", self.address)
+        self._rest(self._pace.left(door))
+        self._pace.charge(door, HANDSHAKE_S)
+
+    def admit(self) -> None:
+        """Leave the lobby: the handshake is finished."""
+        self._lobby.leave(self._descriptor)
+
+    def _weigh(self, frame: Frame) -> None:
+        if len(frame.data) < CRUMB_BYTES and not self._crumbs.allows():
+            raise ProtocolError(
+                f"more than {MAX_CRUMBS} frames of less than {CRUMB_BYTES} bytes before an answer; send larger ones"
+            )
+        self._take_frame(frame)
+
+    def answered(self) -> None:
+        """Forget the crumbs of a message that has its answer."""
+        self._crumbs.refill()
+
+    def data_received(self, data: bytes) -> None:
+        start = time.thread_time()
+        super().data_received(data)
+        self.worked(time.thread_time() - start)
+        if self.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
+            self.transport.abort()
+        elif self._ending is None and self.protocol.close_expected():
+            self._ending = self.loop.call_later(CLOSE_S, self.transport.abort)
+
+    def worked(self, seconds: float) -> None:
+        """Count the event loop's time that this peer has taken; too much of it costs a rest."""
+        if seconds > FREE_S and not self._alone():
+            self._rest(self._pace.charge(self, seconds - FREE_S))
+
+    def _rest(self, seconds: float) -> None:
+        if seconds > 0:
+            self.transport.pause_reading("rest")
+            self.loop.call_later(seconds, self._wake)
+
+    def _wake(self) -> None:
+        left = self._pace.left(self)
+        if left > 0:
+            self.loop.call_later(left, self._wake)
+        else:
+            self.transport.resume_reading("rest")
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(self._timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._unread, self._ending):
+            if timer is not None:
+                timer.cancel()
+        self._pace.bequeath(self, ("door", self.address))
+        super().connection_lost(exc)

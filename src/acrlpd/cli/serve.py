@@ -80,9 +80,11 @@ def _refuse_unused(checkpoint: str, openpi: OpenPIOptions) -> None:
 def _api_keys(path: str | None) -> tuple[str, ...]:
     """Keys never stand on the command line, which every user of a machine can read."""
     if path is not None:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        keys = tuple(line.strip() for line in lines if line.strip())
+        text = Path(path).read_bytes().decode("utf-8", errors="replace")
+        keys = tuple(line.strip() for line in text.splitlines() if line.strip())
         if not keys:
             raise ValueError(f"{path} holds no API key: expected one a line")
+        if "\ufffd" in text:
+            raise ValueError(f"{path} is no text in UTF-8: expected an API key a line, in printable ASCII")
         return keys
     return tuple(key for key in [os.environ.get(API_KEY_VARIABLE, "")] if key)

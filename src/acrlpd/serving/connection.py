@@ -15,7 +15,7 @@ from typing import Any
 
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ProtocolError
-from websockets.frames import Frame
+from websockets.frames import DATA_OPCODES, Frame
 
 from acrlpd.serving.limits import RateLimit, client_address
 
@@ -101,6 +101,11 @@ class Lobby:
         oldest.hang_up()
         self._evicted()
 
+    def clear(self) -> None:
+        """End all of them: the server stops."""
+        for visitor in list(self._inside.values()):
+            visitor.hang_up()
+
     def meet(self, descriptor: int, hang_up: Callable[[], None]) -> None:
         """Remember the way to end a connection that has a transport now."""
         if visitor := self._inside.get(descriptor):
@@ -134,6 +139,25 @@ class Pace:
         self._until[heir] = max(until, self._until.get(heir, 0.0))
 
 
+class Hold:
+    """Bytes that have come and are not answered, of all connections together.
+
+    Where they are too many, those who hold more than their share have to go, at their next bytes.
+    """
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes = max_bytes
+        self._bytes: collections.Counter[Hashable] = collections.Counter()
+
+    def change(self, who: Hashable, by: int) -> bool:
+        """Return whether ``who`` may hold what it holds now."""
+        self._bytes[who] = max(0, self._bytes[who] + by)
+        return self._bytes.total() <= self._max_bytes or self._bytes[who] <= self._max_bytes / len(self._bytes)
+
+    def forget(self, who: Hashable) -> None:
+        self._bytes.pop(who, None)
+
+
 class _Gate:
     """A transport that reads while nobody has asked it to pause: neither the queue of frames nor a rest."""
 
@@ -163,11 +187,19 @@ class GuardedConnection(ServerConnection):
     """
 
     def __init__(
-        self, *arguments: Any, lobby: Lobby, pace: Pace, timeout_s: float, alone: Callable[[], bool], **options: Any
+        self,
+        *arguments: Any,
+        lobby: Lobby,
+        pace: Pace,
+        hold: Hold,
+        timeout_s: float,
+        alone: Callable[[], bool],
+        **options: Any,
     ):
         super().__init__(*arguments, **options)
         self.owner: Hashable = None  # whose requests take turns with those of others: a key, or an address
-        self._lobby, self._pace, self._timeout_s, self._alone = lobby, pace, timeout_s, alone
+        self._lobby, self._pace, self._hold = lobby, pace, hold
+        self._timeout_s, self._alone = timeout_s, alone
         self._crumbs = RateLimit(CRUMBS_PER_S, burst=MAX_CRUMBS)
         self._unread: asyncio.TimerHandle | None = None
         self._ending: asyncio.TimerHandle | None = None
@@ -187,23 +219,29 @@ class GuardedConnection(ServerConnection):
     def admit(self) -> None:
         """Leave the lobby: the handshake is finished."""
         self._lobby.leave(self._descriptor)
+        self._hold.forget(self)
 
     def _weigh(self, frame: Frame) -> None:
         if len(frame.data) < CRUMB_BYTES and not self._crumbs.allows():
             raise ProtocolError(
                 f"more than {MAX_CRUMBS} frames of less than {CRUMB_BYTES} bytes before an answer; send larger ones"
             )
+        size = len(frame.data)
+        header = 6 + (0 if size < 126 else 2 if size < 2**16 else 8)  # of a masked frame
+        self._hold.change(self, -header if frame.opcode in DATA_OPCODES else -header - size)
         self._take_frame(frame)
 
-    def answered(self) -> None:
-        """Forget the crumbs of a message that has its answer."""
+    def answered(self, message: bytes | str) -> None:
+        """Forget the frames of a message that has its answer."""
         self._crumbs.refill()
+        self._hold.change(self, -len(message))
 
     def data_received(self, data: bytes) -> None:
+        may_hold = self._hold.change(self, len(data))
         start = time.thread_time()
         super().data_received(data)
         self.worked(time.thread_time() - start)
-        if self.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
+        if not may_hold or self.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
             self.transport.abort()
         elif self._ending is None and self.protocol.close_expected():
             self._ending = self.loop.call_later(CLOSE_S, self.transport.abort)
@@ -238,5 +276,6 @@ class GuardedConnection(ServerConnection):
         for timer in (self._unread, self._ending):
             if timer is not None:
                 timer.cancel()
+        self._hold.forget(self)
         self._pace.bequeath(self, ("door", self.address))
         super().connection_lost(exc)

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import errno
 import math
 import socket
 import ssl
@@ -16,6 +16,7 @@ from pathlib import Path
 from acrlpd.serving.limits import is_loopback
 
 MAX_PORT = 65535
+NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # one of a name's addresses, as ::1 of localhost without IPv6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,29 @@ def check_keys(config: ServerConfig, api_keys: Sequence[str]) -> None:
 
 
 def _bound(config: ServerConfig) -> list[socket.socket]:
-    """Return a socket for every address of the host, all with one port."""
+    """Return a socket for every address of the host that this machine has, all with one port."""
+    sockets: list[socket.socket] = []
+    port, failure = config.port, None
+    for family, address in _addresses(config):
+        try:
+            sockets.append(_listener(family, (address[0], port, *address[2:])))
+        except OSError as error:
+            failure = error
+            if error.errno not in NOT_HERE:
+                break
+        else:
+            port = sockets[-1].getsockname()[1]
+    if failure is None or (sockets and failure.errno in NOT_HERE):
+        return sockets
+    for each in sockets:
+        each.close()
+    raise ValueError(
+        f"cannot serve on {config.host} port {config.port}: {failure.strerror or failure}. Choose another --port (0: "
+        "any free one), or an address of this machine as --host."
+    ) from failure
+
+
+def _addresses(config: ServerConfig) -> list[tuple[int, tuple[object, ...]]]:
     try:
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
@@ -125,28 +148,21 @@ def _bound(config: ServerConfig) -> list[socket.socket]:
             f"host {config.host!r} is no address of this machine ({error}); give a name or a number without a port or "
             "brackets, such as 127.0.0.1 or ::1"
         ) from error
-    port, sockets = config.port, []
-    with contextlib.ExitStack() as undo:
-        for family, address in dict.fromkeys((family, address) for family, *_, address in found):
-            listener = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            _bind(listener, (address[0], port, *address[2:]), config)
-            port = listener.getsockname()[1]
-            sockets.append(listener)
-        undo.pop_all()
-    return sockets
+    return list(dict.fromkeys((family, address) for family, *_, address in found))
 
 
-def _bind(listener: socket.socket, address: tuple[object, ...], config: ServerConfig) -> None:
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if listener.family == socket.AF_INET6:
-        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+def _listener(family: int, address: tuple[object, ...]) -> socket.socket:
+    """Return a socket that is bound to the address."""
+    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.bind(address)
-    except OSError as error:
-        raise ValueError(
-            f"cannot serve on {config.host} port {config.port}: {error.strerror}. Choose another --port (0: any free "
-            "one), or an address of this machine as --host."
-        ) from error
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def _ssl_context(config: ServerConfig) -> ssl.SSLContext | None:

@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 SMALL_MESSAGE_BYTES = 4096  # a state and a prompt: handing them to a thread takes longer than preparing them
 LARGE_MESSAGE_BYTES = 2**20  # these wait for one another and for nobody else
+MAX_HELD_MESSAGES = 16  # of the largest size, received and not answered, of all connections together
 SWITCH_S = 0.0005  # for which the interpreter leaves a thread its turn: the event loop waits so long for each of them
 MAX_COMPLAINT = 1000  # characters of a TEXT frame
 INTERNAL_ERROR = 1011
@@ -150,15 +151,16 @@ class PolicyServer:
         """Return a server of websockets for each socket of the door."""
         from websockets.asyncio.server import serve
 
-        from acrlpd.serving.connection import CLOSE_S, GuardedConnection, Listener, Lobby, Pace
+        from acrlpd.serving.connection import CLOSE_S, GuardedConnection, Hold, Listener, Lobby, Pace
 
         config = self.config
-        lobby = Lobby(self.metrics.rejected.labels("silent").inc)
+        self._lobby = lobby = Lobby(self.metrics.rejected.labels("silent").inc)
         timeouts = {"ssl_handshake_timeout": config.message_timeout_s, "ssl_shutdown_timeout": CLOSE_S}
         connect = functools.partial(
             GuardedConnection,
             lobby=lobby,
             pace=Pace(),
+            hold=Hold(MAX_HELD_MESSAGES * config.max_message_bytes),
             timeout_s=config.message_timeout_s,
             alone=lambda: len(self._connections) <= 1,
         )
@@ -227,6 +229,7 @@ class PolicyServer:
         self._ready.set()  # whoever waits for it finds the server draining
         for server in servers:
             server.close(close_connections=False)
+        self._lobby.clear()
         await asyncio.gather(*(connection.close(1001, "server shutting down") for connection in list(self._idle)))
         try:
             async with asyncio.timeout(self.config.drain_timeout_s):
@@ -323,7 +326,7 @@ class PolicyServer:
             except RefusedError as refusal:
                 self.metrics.requests.labels("refused").inc()
                 await self._send(connection, str(refusal))
-                connection.answered()
+                connection.answered(message)
                 continue
             except InvalidRequestError as complaint:
                 self.metrics.requests.labels("invalid").inc()
@@ -338,7 +341,7 @@ class PolicyServer:
             if previous_s is not None:
                 answer["server_timing"]["prev_total_ms"] = previous_s * 1000
             await self._send(connection, codec.pack(answer))
-            connection.answered()
+            connection.answered(message)
             previous_s = time.monotonic() - start
             self.metrics.requests.labels("ok").inc()
         await connection.close(1001, "server shutting down")

@@ -12,207 +12,30 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import contextlib
-import dataclasses
-import multiprocessing
+import json
 import os
-import socket
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import machine
 import numpy as np
+from attackers import HOST, KINDS
 from serving import observation, write_checkpoint
 from websockets.asyncio.client import connect
 
 from acrlpd.serving import codec
 
-HOST, CAMERAS, GOOD_CLIENTS = "127.0.0.1", ("camera_0",), 2
+CAMERAS, GOOD_CLIENTS = ("camera_0",), 2
 MAX_RATIO = 3.0
-HANDSHAKE = (
-    b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-    b"Sec-WebSocket-Key: " + base64.b64encode(bytes(16)) + b"\r\n\r\n"
-)
-BINARY, PING, CONTINUED, LAST, MASKED = 0x02, 0x09, 0x00, 0x80, 0x80
-
-
-# -- attackers ---------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Attacker:
-    """One of those who attack, with a thread of its own, until ``end``."""
-
-    port: int
-    address: str
-    end: float
-
-    def going_on(self) -> bool:
-        return time.monotonic() < self.end
-
-    def tcp(self) -> socket.socket:
-        return socket.create_connection((HOST, self.port), timeout=5, source_address=(self.address, 0))
-
-    def websocket(self) -> socket.socket:
-        """After the handshake and the metadata."""
-        connection = self.tcp()
-        connection.sendall(HANDSHAKE)
-        received = b""
-        while b"acrlpd" not in received:
-            more = connection.recv(4096)
-            if not more:
-                raise ConnectionError("refused")
-            received += more
-        return connection
-
-
-def frame(opcode: int, payload: bytes) -> bytes:
-    """A masked frame; the mask is zero, which costs its sender nothing."""
-    size = len(payload)
-    if size < 126:
-        length = struct.pack("!B", MASKED | size)
-    elif size < 2**16:
-        length = struct.pack("!BH", MASKED | 126, size)
-    else:
-        length = struct.pack("!BQ", MASKED | 127, size)
-    return bytes([opcode]) + length + bytes(4) + payload
-
-
-def picture(height: int, width: int) -> bytes:
-    """A request whose picture has this size."""
-    pixels = np.zeros((height, width, 3), np.uint8)
-    return frame(LAST | BINARY, codec.pack(observation(()) | {"image": {CAMERAS[0]: pixels}}))
-
-
-def silent(attacker: Attacker) -> None:
-    """Connects and says nothing, as often as it gets a connection."""
-    held: list[socket.socket] = []
-    while attacker.going_on():
-        held.append(attacker.tcp())
-        held = held[-100:]
-        time.sleep(0.002)
-
-
-def half_requests(attacker: Attacker) -> None:
-    """Sends half of a request for a websocket, and then a byte now and then."""
-    held: list[socket.socket] = []
-    while attacker.going_on():
-        held.append(attacker.tcp())
-        held[-1].sendall(HANDSHAKE[:60])
-        held = held[-100:]
-        for each in held[:-1]:
-            with contextlib.suppress(OSError):
-                each.send(b"x")
-        time.sleep(0.02)
-
-
-def reconnects(attacker: Attacker) -> None:
-    """Finishes the handshake, leaves, and comes back."""
-    while attacker.going_on():
-        attacker.websocket().close()
-
-
-def pings_unread(attacker: Attacker) -> None:
-    """Pings as fast as the server takes it and reads nothing."""
-    flood(attacker, frame(LAST | PING, b"x" * 125) * 500)
-
-
-def slow_pings_unread(attacker: Attacker) -> None:
-    """Pings as often as is allowed and reads nothing."""
-    connection, ping = attacker.websocket(), frame(LAST | PING, b"x" * 125)
-    while attacker.going_on():
-        connection.sendall(ping)
-        time.sleep(0.06)
-
-
-def requests_unread(attacker: Attacker) -> None:
-    """Sends sound requests as fast as the server takes them and reads no answer."""
-    flood(attacker, frame(LAST | BINARY, codec.pack(observation(CAMERAS))))
-
-
-def fragments(attacker: Attacker) -> None:
-    """Sends one message in fragments of two bytes."""
-    flood(attacker, frame(CONTINUED, b"xx") * 2000, first=frame(BINARY, b"xx"))
-
-
-def large_pictures(attacker: Attacker) -> None:
-    """Sends pictures of almost 16 MiB, which are refused."""
-    flood(attacker, picture(2360, 2360))
-
-
-def allowed_pictures(attacker: Attacker) -> None:
-    """Sends the largest pictures that are allowed and waits for each answer."""
-    ask(attacker, picture(1080, 1920))
-
-
-def half_messages(attacker: Attacker) -> None:
-    """Sends all of a message of 16 MiB but its end."""
-    flood(attacker, frame(LAST | BINARY, bytes(16 * 2**20 - 2000))[:-1])
-
-
-def many_requests(attacker: Attacker) -> None:
-    """Sends sound requests, one after the other."""
-    ask(attacker, frame(LAST | BINARY, codec.pack(observation(CAMERAS))))
-
-
-def flood(attacker: Attacker, data: bytes, *, first: bytes = b"") -> None:
-    """Sends again and again, without reading; whenever it is thrown out, it comes back."""
-    while attacker.going_on():
-        with contextlib.suppress(OSError), attacker.websocket() as connection:
-            connection.sendall(first)
-            while attacker.going_on():
-                connection.settimeout(max(0.01, attacker.end - time.monotonic()))
-                connection.sendall(data)
-
-
-def ask(attacker: Attacker, message: bytes) -> None:
-    with attacker.websocket() as connection:
-        while attacker.going_on():
-            connection.sendall(message)
-            connection.recv(65536)
-
-
-KINDS: dict[str, Callable[[Attacker], None]] = {
-    each.__name__: each
-    for each in (
-        silent,
-        half_requests,
-        reconnects,
-        pings_unread,
-        slow_pings_unread,
-        requests_unread,
-        fragments,
-        large_pictures,
-        allowed_pictures,
-        half_messages,
-        many_requests,
-    )
-}
-
-
-def attack(kind: str, port: int, address: str, attackers: int, seconds: float) -> None:
-    """All attackers of a kind, each in a thread; one that the server no longer lets in tries again."""
-    end = time.monotonic() + seconds
-
-    def persist() -> None:
-        while time.monotonic() < end:
-            with contextlib.suppress(OSError):
-                KINDS[kind](Attacker(port, address, end))
-
-    threads = [threading.Thread(target=persist, daemon=True) for _ in range(attackers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(seconds + 10)
+PICTURES = {"large_pictures": (2360, 2360), "allowed_pictures": (1080, 1920)}  # of the others: 64 x 64
 
 
 # -- good clients ------------------------------------------------------------------------------------------------------
@@ -284,20 +107,38 @@ def served(folder: str) -> Iterator[tuple[int, int]]:
         process.wait(60)
 
 
+@contextlib.contextmanager
+def attack(kind: str, port: int, arguments: argparse.Namespace) -> Iterator[dict[str, float]]:
+    """While this is open, the attack goes on; at its end the dictionary has what the attackers have done."""
+    script = Path(__file__).with_name("attackers.py")
+    words = (kind, port, arguments.attacker_address, arguments.attackers, arguments.seconds + 1.5)
+    command = [sys.executable, str(script), *map(str, words)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None  # noqa: PT018
+    side = PICTURES.get(kind, (64, 64))
+    picture = {"image": {CAMERAS[0]: np.zeros((*side, 3), np.uint8)}}
+    process.stdin.write(codec.pack(observation(()) | picture))
+    process.stdin.close()
+    assert process.stdout.readline() == b"begins\n"
+    time.sleep(0.5)  # the attack is in full swing
+    counted: dict[str, float] = {}
+    yield counted
+    counted |= json.loads(process.stdout.readline())
+    process.wait(60)
+
+
 def measure(kind: str, pid: int, port: int, arguments: argparse.Namespace) -> dict[str, Any]:
     quiet: list[float] = []
     attacked: list[float] = []
     ratios, came_in = [], []
+    done: list[dict[str, float]] = []
     before, memory = resident_mb(pid), Memory(pid)
     memory.start()
     for _ in range(arguments.rounds):
         alone = asyncio.run(latencies(port, arguments.seconds))
-        started = (kind, port, arguments.attacker_address, arguments.attackers, arguments.seconds + 1.5)
-        attackers = multiprocessing.get_context("spawn").Process(target=attack, args=started, daemon=True)
-        attackers.start()
-        time.sleep(1.0)  # the attack is in full swing
-        beside = asyncio.run(latencies(port, arguments.seconds))
-        attackers.join(60)
+        with attack(kind, port, arguments) as counted:
+            beside = asyncio.run(latencies(port, arguments.seconds))
+        done.append(counted)
         came_in.append(asyncio.run(new_client_ms(port)))
         ratios.append(statistics.median(beside) / statistics.median(alone))
         quiet += alone
@@ -306,6 +147,8 @@ def measure(kind: str, pid: int, port: int, arguments: argparse.Namespace) -> di
     memory.join()
     return {
         "kind": kind,
+        "attackers_connections": sum(each["connections"] for each in done),
+        "attackers_megabytes": sum(each["megabytes"] for each in done),
         "undisturbed_ms": quantiles(quiet),
         "attacked_ms": quantiles(attacked),
         "ratio": statistics.median(attacked) / statistics.median(quiet),
@@ -323,9 +166,10 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['command']}   load {result['load_average']} before, {result['load_after']} after",
+        f"{result['command']}   {result['cpu_count']} cores",
+        f"load {result['load_average']} before, {result['load_after']} after",
         f"{'attack':<18}{'undisturbed':>13}{'attacked':>10}{'p25 to p75':>16}{'ratio':>7}{'rounds':>14}"
-        f"{'memory':>16}{'new client after':>18}",
+        f"{'memory':>16}{'new client after':>18}{'attackers':>26}",
     ]
     for row in result["rows"]:
         quiet, attacked, by_round = row["undisturbed_ms"], row["attacked_ms"], row["ratio_by_round"]
@@ -335,6 +179,7 @@ def table(result: dict[str, Any]) -> str:
             f"{by_round['min']:>7.1f} to{by_round['max']:>4.1f}"
             f"{row['memory_before_mb']:>6.0f} to{row['memory_most_mb']:>5.0f} MB"
             f"{row['new_client_after_ms']['max']:>15.0f} ms"
+            f"{row['attackers_connections']:>8} times{row['attackers_megabytes']:>9.0f} MB"
         )
     return "\n".join(lines)
 

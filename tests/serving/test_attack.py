@@ -300,19 +300,19 @@ def test_those_who_hold_a_share_may_stay(changes):
 
 def test_whoever_costs_much_rests_longer_the_more_others_rest():
     pace = Pace()
-    first = pace.charge("a", 1.0)
-    second = pace.charge("b", 1.0)
-    assert first == pytest.approx(connection.REST, rel=0.01)
-    assert second == pytest.approx(2 * connection.REST, rel=0.01)
+    first = pace.charge("a", 3.0)
+    second = pace.charge("b", 3.0)
+    assert first == pytest.approx(3.0, rel=0.01)
+    assert second == pytest.approx(6.0, rel=0.01)
     assert pace.left("c") == 0
     pace.bequeath("b", "b's address")  # by coming back nobody escapes
     assert pace.left("b") == 0
-    assert pace.left("b's address") == pytest.approx(2 * connection.REST, rel=0.01)
+    assert pace.left("b's address") == pytest.approx(6.0, rel=0.01)
 
 
 def test_a_connection_that_rests_is_read_again(policy, monkeypatch):
-    monkeypatch.setattr(connection, "FREE_S", -1.0)  # each packet costs a second
-    monkeypatch.setattr(connection, "REST", 0.1)
+    monkeypatch.setattr(connection, "FREE_S", -1.0)  # everything costs a rest
+    monkeypatch.setattr(connection, "REST", 100.0)
     with running(policy) as server:
         clients = server.client(), server.client()
         for client in clients:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import socket
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from websockets.asyncio.server import ServerConnection
@@ -26,8 +27,9 @@ CRUMB_BYTES = 1024  # a frame with less in it is a crumb
 MAX_CRUMBS, CRUMBS_PER_S = 64, 20.0  # at once, or since the last message that was answered; and for ever
 MAX_UNREAD_BYTES = 2**20  # written for a peer and not taken by it
 CLOSE_S = 1.0  # for the end of a connection that is being closed
-FREE_S = 0.0005  # of the event loop's time that nobody pays for: a usual message takes less at a time
-REST = 3.0  # seconds of rest for each second beyond: all who rest have a quarter of the event loop together
+FREE_S = 0.001  # of the event loop's time that nobody pays for: a usual message takes less
+REST = 4.0  # seconds of rest for each second beyond: all who rest have a fifth of the event loop together
+REST_ASIDE = 3.0  # for each second of work beside it: all who rest have a third of a core together
 HANDSHAKE_S = 0.0005  # what a connection costs before it has asked for anything
 
 
@@ -126,11 +128,11 @@ class Pace:
         return max(0.0, self._until.get(who, 0.0) - time.monotonic())
 
     def charge(self, who: Hashable, seconds: float) -> float:
-        """Return the seconds for which ``who`` rests, after more work."""
+        """Return the seconds for which ``who`` rests, after so much more rest that it owes when it is the only one."""
         now = time.monotonic()
         self._until = {each: until for each, until in self._until.items() if until > now}
         resting = len(self._until.keys() | {who})
-        self._until[who] = max(now, self._until.get(who, now)) + seconds * REST * resting
+        self._until[who] = max(now, self._until.get(who, now)) + seconds * resting
         return self._until[who] - now
 
     def bequeath(self, who: Hashable, heir: Hashable) -> None:
@@ -201,6 +203,7 @@ class GuardedConnection(ServerConnection):
         self._lobby, self._pace, self._hold = lobby, pace, hold
         self._timeout_s, self._alone = timeout_s, alone
         self._crumbs = RateLimit(CRUMBS_PER_S, burst=MAX_CRUMBS)
+        self._busy_s = 0.0  # with the message that is coming
         self._unread: asyncio.TimerHandle | None = None
         self._ending: asyncio.TimerHandle | None = None
 
@@ -214,7 +217,7 @@ class GuardedConnection(ServerConnection):
         self.protocol.recv_frame = self._weigh  # type: ignore[method-assign]  # before the frame is kept
         door = ("door", self.address)
         self._rest(self._pace.left(door))
-        self._pace.charge(door, HANDSHAKE_S)
+        self._pace.charge(door, HANDSHAKE_S * REST)
 
     def admit(self) -> None:
         """Leave the lobby: the handshake is finished."""
@@ -234,22 +237,39 @@ class GuardedConnection(ServerConnection):
     def answered(self, message: bytes | str) -> None:
         """Forget the frames of a message that has its answer."""
         self._crumbs.refill()
+        self._busy_s = 0.0
         self._hold.change(self, -len(message))
 
     def data_received(self, data: bytes) -> None:
         may_hold = self._hold.change(self, len(data))
-        start = time.thread_time()
-        super().data_received(data)
-        self.worked(time.thread_time() - start)
+        with self.work():
+            super().data_received(data)
         if not may_hold or self.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
             self.transport.abort()
         elif self._ending is None and self.protocol.close_expected():
             self._ending = self.loop.call_later(CLOSE_S, self.transport.abort)
+            if self.protocol.parser_exc is not None:  # it has broken the rules: the reason is sent, no more is read
+                self.transport.pause_reading("end")
 
-    def worked(self, seconds: float) -> None:
-        """Count the event loop's time that this peer has taken; too much of it costs a rest."""
-        if seconds > FREE_S and not self._alone():
-            self._rest(self._pace.charge(self, seconds - FREE_S))
+    @contextlib.contextmanager
+    def work(self) -> Iterator[None]:
+        """Count the processor's time that a message takes of the event loop; too much of it costs a rest."""
+        start = time.thread_time()
+        try:
+            yield
+        finally:
+            before, self._busy_s = self._busy_s, self._busy_s + time.thread_time() - start
+            if self._busy_s > FREE_S:
+                self._owe(REST * (self._busy_s - max(before, FREE_S)))
+
+    def worked_aside(self, seconds: float) -> None:
+        """Count the time that a message took in a thread of its own."""
+        if seconds > FREE_S:
+            self._owe(REST_ASIDE * (seconds - FREE_S))
+
+    def _owe(self, seconds: float) -> None:
+        if not self._alone():
+            self._rest(self._pace.charge(self, seconds))
 
     def _rest(self, seconds: float) -> None:
         if seconds > 0:

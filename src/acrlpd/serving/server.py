@@ -383,12 +383,17 @@ class PolicyServer:
     async def _prepare_request(self, connection: GuardedConnection, message: bytes | str) -> Request:
         if len(message) > SMALL_MESSAGE_BYTES:
             pool = self._large if len(message) > LARGE_MESSAGE_BYTES else self._small
-            return await asyncio.get_running_loop().run_in_executor(pool, self._prepared, message)
-        start = time.thread_time()
-        try:
+            loop = asyncio.get_running_loop()
+            request, seconds = await loop.run_in_executor(pool, self._prepared_aside, message)
+            connection.worked_aside(seconds)
+            return request
+        with connection.work():
             return self._prepared(message)
-        finally:
-            connection.worked(time.thread_time() - start)
+
+    def _prepared_aside(self, message: bytes | str) -> tuple[Request, float]:
+        """Return the request and the seconds of a processor that it took."""
+        start = time.thread_time()
+        return self._prepared(message), time.thread_time() - start
 
     def _prepared(self, message: bytes | str) -> Request:
         try:

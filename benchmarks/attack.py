@@ -4,8 +4,9 @@
 
 The checkpoint and server of ``benchmarks/serving.py`` (an untrained nano pi0) on 127.0.0.1, with the default limits and
 no key. Two good clients ask again as soon as they have their answer. Each round measures them undisturbed and then
-under the attack, so that whatever else the machine does weighs on both; attackers run in a process of their own, from
-the address of the good clients unless ``--attacker_address`` names another one of this machine (127.0.0.2).
+under the attack, so that whatever else the machine does weighs on both. Attackers run in a process of their own; they
+have the address of the good clients, where only limits of a connection help, but for ``many_requests``: who sends sound
+requests is a client, and clients are told apart by their addresses. ``--attacker_address`` names one for all kinds.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from acrlpd.serving import codec
 
 CAMERAS, GOOD_CLIENTS = ("camera_0",), 2
 MAX_RATIO = 3.0
+OTHER_HOST = "127.0.0.2"  # this machine too
 PICTURES = {"large_pictures": (2360, 2360), "allowed_pictures": (1080, 1920)}  # of the others: 64 x 64
 
 
@@ -111,7 +113,8 @@ def served(folder: str) -> Iterator[tuple[int, int]]:
 def attack(kind: str, port: int, arguments: argparse.Namespace) -> Iterator[dict[str, float]]:
     """While this is open, the attack goes on; at its end the dictionary has what the attackers have done."""
     script = Path(__file__).with_name("attackers.py")
-    words = (kind, port, arguments.attacker_address, arguments.attackers, arguments.seconds + 1.5)
+    address = arguments.attacker_address or (OTHER_HOST if kind == "many_requests" else HOST)
+    words = (kind, port, address, arguments.attackers, arguments.seconds + 1.5)
     command = [sys.executable, str(script), *map(str, words)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None and process.stdout is not None  # noqa: PT018
@@ -190,7 +193,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--attackers", type=int, default=8)
-    parser.add_argument("--attacker_address", default=HOST)
+    parser.add_argument("--attacker_address")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     about, rows = machine.describe(), []

@@ -12,7 +12,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ProtocolError
@@ -208,8 +208,8 @@ class GuardedConnection(ServerConnection):
         self._ending: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        gate: Any = _Gate(transport)  # type: ignore[arg-type]
-        super().connection_made(gate)
+        self._gate = gate = _Gate(cast(asyncio.Transport, transport))
+        super().connection_made(cast(asyncio.Transport, gate))
         self.address = client_address(self.remote_address)
         self._descriptor = transport.get_extra_info("socket").fileno()
         self._lobby.meet(self._descriptor, gate.abort)
@@ -249,7 +249,7 @@ class GuardedConnection(ServerConnection):
         elif self._ending is None and self.protocol.close_expected():
             self._ending = self.loop.call_later(CLOSE_S, self.transport.abort)
             if self.protocol.parser_exc is not None:  # it has broken the rules: the reason is sent, no more is read
-                self.transport.pause_reading("end")
+                self._gate.pause_reading("end")
 
     @contextlib.contextmanager
     def work(self) -> Iterator[None]:
@@ -273,7 +273,7 @@ class GuardedConnection(ServerConnection):
 
     def _rest(self, seconds: float) -> None:
         if seconds > 0:
-            self.transport.pause_reading("rest")
+            self._gate.pause_reading("rest")
             self.loop.call_later(seconds, self._wake)
 
     def _wake(self) -> None:
@@ -281,7 +281,7 @@ class GuardedConnection(ServerConnection):
         if left > 0:
             self.loop.call_later(left, self._wake)
         else:
-            self.transport.resume_reading("rest")
+            self._gate.resume_reading("rest")
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -299,3 +299,6 @@ class GuardedConnection(ServerConnection):
         self._hold.forget(self)
         self._pace.bequeath(self, ("door", self.address))
         super().connection_lost(exc)
+        del self.protocol.recv_frame  # this object, and below the last frame: both would wait for the collector
+        if self.protocol.parser_exc is not None:
+            self.protocol.parser_exc.__traceback__ = None

@@ -155,21 +155,25 @@ class PolicyServer:
 
         config = self.config
         self._lobby = lobby = Lobby(self.metrics.rejected.labels("silent").inc)
-        timeouts = {"ssl_handshake_timeout": config.message_timeout_s, "ssl_shutdown_timeout": CLOSE_S}
-        connect = functools.partial(
-            GuardedConnection,
-            lobby=lobby,
-            pace=Pace(),
-            hold=Hold(MAX_HELD_MESSAGES * config.max_message_bytes),
-            timeout_s=config.message_timeout_s,
-            alone=lambda: len(self._connections) <= 1,
-        )
+        options: dict[str, Any] = {
+            "process_request": self._process_request,
+            "create_connection": functools.partial(
+                GuardedConnection,
+                lobby=lobby,
+                pace=Pace(),
+                hold=Hold(MAX_HELD_MESSAGES * config.max_message_bytes),
+                timeout_s=config.message_timeout_s,
+                alone=lambda: len(self._connections) <= 1,
+            ),
+        }
+        if door.tls is not None:
+            options |= {"ssl_handshake_timeout": config.message_timeout_s, "ssl_shutdown_timeout": CLOSE_S}
+        handle: Any = self._handle  # which takes the connections that the factory makes
         return [
             serve(
-                self._handle,
+                handle,
                 sock=Listener.of(bound, lobby),
                 ssl=door.tls,
-                process_request=self._process_request,
                 compression=None,
                 server_header=None,
                 max_size=config.max_message_bytes,
@@ -178,10 +182,9 @@ class PolicyServer:
                 ping_interval=config.ping_interval_s,
                 ping_timeout=config.ping_interval_s,
                 close_timeout=CLOSE_S,
-                create_connection=connect,
                 logger=quiet,
                 backlog=1,
-                **(timeouts if door.tls else {}),
+                **options,
             )
             for bound in door.sockets
         ]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from websockets.exceptions import ConnectionClosed
 
 from acrlpd.serving import codec, connection
 from acrlpd.serving import server as server_module
@@ -300,14 +301,14 @@ def test_those_who_hold_a_share_may_stay(changes):
 
 def test_whoever_costs_much_rests_longer_the_more_others_rest():
     pace = Pace()
-    first = pace.charge("a", 3.0)
-    second = pace.charge("b", 3.0)
-    assert first == pytest.approx(3.0, rel=0.01)
-    assert second == pytest.approx(6.0, rel=0.01)
+    assert pace.charge("a", "here", 3.0) == pytest.approx(3.0, rel=0.01)
+    assert pace.charge("b", "here", 3.0) == pytest.approx(6.0, rel=0.01)
+    assert pace.left("b") == pytest.approx(6.0, rel=0.01)
     assert pace.left("c") == 0
-    pace.bequeath("b", "b's address")  # by coming back nobody escapes
+    pace.forget("b")
     assert pace.left("b") == 0
-    assert pace.left("b's address") == pytest.approx(6.0, rel=0.01)
+    assert pace.knock("there") == 0
+    assert pace.knock("here") == pytest.approx(6.0, rel=0.01)  # by coming back nobody escapes
 
 
 def test_a_connection_that_rests_is_read_again(policy, monkeypatch):
@@ -392,6 +393,19 @@ def test_a_bucket_is_filled_again():
     assert [limit.allows() for _ in range(3)] == [True, True, False]
     limit.refill()
     assert limit.allows()
+
+
+def test_whoever_is_sent_away_and_goes_on_sending_takes_no_place(policy):
+    """The server reads past what comes after its refusal, and sees that the peer has gone."""
+    with running(policy, max_connections=2) as server:
+        for _ in range(6):
+            client = server.client()
+            client.connection.send(codec.pack(["nonsense"]))
+            client.connection.recv(timeout=60)
+            with contextlib.suppress(ConnectionClosed):
+                client.connection.send(codec.pack(OBS))
+                client.connection.recv(timeout=0.5)
+        assert "actions" in server.client().infer(OBS)
 
 
 def test_nobody_stays_locked_out(policy):

@@ -17,6 +17,7 @@ from typing import Any, cast
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ProtocolError
 from websockets.frames import DATA_OPCODES, Frame
+from websockets.protocol import Event
 
 from acrlpd.serving.limits import RateLimit, client_address
 
@@ -26,6 +27,7 @@ BACKLOG = 128  # connections that the system holds until they are accepted
 CRUMB_BYTES = 1024  # a frame with less in it is a crumb
 MAX_CRUMBS, CRUMBS_PER_S = 64, 20.0  # at once, or since the last message that was answered; and for ever
 MAX_UNREAD_BYTES = 2**20  # written for a peer and not taken by it
+DISCARD_S = 0.01  # between two packets of a peer that has broken the rules and goes on
 CLOSE_S = 1.0  # for the end of a connection that is being closed
 FREE_S = 0.001  # of the event loop's time that nobody pays for: a usual message takes less
 REST = 4.0  # seconds of rest for each second beyond: all who rest have a fifth of the event loop together
@@ -118,27 +120,38 @@ class Lobby:
 
 
 class Pace:
-    """Rests: who has worked the event loop for a second is left alone for three, and longer if others rest too."""
+    """Rests: who has worked the event loop for a second is left alone for four, and longer if others rest too.
+
+    Newcomers wait until everybody from their address has rested: nobody escapes by coming back.
+    """
 
     def __init__(self) -> None:
         self._until: dict[Hashable, float] = {}
+        self._doors: dict[str, float] = {}
 
-    def left(self, who: Hashable) -> float:
-        """Return the seconds for which ``who`` rests."""
-        return max(0.0, self._until.get(who, 0.0) - time.monotonic())
-
-    def charge(self, who: Hashable, seconds: float) -> float:
+    def charge(self, who: Hashable, address: str, seconds: float) -> float:
         """Return the seconds for which ``who`` rests, after so much more rest that it owes when it is the only one."""
         now = time.monotonic()
         self._until = {each: until for each, until in self._until.items() if until > now}
         resting = len(self._until.keys() | {who})
-        self._until[who] = max(now, self._until.get(who, now)) + seconds * resting
-        return self._until[who] - now
+        self._until[who] = until = max(now, self._until.get(who, now)) + seconds * resting
+        self._doors[address] = max(until, self._doors.get(address, now))
+        return until - now
 
-    def bequeath(self, who: Hashable, heir: Hashable) -> None:
-        """Leave the rest of one who has gone to who comes after."""
-        until = self._until.pop(who, 0.0)
-        self._until[heir] = max(until, self._until.get(heir, 0.0))
+    def left(self, who: Hashable) -> float:
+        """Return the seconds for which ``who`` still rests."""
+        return max(0.0, self._until.get(who, 0.0) - time.monotonic())
+
+    def forget(self, who: Hashable) -> None:
+        self._until.pop(who, None)
+
+    def knock(self, address: str) -> float:
+        """Return the seconds for which a newcomer waits; the next one waits longer."""
+        now = time.monotonic()
+        self._doors = {each: until for each, until in self._doors.items() if until > now}
+        opens = self._doors.get(address, now)
+        self._doors[address] = opens + HANDSHAKE_S * REST
+        return opens - now
 
 
 class Hold:
@@ -203,6 +216,7 @@ class GuardedConnection(ServerConnection):
         self._lobby, self._pace, self._hold = lobby, pace, hold
         self._timeout_s, self._alone = timeout_s, alone
         self._crumbs = RateLimit(CRUMBS_PER_S, burst=MAX_CRUMBS)
+        self._closing = False
         self._busy_s = 0.0  # with the message that is coming
         self._unread: asyncio.TimerHandle | None = None
         self._ending: asyncio.TimerHandle | None = None
@@ -215,9 +229,7 @@ class GuardedConnection(ServerConnection):
         self._lobby.meet(self._descriptor, gate.abort)
         self._take_frame = self.protocol.recv_frame
         self.protocol.recv_frame = self._weigh  # type: ignore[method-assign]  # before the frame is kept
-        door = ("door", self.address)
-        self._rest(self._pace.left(door))
-        self._pace.charge(door, HANDSHAKE_S * REST)
+        self._rest(self._pace.knock(self.address))
 
     def admit(self) -> None:
         """Leave the lobby: the handshake is finished."""
@@ -248,8 +260,8 @@ class GuardedConnection(ServerConnection):
             self.transport.abort()
         elif self._ending is None and self.protocol.close_expected():
             self._ending = self.loop.call_later(CLOSE_S, self.transport.abort)
-            if self.protocol.parser_exc is not None:  # it has broken the rules: the reason is sent, no more is read
-                self._gate.pause_reading("end")
+        if self.protocol.parser_exc is not None:  # it has broken the rules: what it still sends is thrown away, slowly
+            self._rest(DISCARD_S)
 
     @contextlib.contextmanager
     def work(self) -> Iterator[None]:
@@ -268,8 +280,8 @@ class GuardedConnection(ServerConnection):
             self._owe(REST_ASIDE * (seconds - FREE_S))
 
     def _owe(self, seconds: float) -> None:
-        if not self._alone():
-            self._rest(self._pace.charge(self, seconds))
+        if not (self._closing or self._alone()):
+            self._rest(self._pace.charge(self, self.address, seconds))
 
     def _rest(self, seconds: float) -> None:
         if seconds > 0:
@@ -282,6 +294,18 @@ class GuardedConnection(ServerConnection):
             self.loop.call_later(left, self._wake)
         else:
             self._gate.resume_reading("rest")
+
+    async def close(self, code: int = 1000, reason: str = "") -> None:
+        """Close, and from now on read nothing but the peer's goodbye, without a rest."""
+        self._closing = True
+        self._pace.forget(self)
+        for held_up_by in ("rest", "queue"):
+            self._gate.resume_reading(held_up_by)
+        await super().close(code, reason)
+
+    def process_event(self, event: Event) -> None:
+        if not (self._closing and isinstance(event, Frame)):
+            super().process_event(event)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -297,7 +321,7 @@ class GuardedConnection(ServerConnection):
             if timer is not None:
                 timer.cancel()
         self._hold.forget(self)
-        self._pace.bequeath(self, ("door", self.address))
+        self._pace.forget(self)
         super().connection_lost(exc)
         del self.protocol.recv_frame  # this object, and below the last frame: both would wait for the collector
         if self.protocol.parser_exc is not None:

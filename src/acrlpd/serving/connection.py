@@ -32,7 +32,8 @@ CLOSE_S = 1.0  # for the end of a connection that is being closed
 FREE_S = 0.001  # of the event loop's time that nobody pays for: a usual message takes less
 REST = 4.0  # seconds of rest for each second beyond: all who rest have a fifth of the event loop together
 REST_ASIDE = 3.0  # for each second of work beside it: all who rest have a third of a core together
-HANDSHAKE_S = 0.0005  # what a connection costs before it has asked for anything
+MAX_REST_S = 2.0
+HANDSHAKE_S = 0.0005  # of the event loop's time, for a connection to come and ask
 
 
 class Visitor(socket.socket):
@@ -50,7 +51,7 @@ class Visitor(socket.socket):
             return
 
     def close(self) -> None:
-        self.lobby.leave(self.fileno())
+        self.lobby.leave(self)
         super().close()
 
 
@@ -85,38 +86,40 @@ class Lobby:
     """
 
     def __init__(self, evicted: Callable[[], Any]):
-        self._inside: dict[int, Visitor] = {}  # by file descriptor, the oldest first
+        self._inside: dict[Visitor, None] = {}  # the oldest first
         self._evicted = evicted
 
     def __len__(self) -> int:
         return len(self._inside)
 
     def enter(self, visitor: Visitor) -> None:
-        self._inside[visitor.fileno()] = visitor
-        counts = collections.Counter(each.address for each in self._inside.values())
+        self._inside[visitor] = None
+        counts = collections.Counter(each.address for each in self._inside)
         if counts[visitor.address] > MAX_SILENT_PER_ADDRESS:
             self._evict(visitor.address)
         elif len(self._inside) > MAX_SILENT:
             self._evict(counts.most_common(1)[0][0])
 
     def _evict(self, address: str) -> None:
-        oldest = next(each for each in self._inside.values() if each.address == address)
-        self.leave(oldest.fileno())
+        oldest = next(each for each in self._inside if each.address == address)
+        self.leave(oldest)
         oldest.hang_up()
         self._evicted()
 
     def clear(self) -> None:
         """End all of them: the server stops."""
-        for visitor in list(self._inside.values()):
+        for visitor in list(self._inside):
             visitor.hang_up()
 
-    def meet(self, descriptor: int, hang_up: Callable[[], None]) -> None:
-        """Remember the way to end a connection that has a transport now."""
-        if visitor := self._inside.get(descriptor):
+    def meet(self, descriptor: int, hang_up: Callable[[], None]) -> Visitor | None:
+        """Return who has this file descriptor, and remember the way to end a connection that has a transport now."""
+        visitor = next((each for each in self._inside if each.fileno() == descriptor), None)
+        if visitor is not None:
             visitor.hang_up = hang_up
+        return visitor
 
-    def leave(self, descriptor: int) -> None:
-        self._inside.pop(descriptor, None)
+    def leave(self, visitor: Visitor) -> None:
+        self._inside.pop(visitor, None)
 
 
 class Pace:
@@ -134,7 +137,7 @@ class Pace:
         now = time.monotonic()
         self._until = {each: until for each, until in self._until.items() if until > now}
         resting = len(self._until.keys() | {who})
-        self._until[who] = until = max(now, self._until.get(who, now)) + seconds * resting
+        self._until[who] = until = min(now + MAX_REST_S, max(now, self._until.get(who, now)) + seconds * resting)
         self._doors[address] = max(until, self._doors.get(address, now))
         return until - now
 
@@ -145,13 +148,15 @@ class Pace:
     def forget(self, who: Hashable) -> None:
         self._until.pop(who, None)
 
-    def knock(self, address: str) -> float:
-        """Return the seconds for which a newcomer waits; the next one waits longer."""
+    def wait(self, address: str) -> float:
+        """Return the seconds for which a newcomer waits."""
+        return max(0.0, self._doors.get(address, 0.0) - time.monotonic())
+
+    def open(self, address: str) -> None:
+        """Let the next newcomers wait a little longer: one of them has asked for something."""
         now = time.monotonic()
         self._doors = {each: until for each, until in self._doors.items() if until > now}
-        opens = self._doors.get(address, now)
-        self._doors[address] = opens + HANDSHAKE_S * REST
-        return opens - now
+        self._doors[address] = min(now + MAX_REST_S, self._doors.get(address, now) + HANDSHAKE_S * REST)
 
 
 class Hold:
@@ -197,7 +202,7 @@ class GuardedConnection(ServerConnection):
     """A websocket under the rules of this module.
 
     Args:
-        timeout_s: how long a peer may leave what it was sent.
+        timeout_s: how long a peer may leave what it was sent, and take to send a frame.
         alone: whether nobody else is connected who could be disturbed.
     """
 
@@ -213,27 +218,33 @@ class GuardedConnection(ServerConnection):
     ):
         super().__init__(*arguments, **options)
         self.owner: Hashable = None  # whose requests take turns with those of others: a key, or an address
+        self.asked_at = time.monotonic()  # the last time; before that, when it came
         self._lobby, self._pace, self._hold = lobby, pace, hold
         self._timeout_s, self._alone = timeout_s, alone
         self._crumbs = RateLimit(CRUMBS_PER_S, burst=MAX_CRUMBS)
         self._closing = False
         self._busy_s = 0.0  # with the message that is coming
         self._unread: asyncio.TimerHandle | None = None
+        self._late: asyncio.TimerHandle | None = None
         self._ending: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._gate = gate = _Gate(cast(asyncio.Transport, transport))
         super().connection_made(cast(asyncio.Transport, gate))
         self.address = client_address(self.remote_address)
-        self._descriptor = transport.get_extra_info("socket").fileno()
-        self._lobby.meet(self._descriptor, gate.abort)
+        self._visitor = self._lobby.meet(transport.get_extra_info("socket").fileno(), gate.abort)
         self._take_frame = self.protocol.recv_frame
         self.protocol.recv_frame = self._weigh  # type: ignore[method-assign]  # before the frame is kept
-        self._rest(self._pace.knock(self.address))
+        self._rest(self._pace.wait(self.address))
+
+    def ask(self) -> None:
+        """Count a request for a websocket, or for anything else."""
+        self._pace.open(self.address)
 
     def admit(self) -> None:
         """Leave the lobby: the handshake is finished."""
-        self._lobby.leave(self._descriptor)
+        if self._visitor is not None:
+            self._lobby.leave(self._visitor)
         self._hold.forget(self)
 
     def _weigh(self, frame: Frame) -> None:
@@ -241,6 +252,9 @@ class GuardedConnection(ServerConnection):
             raise ProtocolError(
                 f"more than {MAX_CRUMBS} frames of less than {CRUMB_BYTES} bytes before an answer; send larger ones"
             )
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
         size = len(frame.data)
         header = 6 + (0 if size < 126 else 2 if size < 2**16 else 8)  # of a masked frame
         self._hold.change(self, -header if frame.opcode in DATA_OPCODES else -header - size)
@@ -256,6 +270,8 @@ class GuardedConnection(ServerConnection):
         may_hold = self._hold.change(self, len(data))
         with self.work():
             super().data_received(data)
+        if self._late is None and self.protocol.reader.buffer:  # a frame has begun
+            self._late = self.loop.call_later(self._timeout_s, self.transport.abort)
         if not may_hold or self.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
             self.transport.abort()
         elif self._ending is None and self.protocol.close_expected():
@@ -317,7 +333,7 @@ class GuardedConnection(ServerConnection):
             self._unread.cancel()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._unread, self._ending):
+        for timer in (self._unread, self._late, self._ending):
             if timer is not None:
                 timer.cancel()
         self._hold.forget(self)

@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 SMALL_MESSAGE_BYTES = 4096  # a state and a prompt: handing them to a thread takes longer than preparing them
 LARGE_MESSAGE_BYTES = 2**20  # these wait for one another and for nobody else
 MAX_HELD_MESSAGES = 16  # of the largest size, received and not answered, of all connections together
+RECENT_S = 5.0  # whoever has asked for nothing for so long is not expected to ask now
 SWITCH_S = 0.0005  # for which the interpreter leaves a thread its turn: the event loop waits so long for each of them
 MAX_COMPLAINT = 1000  # characters of a TEXT frame
 INTERNAL_ERROR = 1011
@@ -99,7 +100,7 @@ class PolicyServer:
             policy,
             max_batch_size=min(config.max_batch_size, config.max_concurrent_requests),
             batch_wait_s=config.batch_wait_s,
-            expected=lambda: len(self._connections),
+            expected=self._expected,
             on_batch=self.metrics.count_batch,
         )
         self.metrics.watch(self.batcher)
@@ -189,6 +190,11 @@ class PolicyServer:
             for bound in door.sockets
         ]
 
+    def _expected(self) -> int:
+        """Return how many may ask at the same time: idle connections make nobody wait for company."""
+        since = time.monotonic() - RECENT_S
+        return sum(connection.asked_at > since for connection in self._connections)
+
     async def wait_ready(self) -> None:
         await self._ready.wait()
 
@@ -247,6 +253,7 @@ class PolicyServer:
 
     def _process_request(self, connection: GuardedConnection, request: HTTPRequest) -> Response | None:
         """HTTP: health for everyone; metrics and the websocket for those who have the key and find a place."""
+        connection.ask()
         path = request.path.partition("?")[0]
         if path == "/healthz":
             return connection.respond(http.HTTPStatus.OK, "OK\n")
@@ -324,6 +331,7 @@ class PolicyServer:
                 message = await self._receive(connection)
             finally:
                 self._idle.discard(connection)
+            connection.asked_at = time.monotonic()
             try:
                 answer = await self._answer(connection, message, limit)
             except RefusedError as refusal:

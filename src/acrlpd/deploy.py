@@ -63,8 +63,13 @@ class ActingOptions:
     seed: int = 0  # of the draws for requests that name no seed of their own
 
     def __post_init__(self):
-        if self.latency_budget_ms is not None and self.latency_budget_ms <= 0:
-            raise ValueError(f"latency_budget_ms must be positive or absent, got {self.latency_budget_ms}")
+        if self.latency_budget_ms is not None and not 0 < self.latency_budget_ms < math.inf:
+            raise ValueError(f"latency_budget_ms must be a positive number or absent, got {self.latency_budget_ms}")
+        for name in ("num_samples", "num_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 or absent, got {value}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 below 2**32, got {self.seed}")
 
     @property
     def budget_s(self) -> float | None:

@@ -152,6 +152,7 @@ COMMANDS = {
             "server.max_connections": "--max_connections 3",
             "server.max_connections_per_address": "--max_connections_per_address 3",
             "server.max_message_bytes": "--max_message_bytes 3",
+            "server.max_picture_pixels": "--max_picture_pixels 3",
             "server.message_timeout_s": "--message_timeout_s 3",
             "server.ping_interval_s": "--ping_interval_s 3",
             "server.allow_anonymous": "--allow_anonymous",
@@ -182,6 +183,7 @@ COMMANDS = {
             "platform": "--platform droid",
         },
         (
+            (serve, "open_door", None),
             (deploy, "is_ours", False),
             (deploy, "openpi_policy", None),
             (serve, "PolicyServer", SimpleNamespace(run=lambda on_ready: asyncio.sleep(0))),

@@ -113,7 +113,7 @@ def test_old_clients_in_the_same_batch_get_what_they_always_got(real_time):
     ("options", "complaint"),
     [
         ({"previous_actions": np.zeros((6, 2))}, "has 6 steps, a chunk has 5"),
-        ({"previous_actions": np.zeros((2, 2)), "delay": 3}, "from 0 to the 2 steps"),
+        ({"previous_actions": np.zeros((2, 2)), "delay": -1}, "from 0 to the 2 steps"),
         ({"previous_actions": np.zeros(2)}, "floats of shape"),
         ({"previous_actions": np.zeros((2, 1))}, "where the model has"),
         ({"previous_actions": np.full((2, 2), np.nan)}, "not finite"),
@@ -124,6 +124,43 @@ def test_old_clients_in_the_same_batch_get_what_they_always_got(real_time):
 def test_options_that_make_no_sense_are_refused(real_time, options, complaint):
     with pytest.raises(ValueError, match=complaint):
         real_time.prepare(asking(1, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"previous_actions": np.zeros((0, 2), np.float32)}, "is empty"),
+        ({"previous_actions": np.zeros((0, 2), np.float32), "delay": 2}, "is empty"),
+        ({"previous_actions": np.array([]), "delay": 1}, "is empty"),
+        ({"previous_actions": [], "delay": 1}, "is empty"),
+        ({"previous_actions": None, "delay": 1}, "is empty"),
+        ({"previous_actions": np.zeros((2, 2)), "delay": 3}, "has 2 steps, the delay is 3"),
+        ({"previous_actions": np.zeros((5, 2)), "delay": 9}, "has 5 steps, the delay is 9"),
+    ],
+)
+def test_a_rest_that_cannot_guide_gives_the_unguided_chunk_and_says_so(real_time, options, reason):
+    free = real_time.infer(asking(2))
+    answer = real_time.infer(asking(2, **options))
+    np.testing.assert_array_equal(answer["actions"], free["actions"])
+    assert reason in answer["real_time"]
+    assert "real_time" not in free
+
+
+def test_the_log_tells_once_that_a_rest_cannot_guide(trained, caplog):
+    policy = deploy.trained_policy(trained, deploy.ActingOptions(real_time=True))
+    for _ in range(3):
+        policy.prepare(asking(1, previous_actions=np.zeros((1, 2), np.float32), delay=2))
+    assert caplog.text.count("has 1 steps, the delay is 2") == 1
+
+
+def test_a_connection_outlives_a_rest_that_cannot_guide(real_time):
+    with running(real_time, max_batch_size=1) as server:
+        client = server.client()
+        for _ in range(2):
+            answer = client.infer(asking(2, previous_actions=np.zeros((1, 2), np.float32), delay=3))
+            assert answer["real_time"] == "unguided: previous_actions has 1 steps, the delay is 3"
+        guided = client.infer(asking(2, previous_actions=np.zeros((3, 2), np.float32), delay=3))
+        assert "real_time" not in guided
 
 
 def test_real_time_chunking_must_be_switched_on(policy):

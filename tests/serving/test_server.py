@@ -1,9 +1,7 @@
 """The server as its clients meet it: openpi's protocol, the same actions as the agent, limits, reload, drain."""
 
 import contextlib
-import shutil
 import ssl
-import subprocess
 import sys
 import threading
 import time
@@ -156,15 +154,10 @@ def test_an_address_that_others_reach_needs_a_key(policy):
     PolicyServer(policy, ServerConfig(host="0.0.0.0", allow_anonymous=True))
 
 
-def test_tls(policy, tmp_path):
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl, which makes the test's certificate, is not installed")
-    names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(cert)]
-    subprocess.run([*make, *names], check=True, capture_output=True)
-    trusting = ssl.create_default_context(cafile=str(cert))
-    with running(policy, tls_cert=str(cert), tls_key=str(key), max_batch_size=1) as server:
+def test_tls(policy, certificate):
+    cert, key = certificate
+    trusting = ssl.create_default_context(cafile=cert)
+    with running(policy, tls_cert=cert, tls_key=key, max_batch_size=1) as server:
         secure = connect(f"wss://localhost:{server.port}", ssl=trusting, compression=None, max_size=None, legacy=True)
         assert Client(secure).infer(OBS)["actions"].shape == (5, 2)
         with pytest.raises((InvalidMessage, OSError, EOFError)):

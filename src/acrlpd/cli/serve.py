@@ -13,8 +13,9 @@ import tyro
 
 from acrlpd import deploy
 from acrlpd.deploy import ActingOptions, OpenPIOptions
+from acrlpd.serving.door import ServerConfig, open_door
 from acrlpd.serving.production import PRODUCTION_SERVING_CONFIG, Platform
-from acrlpd.serving.server import PolicyServer, ServerConfig
+from acrlpd.serving.server import PolicyServer
 
 API_KEY_VARIABLE = "ACRLPD_API_KEY"
 
@@ -36,6 +37,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.platform is not None:  # its numbers are defaults: what stands on the command line wins
         arguments = _parse(argv, arguments.platform)
     config, api_keys = arguments.server, _api_keys(arguments.api_key_file)
+    door = open_door(config, api_keys)
     refresh = None
     if deploy.is_ours(arguments.checkpoint):
         _refuse_unused(arguments.checkpoint, arguments.openpi)
@@ -45,9 +47,8 @@ def main(argv: Sequence[str]) -> int:
         policy = deploy.openpi_policy(arguments.checkpoint, arguments.openpi, arguments.acting)
 
     async def serve() -> None:
-        server = PolicyServer(policy, config, api_keys=api_keys, refresh=refresh)
-        scheme = "wss" if config.tls_cert else "ws"
-        await server.run(on_ready=lambda port: print(f"serving {scheme}://{config.host}:{port}", flush=True))
+        server = PolicyServer(policy, config, api_keys=api_keys, refresh=refresh, door=door)
+        await server.run(on_ready=lambda port: print(f"serving {config.url(port)}", flush=True))
 
     asyncio.run(serve())
     return 0
@@ -79,9 +80,11 @@ def _refuse_unused(checkpoint: str, openpi: OpenPIOptions) -> None:
 def _api_keys(path: str | None) -> tuple[str, ...]:
     """Keys never stand on the command line, which every user of a machine can read."""
     if path is not None:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        keys = tuple(line.strip() for line in lines if line.strip())
+        text = Path(path).read_bytes().decode("utf-8", errors="replace")
+        keys = tuple(line.strip() for line in text.splitlines() if line.strip())
         if not keys:
             raise ValueError(f"{path} holds no API key: expected one a line")
+        if "\ufffd" in text:
+            raise ValueError(f"{path} is no text in UTF-8: expected an API key a line, in printable ASCII")
         return keys
     return tuple(key for key in [os.environ.get(API_KEY_VARIABLE, "")] if key)

@@ -7,15 +7,14 @@ all of them before the first request.
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from acrlpd.data.transforms import Data
-from acrlpd.serving.policy import Policy
+from acrlpd.serving.policy import NotFiniteError, Policy
 from acrlpd.serving.request import Request
 
 
@@ -25,15 +24,38 @@ def batch_sizes(max_batch_size: int) -> tuple[int, ...]:
     return (*powers, max_batch_size)
 
 
-@dataclass(frozen=True)
+class Turns:
+    """Turns of clients: whoever comes gets the next one, behind those it has had already.
+
+    A client alone has its turns in the order of its coming. Where several wait, each has as many as any other, whatever
+    number of requests one of them sends (start-time fair queueing).
+    """
+
+    def __init__(self) -> None:
+        self._now = 0.0  # the latest turn that was served
+        self._next: dict[Hashable, float] = {}
+
+    def take(self, client: Hashable, cost: float = 1.0) -> float:
+        """Return the place of the client's next piece of work; the lowest place is served first."""
+        place = max(self._now, self._next.get(client, 0.0))
+        self._next[client] = place + cost
+        return place
+
+    def serve(self, place: float) -> None:
+        self._now = max(self._now, place)
+        self._next = {client: place for client, place in self._next.items() if place > self._now}
+
+
+@dataclass(frozen=True, eq=False)
 class _Waiting:
     request: Request
     answer: asyncio.Future[Data]
+    place: float
     since: float = field(default_factory=time.monotonic)
 
 
 class Batcher:
-    """Answers requests in batches while its ``running`` context is open.
+    """Answers requests in batches while its ``running`` context is open; clients take turns.
 
     Args:
         policy: may be replaced at any time; a batch is computed by one policy.
@@ -57,7 +79,8 @@ class Batcher:
         self._batch_wait_s = batch_wait_s
         self._expected = expected
         self._on_batch = on_batch
-        self._queue: collections.deque[_Waiting] = collections.deque()
+        self._queue: list[_Waiting] = []  # in the order of arrival
+        self._turns = Turns()
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="policy")
 
@@ -76,9 +99,9 @@ class Batcher:
                 await task
             self._thread.shutdown(wait=True)
 
-    async def infer(self, request: Request) -> Data:
-        """The answer to one request. If this is cancelled while the request waits, nothing is computed for it."""
-        waiting = _Waiting(request, asyncio.get_running_loop().create_future())
+    async def infer(self, request: Request, owner: Hashable = None) -> Data:
+        """The answer to one request of ``owner``. If this is cancelled while it waits, nothing is computed for it."""
+        waiting = _Waiting(request, asyncio.get_running_loop().create_future(), self._turns.take(owner))
         self._queue.append(waiting)
         self._arrived.set()
         return await waiting.answer
@@ -90,7 +113,7 @@ class Batcher:
                 await self._answer(batch)
 
     async def _gather(self) -> list[_Waiting]:
-        """Those who wait, the oldest first; for lack of enough of them, after a short wait for more."""
+        """Those whose turn it is; for lack of enough of them, after a short wait for more."""
         while not self._queue:
             self._arrived.clear()
             await self._arrived.wait()
@@ -100,11 +123,16 @@ class Batcher:
             self._arrived.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._arrived.wait(), left)
-        batch: list[_Waiting] = []
-        while self._queue and len(batch) < self.sizes[-1]:
-            waiting = self._queue.popleft()
-            if not waiting.answer.done():  # its sender has gone, or waited too long
-                batch.append(waiting)
+        return self._next_batch()
+
+    def _next_batch(self) -> list[_Waiting]:
+        """The first in turn, and those after it who can share its call; nobody whose sender has gone."""
+        self._queue = [waiting for waiting in self._queue if not waiting.answer.done()]
+        in_turn = sorted(self._queue, key=lambda waiting: waiting.place)
+        batch = [each for each in in_turn if each.request.kind == in_turn[0].request.kind][: self.sizes[-1]]
+        self._queue = [waiting for waiting in self._queue if waiting not in batch]
+        for waiting in batch:
+            self._turns.serve(waiting.place)
         return batch
 
     async def _answer(self, batch: list[_Waiting]) -> None:
@@ -114,12 +142,22 @@ class Batcher:
         loop, policy = asyncio.get_running_loop(), self.policy
         try:
             answers = await loop.run_in_executor(self._thread, lambda: policy.infer_batch(requests, size=size))
+        except NotFiniteError as error:
+            _tell(batch, [error if answer is None else answer for answer in error.answers])
+            return
         except Exception as error:  # noqa: BLE001  # each of those who wait raises it
-            for waiting in batch:
-                if not waiting.answer.done():
-                    waiting.answer.set_exception(error)
+            _tell(batch, [error] * len(batch))
             return
         self._on_batch(len(batch), size, time.monotonic() - start)
-        for waiting, answer in zip(batch, answers, strict=True):
-            if not waiting.answer.done():
-                waiting.answer.set_result(answer)
+        _tell(batch, answers)
+
+
+def _tell(batch: Sequence[_Waiting], answers: Sequence[Data | Exception]) -> None:
+    """Hand over the answers to those who still wait for them."""
+    for waiting, answer in zip(batch, answers, strict=True):
+        if waiting.answer.done():
+            continue
+        if isinstance(answer, Exception):
+            waiting.answer.set_exception(answer)
+        else:
+            waiting.answer.set_result(answer)

@@ -64,3 +64,8 @@ class Budget:
         """The largest plan that fits; the smallest if none does, since a late answer is better than none."""
         fitting = (plan for plan in self.plans if self.expected(plan, size) * SAFETY <= seconds_left)
         return next(fitting, self.plans[-1])
+
+    def alone(self, seconds: float) -> Plan:
+        """Return the largest plan for a request that is served at once and alone; before anything is measured, all."""
+        smallest = min((size for _, size in self._seconds), default=None)
+        return self.plans[0] if smallest is None else self.choose(smallest, seconds)

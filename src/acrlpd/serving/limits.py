@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import time
 from typing import Any
 
@@ -16,12 +17,23 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class RateLimit:
-    """A token bucket: on average ``per_s`` events a second, at most a second's worth at once."""
+def client_address(peer: Any) -> str:
+    """Return what counts as one address: of IPv6 the network of 64 bits, all of which one machine may have."""
+    if not peer:
+        return "gone"
+    address = ipaddress.ip_address(str(peer[0]).partition("%")[0])
+    if address.version == 4:
+        return str(address)
+    mapped = address.ipv4_mapped
+    return str(mapped or ipaddress.ip_network((address, 64), strict=False))
 
-    def __init__(self, per_s: float | None):
+
+class RateLimit:
+    """A token bucket: on average ``per_s`` events a second, at most ``burst`` at once, by default a second's worth."""
+
+    def __init__(self, per_s: float | None, *, burst: float | None = None):
         self._per_s = per_s
-        self._size = self._tokens = max(1.0, per_s or 0.0)
+        self._size = self._tokens = burst or max(1.0, per_s or 0.0)
         self._last = time.monotonic()
 
     def allows(self) -> bool:
@@ -35,18 +47,27 @@ class RateLimit:
         self._tokens -= 1
         return True
 
+    def refill(self) -> None:
+        self._tokens = self._size
+
 
 MAX_SIDE = 8192  # pixels
 MAX_TEXT = 4096  # characters, of a prompt or a name
 
 
-def check_size(value: Any, path: str = "observation") -> None:
+def check_size(value: Any, max_pixels: int, path: str = "observation") -> None:
     """Refuses what no camera, joint or person gives: a small message could otherwise become a large computation."""
     if isinstance(value, dict):
         for key, entry in value.items():
-            check_size(entry, f"{path}/{key!s:.50}")
+            check_size(entry, max_pixels, f"{path}/{key!s:.50}")
         return
     shape = getattr(value, "shape", ())
+    pixels = math.prod(sorted(shape)[-2:])
+    if len(shape) > 1 and pixels > max_pixels:
+        raise ValueError(
+            f"{path} has the shape {shape}, {pixels} pixels; a picture has at most {max_pixels} here "
+            "(--max_picture_pixels). The model reads far fewer: send it smaller."
+        )
     if len(shape) > 3 or (len(shape) == 3 and max(shape) > MAX_SIDE):
         raise ValueError(f"{path} has the shape {shape}; the largest thing here is one picture, without a batch axis")
     is_text = isinstance(value, (str, bytes)) or (isinstance(value, np.ndarray) and value.dtype.kind in "US")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,8 +30,18 @@ from acrlpd.serving.budget import Budget, Plan, smaller_plans
 from acrlpd.serving.request import OPTIONS_KEY, Options, Request, conform, outline
 from acrlpd.types import AnyArray, Metrics, Observation
 
+logger = logging.getLogger(__name__)
+
 KEYS_AT_A_TIME = 256  # a split alone costs as much as all else that is done with a small observation
 MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)  # of transforms, about strange data
+
+
+class NotFiniteError(FloatingPointError):
+    """Some actions are not finite. ``answers`` are those of a batch that can be sent; None stands for the others."""
+
+    def __init__(self, answers: Sequence[Data | None]):
+        super().__init__("the policy returned actions that are not finite; none of them is sent to a robot")
+        self.answers = answers
 
 
 @struct.dataclass
@@ -229,6 +240,8 @@ class Policy:
         self._budget = None if budget_s is None else Budget(smaller_plans(self._sampler.plan))
         self._keys = _drawing_keys(jax.random.key(0) if rng is None else rng)
         self._keys_lock = threading.Lock()
+        self._sizes: tuple[int, ...] = ()  # of the batches that are compiled
+        self._told_unguided = False
         self.metadata = dict(metadata or {})
 
     @property
@@ -239,7 +252,8 @@ class Policy:
         """The answer to one observation, which has no batch axis; ``noise`` may have one of 1.
 
         ``actions`` [h a] in the robot's units; ``state`` unless the robot's transform drops it, as openpi's three do;
-        ``policy_timing`` with ``infer_ms``, the time of the model alone; ``policy_statistics`` if asked for.
+        ``policy_timing`` with ``infer_ms``, the time of the model alone; ``policy_statistics`` if asked for;
+        ``real_time`` with the reason if the chunk could not continue the ``previous_actions`` that were sent.
         """
         request = self.prepare(obs)
         if noise is not None:
@@ -256,7 +270,8 @@ class Policy:
         start = time.monotonic()
         data = {key: value for key, value in obs.items() if key != "actions"}  # which a recorded row has
         options = Options.parse(data.pop(OPTIONS_KEY, {}))
-        if options.previous_actions is not None:
+        guided = self._continues(options)
+        if guided and options.previous_actions is not None:
             data["actions"] = self._whole_chunk(options.previous_actions)
         try:
             transformed = self._transform(data)
@@ -271,19 +286,30 @@ class Policy:
                 key = next(self._keys)
         else:
             key = np.array([0, options.seed], np.uint32)  # as jax.random.key
+        seconds = self._seconds_for(options)
         return Request(
             observation,
             key,
-            guidance=None if options.previous_actions is None else self._guidance(transformed["actions"], options),
+            guidance=self._guidance(transformed["actions"], options) if guided else None,
             options=options,
-            deadline=self._deadline(start, options),
+            deadline=None if seconds is None else start + seconds,
+            plan=None if seconds is None or self._budget is None else self._budget.alone(seconds),
         )
+
+    def _continues(self, options: Options) -> bool:
+        """Return whether the chunk continues another; if it should and cannot, the log says why, once."""
+        if options.previous_actions is None:
+            return False
+        if not self._real_time:
+            raise ValueError(f"{OPTIONS_KEY}.previous_actions needs real-time chunking, which is off (--real_time)")
+        if options.unguided and not self._told_unguided:
+            self._told_unguided = True
+            logger.warning("a chunk of a client is %s; further ones are told to their clients alone", options.unguided)
+        return options.unguided is None
 
     def _whole_chunk(self, previous: Float[np.ndarray, "t a"]) -> Float[np.ndarray, "h a"]:
         """The rest of a chunk, its last action repeated to the horizon; the weights there are zero."""
         horizon = self._sampler.action_shape[0]
-        if not self._real_time:
-            raise ValueError(f"{OPTIONS_KEY}.previous_actions needs real-time chunking, which is off (--real_time)")
         if len(previous) > horizon:
             raise ValueError(f"{OPTIONS_KEY}.previous_actions has {len(previous)} steps, a chunk has {horizon}")
         if not np.isfinite(previous).all():
@@ -301,19 +327,42 @@ class Policy:
         weights = flow.prefix_weights(options.delay, len(options.previous_actions), horizon)
         return Guidance(np.asarray(actions, np.float32), weights)
 
-    def _deadline(self, start: float, options: Options) -> float | None:
-        if self._budget_s is None:
-            if options.deadline_ms is not None:
-                raise ValueError(
-                    f"{OPTIONS_KEY}.deadline_ms needs a policy with a latency budget (--latency_budget_ms)"
-                )
-            return None
-        return start + (self._budget_s if options.deadline_ms is None else options.deadline_ms / 1000)
+    def _seconds_for(self, options: Options) -> float | None:
+        """Return how long the answer may take; None: as long as it takes."""
+        if self._budget_s is None and options.deadline_ms is not None:
+            raise ValueError(f"{OPTIONS_KEY}.deadline_ms needs a policy with a latency budget (--latency_budget_ms)")
+        return self._budget_s if options.deadline_ms is None else options.deadline_ms / 1000
 
     def infer_batch(
         self, requests: Sequence[Request], *, size: int | None = None, plan: Plan | None = None
     ) -> list[Data]:
-        """The answers to requests that are computed together, padded to ``size`` so that few shapes are compiled."""
+        """Return the answers to requests that came together, each as if it had come alone.
+
+        Those of one kind share a call, padded to ``size``; where kinds meet, each is padded to the next size that is
+        compiled.
+
+        Raises:
+            NotFiniteError: some actions are not finite; the other answers are in it.
+        """
+        kinds: dict[tuple[Any, ...], list[int]] = {}
+        for index, request in enumerate(requests):
+            kinds.setdefault(request.kind, []).append(index)
+        answers: list[Data | None] = [None] * len(requests)
+        for members in kinds.values():
+            padded = size if len(kinds) == 1 else self._compiled_size(len(members), size)
+            group = [requests[index] for index in members]
+            for index, answer in zip(members, self._call(group, padded, plan), strict=True):
+                answers[index] = answer
+        sound = [answer for answer in answers if answer is not None]
+        if len(sound) < len(answers):
+            raise NotFiniteError(answers)
+        return sound
+
+    def _compiled_size(self, count: int, size: int | None) -> int:
+        return next((each for each in self._sizes if each >= count), max(count, size or 0))
+
+    def _call(self, requests: Sequence[Request], size: int | None, plan: Plan | None) -> list[Data | None]:
+        """Return the answers to requests of one kind, in one call; None where the actions are not finite."""
         rows = [*requests, *[requests[-1]] * ((size or 0) - len(requests))]
         start = time.monotonic()
         plan = plan or self._plan_for(rows, start)
@@ -325,19 +374,13 @@ class Policy:
         if self._budget is not None:
             self._budget.took(plan, len(rows), infer_s)
         chunks = chunks[: len(requests)]
-        if not np.isfinite(chunks).all():
-            raise FloatingPointError("the policy returned actions that are not finite; none of them is sent to a robot")
+        finite = np.isfinite(chunks).all(axis=tuple(range(1, chunks.ndim)))
         states = np.stack([request.observation.state for request in requests])
         batch = self._transform.inverse({"state": states, "actions": chunks})
-        answers = []
-        for row, request in enumerate(requests):
-            answer = {name: value[row] for name, value in batch.items()}
-            answer["policy_timing"] = {"infer_ms": infer_s * 1000}
-            if request.options.statistics:  # plain numbers: a client's chunk broker would cut arrays into steps
-                chosen = {name: np.asarray(value[row]).tolist() for name, value in values.items()}
-                answer["policy_statistics"] = chosen | dataclasses.asdict(plan)
-            answers.append(answer)
-        return answers
+        return [
+            _answer(request, row, batch, values, infer_s, plan) if finite[row] else None
+            for row, request in enumerate(requests)
+        ]
 
     def _plan_for(self, rows: Sequence[Request], now: float) -> Plan:
         deadlines = [row.deadline for row in rows if row.deadline is not None]
@@ -349,6 +392,7 @@ class Policy:
         """Compiles the model for batches of these sizes, so that no request waits; measures it under a budget."""
         if self._spec is None:
             raise ValueError("a policy without a spec does not know which shapes to compile")
+        self._sizes = tuple(sorted(sizes))
         jax.block_until_ready(_split_often(jax.random.key(0)))
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._spec)
         plain = Request(zeros, np.zeros(2, np.uint32))
@@ -378,15 +422,27 @@ class Policy:
 MEASUREMENTS = 5
 
 
+def _answer(
+    request: Request, row: int, batch: Data, values: Mapping[str, AnyArray], infer_s: float, plan: Plan
+) -> Data:
+    """Return the answer in one row of a call."""
+    answer = {name: value[row] for name, value in batch.items()}
+    answer["policy_timing"] = {"infer_ms": infer_s * 1000}
+    if request.options.unguided:
+        answer["real_time"] = request.options.unguided
+    if request.options.statistics:  # plain numbers: a client's chunk broker would cut arrays into steps
+        chosen = {name: np.asarray(value[row]).tolist() for name, value in values.items()}
+        answer["policy_statistics"] = chosen | dataclasses.asdict(plan)
+    return answer
+
+
 def _stacked(rows: Sequence[Request]) -> tuple[Observation, Draws]:
-    """One batch; if any of its chunks continues another, the rest is guided with weights of zero."""
+    """One batch of requests of one kind."""
     observation = _stack([row.observation for row in rows])
     noise = [row.noise for row in rows if row.noise is not None]
-    guidance = None
-    if given := [row.guidance for row in rows if row.guidance is not None]:
-        none = jax.tree.map(np.zeros_like, given[0])
-        guidance = _stack([row.guidance or none for row in rows])
-    return observation, Draws(np.stack([row.key for row in rows]), np.stack(noise) if noise else None, guidance)
+    guidance = [row.guidance for row in rows if row.guidance is not None]
+    keys = np.stack([row.key for row in rows])
+    return observation, Draws(keys, np.stack(noise) if noise else None, _stack(guidance) if guidance else None)
 
 
 def _stack(trees: Sequence[Any]) -> Any:

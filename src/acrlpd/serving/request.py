@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt32
 
 from acrlpd.models.flow import Guidance
+from acrlpd.serving.budget import Plan
 from acrlpd.types import Observation
 
 OPTIONS_KEY = "acrlpd"  # of an observation: options of ours, which openpi's clients never send
@@ -25,7 +26,7 @@ class Options:
     statistics: bool = False  # the answer tells what the critic thought
     deadline_ms: float | None = None  # compute as much as is ready by then; None: the policy's own budget
     previous_actions: Float[np.ndarray, "t a"] | None = None  # of the chunk being executed, from this observation on
-    delay: int = 0  # steps of it that will have been executed when the answer is there
+    delay: int = 0  # steps of it that will have been executed when the answer is there; more than it has: no guidance
 
     def __post_init__(self):
         if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed < 2**32):
@@ -36,18 +37,27 @@ class Options:
             raise ValueError(f"{OPTIONS_KEY}.deadline_ms must be a positive number, got {self.deadline_ms!r:.100}")
         previous = self.previous_actions
         if previous is not None and (
-            not isinstance(previous, np.ndarray)
-            or previous.ndim != 2
-            or previous.dtype.kind != "f"
-            or not len(previous)
+            not isinstance(previous, np.ndarray) or previous.ndim != 2 or previous.dtype.kind != "f"
         ):
             raise ValueError(f"{OPTIONS_KEY}.previous_actions must be floats of shape (steps, action size)")
         steps = 0 if previous is None else len(previous)
-        if not isinstance(self.delay, int) or not 0 <= self.delay <= steps:
+        if not isinstance(self.delay, int) or self.delay < 0 or (previous is None and self.delay):
             raise ValueError(
                 f"{OPTIONS_KEY}.delay must be a whole number from 0 to the {steps} steps of previous_actions, got "
                 f"{self.delay!r:.100}"
             )
+
+    @property
+    def unguided(self) -> str | None:
+        """Return why the chunk continues nothing although ``previous_actions`` came; None if it does, or none came."""
+        if self.previous_actions is None:
+            return None
+        steps = len(self.previous_actions)
+        if not steps:
+            return "unguided: previous_actions is empty"
+        if steps < self.delay:
+            return f"unguided: previous_actions has {steps} steps, the delay is {self.delay}"
+        return None
 
     @classmethod
     def parse(cls, values: Any) -> Options:
@@ -60,7 +70,19 @@ class Options:
                 near = difflib.get_close_matches(str(name), known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
                 raise ValueError(f"unknown option {OPTIONS_KEY}.{name!s:.100}: {hint}")
-        return cls(**{name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()})
+        given = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+        if _is_nothing(given.get("previous_actions", 0)) and (
+            given["previous_actions"] is not None or "delay" in given
+        ):
+            given["previous_actions"] = np.zeros((0, 0), np.float32)
+        return cls(**given)
+
+
+def _is_nothing(rest: Any) -> bool:
+    """Whether a client sent a rest of a chunk in which no step is left, in whatever form."""
+    if isinstance(rest, np.ndarray):
+        return rest.shape[:1] == (0,)
+    return rest is None or rest == []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +95,12 @@ class Request:
     guidance: Guidance | None = None
     options: Options = dataclasses.field(default_factory=Options)
     deadline: float | None = None  # on the monotonic clock
+    plan: Plan | None = None  # what its deadline leaves time for if it is served at once; None: no deadline
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Return what requests must have in common to share a call without changing each other's answers."""
+        return self.guidance is not None, self.noise is not None, self.plan
 
 
 def outline(data: Mapping[str, Any], path: str = "") -> str:

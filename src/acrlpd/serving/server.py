@@ -15,77 +15,43 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import dataclasses
+import functools
 import hmac
 import http
 import logging
+import os
 import signal
-import ssl
+import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acrlpd.data.transforms import Data
 from acrlpd.serving import codec
 from acrlpd.serving.batching import Batcher
-from acrlpd.serving.limits import RateLimit, check_size, is_loopback
+from acrlpd.serving.door import Door, ServerConfig, check_keys, open_door
+from acrlpd.serving.limits import RateLimit, check_size
 from acrlpd.serving.metrics import ServerMetrics
 from acrlpd.serving.policy import Policy
 from acrlpd.serving.request import Request
 
 if TYPE_CHECKING:
-    from websockets.asyncio.server import ServerConnection
     from websockets.http11 import Request as HTTPRequest
     from websockets.http11 import Response
 
+    from acrlpd.serving.connection import GuardedConnection
+
 logger = logging.getLogger(__name__)
 
-MAX_HANDSHAKES = 64  # connections that have not said yet what they want
 SMALL_MESSAGE_BYTES = 4096  # a state and a prompt: handing them to a thread takes longer than preparing them
+LARGE_MESSAGE_BYTES = 2**20  # these wait for one another and for nobody else
+MAX_HELD_MESSAGES = 16  # of the largest size, received and not answered, of all connections together
+RECENT_S = 5.0  # whoever has asked for nothing for so long is not expected to ask now
+SWITCH_S = 0.0005  # for which the interpreter leaves a thread its turn: the event loop waits so long for each of them
 MAX_COMPLAINT = 1000  # characters of a TEXT frame
 INTERNAL_ERROR = 1011
-
-
-@dataclasses.dataclass(frozen=True)
-class ServerConfig:
-    """Address and limits. The defaults serve one machine's own robots."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000  # 0: any free one
-    max_batch_size: int = 8  # requests in one call of the policy
-    batch_wait_s: float = 0.002  # how long a request waits for others to join it, where other clients are connected
-    max_concurrent_requests: int = 64  # decoded, waiting and running; more are refused
-    request_timeout_s: float = 30.0
-    max_requests_per_s: float | None = None  # of one connection; None: no limit
-    max_connections: int = 64
-    max_connections_per_address: int = 64
-    max_message_bytes: int = 16 * 1024**2
-    message_timeout_s: float = 10.0  # for a whole message to arrive once it has begun, and for an answer to be taken
-    ping_interval_s: float = 20.0  # a peer that answers no ping for as long again is gone
-    allow_anonymous: bool = False  # serve an address that others can reach without a key
-    tls_cert: str | None = None  # a PEM file, as its key
-    tls_key: str | None = None
-    reload_interval_s: float | None = None  # look for a newer checkpoint this often; None: never
-    drain_timeout_s: float = 30.0  # for the requests under way when the server is told to stop
-    show_tracebacks: bool = False  # send them to clients, as openpi does
-
-    def __post_init__(self):
-        for name in ("max_batch_size", "max_concurrent_requests", "max_connections", "max_message_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("request_timeout_s", "message_timeout_s", "ping_interval_s", "drain_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("max_requests_per_s", "reload_interval_s"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"{name} must be positive or absent, got {value}")
-        if self.batch_wait_s < 0:
-            raise ValueError(f"batch_wait_s must not be negative, got {self.batch_wait_s}")
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("TLS needs both a certificate and its key")
 
 
 class RefusedError(Exception):
@@ -103,6 +69,7 @@ class PolicyServer:
         api_keys: any of them opens the door; none leaves it open, which only loopback addresses may.
         refresh: called every ``reload_interval_s`` in a thread; a newer policy, or None. Requests under way are
             answered by the old one.
+        door: what ``open_door`` gave for this configuration; None: it is opened when serving begins.
     """
 
     def __init__(
@@ -112,30 +79,28 @@ class PolicyServer:
         *,
         api_keys: Sequence[str] = (),
         refresh: Callable[[], Policy | None] | None = None,
+        door: Door | None = None,
     ):
-        if not all(key.isascii() and key.isprintable() and key.strip() == key != "" for key in api_keys):
-            raise ValueError("an API key must be printable ASCII without spaces around it, and not empty")
-        if not (api_keys or config.allow_anonymous or is_loopback(config.host)):
-            raise ValueError(
-                f"others can reach {config.host}, and without an API key anyone may move the robot. Give a key, bind "
-                "to 127.0.0.1, or set allow_anonymous if the network itself is guarded."
-            )
+        check_keys(config, api_keys)
         self.config = config
+        self._api_keys = tuple(api_keys)
         self._headers = [f"Api-Key {key}".encode() for key in api_keys]
+        self._door = door
         self.metrics = ServerMetrics()
         self._refresh = refresh
         self._ready = asyncio.Event()
         self._draining = False
-        self._connections: set[ServerConnection] = set()
-        self._idle: set[ServerConnection] = set()
+        self._connections: set[GuardedConnection] = set()
+        self._idle: set[GuardedConnection] = set()
         self._per_address: collections.Counter[str] = collections.Counter()
-        self._admitted = 0
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="prepare")
+        self._admitted: collections.Counter[Hashable] = collections.Counter()  # requests, by whose they are
+        self._small = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        self._large = ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) - 1)), thread_name_prefix="prepare large")
         self.batcher = Batcher(
             policy,
             max_batch_size=min(config.max_batch_size, config.max_concurrent_requests),
             batch_wait_s=config.batch_wait_s,
-            expected=lambda: len(self._connections),
+            expected=self._expected,
             on_batch=self.metrics.count_batch,
         )
         self.metrics.watch(self.batcher)
@@ -160,50 +125,75 @@ class PolicyServer:
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[int]:
         """Listens, compiles, serves; gives the port. At the end, requests under way are answered first."""
-        from websockets.asyncio.server import ServerConnection, serve
-
-        class Limited(ServerConnection):
-            """Cuts off whoever opens connections without end and says nothing."""
-
-            def connection_made(this, transport: asyncio.BaseTransport) -> None:  # noqa: N805
-                super().connection_made(transport)
-                if len(this.server.all_connections) > self.config.max_connections + MAX_HANDSHAKES:
-                    this.transport.abort()
-
-        config = self.config
+        door = self._door or open_door(self.config, self._api_keys)
         quiet = logging.getLogger("acrlpd.serving.websockets")
         quiet.setLevel(logging.CRITICAL)  # a scan of the port would fill the log with one traceback a connection
-        async with (
-            self.batcher.running(),
+        switch_s = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_S)
+        try:
+            async with self.batcher.running(), contextlib.AsyncExitStack() as open_sockets:
+                servers = [await open_sockets.enter_async_context(each) for each in self._listening(door, quiet)]
+                port = servers[0].sockets[0].getsockname()[1]
+                logger.info("listening on %s, compiling", self.config.url(port))
+                preparing = asyncio.create_task(self._prepare())
+                try:
+                    yield port
+                finally:
+                    preparing.cancel()
+                    await asyncio.gather(preparing, return_exceptions=True)
+                    await self._drain(servers)
+        finally:
+            sys.setswitchinterval(switch_s)
+            door.close()
+        for pool in (self._small, self._large):
+            pool.shutdown(wait=False)
+
+    def _listening(self, door: Door, quiet: logging.Logger) -> list[Any]:
+        """Return a server of websockets for each socket of the door."""
+        from websockets.asyncio.server import serve
+
+        from acrlpd.serving.connection import CLOSE_S, GuardedConnection, Hold, Listener, Lobby, Pace
+
+        config = self.config
+        self._lobby = lobby = Lobby(self.metrics.rejected.labels("silent").inc)
+        options: dict[str, Any] = {
+            "process_request": self._process_request,
+            "create_connection": functools.partial(
+                GuardedConnection,
+                lobby=lobby,
+                pace=Pace(),
+                hold=Hold(MAX_HELD_MESSAGES * config.max_message_bytes),
+                timeout_s=config.message_timeout_s,
+                alone=lambda: len(self._connections) <= 1,
+            ),
+        }
+        if door.tls is not None:
+            options |= {"ssl_handshake_timeout": config.message_timeout_s, "ssl_shutdown_timeout": CLOSE_S}
+        handle: Any = self._handle  # which takes the connections that the factory makes
+        return [
             serve(
-                self._handle,
-                config.host,
-                config.port,
-                ssl=_ssl_context(config),
-                process_request=self._process_request,
+                handle,
+                sock=Listener.of(bound, lobby),
+                ssl=door.tls,
                 compression=None,
                 server_header=None,
                 max_size=config.max_message_bytes,
-                max_queue=2,
+                max_queue=0,
                 open_timeout=config.message_timeout_s,
                 ping_interval=config.ping_interval_s,
                 ping_timeout=config.ping_interval_s,
-                close_timeout=1.0,
-                create_connection=Limited,
+                close_timeout=CLOSE_S,
                 logger=quiet,
-            ) as server,
-        ):
-            port = server.sockets[0].getsockname()[1]
-            logger.info("listening on %s:%d, compiling", config.host, port)
-            tasks = [asyncio.create_task(self._prepare())]
-            try:
-                yield port
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                await self._drain(server)
-        self._pool.shutdown(wait=False)
+                backlog=1,
+                **options,
+            )
+            for bound in door.sockets
+        ]
+
+    def _expected(self) -> int:
+        """Return how many may ask at the same time: idle connections make nobody wait for company."""
+        since = time.monotonic() - RECENT_S
+        return sum(connection.asked_at > since for connection in self._connections)
 
     async def wait_ready(self) -> None:
         await self._ready.wait()
@@ -242,25 +232,28 @@ class PolicyServer:
         about = self.batcher.policy.metadata.get("acrlpd", {})
         self.metrics.step.set(about.get("step", 0))
 
-    async def _drain(self, server: Any) -> None:
+    async def _drain(self, servers: Sequence[Any]) -> None:
         """No new connections; idle ones are closed; the others after their answer."""
         self._draining = True
         self._ready.set()  # whoever waits for it finds the server draining
-        server.close(close_connections=False)
+        for server in servers:
+            server.close(close_connections=False)
+        self._lobby.clear()
         await asyncio.gather(*(connection.close(1001, "server shutting down") for connection in list(self._idle)))
         try:
             async with asyncio.timeout(self.config.drain_timeout_s):
-                await server.wait_closed()
+                await _all_closed(servers)
         except TimeoutError:
             logger.warning("%d connections cut off after %g s", len(self._connections), self.config.drain_timeout_s)
             for connection in list(self._connections):
                 connection.transport.abort()
-            await server.wait_closed()
+            await _all_closed(servers)
 
     # -- the door ------------------------------------------------------------------------------------------------
 
-    def _process_request(self, connection: ServerConnection, request: HTTPRequest) -> Response | None:
+    def _process_request(self, connection: GuardedConnection, request: HTTPRequest) -> Response | None:
         """HTTP: health for everyone; metrics and the websocket for those who have the key and find a place."""
+        connection.ask()
         path = request.path.partition("?")[0]
         if path == "/healthz":
             return connection.respond(http.HTTPStatus.OK, "OK\n")
@@ -269,7 +262,8 @@ class PolicyServer:
                 return connection.respond(http.HTTPStatus.OK, "OK\n")
             reason = "draining" if self._draining else "compiling"
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, f"{reason}\n")
-        if not self._knows_key(request.headers.get_all("Authorization")):
+        connection.owner = self._owner(connection.address, request.headers.get_all("Authorization"))
+        if connection.owner is None:
             self.metrics.rejected.labels("api_key").inc()
             response = connection.respond(http.HTTPStatus.UNAUTHORIZED, "API key missing or wrong.\n")
             response.headers["WWW-Authenticate"] = "Api-Key"
@@ -280,31 +274,36 @@ class PolicyServer:
             return self._reject(connection, http.HTTPStatus.SERVICE_UNAVAILABLE, "draining")
         if len(self._connections) >= self.config.max_connections:
             return self._reject(connection, http.HTTPStatus.SERVICE_UNAVAILABLE, "max_connections")
-        if self._per_address[_address(connection)] >= self.config.max_connections_per_address:
+        if self._per_address[connection.address] >= self.config.max_connections_per_address:
             return self._reject(connection, http.HTTPStatus.TOO_MANY_REQUESTS, "max_connections_per_address")
         return None
 
-    def _reject(self, connection: ServerConnection, status: http.HTTPStatus, reason: str) -> Response:
+    def _reject(self, connection: GuardedConnection, status: http.HTTPStatus, reason: str) -> Response:
         self.metrics.rejected.labels(reason).inc()
         response = connection.respond(status, f"refused: {reason}; try again later\n")
         response.headers["Retry-After"] = "5"
         return response
 
-    def _knows_key(self, authorization: list[str]) -> bool:
-        """Whether the header carries one of the keys; how long this takes does not tell how much of one was right."""
-        if not self._headers:
-            return True
+    def _owner(self, address: str, authorization: list[str]) -> Hashable:
+        """Return whose requests these are, or None if the header carries none of the keys.
+
+        Where there are several keys, each is a client; where all share one, or none is needed, each address is. How
+        long this takes does not tell how much of a key was right.
+        """
         given = authorization[0] if len(authorization) == 1 else ""
         given_bytes = given.encode("utf-8", "surrogateescape")
-        matches = [hmac.compare_digest(header, given_bytes) for header in self._headers]
-        return any(matches)
+        matches = [index for index, header in enumerate(self._headers) if hmac.compare_digest(header, given_bytes)]
+        if self._headers and not matches:
+            return None
+        return f"key {matches[0]}" if len(self._headers) > 1 else address
 
     # -- conversation --------------------------------------------------------------------------------------------
 
-    async def _handle(self, connection: ServerConnection) -> None:
+    async def _handle(self, connection: GuardedConnection) -> None:
         from websockets.exceptions import ConnectionClosed
 
-        address = _address(connection)
+        address = connection.address
+        connection.admit()
         self._connections.add(connection)
         self._per_address[address] += 1
         self.metrics.connections.set(len(self._connections))
@@ -321,7 +320,7 @@ class PolicyServer:
                 del self._per_address[address]
             self.metrics.connections.set(len(self._connections))
 
-    async def _converse(self, connection: ServerConnection) -> None:
+    async def _converse(self, connection: GuardedConnection) -> None:
         """Message, answer, message, answer, until one side ends it."""
         limit = RateLimit(self.config.max_requests_per_s)
         previous_s: float | None = None
@@ -332,11 +331,13 @@ class PolicyServer:
                 message = await self._receive(connection)
             finally:
                 self._idle.discard(connection)
+            connection.asked_at = time.monotonic()
             try:
-                answer = await self._answer(message, limit)
+                answer = await self._answer(connection, message, limit)
             except RefusedError as refusal:
                 self.metrics.requests.labels("refused").inc()
                 await self._send(connection, str(refusal))
+                connection.answered(message)
                 continue
             except InvalidRequestError as complaint:
                 self.metrics.requests.labels("invalid").inc()
@@ -351,11 +352,12 @@ class PolicyServer:
             if previous_s is not None:
                 answer["server_timing"]["prev_total_ms"] = previous_s * 1000
             await self._send(connection, codec.pack(answer))
+            connection.answered(message)
             previous_s = time.monotonic() - start
             self.metrics.requests.labels("ok").inc()
         await connection.close(1001, "server shutting down")
 
-    async def _receive(self, connection: ServerConnection) -> bytes | str:
+    async def _receive(self, connection: GuardedConnection) -> bytes | str:
         """The next message. Its first fragment may take for ever, the rest may not."""
         fragments: list[Any] = []
         async with asyncio.timeout(None) as limit:
@@ -369,28 +371,40 @@ class PolicyServer:
             return fragments[0]
         return type(fragments[0])().join(fragments)
 
-    async def _answer(self, message: bytes | str, limit: RateLimit) -> Data:
-        config = self.config
+    async def _answer(self, connection: GuardedConnection, message: bytes | str, limit: RateLimit) -> Data:
+        config, owner = self.config, connection.owner
         if not limit.allows():
             raise RefusedError(f"rate limit: more than {config.max_requests_per_s:g} requests a second")
-        if self._admitted >= config.max_concurrent_requests:
-            raise RefusedError(f"busy: {self._admitted} requests are being served, as many as allowed; try again later")
-        self._admitted += 1
+        if (total := self._admitted.total()) >= config.max_concurrent_requests and self._admitted[owner]:
+            raise RefusedError(f"busy: {total} requests are being served, as many as allowed; try again later")
+        self._admitted[owner] += 1
         start = time.monotonic()
         try:
             async with asyncio.timeout(config.request_timeout_s):
-                if len(message) <= SMALL_MESSAGE_BYTES:
-                    request = self._prepared(message)
-                else:
-                    request = await asyncio.get_running_loop().run_in_executor(self._pool, self._prepared, message)
-                answer = await self.batcher.infer(request)
+                request = await self._prepare_request(connection, message)
+                answer = await self.batcher.infer(request, owner)
         except TimeoutError as error:
             raise RefusedError(f"timeout: no answer within {config.request_timeout_s:g} s; try again later") from error
         finally:
-            self._admitted -= 1
+            self._admitted -= collections.Counter({owner: 1})  # and forgets who has none
         seconds = time.monotonic() - start
         self.metrics.latency.observe(seconds)
         return answer | {"server_timing": {"infer_ms": seconds * 1000}}
+
+    async def _prepare_request(self, connection: GuardedConnection, message: bytes | str) -> Request:
+        if len(message) > SMALL_MESSAGE_BYTES:
+            pool = self._large if len(message) > LARGE_MESSAGE_BYTES else self._small
+            loop = asyncio.get_running_loop()
+            request, seconds = await loop.run_in_executor(pool, self._prepared_aside, message)
+            connection.worked_aside(seconds)
+            return request
+        with connection.work():
+            return self._prepared(message)
+
+    def _prepared_aside(self, message: bytes | str) -> tuple[Request, float]:
+        """Return the request and the seconds of a processor that it took."""
+        start = time.thread_time()
+        return self._prepared(message), time.thread_time() - start
 
     def _prepared(self, message: bytes | str) -> Request:
         try:
@@ -399,36 +413,24 @@ class PolicyServer:
             observation = codec.unpack(message)
             if not isinstance(observation, dict):
                 raise ValueError(f"an observation is a dictionary, got {type(observation).__name__}")
-            check_size(observation)
+            check_size(observation, self.config.max_picture_pixels)
             return self.batcher.policy.prepare(observation)
         except ValueError as error:
             if self.config.show_tracebacks:
                 raise InvalidRequestError(traceback.format_exc()) from error
             raise InvalidRequestError(f"invalid request: {str(error)[:MAX_COMPLAINT]}") from error
 
-    async def _send(self, connection: ServerConnection, message: bytes | str) -> None:
+    async def _send(self, connection: GuardedConnection, message: bytes | str) -> None:
         """Raises TimeoutError if the peer does not read."""
         async with asyncio.timeout(self.config.message_timeout_s):
             await connection.send(message)
 
-    async def _hang_up(self, connection: ServerConnection, complaint: str) -> None:
+    async def _hang_up(self, connection: GuardedConnection, complaint: str) -> None:
         await self._send(connection, complaint)
         traced = "Traceback included in previous frame." if self.config.show_tracebacks else "Reason in previous frame."
         await connection.close(INTERNAL_ERROR, f"Internal server error. {traced}")
 
 
-def _address(connection: ServerConnection) -> str:
-    peer = connection.remote_address
-    return str(peer[0]) if peer else "gone"
-
-
-def _ssl_context(config: ServerConfig) -> ssl.SSLContext | None:
-    if config.tls_cert is None or config.tls_key is None:
-        return None
-    for path in (config.tls_cert, config.tls_key):
-        if not Path(path).is_file():
-            raise ValueError(f"TLS: no file {path}")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(config.tls_cert, config.tls_key)
-    return context
+async def _all_closed(servers: Sequence[Any]) -> None:
+    for server in servers:
+        await server.wait_closed()

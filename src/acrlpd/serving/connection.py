@@ -1,0 +1,344 @@
+"""A connection that is held to its share, from the moment it is accepted.
+
+Whoever says nothing gives way to those who come later (``Lobby``); whoever has cost the event loop much is read again
+after a rest (``Pace``); whoever sends crumbs, or leaves unread what it was sent, is cut off (``GuardedConnection``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, cast
+
+from websockets.asyncio.server import ServerConnection
+from websockets.exceptions import ProtocolError
+from websockets.frames import DATA_OPCODES, Frame
+from websockets.protocol import Event
+
+from acrlpd.serving.limits import RateLimit, client_address
+
+MAX_SILENT = 256  # connections that have not finished the opening handshake, TLS included
+MAX_SILENT_PER_ADDRESS = 64
+BACKLOG = 128  # connections that the system holds until they are accepted
+CRUMB_BYTES = 1024  # a frame with less in it is a crumb
+MAX_CRUMBS, CRUMBS_PER_S = 64, 20.0  # at once, or since the last message that was answered; and for ever
+MAX_UNREAD_BYTES = 2**20  # written for a peer and not taken by it
+DISCARD_S = 0.01  # between two packets of a peer that has broken the rules and goes on
+CLOSE_S = 1.0  # for the end of a connection that is being closed
+FREE_S = 0.001  # of the event loop's time that nobody pays for: a usual message takes less
+REST = 4.0  # seconds of rest for each second beyond: all who rest have a fifth of the event loop together
+REST_ASIDE = 3.0  # for each second of work beside it: all who rest have a third of a core together
+MAX_REST_S = 2.0
+HANDSHAKE_S = 0.0005  # of the event loop's time, for a connection to come and ask
+
+
+class Visitor(socket.socket):
+    """An accepted socket that is in the lobby until ``admit``."""
+
+    lobby: Lobby
+    address: str
+    hang_up: Callable[[], None]  # ends the connection from outside
+
+    def cut(self) -> None:
+        """End the connection while no transport knows of it, or TLS has not begun."""
+        try:
+            self.shutdown(socket.SHUT_RDWR)
+        except OSError:  # the peer was faster
+            return
+
+    def close(self) -> None:
+        self.lobby.leave(self)
+        super().close()
+
+
+class Listener(socket.socket):
+    """A listening socket whose visitors wait in a lobby; one is accepted at a time."""
+
+    lobby: Lobby
+
+    @classmethod
+    def of(cls, bound: socket.socket, lobby: Lobby) -> Listener:
+        """Return the listener that takes over a bound socket."""
+        listener = cls(bound.family, bound.type, bound.proto, bound.detach())
+        listener.lobby = lobby
+        return listener
+
+    def listen(self, backlog: int = BACKLOG) -> None:
+        """Let the system hold many; asyncio accepts ``backlog`` of them in one go, while everything else waits."""
+        super().listen(BACKLOG)
+
+    def accept(self) -> tuple[Visitor, Any]:
+        accepted, peer = super().accept()
+        visitor = Visitor(accepted.family, accepted.type, accepted.proto, accepted.detach())
+        visitor.lobby, visitor.address, visitor.hang_up = self.lobby, client_address(peer), visitor.cut
+        self.lobby.enter(visitor)
+        return visitor, peer
+
+
+class Lobby:
+    """Connections whose handshake is not finished. Where there are too many, the one that came first has to go.
+
+    So silence keeps nobody out: whoever asks at once is served.
+    """
+
+    def __init__(self, evicted: Callable[[], Any]):
+        self._inside: dict[Visitor, None] = {}  # the oldest first
+        self._evicted = evicted
+
+    def __len__(self) -> int:
+        return len(self._inside)
+
+    def enter(self, visitor: Visitor) -> None:
+        self._inside[visitor] = None
+        counts = collections.Counter(each.address for each in self._inside)
+        if counts[visitor.address] > MAX_SILENT_PER_ADDRESS:
+            self._evict(visitor.address)
+        elif len(self._inside) > MAX_SILENT:
+            self._evict(counts.most_common(1)[0][0])
+
+    def _evict(self, address: str) -> None:
+        oldest = next(each for each in self._inside if each.address == address)
+        self.leave(oldest)
+        oldest.hang_up()
+        self._evicted()
+
+    def clear(self) -> None:
+        """End all of them: the server stops."""
+        for visitor in list(self._inside):
+            visitor.hang_up()
+
+    def meet(self, descriptor: int, hang_up: Callable[[], None]) -> Visitor | None:
+        """Return who has this file descriptor, and remember the way to end a connection that has a transport now."""
+        visitor = next((each for each in self._inside if each.fileno() == descriptor), None)
+        if visitor is not None:
+            visitor.hang_up = hang_up
+        return visitor
+
+    def leave(self, visitor: Visitor) -> None:
+        self._inside.pop(visitor, None)
+
+
+class Pace:
+    """Rests: who has worked the event loop for a second is left alone for four, and longer if others rest too.
+
+    Newcomers wait until everybody from their address has rested: nobody escapes by coming back.
+    """
+
+    def __init__(self) -> None:
+        self._until: dict[Hashable, float] = {}
+        self._doors: dict[str, float] = {}
+
+    def charge(self, who: Hashable, address: str, seconds: float) -> float:
+        """Return the seconds for which ``who`` rests, after so much more rest that it owes when it is the only one."""
+        now = time.monotonic()
+        self._until = {each: until for each, until in self._until.items() if until > now}
+        resting = len(self._until.keys() | {who})
+        self._until[who] = until = min(now + MAX_REST_S, max(now, self._until.get(who, now)) + seconds * resting)
+        self._doors[address] = max(until, self._doors.get(address, now))
+        return until - now
+
+    def left(self, who: Hashable) -> float:
+        """Return the seconds for which ``who`` still rests."""
+        return max(0.0, self._until.get(who, 0.0) - time.monotonic())
+
+    def forget(self, who: Hashable) -> None:
+        self._until.pop(who, None)
+
+    def wait(self, address: str) -> float:
+        """Return the seconds for which a newcomer waits."""
+        return max(0.0, self._doors.get(address, 0.0) - time.monotonic())
+
+    def open(self, address: str) -> None:
+        """Let the next newcomers wait a little longer: one of them has asked for something."""
+        now = time.monotonic()
+        self._doors = {each: until for each, until in self._doors.items() if until > now}
+        self._doors[address] = min(now + MAX_REST_S, self._doors.get(address, now) + HANDSHAKE_S * REST)
+
+
+class Hold:
+    """Bytes that have come and are not answered, of all connections together.
+
+    Where they are too many, those who hold more than their share have to go, at their next bytes.
+    """
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes = max_bytes
+        self._bytes: collections.Counter[Hashable] = collections.Counter()
+
+    def change(self, who: Hashable, by: int) -> bool:
+        """Return whether ``who`` may hold what it holds now."""
+        self._bytes[who] = max(0, self._bytes[who] + by)
+        return self._bytes.total() <= self._max_bytes or self._bytes[who] <= self._max_bytes / len(self._bytes)
+
+    def forget(self, who: Hashable) -> None:
+        self._bytes.pop(who, None)
+
+
+class _Gate:
+    """A transport that reads while nobody has asked it to pause: neither the queue of frames nor a rest."""
+
+    def __init__(self, transport: asyncio.Transport):
+        self._transport = transport
+        self._reasons: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def pause_reading(self, reason: str = "queue") -> None:
+        self._reasons.add(reason)
+        self._transport.pause_reading()
+
+    def resume_reading(self, reason: str = "queue") -> None:
+        self._reasons.discard(reason)
+        if not self._reasons:
+            self._transport.resume_reading()
+
+
+class GuardedConnection(ServerConnection):
+    """A websocket under the rules of this module.
+
+    Args:
+        timeout_s: how long a peer may leave what it was sent, and take to send a frame.
+        alone: whether nobody else is connected who could be disturbed.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        lobby: Lobby,
+        pace: Pace,
+        hold: Hold,
+        timeout_s: float,
+        alone: Callable[[], bool],
+        **options: Any,
+    ):
+        super().__init__(*arguments, **options)
+        self.owner: Hashable = None  # whose requests take turns with those of others: a key, or an address
+        self.asked_at = time.monotonic()  # the last time; before that, when it came
+        self._lobby, self._pace, self._hold = lobby, pace, hold
+        self._timeout_s, self._alone = timeout_s, alone
+        self._crumbs = RateLimit(CRUMBS_PER_S, burst=MAX_CRUMBS)
+        self._closing = False
+        self._busy_s = 0.0  # with the message that is coming
+        self._unread: asyncio.TimerHandle | None = None
+        self._late: asyncio.TimerHandle | None = None
+        self._ending: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._gate = gate = _Gate(cast(asyncio.Transport, transport))
+        super().connection_made(cast(asyncio.Transport, gate))
+        self.address = client_address(self.remote_address)
+        self._visitor = self._lobby.meet(transport.get_extra_info("socket").fileno(), gate.abort)
+        self._take_frame = self.protocol.recv_frame
+        self.protocol.recv_frame = self._weigh  # type: ignore[method-assign]  # before the frame is kept
+        self._rest(self._pace.wait(self.address))
+
+    def ask(self) -> None:
+        """Count a request for a websocket, or for anything else."""
+        self._pace.open(self.address)
+
+    def admit(self) -> None:
+        """Leave the lobby: the handshake is finished."""
+        if self._visitor is not None:
+            self._lobby.leave(self._visitor)
+        self._hold.forget(self)
+
+    def _weigh(self, frame: Frame) -> None:
+        if len(frame.data) < CRUMB_BYTES and not self._crumbs.allows():
+            raise ProtocolError(
+                f"more than {MAX_CRUMBS} frames of less than {CRUMB_BYTES} bytes before an answer; send larger ones"
+            )
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+        size = len(frame.data)
+        header = 6 + (0 if size < 126 else 2 if size < 2**16 else 8)  # of a masked frame
+        self._hold.change(self, -header if frame.opcode in DATA_OPCODES else -header - size)
+        self._take_frame(frame)
+
+    def answered(self, message: bytes | str) -> None:
+        """Forget the frames of a message that has its answer."""
+        self._crumbs.refill()
+        self._busy_s = 0.0
+        self._hold.change(self, -len(message))
+
+    def data_received(self, data: bytes) -> None:
+        may_hold = self._hold.change(self, len(data))
+        with self.work():
+            super().data_received(data)
+        if self._late is None and self.protocol.reader.buffer:  # a frame has begun
+            self._late = self.loop.call_later(self._timeout_s, self.transport.abort)
+        if not may_hold or self.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
+            self.transport.abort()
+        elif self._ending is None and self.protocol.close_expected():
+            self._ending = self.loop.call_later(CLOSE_S, self.transport.abort)
+        if self.protocol.parser_exc is not None:  # it has broken the rules: what it still sends is thrown away, slowly
+            self._rest(DISCARD_S)
+
+    @contextlib.contextmanager
+    def work(self) -> Iterator[None]:
+        """Count the processor's time that a message takes of the event loop; too much of it costs a rest."""
+        start = time.thread_time()
+        try:
+            yield
+        finally:
+            before, self._busy_s = self._busy_s, self._busy_s + time.thread_time() - start
+            if self._busy_s > FREE_S:
+                self._owe(REST * (self._busy_s - max(before, FREE_S)))
+
+    def worked_aside(self, seconds: float) -> None:
+        """Count the time that a message took in a thread of its own."""
+        if seconds > FREE_S:
+            self._owe(REST_ASIDE * (seconds - FREE_S))
+
+    def _owe(self, seconds: float) -> None:
+        if not (self._closing or self._alone()):
+            self._rest(self._pace.charge(self, self.address, seconds))
+
+    def _rest(self, seconds: float) -> None:
+        if seconds > 0:
+            self._gate.pause_reading("rest")
+            self.loop.call_later(seconds, self._wake)
+
+    def _wake(self) -> None:
+        left = self._pace.left(self)
+        if left > 0:
+            self.loop.call_later(left, self._wake)
+        else:
+            self._gate.resume_reading("rest")
+
+    async def close(self, code: int = 1000, reason: str = "") -> None:
+        """Close, and from now on read nothing but the peer's goodbye, without a rest."""
+        self._closing = True
+        self._pace.forget(self)
+        for held_up_by in ("rest", "queue"):
+            self._gate.resume_reading(held_up_by)
+        await super().close(code, reason)
+
+    def process_event(self, event: Event) -> None:
+        if not (self._closing and isinstance(event, Frame)):
+            super().process_event(event)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(self._timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._unread, self._late, self._ending):
+            if timer is not None:
+                timer.cancel()
+        self._hold.forget(self)
+        self._pace.forget(self)
+        super().connection_lost(exc)
+        del self.protocol.recv_frame  # this object, and below the last frame: both would wait for the collector
+        if self.protocol.parser_exc is not None:
+            self.protocol.parser_exc.__traceback__ = None

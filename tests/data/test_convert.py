@@ -10,7 +10,8 @@ import subprocess
 import numpy as np
 import pytest
 
-from acrlpd.data import convert, hdf5, unfinished
+from acrlpd import unfinished
+from acrlpd.data import convert, hdf5
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.lerobot import LeRobotSource
 from acrlpd.data.rewards import RewardConfig

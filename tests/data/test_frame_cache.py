@@ -7,8 +7,8 @@ import h5py
 import numpy as np
 import pytest
 
+from acrlpd import unfinished
 from acrlpd.cli.main import main
-from acrlpd.data import unfinished
 from acrlpd.data.frame_cache import FrameCache
 from acrlpd.data.hdf5 import H5DatasetReader
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from acrlpd.data import hdf5, unfinished
+from acrlpd import unfinished
+from acrlpd.data import hdf5
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.metadata_cache import MetadataCache, default_folder
 from acrlpd.types import Episode

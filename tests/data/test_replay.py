@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from acrlpd.data import hdf5, unfinished
+from acrlpd import unfinished
+from acrlpd.data import hdf5
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.data.sources import open_episodes

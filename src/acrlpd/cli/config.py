@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from acrlpd import unfinished
 from acrlpd.cli.configured import changed, parse, starting_point
 from acrlpd.config import TrainConfig, from_dict, to_dict
 from acrlpd.overrides import differences, to_yaml
@@ -66,9 +67,8 @@ def _save(words: list[str]) -> None:
     if target.exists():
         raise ValueError(f"{target} exists already. Delete it first, or choose another name.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(to_yaml(_parsed(words[0], words[2:]).config), encoding="utf-8")
-    temporary.rename(target)
+    with unfinished.whole(target) as temporary:
+        temporary.write_text(to_yaml(_parsed(words[0], words[2:]).config), encoding="utf-8")
     print(target)
 
 

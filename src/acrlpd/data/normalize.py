@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
+from acrlpd import unfinished
 from acrlpd.data import chunks
 from acrlpd.data.episodes import EpisodeSource, EpisodeStore
 from acrlpd.types import Episode, typed
@@ -87,10 +86,8 @@ def save(path: Path | str, stats: Mapping[str, NormStats]) -> None:
     """Writes openpi's ``norm_stats.json``; ``path`` is the file, its folder is made. Replaces a file all at once."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        partial = Path(folder) / path.name
-        partial.write_text(json.dumps(to_dict(stats), indent=2), encoding="utf-8")
-        os.replace(partial, path)
+    with unfinished.whole(path) as temporary:
+        temporary.write_text(json.dumps(to_dict(stats), indent=2), encoding="utf-8")
 
 
 def to_dict(stats: Mapping[str, NormStats]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
+from acrlpd.orphans import end_with_parent
+
 
 def start(num_workers: int, prepare: Callable[..., None], *arguments: Any) -> concurrent.futures.ProcessPoolExecutor:
     """A pool in which each process first calls ``prepare``. A script that uses it needs the usual ``__main__`` guard.
@@ -17,7 +19,12 @@ def start(num_workers: int, prepare: Callable[..., None], *arguments: Any) -> co
     """
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    return concurrent.futures.ProcessPoolExecutor(num_workers, context, prepare, arguments)
+    return concurrent.futures.ProcessPoolExecutor(num_workers, context, _begin, (prepare, *arguments))
+
+
+def _begin(prepare: Callable[..., None], *arguments: Any) -> None:
+    end_with_parent()
+    prepare(*arguments)
 
 
 @contextmanager

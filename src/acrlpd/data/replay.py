@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from acrlpd.data import hdf5
-from acrlpd.data.unfinished import remove_abandoned, temporary_path
 from acrlpd.types import Episode
+from acrlpd.unfinished import remove_abandoned, temporary_path
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from acrlpd.envs.env import EnvConfig, SimulatedEnvironment, clip_action, make
 from acrlpd.envs.episodes import EpisodeRunner, Rollout, Start
 from acrlpd.envs.experts import PolicyKind, SmoothNoise, make_expert
 from acrlpd.envs.rollout import episode_seed
+from acrlpd.orphans import end_with_parent
 
 
 def collect(
@@ -106,6 +107,7 @@ _worker: tuple[_CollectJob, SimulatedEnvironment] | None = (
 
 def _start_worker(job: _CollectJob) -> None:
     global _worker
+    end_with_parent()
     _worker = (job, make(job.config))
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from acrlpd.envs.env import EnvConfig, Environment, EnvSpec, make
 from acrlpd.envs.episodes import Command, EpisodeRunner, Lost, Report
+from acrlpd.orphans import end_with_parent
 
 MakeEnvironment: TypeAlias = Callable[[], Environment]
 MAX_DEATHS_IN_A_ROW = 3  # of one worker, without an answer in between: a broken installation, not an accident
@@ -232,6 +233,7 @@ class _GoneError(RuntimeError):
 
 def _serve(connection: Connection, make_one: MakeEnvironment, indices: Sequence[int]) -> None:
     """The worker's whole life. Ctrl-C is the parent's business."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         runners = {index: EpisodeRunner(make_one()) for index in indices}

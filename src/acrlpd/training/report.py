@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from acrlpd import unfinished
 from acrlpd.config import TrainConfig, from_dict
 from acrlpd.envs.env import EnvConfig, make
 from acrlpd.training import charts, films, markup
@@ -96,9 +96,8 @@ def write_report(run: str | Path) -> Path:
     """
     record = read_run(Path(run))
     path = record.files.directory / "report.html"
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(_page(record), encoding="utf-8")
-    os.replace(temporary, path)
+    with unfinished.whole(path) as temporary:
+        temporary.write_text(_page(record), encoding="utf-8")
     return path
 
 

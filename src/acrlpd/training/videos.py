@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from acrlpd import unfinished
 from acrlpd.envs.env import Environment
 from acrlpd.envs.episodes import Rollout, replay
 
@@ -40,12 +40,10 @@ def write_mp4(path: Path, frames: UInt8[np.ndarray, "t h w 3"], *, fps: float) -
     if frames.shape[1] % 2 or frames.shape[2] % 2:
         raise ValueError(f"{path}: H.264 needs an even height and width, got {frames.shape[1:3]}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with av.open(str(temporary), "w", format="mp4") as container:
+    with unfinished.whole(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    os.replace(temporary, path)

@@ -28,8 +28,8 @@ import numpy as np
 from acrlpd.data.episodes import IMAGE_PREFIX
 from acrlpd.data.layouts import columns
 from acrlpd.data.layouts.columns import Column, Joined, Options, Reading, Record
-from acrlpd.data.unfinished import temporary_path
 from acrlpd.types import Episode
+from acrlpd.unfinished import temporary_path
 
 FORMAT = "acrlpd"
 VERSION = 1

@@ -24,6 +24,12 @@ def fill(path, text, kind):
         (path / text).write_text(text)
 
 
+def interrupted(path, kind):
+    with unfinished.whole(path) as temporary:
+        fill(temporary, "new", kind)
+        raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 @pytest.mark.parametrize("before", [True, False])
 def test_what_was_written_takes_its_place_or_vanishes(tmp_path, kind, before):
@@ -31,9 +37,8 @@ def test_what_was_written_takes_its_place_or_vanishes(tmp_path, kind, before):
     if before:
         fill(path, "old", kind)
     known = content(path) if before else None
-    with pytest.raises(KeyboardInterrupt), unfinished.whole(path) as temporary:
-        fill(temporary, "new", kind)
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(path, kind)
     assert os.listdir(tmp_path) == (["a.npz"] if before else [])
     assert not before or content(path) == known
     with unfinished.whole(path) as temporary:

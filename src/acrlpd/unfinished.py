@@ -26,6 +26,11 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether some process writes or wrote what is not complete there."""
+    return re.fullmatch(r"\..+\.tmp", path.name) is not None
+
+
 def remove_abandoned(folder: Path) -> None:
     """Removes what killed processes of this machine left in ``folder``; other files, and other machines', stay."""
     if not folder.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from acrlpd.cli.configured import changed, named, parse, starting_point, warn_of
 from acrlpd.config import TrainConfig, from_dict
 from acrlpd.training import setup
 from acrlpd.training.faults import EXIT_INTERRUPTED, Interrupted
+from acrlpd.training.overwriting import tell_of_set_aside
 from acrlpd.training.report import write_report
 
 USAGE = """usage: acrlpd train PRESET|FILE.yaml [--config FILE.yaml] [--environment development] [--field value ...]
@@ -79,6 +81,7 @@ def locate_run(path: Path) -> tuple[Path, int | None]:
     is_step = path.name.isdigit() and path.parent.name == "checkpoints"
     run = path.parent.parent if is_step else path
     if not (run / "config.json").is_file():
+        tell_of_set_aside(run)
         raise ValueError(f"--resume {path}: no run there. Name a run's folder, or a step in its checkpoints.")
     return run, int(path.name) if is_step else None
 
@@ -86,6 +89,8 @@ def locate_run(path: Path) -> tuple[Path, int | None]:
 def stored_config(run: Path) -> TrainConfig:
     """What the run was started with, wherever its folder lies now."""
     config = from_dict(TrainConfig, json.loads((run / "config.json").read_text(encoding="utf-8")))
+    if run.name in ("", ".."):  # "." names a run as well
+        run = Path(os.path.abspath(run))
     return dataclasses.replace(config, run_dir=str(run.parent), name=run.name)
 
 

@@ -30,6 +30,7 @@ from acrlpd.training.faults import DataFault, Diverged, Interrupted, RunFault
 from acrlpd.training.guards import RunLock, SkippedUpdates, StopRequest
 from acrlpd.training.metrics import MetricAverage, Stopwatch, breakdown, write_json
 from acrlpd.training.monitor import ACRLPDTrainingMonitor
+from acrlpd.training.overwriting import Replaced
 from acrlpd.training.run import Interaction, Progress, RunFiles, save_rollouts, settle_best
 from acrlpd.training.sharding import make_mesh, put_batch
 from acrlpd.training.writers import make_writers
@@ -65,6 +66,7 @@ class ACRLPDTrainer:
         eval_environments: VectorEnv | None = None,
         fresh_agent: Callable[[], ACRLPDAgent],
         lock: RunLock | None = None,
+        replaced: Replaced | None = None,
     ):
         self.agent = agent
         self.loader = loader
@@ -85,6 +87,7 @@ class ACRLPDTrainer:
         self._monitor = ACRLPDTrainingMonitor()
         self._logged = time.perf_counter(), self._step  # when, and after which update
         self._lock = lock
+        self._replaced = replaced  # the run before this one in its folder, until this one has a checkpoint
         self._skipped = SkippedUpdates(files.skipped, limit=config.max_skipped_updates)
         self._started = time.perf_counter(), time.process_time()
         self._compiled: set[tuple[int, bool, bool]] = set()  # by the number of updates in a call, and what batches hold
@@ -99,6 +102,8 @@ class ACRLPDTrainer:
             if self._lock is not None:
                 closing.callback(self._lock.release)
             closing.callback(self.loader.close)
+            if self._replaced is not None:
+                closing.callback(self._replaced.say_if_kept)
             closing.callback(self._checkpoints.wait)
             if self._interaction is not None:
                 closing.callback(self._interaction.collector.close)
@@ -435,6 +440,10 @@ class ACRLPDTrainer:
                 norm_stats=self.norm_stats,
                 run=self._run_record(),
             )
+            if self._replaced is not None:
+                self._checkpoints.wait()
+                self._replaced.delete()
+                self._replaced = None
 
     def _run_record(self) -> dict[str, Any]:
         return {

@@ -23,6 +23,7 @@ from acrlpd.envs.env import EnvConfig, make
 from acrlpd.training import charts, films, markup
 from acrlpd.training.charts import POLICIES, Evaluated
 from acrlpd.training.metrics import read_jsonl
+from acrlpd.training.overwriting import tell_of_set_aside
 from acrlpd.training.run import RunFiles
 
 SHOWN_FAULTS = 5  # episodes that were left out, with the reason
@@ -104,6 +105,7 @@ def write_report(run: str | Path) -> Path:
 def read_run(directory: Path) -> Run:
     files = RunFiles(directory)
     if not files.config.is_file():
+        tell_of_set_aside(directory)
         raise ValueError(f"{directory} has no {files.config.name}: expected the folder of a run, such as runs/demo")
     config = json.loads(files.config.read_text(encoding="utf-8"))
     records = read_jsonl(files.metrics) if files.metrics.is_file() else []

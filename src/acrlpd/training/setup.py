@@ -15,6 +15,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.config import PolicyConfig, TrainConfig, from_dict
@@ -37,12 +38,13 @@ from acrlpd.models.gaussian import ChunkGaussianConfig
 from acrlpd.models.mlp_flow import MLPFlowConfig
 from acrlpd.models.pi0 import CAMERAS, Pi0, Pi0Config
 from acrlpd.models.recognize import recognize
-from acrlpd.training import prefixes, resuming
+from acrlpd.training import overwriting, prefixes, resuming
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.collection import collect_prior
 from acrlpd.training.guards import RunLock
 from acrlpd.training.loop import ACRLPDTrainer
 from acrlpd.training.optimizer import make_optimizers
+from acrlpd.training.overwriting import Replaced
 from acrlpd.training.run import Interaction, Progress, RunFiles, settle_best
 from acrlpd.training.sharding import make_mesh, parameter_sharding
 
@@ -58,7 +60,12 @@ class Dims:
 
 
 def run_files(config: TrainConfig) -> RunFiles:
-    return RunFiles(Path(config.run_dir) / config.name)
+    name = config.name
+    if name in ("", ".", "..") or not name.isprintable() or any(separator in name for separator in "/\\"):
+        raise ValueError(
+            f"name {name!r}: expected the name of one folder below run_dir, without separators or control characters"
+        )
+    return RunFiles(Path(config.run_dir) / name)
 
 
 def make_trainer(
@@ -74,12 +81,21 @@ def make_trainer(
     ``override`` has patterns of fields ("optimizers.*.schedule.*") in which a resumed run may differ from what it was
     started with. ``from_step`` goes back to an older checkpoint and, once that is restored, deletes those after it.
     """
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
     files = run_files(config)
-    lock = RunLock(files.directory) if jax.process_index() == 0 else None
+    overwriting.tell_of_set_aside(files.directory)
+    is_first = jax.process_index() == 0
     with contextlib.ExitStack() as failed:
+        replaced = overwriting.set_aside(config, files) if overwrite and is_first else None
+        if replaced is not None:
+            failed.callback(replaced.put_back)
+        if overwrite and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("the old run is set aside")
+        lock = RunLock(files.directory) if is_first else None
         if lock is not None:
             failed.callback(lock.release)
-        trainer = _make_trainer(config, files, lock, resume, overwrite, override, from_step)
+        trainer = _make_trainer(config, files, lock, resume, override, from_step, replaced)
         failed.pop_all()
     return trainer
 
@@ -89,11 +105,11 @@ def _make_trainer(
     files: RunFiles,
     lock: RunLock | None,
     resume: bool,
-    overwrite: bool,
     override: Collection[str],
     from_step: int | None,
+    replaced: Replaced | None,
 ) -> ACRLPDTrainer:
-    resuming.claim_directory(config, files, resume=resume, overwrite=overwrite, override=override)
+    resuming.claim_directory(config, files, resume=resume, override=override)
     if config.env is None and config.online_steps:
         logger.warning("no online phase: online_steps is %d, but env.name names no environment", config.online_steps)
     environments = make_environments(config, config.eval.num_envs) if config.env else None
@@ -138,6 +154,7 @@ def _make_trainer(
         eval_environments=environments,
         fresh_agent=fresh_agent,
         lock=lock,
+        replaced=replaced,
     )
 
 
@@ -248,6 +265,7 @@ def load_checkpoint(path: str | Path) -> Loaded:
 
 def locate_checkpoint(path: Path) -> tuple[Path, int | None]:
     """The folder of a manager, and the step if ``path`` names one; ``<run>/best`` is that of the best evaluation."""
+    overwriting.tell_of_set_aside(path)
     best = RunFiles(path.parent).best
     if path.name == "best" and best.is_file():
         return RunFiles(path.parent).checkpoints, int(json.loads(best.read_text(encoding="utf-8"))["step"])

@@ -17,6 +17,7 @@ from acrlpd.cli.configured import changed, named, parse, starting_point, warn_of
 from acrlpd.config import TrainConfig, from_dict
 from acrlpd.training import setup
 from acrlpd.training.faults import EXIT_INTERRUPTED, Interrupted
+from acrlpd.training.finished import nothing_left
 from acrlpd.training.overwriting import tell_of_set_aside
 from acrlpd.training.report import write_report
 
@@ -64,6 +65,13 @@ class TrainArguments:
     def may_differ(self) -> tuple[str, ...]:
         return ("*",) if self.override else LR_FIELDS if self.override_lr_schedule else ()
 
+
+GO_ON = {
+    None: "; more --online_steps or --offline_steps train on",
+    "early_stopping_patience": ", unless --early_stopping_patience is raised",
+    "early_stopping_success": ", unless --early_stopping_success is raised, or None",
+}
+"""How a run that is over is made to go on, by the rule that ended it."""
 
 LR_FIELDS = ("optimizers.*.schedule.*",)
 
@@ -113,6 +121,11 @@ def _train(arguments: TrainArguments, name: str, flags: Sequence[str], step: int
 def run(config: TrainConfig, *, again: str, **how: Any) -> int:
     """Trains to the end and writes the report. ``again``: the words that resume it; ``how``: see ``make_trainer``."""
     warn_of_the_unusual(config)
+    if how["resume"] and how["from_step"] is None:
+        ended = nothing_left(config, override=how["override"])
+        if ended is not None:
+            print(f"{ended.text}. Nothing is left to do{GO_ON[ended.rule]}.")
+            return 0
     trainer = setup.make_trainer(config, **how)
     try:
         summary = trainer.train()
@@ -122,5 +135,6 @@ def run(config: TrainConfig, *, again: str, **how: Any) -> int:
         return EXIT_INTERRUPTED
     for phase, result in summary["phases"].items():
         print(f"{phase:8} success {result['success']:.0%} [{result['low']:.0%}, {result['high']:.0%}]")
+    print(summary["ended"]["text"])
     print(f"report: {write_report(setup.run_files(config).directory)}")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import sys
 import time
@@ -23,8 +24,9 @@ from acrlpd.data.transforms import Transform
 from acrlpd.envs.rollout import OnlineCollector, Rollout
 from acrlpd.envs.vector import VectorEnv
 from acrlpd.overrides import differences
-from acrlpd.training import guards
+from acrlpd.training import ending, guards
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager, checksums
+from acrlpd.training.ending import Ended
 from acrlpd.training.evaluate import Evaluation, chunk_policy, evaluate, fold_in
 from acrlpd.training.faults import DataFault, Diverged, Interrupted, RunFault
 from acrlpd.training.guards import RunLock, SkippedUpdates, StopRequest
@@ -98,7 +100,11 @@ class ACRLPDTrainer:
 
     def train(self) -> dict[str, Any]:
         """Runs what is left of both phases and returns the summary, which also lies in ``summary.json``."""
-        with guards.explain_storage(self._files.directory), contextlib.ExitStack() as closing:
+        with (
+            guards.explain_storage(self._files.directory),
+            guards.stop_on_signal() as stop,
+            contextlib.ExitStack() as closing,
+        ):
             if self._lock is not None:
                 closing.callback(self._lock.release)
             closing.callback(self.loader.close)
@@ -109,19 +115,34 @@ class ACRLPDTrainer:
                 closing.callback(self._interaction.collector.close)
             if self._eval_environments is not None:
                 closing.callback(self._eval_environments.close)
+            if (known := self._known_summary()) is not None:
+                return known
             write_json(self._files.config, to_dict(self.config))
             self._writer = make_writers(
                 self._files.metrics, self.config.loggers, name=self.config.name, run_config=to_dict(self.config)
             )
             closing.callback(self._writer.close)
-            with self._save_before_leaving(), guards.stop_on_signal() as stop:
+            with self._note_the_end(), self._save_before_leaving():
                 for phase in PHASES:
                     if self._extent(phase)[0] > 0 and not (phase in self.progress.finished and self._finished(phase)):
                         self._run(phase, stop)
-            return self._summarize()
+            ended = ending.is_over(self.config, self.progress, self._step)
+            assert ended is not None, "both phases have come to their end"
+            return self._summarize(ended)
+
+    def _known_summary(self) -> dict[str, Any] | None:
+        """The summary of a run that is over: resuming it changes nothing."""
+        if ending.is_over(self.config, self.progress, self._step) is None or not self._files.summary.is_file():
+            return None
+        try:
+            summary = json.loads(self._files.summary.read_bytes())
+        except ValueError:  # damaged: it is written again
+            return None
+        return summary if ending.is_summary_of(summary, self.progress, self._step) else None
 
     def _run(self, phase: Phase, stop: StopRequest) -> None:
         total, done = self._extent(phase)
+        self.progress.finished = [each for each in self.progress.finished if each != phase]  # it may be lengthened
         with tqdm(total=total, initial=done, desc=phase, unit="step", mininterval=BAR_SECONDS) as bar:
             while not self._finished(phase):
                 loop = self._watch.span("loop", behind="update", busy=self._is_updating)
@@ -228,7 +249,7 @@ class ACRLPDTrainer:
         with self._watch.span("update"):
             jax.block_until_ready(self.agent.step)  # the policy that acts is the newest: wait for it
         with self._watch.span("act" if self._has_acted else "compile"):
-            rng = fold_in(self._act_rng, self.progress.env_steps)
+            rng = fold_in(self._act_rng, self.progress.counted_steps)
             collector.begin(chunk_policy(self.agent, self._transform, rng, mode="explore"))
         self._has_acted = True
         self._chosen_at = self._step
@@ -248,7 +269,7 @@ class ACRLPDTrainer:
 
     def _updates_owed(self) -> float:
         """Updates that ``utd_ratio`` asks for and that have not been made."""
-        due = (self.progress.env_steps - self.config.warmup_env_steps) * self.config.utd_ratio
+        due = (self.progress.counted_steps - self.config.warmup_env_steps) * self.config.utd_ratio
         return due - (self._step - self.config.offline_steps)
 
     def _extent(self, phase: Phase) -> tuple[int, int]:
@@ -256,20 +277,14 @@ class ACRLPDTrainer:
         if phase == "offline":
             return self.config.offline_steps, min(self._step, self.config.offline_steps)
         total = self.config.online_steps if self.config.env is not None else 0
-        return total, min(self.progress.env_steps, total)
+        return total, min(self.progress.counted_steps, total)
 
     def _finished(self, phase: Phase) -> bool:
         if phase == "offline":
             return self._step >= self.config.offline_steps
-        if self._interaction is None or self._stalled():
+        if self._interaction is None or ending.early_stop(self.config, self.progress) is not None:
             return True
-        return self.progress.env_steps >= self.config.online_steps and self._updates_owed() < 1
-
-    def _stalled(self) -> bool:
-        stop_at = self.config.early_stopping_success
-        if stop_at is not None and self.progress.best_success >= stop_at:
-            return True
-        return self.progress.evaluations_since_best >= self.config.early_stopping_patience
+        return self.progress.counted_steps >= self.config.online_steps and self._updates_owed() < 1
 
     # ---- between steps
 
@@ -419,7 +434,7 @@ class ACRLPDTrainer:
                 result, rollouts = self._evaluate(name, mode, self.config.eval.episodes)
                 self.progress.results[name] = result.summary()
                 save_rollouts(self._files.evaluation(name), rollouts)
-        self.progress.finished = [*dict.fromkeys([*self.progress.finished, phase])]  # a lengthened phase ends twice
+        self.progress.finished = [*self.progress.finished, phase]
         with self._watch.span("checkpoint"):
             self._settle_clocks()
             self._checkpoints.replace_run(self._step, self._run_record())
@@ -495,7 +510,19 @@ class ACRLPDTrainer:
             self.progress.seconds[name] = self.progress.seconds.get(name, 0.0) + seconds
         self._watch.seconds.clear()
 
-    def _summarize(self) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def _note_the_end(self) -> Iterator[None]:
+        """Writes down why a run ends before its time."""
+        try:
+            yield
+        except Exception as error:
+            try:
+                self._summarize(ending.cut_short(error, self._step))
+            except Exception:  # whatever it is, the first error is the one to raise
+                logger.exception("%s could not be written", self._files.summary)
+            raise
+
+    def _summarize(self, ended: Ended) -> dict[str, Any]:
         self._settle_clocks()
         summary = {
             "task": self.config.env.name if self.config.env else self.config.data.path,
@@ -506,6 +533,8 @@ class ACRLPDTrainer:
             "cpu_s": self.progress.cpu_s,
             "updates": self._step,
             "env_steps": self.progress.env_steps,
+            "lost_steps": self.progress.lost_steps,
+            "ended": dataclasses.asdict(ended),
             "best": {"step": self.progress.best_step, "success": self.progress.best_step_success},
             "rollbacks": self.progress.rollbacks,
             "lost_episodes": self.progress.lost_episodes,

@@ -38,7 +38,7 @@ from acrlpd.models.gaussian import ChunkGaussianConfig
 from acrlpd.models.mlp_flow import MLPFlowConfig
 from acrlpd.models.pi0 import CAMERAS, Pi0, Pi0Config
 from acrlpd.models.recognize import recognize
-from acrlpd.training import overwriting, prefixes, resuming
+from acrlpd.training import ending, overwriting, prefixes, resuming
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.collection import collect_prior
 from acrlpd.training.guards import RunLock
@@ -218,12 +218,13 @@ def make_interaction(config: TrainConfig, files: RunFiles, progress: Progress) -
     """The online side, with what a stopped run has already experienced: every journalled episode, once."""
     journal = ReplayJournal(files.replay)
     replay = EpisodeStore(max_bytes=config.data.max_replay_bytes)
-    env_steps = 0
+    journal_steps = 0
     for episode in journal.load():
         replay.append(episode)
-        env_steps += len(episode)
+        journal_steps += len(episode)
     progress.next_episode = journal.next_number
-    progress.env_steps = env_steps  # steps of an episode that a stop cut short are lost, and made again
+    if not ending.online_is_over(config, progress):
+        progress.count_from(journal_steps)
     collector = rollout.OnlineCollector(
         make_environments(config, config.online_envs),
         seed=config.seed,

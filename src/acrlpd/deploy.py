@@ -16,7 +16,7 @@ from flax import nnx
 
 from acrlpd import unfinished
 from acrlpd.agents.acrlpd import ACRLPDAgent, AgentConfig
-from acrlpd.config import TrainConfig, from_dict, to_dict
+from acrlpd.config import TrainConfig, from_stored, to_dict
 from acrlpd.data import normalize, windows
 from acrlpd.data.fast_tokenizer import FastPromptTokenizer, FastTokenizer, TokenizeFast
 from acrlpd.data.loader import ChunkLoader
@@ -143,7 +143,7 @@ def load_trained(path: str | Path) -> Trained:
     directory, step = setup.locate_checkpoint(Path(path))
     manager = ACRLPDCheckpointManager(directory)
     run = manager.read_run(step)
-    config = dataclasses.replace(from_dict(TrainConfig, run["config"]), fsdp_devices=1)
+    config = dataclasses.replace(from_stored(run["config"]), fsdp_devices=1)
     stats, cameras = manager.read_norm_stats(step), tuple(run["cameras"])
     return reload(Trained(_abstract_agent(config, stats, cameras), config, stats, cameras, -1, manager), step)
 

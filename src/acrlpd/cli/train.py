@@ -14,7 +14,7 @@ import tyro
 
 from acrlpd import presets
 from acrlpd.cli.configured import changed, named, parse, starting_point, warn_of_the_unusual
-from acrlpd.config import TrainConfig, from_dict
+from acrlpd.config import TrainConfig, from_stored
 from acrlpd.training import setup
 from acrlpd.training.faults import EXIT_INTERRUPTED, Interrupted
 from acrlpd.training.finished import nothing_left
@@ -47,8 +47,11 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(config, name, rest)
     stored = setup.run_files(arguments.config).config
     if arguments.resume and stored.exists():  # what the run was started with need not be said again
+        said = arguments.config.env  # by the YAML file, perhaps
         config, rest = changed(stored_config(stored.parent), flags, preset=named(name))
         arguments = _parse(config, name, rest)
+        if said is not None and arguments.config.env is not None and said.name == arguments.config.env.name:
+            arguments = dataclasses.replace(arguments, config=setup.with_task(arguments.config, said.name))
     return _train(arguments, name, flags)
 
 
@@ -96,7 +99,7 @@ def locate_run(path: Path) -> tuple[Path, int | None]:
 
 def stored_config(run: Path) -> TrainConfig:
     """What the run was started with, wherever its folder lies now."""
-    config = from_dict(TrainConfig, json.loads((run / "config.json").read_text(encoding="utf-8")))
+    config = from_stored(json.loads((run / "config.json").read_text(encoding="utf-8")))
     if run.name in ("", ".."):  # "." names a run as well
         run = Path(os.path.abspath(run))
     return dataclasses.replace(config, run_dir=str(run.parent), name=run.name)
@@ -136,5 +139,6 @@ def run(config: TrainConfig, *, again: str, **how: Any) -> int:
     for phase, result in summary["phases"].items():
         print(f"{phase:8} success {result['success']:.0%} [{result['low']:.0%}, {result['high']:.0%}]")
     print(summary["ended"]["text"])
-    print(f"report: {write_report(setup.run_files(config).directory)}")
+    named_env = config.env.name if config.env is not None else None
+    print(f"report: {write_report(setup.run_files(config).directory, named_env)}")
     return 0

@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 from tqdm import tqdm
 
-from acrlpd.envs.env import EnvConfig, SimulatedEnvironment, clip_action, make
+from acrlpd.envs.env import EnvConfig, SimulatedEnvironment, check_named, clip_action, make
 from acrlpd.envs.episodes import EpisodeRunner, Rollout, Start
 from acrlpd.envs.experts import PolicyKind, SmoothNoise, make_expert
 from acrlpd.envs.rollout import episode_seed
@@ -35,6 +35,7 @@ def collect(
     An expert gets ``SmoothNoise`` of a strength drawn from ``noise_range``: on drawer-open-v3 with 150 steps, the
     default leaves it about 4 successes in 10. Pictures are recorded if cameras are configured.
     """
+    check_named(config)
     numbers = list(episodes)
     job = _CollectJob(config, policy, noise_range, seed)
     results = _in_processes(job, numbers, num_workers) if num_workers > 1 else _in_this_process(job, numbers)

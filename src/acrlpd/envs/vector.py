@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol, TypeAlias
 
-from acrlpd.envs.env import EnvConfig, Environment, EnvSpec, make
+from acrlpd.envs.env import EnvConfig, Environment, EnvSpec, check_named, make
 from acrlpd.envs.episodes import Command, EpisodeRunner, Lost, Report
 from acrlpd.orphans import end_with_parent
 
@@ -60,6 +60,7 @@ class VectorEnv(Protocol):
 
 def make_vector(config: EnvConfig, num_envs: int, rollout: RolloutConfig | None = None) -> VectorEnv:
     """``num_envs`` environments of one kind, where ``rollout`` says; in this process by default."""
+    check_named(config)
     rollout = RolloutConfig() if rollout is None else rollout
     num_workers = min(rollout.num_workers, num_envs)
     if not num_workers:

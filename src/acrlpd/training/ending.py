@@ -62,7 +62,7 @@ def is_over(config: TrainConfig, progress: Progress, updates: int) -> Ended | No
 def cut_short(error: Exception, updates: int) -> Ended:
     """The end of a run by a signal or an error."""
     if isinstance(error, Interrupted):
-        return Ended("interrupted", f"interrupted at update {updates:,}; --resume goes on")
+        return Ended("interrupted", f"was interrupted at update {updates:,}; --resume goes on")
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
     return Ended("crashed", f"crashed at update {updates:,} ({reason}); --resume goes on from the last checkpoint")
 

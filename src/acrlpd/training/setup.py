@@ -18,7 +18,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from acrlpd.agents.acrlpd import ACRLPDAgent
-from acrlpd.config import PolicyConfig, TrainConfig, from_dict
+from acrlpd.config import PolicyConfig, TrainConfig, from_stored
 from acrlpd.data import normalize, npz, windows
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.frame_cache import FrameCache
@@ -256,7 +256,7 @@ def load_checkpoint(path: str | Path) -> Loaded:
     directory, step = locate_checkpoint(Path(path))
     manager = ACRLPDCheckpointManager(directory)
     run = manager.read_run(step)
-    config = from_dict(TrainConfig, run["config"])
+    config = from_stored(run["config"])
     stats = manager.read_norm_stats(step)
     dims = Dims(len(stats["state"].mean), len(stats["actions"].mean))
     here = dataclasses.replace(config, fsdp_devices=1) if jax.device_count() % config.fsdp_devices else config
@@ -456,12 +456,14 @@ def load_weights(policy: FlowPolicy, path: str) -> None:
 
 
 def with_task(config: TrainConfig, task: str) -> TrainConfig:
-    """The same run in another environment of its robot; the instruction is that environment's own."""
+    """The same run in another environment of its robot; the instruction is that environment's own.
+
+    Naming the run's own allows a checkpoint to run code that it alone names.
+    """
     if config.env is None:
         raise ValueError("this run has no environment: set env.name")
-    if task == config.env.name:
-        return config
-    return dataclasses.replace(config, env=dataclasses.replace(config.env, name=task, instruction=None))
+    instruction = config.env.instruction if task == config.env.name else None
+    return dataclasses.replace(config, env=dataclasses.replace(config.env, name=task, instruction=instruction))
 
 
 def make_environments(config: TrainConfig, count: int) -> VectorEnv:

@@ -88,7 +88,7 @@ def test_a_command_runs_stored_code_only_if_it_names_it(run, ran, tmp_path, caps
 
 def test_a_yaml_file_of_the_users_names_it_as_well(run, ran, tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text(f"preset: debug\nname: run\nrun_dir: {run.parent}\nenv:\n  name: {name(run)}\n")
+    file.write_text(f"base_config: debug\nname: run\nrun_dir: {run.parent}\nenv:\n  name: {name(run)}\n")
     assert main(["train", str(file), "--resume", "--online_steps", "32"]) == 0
     assert ran()
 

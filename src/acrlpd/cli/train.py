@@ -61,7 +61,7 @@ class TrainArguments:
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     resume: bool = False  # go on where the run of this name stopped; --resume RUN names the run's folder, or a step's
-    overwrite: bool = False  # delete the run of this name first
+    overwrite: bool = False  # replace the run of this name: it is deleted when the new one has its first checkpoint
     override: bool = False  # resume although values differ from those the run was started with
     override_lr_schedule: bool = False  # the same for learning rates alone
 

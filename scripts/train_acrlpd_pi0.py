@@ -128,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
         stored = run_files(config).config
         if arguments.resume and stored.exists():
             said = {**environment(arguments, base), **changes(arguments)}
-            config = apply_config_overrides(train.stored_config(stored.parent), said)
+            config = apply_config_overrides(train.as_named(train.stored_config(stored.parent), config), said)
     if repo is not None and not Path(repo).is_dir():
         lerobot.download(repo, lerobot.hub_folder(repo))
     override = (*train.LR_FIELDS, *changes(arguments)) if arguments.override_lr_schedule else ()

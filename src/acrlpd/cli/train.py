@@ -47,11 +47,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(config, name, rest)
     stored = setup.run_files(arguments.config).config
     if arguments.resume and stored.exists():  # what the run was started with need not be said again
-        said = arguments.config.env  # by the YAML file, perhaps
+        said = arguments.config  # by the YAML file, perhaps
         config, rest = changed(stored_config(stored.parent), flags, preset=named(name))
         arguments = _parse(config, name, rest)
-        if said is not None and arguments.config.env is not None and said.name == arguments.config.env.name:
-            arguments = dataclasses.replace(arguments, config=setup.with_task(arguments.config, said.name))
+        arguments = dataclasses.replace(arguments, config=as_named(arguments.config, said))
     return _train(arguments, name, flags)
 
 
@@ -103,6 +102,13 @@ def stored_config(run: Path) -> TrainConfig:
     if run.name in ("", ".."):  # "." names a run as well
         run = Path(os.path.abspath(run))
     return dataclasses.replace(config, run_dir=str(run.parent), name=run.name)
+
+
+def as_named(stored: TrainConfig, said: TrainConfig) -> TrainConfig:
+    """A stored configuration that may run its environment's code, if the command's own configuration names that."""
+    if stored.env is None or said.env is None or said.env.name != stored.env.name:
+        return stored
+    return setup.with_task(stored, said.env.name)
 
 
 def _parse(default: TrainConfig, name: str, flags: Sequence[str]) -> TrainArguments:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any, Literal
 
 from acrlpd.config import TrainConfig
 from acrlpd.training.faults import Interrupted
-from acrlpd.training.run import Progress
+from acrlpd.training.run import Progress, RunFiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +68,12 @@ def cut_short(error: Exception, updates: int) -> Ended:
     return Ended("crashed", f"crashed at update {updates:,} ({reason}); --resume goes on from the last checkpoint")
 
 
-def is_summary_of(summary: Any, progress: Progress, updates: int) -> bool:
-    """Whether a ``summary.json`` states the end of a run with these counters."""
-    if not isinstance(summary, dict) or not isinstance(summary.get("ended"), dict):
-        return False
+def known_summary(files: RunFiles, progress: Progress, updates: int) -> dict[str, Any] | None:
+    """The summary of a run that is over and has these counters, or None: there is none, or one that does not fit."""
+    try:
+        summary = json.loads(files.summary.read_bytes())
+        reason = summary["ended"]["reason"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):  # it is written again
+        return None
     counters = {"updates": updates, "env_steps": progress.env_steps, "phases": progress.results}
-    return summary["ended"].get("reason") in OVER and all(summary.get(key) == value for key, value in counters.items())
+    return summary if reason in OVER and all(summary.get(key) == value for key, value in counters.items()) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 
 from acrlpd.config import TrainConfig
@@ -32,15 +31,8 @@ def nothing_left(config: TrainConfig, *, override: Collection[str] = ()) -> Ende
             return None
     except (DamagedCheckpoint, KeyError, TypeError):  # resuming falls back to an older one, and says so
         return None
-    return ended if _has_summary(files, progress, newest) and _has_episodes(files, progress) else None
-
-
-def _has_summary(files: RunFiles, progress: Progress, updates: int) -> bool:
-    try:
-        summary = json.loads(files.summary.read_bytes())
-    except (ValueError, RecursionError):  # resuming writes it again
-        return False
-    return ending.is_summary_of(summary, progress, updates)
+    is_whole = ending.known_summary(files, progress, newest) is not None and _has_episodes(files, progress)
+    return ended if is_whole else None
 
 
 def _has_episodes(files: RunFiles, progress: Progress) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import sys
 import time
@@ -115,8 +114,10 @@ class ACRLPDTrainer:
                 closing.callback(self._interaction.collector.close)
             if self._eval_environments is not None:
                 closing.callback(self._eval_environments.close)
-            if (known := self._known_summary()) is not None:
-                return known
+            ended = ending.is_over(self.config, self.progress, self._step)
+            known = ended and ending.known_summary(self._files, self.progress, self._step)
+            if known:
+                return known  # resuming changes nothing
             write_json(self._files.config, to_dict(self.config))
             self._writer = make_writers(
                 self._files.metrics, self.config.loggers, name=self.config.name, run_config=to_dict(self.config)
@@ -129,16 +130,6 @@ class ACRLPDTrainer:
             ended = ending.is_over(self.config, self.progress, self._step)
             assert ended is not None, "both phases have come to their end"
             return self._summarize(ended)
-
-    def _known_summary(self) -> dict[str, Any] | None:
-        """The summary of a run that is over: resuming it changes nothing."""
-        if ending.is_over(self.config, self.progress, self._step) is None or not self._files.summary.is_file():
-            return None
-        try:
-            summary = json.loads(self._files.summary.read_bytes())
-        except ValueError:  # damaged: it is written again
-            return None
-        return summary if ending.is_summary_of(summary, self.progress, self._step) else None
 
     def _run(self, phase: Phase, stop: StopRequest) -> None:
         total, done = self._extent(phase)

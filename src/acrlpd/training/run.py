@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from acrlpd import unfinished
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.envs.rollout import OnlineCollector, Rollout
@@ -130,10 +131,11 @@ def save_rollouts(path: Path, rollouts: list[Rollout]) -> None:
     for row, each in zip(actions, rollouts, strict=True):
         row[: each.length] = each.episode.actions
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        path,
-        seed=[each.seed for each in rollouts],
-        success=[each.success for each in rollouts],
-        length=[each.length for each in rollouts],
-        actions=actions,
-    )
+    with unfinished.whole(path) as temporary:
+        np.savez_compressed(
+            temporary,
+            seed=[each.seed for each in rollouts],
+            success=[each.success for each in rollouts],
+            length=[each.length for each in rollouts],
+            actions=actions,
+        )

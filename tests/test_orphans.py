@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from acrlpd.data import processes
+
 STARTING = """
 import multiprocessing, sys, time
 from pathlib import Path
@@ -82,6 +84,22 @@ def test_busy_workers_end_with_a_killed_parent(tmp_path, kind):
     finally:
         for worker in still_running(workers, seconds=0):
             os.kill(worker, signal.SIGKILL)
+
+
+def interrupt_oneself(_):
+    os.kill(os.getpid(), signal.SIGINT)
+    return os.getpid()
+
+
+def test_a_terminals_ctrl_c_is_the_parents_business():
+    """It reaches every process there; a reading one that ended by it would end the run before it has saved."""
+    with processes.start(1, ignore) as pool:
+        first, second = (pool.submit(interrupt_oneself, 0).result() for _ in range(2))
+    assert first == second != os.getpid()
+
+
+def ignore():
+    pass
 
 
 def still_running(processes, seconds):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -23,7 +24,9 @@ def start(num_workers: int, prepare: Callable[..., None], *arguments: Any) -> co
 
 
 def _begin(prepare: Callable[..., None], *arguments: Any) -> None:
+    """Begin a worker's life. Ctrl-C, which a terminal sends to all processes, is the parent's business."""
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     prepare(*arguments)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -99,6 +100,8 @@ def _in_processes(job: _CollectJob, numbers: list[int], num_workers: int) -> Ite
                 "a collecting process died (out of memory, or killed). Finished episodes are kept: the same command "
                 "makes those that are missing."
             ) from error
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for the episodes under way alone
 
 
 _worker: tuple[_CollectJob, SimulatedEnvironment] | None = (
@@ -109,6 +112,7 @@ _worker: tuple[_CollectJob, SimulatedEnvironment] | None = (
 def _start_worker(job: _CollectJob) -> None:
     global _worker
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's business
     _worker = (job, make(job.config))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import machine
 import numpy as np
+import pinned
 from PIL import Image
 
 from acrlpd.config import from_dict
@@ -49,7 +50,7 @@ def folder(preset: str, seed: int, run_dir: Path) -> Path:
 def run(preset: str, seed: int, run_dir: Path) -> dict:
     directory = folder(preset, seed, run_dir)
     summary = directory / "summary.json"
-    if not summary.exists():
+    if not pinned.is_finished(directory):
         where = ["--name", directory.name, "--run_dir", str(run_dir), "--overwrite"]
         command = ["train", preset, "--seed", str(seed), *where]
         subprocess.run([sys.executable, "-m", "acrlpd.cli.main", *command], check=True, stdout=sys.stderr)

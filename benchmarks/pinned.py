@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import os
 import shlex
 import subprocess
@@ -10,6 +11,8 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from acrlpd.training.ending import OVER
 
 
 def command(preset: str, directory: Path, options: dict[str, str]) -> list[str]:
@@ -22,7 +25,12 @@ def command(preset: str, directory: Path, options: dict[str, str]) -> list[str]:
 
 
 def is_finished(directory: Path) -> bool:
-    return (directory / "summary.json").exists()
+    """Whether the run is over. One that was interrupted has a summary too, which says so."""
+    summary = directory / "summary.json"
+    if not summary.exists():
+        return False
+    ended = json.loads(summary.read_text(encoding="utf-8")).get("ended")
+    return ended is None or ended["reason"] in OVER
 
 
 def run(commands: Sequence[list[str]], jobs: int) -> None:

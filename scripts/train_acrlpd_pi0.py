@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         help="go on with the run whose folder is named (then without --config and --environment), or with the one of "
         "this configuration's name; its stored values hold, and flags need not be said again",
     )
-    parser.add_argument("--overwrite", action="store_true", help="delete the run of this name first")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run of this name")
     parser.add_argument("--override_lr_schedule", action="store_true", help="resume with the flags' other values")
     parser.add_argument(
         "--debug_mode", action="store_true", help="log at every update, end at the first NaN, show stacks"
@@ -128,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
         stored = run_files(config).config
         if arguments.resume and stored.exists():
             said = {**environment(arguments, base), **changes(arguments)}
-            config = apply_config_overrides(train.stored_config(stored.parent), said)
+            config = apply_config_overrides(train.as_named(train.stored_config(stored.parent), config), said)
     if repo is not None and not Path(repo).is_dir():
         lerobot.download(repo, lerobot.hub_folder(repo))
     override = (*train.LR_FIELDS, *changes(arguments)) if arguments.override_lr_schedule else ()

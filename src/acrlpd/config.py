@@ -17,7 +17,7 @@ from acrlpd.agents.losses import LossWeights
 from acrlpd.data.options import DataSource, ReaderOptions
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.data.robots.mapping import Robot
-from acrlpd.envs.env import EnvConfig
+from acrlpd.envs.env import EnvConfig, StoredName
 from acrlpd.envs.vector import RolloutConfig
 from acrlpd.models import gemma
 
@@ -365,6 +365,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, StoredName):
+        return str(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
@@ -387,6 +389,14 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None,
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return typing.cast(T, found)
+
+
+def from_stored(values: Mapping[str, Any]) -> TrainConfig:
+    """The configuration that a checkpoint or a run's folder holds. It names no code to run: see ``StoredName``."""
+    config = from_dict(TrainConfig, values)
+    if config.env is None:
+        return config
+    return dataclasses.replace(config, env=dataclasses.replace(config.env, name=StoredName(config.env.name)))
 
 
 def _faults(config: Any) -> list[str]:

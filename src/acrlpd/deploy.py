@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import math
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +14,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from acrlpd import unfinished
 from acrlpd.agents.acrlpd import ACRLPDAgent, AgentConfig
-from acrlpd.config import TrainConfig, from_dict, to_dict
+from acrlpd.config import TrainConfig, from_stored, to_dict
 from acrlpd.data import normalize
 from acrlpd.data.fast_tokenizer import FastPromptTokenizer, FastTokenizer, TokenizeFast
 from acrlpd.data.loader import ChunkLoader
@@ -148,7 +148,7 @@ def load_trained(path: str | Path) -> Trained:
     directory, step = setup.locate_checkpoint(Path(path))
     manager = ACRLPDCheckpointManager(directory)
     run = manager.read_run(step)
-    config = dataclasses.replace(from_dict(TrainConfig, run["config"]), fsdp_devices=1)
+    config = dataclasses.replace(from_stored(run["config"]), fsdp_devices=1)
     stats, cameras = manager.read_norm_stats(step), tuple(run["cameras"])
     return reload(Trained(_abstract_agent(config, stats, cameras), config, stats, cameras, -1, manager), step)
 
@@ -294,12 +294,10 @@ def export_acrlpd_model(
     members = best_critics(trained, num_critics, data) if num_critics is not None else None
     small = _with_critics(trained, agent_config, members)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
-        partial = Path(folder) / output.name
+    with unfinished.whole(output) as partial:
         _write_checkpoint(partial, small)
         export.write_stablehlo(partial / "stablehlo", small.agent, _interface(small))
         _write_pytorch(partial / "pytorch", small)
-        partial.rename(output)
     logger.info("%s: %d critics, %d flow steps", output, agent_config.critic.num_critics, agent_config.flow_steps)
     return str(output)
 

@@ -22,6 +22,7 @@ class ACRLPDRegressionTester:
     """Checks by name; ``performance_regression`` only for runs that have an environment and a recorded evaluation."""
 
     episodes: int = 50
+    env_name: str | None = None  # of an environment of your own (custom/...), which a checkpoint names and may not run
 
     def run_regression_suite(self, checkpoint_path: str | Path) -> dict[str, bool]:
         results = {
@@ -62,6 +63,8 @@ class ACRLPDRegressionTester:
         """Success on the run's own seeds does not lie below the interval that was recorded."""
         loaded = setup.load_checkpoint(checkpoint_path)
         config, recorded = loaded.config, self._recorded(checkpoint_path)
+        if self.env_name is not None:
+            config = setup.with_task(config, self.env_name)
         if recorded is None:
             raise ValueError(f"{checkpoint_path} has no recorded evaluation to compare with")
         first = config.eval.first_seed

@@ -201,7 +201,12 @@ COMMANDS = {
         },
         ((export, "export_acrlpd_model", "out"),),
     ),
-    "report": Command(report.ReportArguments, "there", {"run": "=elsewhere"}, ((report, "write_report", "page"),)),
+    "report": Command(
+        report.ReportArguments,
+        "there",
+        {"run": "=elsewhere", "env_name": "--env.name custom/a:b"},
+        ((report, "write_report", "page"),),
+    ),
     "weights inspect": Command(
         weights.InspectArguments,
         "{tmp}/w.npz",

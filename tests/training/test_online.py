@@ -3,21 +3,30 @@
 import dataclasses
 import json
 import shutil
+import signal
 import types
+import warnings
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.envs.test_custom import CAR
 
 from acrlpd.agents.acrlpd import AgentConfig
+from acrlpd.cli import train as cli
 from acrlpd.config import CollectConfig, DataConfig, EvalConfig, PolicyConfig, TrainConfig
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.envs.env import EnvConfig
 from acrlpd.envs.vector import RolloutConfig
 from acrlpd.models.critic import CriticConfig
-from acrlpd.training import loop, setup
+from acrlpd.training import ending, finished, loop, setup
 from acrlpd.training.evaluate import summarize
+from acrlpd.training.faults import Interrupted
+from acrlpd.training.guards import LOCK_FILE
 from acrlpd.training.metrics import read_jsonl
+from acrlpd.training.report import write_report
+from acrlpd.training.run import Progress
 
 CONFIG = TrainConfig(
     env=EnvConfig(CAR, max_episode_steps=20),
@@ -177,3 +186,180 @@ def test_updates_while_environments_work(tmp_path):
     _, in_processes, ages = trained(tmp_path, "workers", overlap_rollouts=True, rollout=workers)
     assert_same(local, in_processes)  # where they are stepped makes no difference, overlapping or not
     assert set(ages[1:]) == {4}
+
+
+# ---- how a run ends, and what its counters say
+
+
+def stopping_online(trainer, monkeypatch, updates):
+    """Asks the trainer to stop when it has made so many updates."""
+    update = trainer._update
+
+    def updated(phase):
+        update(phase)
+        if trainer._step == updates:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(trainer, "_update", updated)
+
+
+def everything(files):
+    """All that a run's folder holds, but for the lock, in which each process writes its name."""
+    return {
+        str(path.relative_to(files.directory)): path.read_bytes()
+        for path in sorted(files.directory.rglob("*"))
+        if path.is_file() and path != files.directory / LOCK_FILE
+    }
+
+
+def journal_steps(files):
+    return sum(map(len, ReplayJournal(files.replay).load()))
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, monkeypatch):
+    """Its last episodes were cut off by its end: 50 steps are two whole episodes and ten steps of no use."""
+    config = dataclasses.replace(CONFIG, run_dir=str(tmp_path), online_steps=50)
+    first = setup.make_trainer(config).train()
+    files = setup.run_files(config)
+    assert (first["env_steps"], first["lost_steps"], journal_steps(files)) == (56, 0, 40)
+    assert first["ended"] == {
+        "reason": "finished",
+        "text": "finished: 4 offline updates, 56 online steps of 50",
+        "rule": None,
+    }
+    before = everything(files)
+    for changed in (config, dataclasses.replace(config, log_frequency=1, online_steps=40)):
+        assert finished.nothing_left(changed).text.startswith("finished: 4 offline updates, 56 online steps")
+        assert setup.make_trainer(changed, resume=True).train() == first
+    assert everything(files) == before
+
+    longer = dataclasses.replace(config, online_steps=80)
+    assert finished.nothing_left(longer) is None
+    trainer = setup.make_trainer(longer, resume=True)
+    assert (trainer.progress.env_steps, trainer.progress.lost_steps) == (56, 16)
+    more = trainer.train()
+    assert (more["env_steps"] - more["lost_steps"], more["updates"]) == (80, 4 + 40)
+    assert more["env_steps"] == 56 + 40
+    assert journal_steps(files) == 80
+
+
+def test_a_stop_loses_the_steps_of_episodes_under_way_and_they_are_made_again(tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, run_dir=str(tmp_path), online_steps=80)
+    trainer = setup.make_trainer(config)
+    stopping_online(trainer, monkeypatch, 4 + 28)
+    with pytest.raises(Interrupted):
+        trainer.train()
+    files = setup.run_files(config)
+    summary = json.loads(files.summary.read_text())
+    assert (summary["env_steps"], summary["updates"], journal_steps(files)) == (56, 32, 40)
+    assert summary["ended"]["reason"] == "interrupted"
+    assert finished.nothing_left(config) is None
+    resumed = setup.make_trainer(config, resume=True)
+    assert (resumed.progress.env_steps, resumed.progress.lost_steps, resumed.progress.counted_steps) == (56, 16, 40)
+    summary = resumed.train()
+    assert (summary["env_steps"], summary["lost_steps"], summary["updates"]) == (96, 16, 4 + 40)
+    assert journal_steps(files) == 80
+
+
+@given(st.lists(st.integers(0, 50), max_size=6))
+def test_steps_executed_never_become_fewer_and_those_that_count_are_the_journals(stops):
+    """However often a run is stopped, with however much of its episodes in the journal."""
+    progress, executed = Progress(), 0
+    for steps in stops:
+        progress.env_steps += steps
+        executed += steps
+        kept = progress.counted_steps * 2 // 3
+        progress.count_from(kept)
+        assert (progress.env_steps, progress.counted_steps) == (executed, kept)
+    progress.count_from(executed + 7)  # episodes that ended after the checkpoint
+    assert progress.counted_steps == executed + 7
+    assert progress.env_steps >= executed + 7
+
+
+@pytest.mark.parametrize(
+    ("patience", "enough", "shares", "rule"),
+    [
+        (2, None, [0.0, 0.0, 0.0, 0.0, 0.0, 0.0], None),  # nothing counts before a first success
+        (2, None, [0.0, 0.0, 0.0, 0.5, 0.5], None),
+        (2, None, [0.0, 0.0, 0.0, 0.5, 0.5, 0.4], "early_stopping_patience"),
+        (2, None, [0.5, 0.4, 0.6, 0.6, 0.7, 0.1], None),
+        (9, 0.0, [0.0, 0.0], None),
+        (9, 0.0, [0.0, 0.1], "early_stopping_success"),
+        (9, 0.6, [0.1, 0.6], "early_stopping_success"),
+    ],
+)
+def test_what_counts_towards_early_stopping(tmp_path, monkeypatch, patience, enough, shares, rule):
+    evaluations(monkeypatch, *shares)
+    config = dataclasses.replace(CONFIG, early_stopping_patience=patience, early_stopping_success=enough)
+    trainer = types.SimpleNamespace(
+        config=config,
+        progress=Progress(best_step_success=1.0),
+        _eval_environments=True,
+        _step=4,
+        _evaluation_frequency=lambda phase: 1,
+        _evaluate=lambda *what: loop.evaluate(None, None, None, None),
+    )
+    for _ in shares:
+        assert ending.early_stop(config, trainer.progress) is None
+        loop.ACRLPDTrainer._evaluate_on_the_way(trainer, "online")
+    found = ending.early_stop(config, trainer.progress)
+    assert (found and found.rule) == rule
+    assert rule is None or rule in found.text
+
+
+def test_a_run_that_stopped_early_says_why_and_goes_on_only_if_told_to(tmp_path, monkeypatch, capsys):
+    evaluations(monkeypatch, *[0.0] * 2, 0.4, 0.4, 0.3)  # after the offline phase; then on the way
+    config = dataclasses.replace(
+        CONFIG,
+        run_dir=str(tmp_path),
+        online_steps=400,
+        early_stopping_patience=2,
+        eval=dataclasses.replace(CONFIG.eval, frequency=8),
+    )
+    first = setup.make_trainer(config).train()
+    files = setup.run_files(config)
+    assert first["ended"]["reason"] == "early stop"
+    assert first["ended"]["rule"] == "early_stopping_patience"
+    assert first["env_steps"] < 400
+    text = first["ended"]["text"]
+    assert "2 online evaluations after the best one (40%) were no better" in text
+    assert f"This run {text}." in write_report(files.directory).read_text()
+    before = everything(files)
+    longer = dataclasses.replace(config, online_steps=800)
+    assert setup.make_trainer(longer, resume=True).train() == first
+    assert cli.run(longer, again="", resume=True, from_step=None, override=()) == 0
+    assert f"{text}. Nothing is left to do, unless --early_stopping_patience is raised." in capsys.readouterr().out
+    assert everything(files) == before
+    patient = dataclasses.replace(config, early_stopping_patience=9, online_steps=first["env_steps"] + 40)
+    assert setup.make_trainer(patient, resume=True).train()["ended"]["reason"] == "finished"
+
+
+def test_a_crash_is_an_end_with_a_reason(tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, run_dir=str(tmp_path))
+    trainer = setup.make_trainer(config)
+    monkeypatch.setattr(trainer._interaction.collector, "finish", lambda: {}["missing"])
+    with pytest.raises(KeyError):
+        trainer.train()
+    ended = json.loads(setup.run_files(config).summary.read_text())["ended"]
+    assert (ended["reason"], ended["rule"]) == ("crashed", None)
+    assert "crashed at update 4 (KeyError: 'missing')" in ended["text"]
+    assert "has not finished: it crashed" in write_report(setup.run_files(config).directory).read_text()
+
+
+@pytest.mark.parametrize("damage", ["summary", "checkpoint", "journal", "episode"])
+def test_a_finished_run_with_something_missing_is_not_called_whole(tmp_path, damage):
+    config = dataclasses.replace(CONFIG, run_dir=str(tmp_path), online_steps=40)
+    setup.make_trainer(config).train()
+    files = setup.run_files(config)
+    assert finished.nothing_left(config) is not None
+    if damage == "summary":
+        files.summary.write_text("{")
+    elif damage == "checkpoint":
+        shutil.rmtree(files.checkpoints / "24" / "acrlpd")
+    elif damage == "journal":
+        shutil.rmtree(files.replay)
+    else:
+        next(files.replay.glob("*.hdf5")).unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert finished.nothing_left(config) is None

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -15,7 +17,6 @@ from acrlpd.presets import with_algorithm
 from acrlpd.training import setup
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.faults import Interrupted
-from acrlpd.training.guards import stop_on_signal
 from acrlpd.training.metrics import read_jsonl
 
 
@@ -101,15 +102,60 @@ def test_a_signal_saves_the_step_under_way(finished, tiny_config, monkeypatch):
     assert_same_bits(finished.agent, resumed.agent)
 
 
-def test_a_second_signal_is_not_held_back():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-    with stop_on_signal() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, before)
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_undo_the_first_ones_save(finished, tiny_config, monkeypatch, first, second):
+    """Neither before the save begins nor while it is written."""
+    trainer = setup.make_trainer(tiny_config)
+    original, wait = trainer.loader.batch, trainer._checkpoints.wait
+
+    def batch(step, **kind):
+        if step == 2:
+            signal.raise_signal(first)
+            signal.raise_signal(second)
+        return original(step, **kind)
+
+    def waiting():
+        signal.raise_signal(second)
+        wait()
+
+    monkeypatch.setattr(trainer.loader, "batch", batch)
+    monkeypatch.setattr(trainer._checkpoints, "wait", waiting)
+    before = [signal.getsignal(each) for each in (first, second)]
+    with pytest.raises(Interrupted, match=f"{first.name}: saved step 3"):
+        trainer.train()
+    assert [signal.getsignal(each) for each in (first, second)] == before
+    assert int(setup.make_trainer(tiny_config, resume=True).agent.step) == 3
+
+
+ASKED = """
+import signal, sys, time
+from acrlpd.training import guards
+guards.HELD_BACK_S = 0.2
+with guards.stop_on_signal() as stop:
+    for name in sys.argv[1:]:
+        signal.raise_signal(getattr(signal, name))
+        assert stop.signal_name == sys.argv[1]
+        time.sleep(0.3)
+print("went on")
+"""
+
+
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [
+        (["SIGTERM", "SIGTERM", "SIGTERM"], 0),  # a scheduler, which has its own last word
+        (["SIGINT", "SIGTERM"], 0),
+        (["SIGTERM", "SIGINT"], -signal.SIGINT),
+        (["SIGINT", "SIGINT"], -signal.SIGINT),
+    ],
+)
+def test_a_later_ctrl_c_ends_at_once_and_says_so(signals, code):
+    done = subprocess.run([sys.executable, "-c", ASKED, *signals], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert f"{signals[0]}: stops and saves. Ctrl-C after 0.2 s ends at once" in done.stderr
+    assert ("Ctrl-C once more: ends at once" in done.stderr) == (code != 0)
+    assert ("went on" in done.stdout) == (code == 0)
 
 
 def test_existing_directory_is_refused(copied_run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from acrlpd.config import TrainConfig
 from acrlpd.overrides import read_config
 from acrlpd.training import setup
 from acrlpd.training.faults import EXIT_INTERRUPTED, Interrupted
+from acrlpd.training.finished import nothing_left
+from acrlpd.training.overwriting import tell_of_set_aside
 from acrlpd.training.report import write_report
 
 USAGE = """usage: acrlpd train PRESET|FILE.yaml [--config FILE.yaml] [--environment development] [--field value ...]
@@ -45,9 +48,11 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(config, name, rest)
     stored = setup.run_files(arguments.config).config
     if arguments.resume and stored.exists():  # what the run was started with need not be said again
+        said = arguments.config  # by the YAML file, perhaps
         begun = stored_config(stored.parent)
         config, rest = changed(begun, flags, preset=named(name))
         arguments = _parse(config, name, rest, begun)
+        arguments = dataclasses.replace(arguments, config=as_named(arguments.config, said))
     return _train(arguments, name, flags)
 
 
@@ -57,13 +62,20 @@ class TrainArguments:
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     resume: bool = False  # go on where the run of this name stopped; --resume RUN names the run's folder, or a step's
-    overwrite: bool = False  # delete the run of this name first
+    overwrite: bool = False  # replace the run of this name: it is deleted when the new one has its first checkpoint
     override: bool = False  # resume although values differ from those the run was started with
     override_lr_schedule: bool = False  # the same for learning rates alone
 
     def may_differ(self) -> tuple[str, ...]:
         return ("*",) if self.override else LR_FIELDS if self.override_lr_schedule else ()
 
+
+GO_ON = {
+    None: "; more --online_steps or --offline_steps train on",
+    "early_stopping_patience": ", unless --early_stopping_patience is raised",
+    "early_stopping_success": ", unless --early_stopping_success is raised, or None",
+}
+"""How a run that is over is made to go on, by the rule that ended it."""
 
 LR_FIELDS = ("optimizers.*.schedule.*",)
 
@@ -81,6 +93,7 @@ def locate_run(path: Path) -> tuple[Path, int | None]:
     is_step = path.name.isdigit() and path.parent.name == "checkpoints"
     run = path.parent.parent if is_step else path
     if not (run / "config.json").is_file():
+        tell_of_set_aside(run)
         raise ValueError(f"--resume {path}: no run there. Name a run's folder, or a step in its checkpoints.")
     return run, int(path.name) if is_step else None
 
@@ -88,7 +101,16 @@ def locate_run(path: Path) -> tuple[Path, int | None]:
 def stored_config(run: Path) -> TrainConfig:
     """What the run was started with, wherever its folder lies now."""
     config = read_config(run / "config.json")
+    if run.name in ("", ".."):  # "." names a run as well
+        run = Path(os.path.abspath(run))
     return dataclasses.replace(config, run_dir=str(run.parent), name=run.name)
+
+
+def as_named(stored: TrainConfig, said: TrainConfig) -> TrainConfig:
+    """A stored configuration that may run its environment's code, if the command's own configuration names that."""
+    if stored.env is None or said.env is None or said.env.name != stored.env.name:
+        return stored
+    return setup.with_task(stored, said.env.name)
 
 
 def _parse(default: TrainConfig, name: str, flags: Sequence[str], begun: TrainConfig | None = None) -> TrainArguments:
@@ -110,6 +132,11 @@ def _train(arguments: TrainArguments, name: str, flags: Sequence[str], step: int
 def run(config: TrainConfig, *, again: str, **how: Any) -> int:
     """Trains to the end and writes the report. ``again``: the words that resume it; ``how``: see ``make_trainer``."""
     warn_of_the_unusual(config)
+    if how["resume"] and how["from_step"] is None:
+        ended = nothing_left(config, override=how["override"])
+        if ended is not None:
+            print(f"{ended.text}. Nothing is left to do{GO_ON[ended.rule]}.")
+            return 0
     trainer = setup.make_trainer(config, **how)
     try:
         summary = trainer.train()
@@ -119,5 +146,7 @@ def run(config: TrainConfig, *, again: str, **how: Any) -> int:
         return EXIT_INTERRUPTED
     for phase, result in summary["phases"].items():
         print(f"{phase:8} success {result['success']:.0%} [{result['low']:.0%}, {result['high']:.0%}]")
-    print(f"report: {write_report(setup.run_files(config).directory)}")
+    print(summary["ended"]["text"])
+    named_env = config.env.name if config.env is not None else None
+    print(f"report: {write_report(setup.run_files(config).directory, named_env)}")
     return 0

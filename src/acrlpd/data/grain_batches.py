@@ -17,6 +17,7 @@ import jax
 from acrlpd.data import sources, windows
 from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.transforms import Compose, Transform
+from acrlpd.orphans import end_with_parent
 from acrlpd.types import ChunkBatch
 
 
@@ -87,6 +88,7 @@ class _Batches:
 
     def open(self) -> ChunkLoader:
         if self._loader is None:
+            end_with_parent()  # in one of Grain's workers
             source = sources.open_episodes(self.data, **self.source_options)
             store = windows.open_store(source, memory_bytes=self.memory_bytes)
             self._loader = ChunkLoader(store, **self.loader_options, prefetch=0)  # Grain asks ahead itself

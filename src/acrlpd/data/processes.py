@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
 from acrlpd import main_guard
+from acrlpd.orphans import end_with_parent
 
 
 def start(num_workers: int, prepare: Callable[..., None], *arguments: Any) -> concurrent.futures.ProcessPoolExecutor:
@@ -20,7 +22,14 @@ def start(num_workers: int, prepare: Callable[..., None], *arguments: Any) -> co
     main_guard.check()
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    return concurrent.futures.ProcessPoolExecutor(num_workers, context, prepare, arguments)
+    return concurrent.futures.ProcessPoolExecutor(num_workers, context, _begin, (prepare, *arguments))
+
+
+def _begin(prepare: Callable[..., None], *arguments: Any) -> None:
+    """Begin a worker's life. Ctrl-C, which a terminal sends to all processes, is the parent's business."""
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prepare(*arguments)
 
 
 @contextmanager

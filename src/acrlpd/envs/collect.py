@@ -6,6 +6,7 @@ import concurrent.futures
 import dataclasses
 import logging
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -14,11 +15,12 @@ import numpy as np
 from tqdm import tqdm
 
 from acrlpd import main_guard
-from acrlpd.envs.env import EnvConfig, SimulatedEnvironment, clip_action, make
+from acrlpd.envs.env import EnvConfig, SimulatedEnvironment, check_named, clip_action, make
 from acrlpd.envs.episodes import EpisodeRunner, Lost, Rollout, Start
 from acrlpd.envs.experts import PolicyKind, SmoothNoise, make_expert
 from acrlpd.envs.failure import Failure
 from acrlpd.envs.rollout import MAX_BAD_STARTS_IN_A_ROW, episode_seed
+from acrlpd.orphans import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ def collect(
     An expert gets ``SmoothNoise`` of a strength drawn from ``noise_range``: on drawer-open-v3 with 150 steps, the
     default leaves it about 4 successes in 10. Pictures are recorded if cameras are configured.
     """
+    check_named(config)
     numbers = list(episodes)
     job = _CollectJob(config, policy, noise_range, seed)
     results = _in_processes(job, numbers, num_workers) if num_workers > 1 else _in_this_process(job, numbers)
@@ -116,6 +119,8 @@ def _in_processes(job: _CollectJob, numbers: list[int], num_workers: int) -> Ite
                 "`if __name__ == '__main__':` around its code). Finished episodes are kept: the same command makes "
                 "those that are missing."
             ) from error
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for the episodes under way alone
 
 
 def _checked(result: Rollout | Failure) -> Rollout:
@@ -130,6 +135,8 @@ _environment: SimulatedEnvironment | None = None  # built once, used for many ep
 
 def _start_worker(job: _CollectJob) -> None:
     global _job
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's business
     _job = job
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import shlex
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -20,6 +21,14 @@ from jaxtyping import Float, UInt8
 Obs: TypeAlias = dict[str, Any]
 RewardKind: TypeAlias = Literal["-1/0", "0/1"]
 LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+
+
+class StoredName(str):
+    """The name of an environment that a checkpoint or a run's folder states, and nobody in the command.
+
+    As text it is like any other. But a name that is code of somebody's own (``custom/...``) is run only as plain text:
+    what a user or a script says takes the place of this one.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,12 +234,23 @@ def make(config: EnvConfig) -> SimulatedEnvironment:
 
     >>> make(EnvConfig("metaworld/drawer-open-v3", max_episode_steps=150))
     """
+    check_named(config)
     family, _, task = config.name.partition("/")
     simulators = {"metaworld": _metaworld, "ogbench": _ogbench, "aloha": _aloha, "custom": _custom}
     simulators |= dict.fromkeys(LIBERO_SUITES, _libero)
     if family not in simulators:
         raise ValueError(_unknown(config.name, [f"{name}/" for name in simulators]))
     return SimulatedEnvironment(simulators[family](config.name, task), config)
+
+
+def check_named(config: EnvConfig) -> None:
+    """Refuses to run code that a stored configuration alone names."""
+    if isinstance(config.name, StoredName) and config.name.startswith("custom/"):
+        raise ValueError(
+            f"the environment {config.name} is code that the stored configuration names, and a checkpoint runs no code "
+            f"by itself. If you trust it, name it in the command: --env.name {shlex.quote(config.name)} (for eval "
+            "--tasks, for collect --name; in Python setup.with_task)"
+        )
 
 
 def check_physics(data: Any) -> None:

@@ -17,9 +17,10 @@ from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol, TypeAlias
 
 from acrlpd import main_guard
-from acrlpd.envs.env import EnvConfig, Environment, EnvSpec, make
+from acrlpd.envs.env import EnvConfig, Environment, EnvSpec, check_named, make
 from acrlpd.envs.episodes import Command, EpisodeRunner, Lost, Report
 from acrlpd.envs.failure import Failure
+from acrlpd.orphans import end_with_parent
 
 MakeEnvironment: TypeAlias = Callable[[], Environment]
 MAX_DEATHS_IN_A_ROW = 3  # of one worker, without an answer in between: a broken installation, not an accident
@@ -60,6 +61,7 @@ class VectorEnv(Protocol):
 
 def make_vector(config: EnvConfig, num_envs: int, rollout: RolloutConfig | None = None) -> VectorEnv:
     """``num_envs`` environments of one kind, where ``rollout`` says; in this process by default."""
+    check_named(config)
     rollout = RolloutConfig() if rollout is None else rollout
     num_workers = min(rollout.num_workers, num_envs)
     if not num_workers:
@@ -236,6 +238,7 @@ class _GoneError(RuntimeError):
 
 def _serve(connection: Connection, make_one: MakeEnvironment, indices: Sequence[int]) -> None:
     """The worker's whole life. Ctrl-C is the parent's business."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         runners = {index: EpisodeRunner(make_one()) for index in indices}

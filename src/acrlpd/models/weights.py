@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
 
-from acrlpd import files
+from acrlpd import files, unfinished
 from acrlpd.models import torch_names
 
 Weights: TypeAlias = dict[str, np.ndarray]
@@ -615,17 +614,8 @@ def _on_host(value: Any) -> jax.Array:
 def _replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A path beside ``target`` to write to; it takes the target's place at the end, or vanishes in an error."""
     _check_free(target, overwrite=overwrite)
-    with _parents(target), tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        partial, replaced = Path(folder) / target.name, Path(folder) / "replaced"
+    with _parents(target), unfinished.whole(target) as partial:
         yield partial
-        if os.path.lexists(target):
-            target.rename(replaced)
-        try:
-            partial.rename(target)
-        except BaseException:
-            if os.path.lexists(replaced):
-                replaced.rename(target)
-            raise
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -139,14 +140,33 @@ class SkippedUpdates:
         writer.close()
 
 
+HELD_BACK_S = 3.0  # a scheduler or a terminal may send a signal twice
+
+
 class StopRequest:
-    """Set by the first signal; a second one stops at once, the usual way."""
+    """Set by the first SIGINT or SIGTERM. Further ones change nothing, but for a Ctrl-C after ``HELD_BACK_S``."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._since = 0.0
 
     def __bool__(self) -> bool:
         return self.signal_name is not None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_name is None:
+            self.signal_name, self._since = signal.Signals(number).name, time.monotonic()
+            _tell(f"{self.signal_name}: stops and saves. Ctrl-C after {HELD_BACK_S:g} s ends at once, without saving.")
+        elif number == signal.SIGINT and time.monotonic() - self._since > HELD_BACK_S:
+            _tell("Ctrl-C once more: ends at once. The last complete checkpoint is intact.")
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+
+def _tell(text: str) -> None:
+    """Writes to the terminal from a signal's handler, which may have interrupted another writer."""
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        os.write(2, f"\n{text}\n".encode())
 
 
 @contextlib.contextmanager
@@ -157,15 +177,9 @@ def stop_on_signal() -> Iterator[StopRequest]:
         yield request  # Python delivers signals to the main thread alone
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        request.signal_name = signal.Signals(number).name
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
     try:
         for number in previous:
-            signal.signal(number, handle)
+            signal.signal(number, request.handle)
         yield request
     finally:
         for number, handler in previous.items():

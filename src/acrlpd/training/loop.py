@@ -23,13 +23,15 @@ from acrlpd.data.transforms import Transform
 from acrlpd.envs.rollout import OnlineCollector, Rollout
 from acrlpd.envs.vector import VectorEnv
 from acrlpd.overrides import differences
-from acrlpd.training import guards
+from acrlpd.training import ending, guards
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager, checksums
+from acrlpd.training.ending import Ended
 from acrlpd.training.evaluate import EpisodeDraws, Evaluation, chunk_policy, evaluate, fold_in
 from acrlpd.training.faults import DataFault, Diverged, Interrupted, RunFault
 from acrlpd.training.guards import RunLock, SkippedUpdates, StopRequest
 from acrlpd.training.metrics import MetricAverage, Stopwatch, breakdown, write_json
 from acrlpd.training.monitor import ACRLPDTrainingMonitor
+from acrlpd.training.overwriting import Replaced
 from acrlpd.training.run import Interaction, Progress, RunFiles, save_rollouts, settle_best
 from acrlpd.training.sharding import make_mesh, put_batch
 from acrlpd.training.writers import make_writers
@@ -65,6 +67,7 @@ class ACRLPDTrainer:
         eval_environments: VectorEnv | None = None,
         fresh_agent: Callable[[], ACRLPDAgent],
         lock: RunLock | None = None,
+        replaced: Replaced | None = None,
     ):
         self.agent = agent
         self.loader = loader
@@ -86,6 +89,7 @@ class ACRLPDTrainer:
         self._monitor = ACRLPDTrainingMonitor()
         self._logged = time.perf_counter(), self._step  # when, and after which update
         self._lock = lock
+        self._replaced = replaced  # the run before this one in its folder, until this one has a checkpoint
         self._skipped = SkippedUpdates(files.skipped, limit=config.max_skipped_updates)
         self._started = time.perf_counter(), time.process_time()
         self._compiled: set[tuple[int, bool, bool]] = set()  # by the number of updates in a call, and what batches hold
@@ -96,28 +100,41 @@ class ACRLPDTrainer:
 
     def train(self) -> dict[str, Any]:
         """Runs what is left of both phases and returns the summary, which also lies in ``summary.json``."""
-        with guards.explain_storage(self._files.directory), contextlib.ExitStack() as closing:
+        with (
+            guards.explain_storage(self._files.directory),
+            guards.stop_on_signal() as stop,
+            contextlib.ExitStack() as closing,
+        ):
             if self._lock is not None:
                 closing.callback(self._lock.release)
             closing.callback(self.loader.close)
+            if self._replaced is not None:
+                closing.callback(self._replaced.say_if_kept)
             closing.callback(self._checkpoints.wait)
             if self._interaction is not None:
                 closing.callback(self._interaction.collector.close)
             if self._eval_environments is not None:
                 closing.callback(self._eval_environments.close)
+            ended = ending.is_over(self.config, self.progress, self._step)
+            known = ended and ending.known_summary(self._files, self.progress, self._step)
+            if known:
+                return known  # resuming changes nothing
             write_json(self._files.config, to_dict(self.config))
             self._writer = make_writers(
                 self._files.metrics, self.config.loggers, name=self.config.name, run_config=to_dict(self.config)
             )
             closing.callback(self._writer.close)
-            with self._save_before_leaving(), guards.stop_on_signal() as stop:
+            with self._note_the_end(), self._save_before_leaving():
                 for phase in PHASES:
                     if self._extent(phase)[0] > 0 and not (phase in self.progress.finished and self._finished(phase)):
                         self._run(phase, stop)
-            return self._summarize()
+            ended = ending.is_over(self.config, self.progress, self._step)
+            assert ended is not None, "both phases have come to their end"
+            return self._summarize(ended)
 
     def _run(self, phase: Phase, stop: StopRequest) -> None:
         total, done = self._extent(phase)
+        self.progress.finished = [each for each in self.progress.finished if each != phase]  # it may be lengthened
         with tqdm(total=total, initial=done, desc=phase, unit="step", mininterval=BAR_SECONDS) as bar:
             while not self._finished(phase):
                 loop = self._watch.span("loop", behind="update", busy=self._is_updating)
@@ -243,7 +260,7 @@ class ACRLPDTrainer:
 
     def _updates_owed(self) -> float:
         """Updates that ``utd_ratio`` asks for and that have not been made."""
-        due = (self.progress.env_steps - self.config.warmup_env_steps) * self.config.utd_ratio
+        due = (self.progress.counted_steps - self.config.warmup_env_steps) * self.config.utd_ratio
         return due - (self._step - self.config.offline_steps)
 
     def _extent(self, phase: Phase) -> tuple[int, int]:
@@ -251,20 +268,14 @@ class ACRLPDTrainer:
         if phase == "offline":
             return self.config.offline_steps, min(self._step, self.config.offline_steps)
         total = self.config.online_steps if self.config.env is not None else 0
-        return total, min(self.progress.env_steps, total)
+        return total, min(self.progress.counted_steps, total)
 
     def _finished(self, phase: Phase) -> bool:
         if phase == "offline":
             return self._step >= self.config.offline_steps
-        if self._interaction is None or self._stalled():
+        if self._interaction is None or ending.early_stop(self.config, self.progress) is not None:
             return True
-        return self.progress.env_steps >= self.config.online_steps and self._updates_owed() < 1
-
-    def _stalled(self) -> bool:
-        stop_at = self.config.early_stopping_success
-        if stop_at is not None and self.progress.best_success >= stop_at:
-            return True
-        return self.progress.evaluations_since_best >= self.config.early_stopping_patience
+        return self.progress.counted_steps >= self.config.online_steps and self._updates_owed() < 1
 
     # ---- between steps
 
@@ -414,7 +425,7 @@ class ACRLPDTrainer:
                 result, rollouts = self._evaluate(name, mode, self.config.eval.episodes)
                 self.progress.results[name] = result.summary()
                 save_rollouts(self._files.evaluation(name), rollouts)
-        self.progress.finished = [*dict.fromkeys([*self.progress.finished, phase])]  # a lengthened phase ends twice
+        self.progress.finished = [*self.progress.finished, phase]
         with self._watch.span("checkpoint"):
             self._settle_clocks()
             self._checkpoints.replace_run(self._step, self._run_record())
@@ -435,6 +446,10 @@ class ACRLPDTrainer:
                 norm_stats=self.norm_stats,
                 run=self._run_record(),
             )
+            if self._replaced is not None:
+                self._checkpoints.wait()
+                self._replaced.delete()
+                self._replaced = None
 
     def _run_record(self) -> dict[str, Any]:
         return {
@@ -487,7 +502,19 @@ class ACRLPDTrainer:
             self.progress.seconds[name] = self.progress.seconds.get(name, 0.0) + seconds
         self._watch.seconds.clear()
 
-    def _summarize(self) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def _note_the_end(self) -> Iterator[None]:
+        """Writes down why a run ends before its time."""
+        try:
+            yield
+        except Exception as error:
+            try:
+                self._summarize(ending.cut_short(error, self._step))
+            except Exception:  # whatever it is, the first error is the one to raise
+                logger.exception("%s could not be written", self._files.summary)
+            raise
+
+    def _summarize(self, ended: Ended) -> dict[str, Any]:
         self._settle_clocks()
         summary = {
             "task": self.config.env.name if self.config.env else self.config.data.name,
@@ -498,6 +525,8 @@ class ACRLPDTrainer:
             "cpu_s": self.progress.cpu_s,
             "updates": self._step,
             "env_steps": self.progress.env_steps,
+            "lost_steps": self.progress.lost_steps,
+            "ended": dataclasses.asdict(ended),
             "best": {"step": self.progress.best_step, "success": self.progress.best_step_success},
             "rollbacks": self.progress.rollbacks,
             "lost_episodes": self.progress.lost_episodes,

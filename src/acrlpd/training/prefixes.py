@@ -22,8 +22,6 @@ import hashlib
 import json
 import logging
 import math
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
+from acrlpd import unfinished
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.config import TrainConfig, to_dict
 from acrlpd.data.episodes import EpisodeStore
@@ -160,21 +159,19 @@ def _computed(
 
 def _write(target: Path, like: list[Any], blocks: Iterator[list[np.ndarray]], num_rows: int) -> None:
     """Under another name until it is complete."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    index = [{"shape": each.shape[1:], "dtype": jnp.dtype(each.dtype).name} for each in like]
-    (temporary / INDEX).write_text(json.dumps(index), encoding="utf-8")
-    arrays = _mapped(temporary, num_rows, mode="w+")
-    start = 0
-    for block in blocks:
-        for array, rows in zip(arrays, block, strict=True):
-            array[start : start + len(rows)] = rows
-        start += len(block[0])
-    for array in arrays:
-        array.flush()
-    shutil.rmtree(target, ignore_errors=True)  # without an index: what a killed process left, if anything
-    os.replace(temporary, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished.whole(target) as temporary:
+        temporary.mkdir()
+        index = [{"shape": each.shape[1:], "dtype": jnp.dtype(each.dtype).name} for each in like]
+        (temporary / INDEX).write_text(json.dumps(index), encoding="utf-8")
+        arrays = _mapped(temporary, num_rows, mode="w+")
+        start = 0
+        for block in blocks:
+            for array, rows in zip(arrays, block, strict=True):
+                array[start : start + len(rows)] = rows
+            start += len(block[0])
+        for array in arrays:
+            array.flush()
 
 
 def _mapped(folder: Path, num_rows: int, mode: Any = "r") -> list[np.memmap]:

@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 
 from acrlpd.config import TrainConfig, from_dict
-from acrlpd.envs.env import EnvConfig, make
+from acrlpd.envs.env import EnvConfig, StoredName, make
 from acrlpd.files import read_json, written_whole
 from acrlpd.training import charts, films, markup
 from acrlpd.training.charts import POLICIES, Evaluated
+from acrlpd.training.ending import OVER
 from acrlpd.training.metrics import read_metrics
+from acrlpd.training.overwriting import tell_of_set_aside
 from acrlpd.training.run import RunFiles
 
 SHOWN_FAULTS = 5  # episodes that were left out, with the reason
@@ -36,6 +38,17 @@ class Run:
     config: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]]  # metrics.jsonl
     summary: Mapping[str, Any] | None  # None: not finished, or gone on since
+    named_env: str | None = None  # the environment that the command names, and so may be run
+
+    @property
+    def ended(self) -> Mapping[str, Any] | None:
+        """Why the run goes no further; None: that was not written down."""
+        return (self.summary or {}).get("ended")
+
+    @property
+    def is_over(self) -> bool:
+        """Summaries of older versions give no reason: runs that had ended wrote them."""
+        return self.summary is not None and (self.ended is None or self.ended["reason"] in OVER)
 
     @property
     def task(self) -> str:
@@ -87,16 +100,17 @@ class Run:
         return max((record[key] for record in self.records), default=0)
 
 
-def write_report(run: str | Path) -> Path:
+def write_report(run: str | Path, named_env: str | None = None) -> Path:
     """Writes ``report.html`` into a run's folder and returns its path.
 
-    A missing summary, evaluation or renderer leaves a remark where its content would be.
+    For films of an environment that is code of the user's own (``custom/...``), ``named_env`` names it. A missing
+    summary, evaluation or renderer leaves a remark where its content would be.
 
     Raises:
         ValueError: the folder has no ``config.json``.
         ImportError: matplotlib is missing.
     """
-    record = read_run(Path(run))
+    record = dataclasses.replace(read_run(Path(run)), named_env=named_env)
     path = record.files.directory / "report.html"
     try:
         page = _page(record)
@@ -113,6 +127,7 @@ def write_report(run: str | Path) -> Path:
 def read_run(directory: Path) -> Run:
     files = RunFiles(directory)
     if not files.config.is_file():
+        tell_of_set_aside(directory)
         raise ValueError(f"{directory} has no {files.config.name}: expected the folder of a run, such as runs/demo")
     config = read_json(files.config, allow_nan=True)
     records = read_metrics(files.metrics) if files.metrics.is_file() else []
@@ -152,6 +167,11 @@ def _overview(run: Run) -> str:
     if run.summary is None:
         remark = "This run has not finished: results are its newest evaluations, totals those of its newest record."
         lines.append(markup.element("p", remark, "remark"))
+    elif run.ended is not None and run.ended["reason"] != "finished":
+        remark = f"This run {'' if run.is_over else 'has not finished: it '}{run.ended['text']}."
+        lines.append(markup.element("p", remark, "remark"))
+    if lost := (run.summary or {}).get("lost_steps"):
+        facts["environment steps"] += f", of which {lost:,} were cut off with their episodes"
     data = (run.summary or {}).get("data")
     if data is not None:
         facts["prior data"] = f"{data['episodes']:,} episodes, {data['steps']:,} steps"
@@ -363,17 +383,28 @@ def _go_on(run: Run) -> str:
     if run.files.directory.parent != Path(TrainConfig.run_dir):
         train.append(f"--run_dir {shlex.quote(str(folder.parent))}")
     train += [f"--name {shlex.quote(folder.name)}", "--resume"]
-    commands = [("write this page again", f"acrlpd report {shown}")]
+    code = shlex.quote(run.task) if run.task.startswith("custom/") else None  # is run where a command names it
+    tasks, env = (f" {flag} {code}" if code else "" for flag in ("--tasks", "--env.name"))
+    commands = [("write this page again", f"acrlpd report {shown}{env}")]
     if run.config.get("env") and run.results:
-        commands.insert(0, ("evaluate the newest checkpoint", f"acrlpd eval --checkpoint {shown}"))
-        commands.insert(1, ("with noise, best of N and the critic's word", f"acrlpd eval --checkpoint {shown} --full"))
-    if run.summary is None:
-        commands.insert(0, ("go on where it stopped", " ".join(train)))
+        test = f"acrlpd eval --checkpoint {shown}{tasks}"
+        commands.insert(0, ("evaluate the newest checkpoint", test))
+        commands.insert(1, ("with noise, best of N and the critic's word", f"{test} --full"))
+    if not run.is_over:
+        commands.insert(0, ("go on where it stopped", " ".join(train) + env))
     elif run.config.get("env") and run.config.get("online_steps"):
-        steps = f"--online_steps {2 * run.config['online_steps']}"
-        commands.append(("train on online", " ".join([*train, steps])))
+        commands.append(("train on online", f"{' '.join([*train, _longer(run)])}{env}"))
     lines = "\n".join(f"# {purpose}\n{command}" for purpose, command in commands)
     return markup.section("Going on", markup.element("pre", lines))
+
+
+def _longer(run: Run) -> str:
+    """The flag that lets a run which is over go on."""
+    rule = (run.ended or {}).get("rule")
+    if rule == "early_stopping_success":
+        return "--early_stopping_success None"
+    field = rule or "online_steps"
+    return f"--{field} {2 * run.config[field]}"
 
 
 # ---- films
@@ -392,7 +423,9 @@ def _before_and_after(run: Run) -> tuple[str, films.Outcomes, films.Outcomes] | 
 
 
 def _filmstrips(run: Run, seed: int, policies: Mapping[str, films.Outcomes]) -> list[str]:
-    environment = make(from_dict(EnvConfig, run.config["env"]))
+    stored = from_dict(EnvConfig, run.config["env"])
+    name = stored.name if run.named_env == stored.name else StoredName(stored.name)
+    environment = make(dataclasses.replace(stored, name=name))
     try:
         strips = []
         for name, outcomes in policies.items():

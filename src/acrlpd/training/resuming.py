@@ -5,9 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import logging
-import shutil
 from collections.abc import Collection
-from pathlib import Path
 
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.config import TrainConfig, from_dict, to_dict
@@ -15,7 +13,6 @@ from acrlpd.data.normalize import NormStats
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.overrides import differences
 from acrlpd.training.checkpoint import DAMAGED, ACRLPDCheckpointManager, DamagedCheckpoint
-from acrlpd.training.guards import LOCK_FILE
 from acrlpd.training.run import Progress, RunFiles
 
 logger = logging.getLogger(__name__)
@@ -37,14 +34,8 @@ CHANGEABLE = (
 """Fields that say how long a run goes, where and what it reports, not what it computes."""
 
 
-def claim_directory(
-    config: TrainConfig, files: RunFiles, *, resume: bool, overwrite: bool, override: Collection[str] = ()
-) -> None:
+def claim_directory(config: TrainConfig, files: RunFiles, *, resume: bool, override: Collection[str] = ()) -> None:
     """Refuses to mix two runs in one folder, and to resume one with other values where ``override`` names no such."""
-    if resume and overwrite:
-        raise ValueError("--resume and --overwrite exclude each other")
-    if overwrite:
-        _empty(files.directory)
     if not files.config.exists():
         return
     if not resume:
@@ -68,15 +59,6 @@ def claim_directory(
 
 def _may_change(field: str, patterns: Collection[str]) -> bool:
     return any(fnmatch.fnmatchcase(field, pattern) for pattern in patterns)
-
-
-def _empty(directory: Path) -> None:
-    """All but the lock, which is held."""
-    for path in directory.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != LOCK_FILE:
-            path.unlink()
 
 
 def resume_from(

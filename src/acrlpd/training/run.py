@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from acrlpd import unfinished
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.envs.rollout import OnlineCollector, Rollout
@@ -18,7 +19,8 @@ from acrlpd.training.metrics import write_json
 class Progress:
     """What a run has done, saved with every checkpoint. The number of updates is the agent's step."""
 
-    env_steps: int = 0
+    env_steps: int = 0  # executed, all in all
+    lost_steps: int = 0  # of them, in episodes that a stop cut short: they are made again
     finished: list[str] = dataclasses.field(default_factory=list)  # phases
     results: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # "bc", "offline", "online"
     best_success: float = -1.0
@@ -31,6 +33,16 @@ class Progress:
     wall_s: float = 0.0
     cpu_s: float = 0.0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def counted_steps(self) -> int:
+        """Those towards ``online_steps``: of episodes in the journal or under way."""
+        return self.env_steps - self.lost_steps
+
+    def count_from(self, journal_steps: int) -> None:
+        """Goes on with the steps that the journal holds; others were lost with their episodes."""
+        self.env_steps = max(self.env_steps, self.lost_steps + journal_steps)
+        self.lost_steps = self.env_steps - journal_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +131,11 @@ def save_rollouts(path: Path, rollouts: list[Rollout]) -> None:
     for row, each in zip(actions, rollouts, strict=True):
         row[: each.length] = each.episode.actions
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        path,
-        seed=[each.seed for each in rollouts],
-        success=[each.success for each in rollouts],
-        length=[each.length for each in rollouts],
-        actions=actions,
-    )
+    with unfinished.whole(path) as temporary:
+        np.savez_compressed(
+            temporary,
+            seed=[each.seed for each in rollouts],
+            success=[each.success for each in rollouts],
+            length=[each.length for each in rollouts],
+            actions=actions,
+        )

@@ -14,9 +14,10 @@ from typing import cast
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from acrlpd.agents.acrlpd import ACRLPDAgent
-from acrlpd.config import PolicyConfig, TrainConfig, from_dict
+from acrlpd.config import PolicyConfig, TrainConfig, from_stored
 from acrlpd.data import chunks, instructions, normalize, windows
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.frame_cache import FrameCache
@@ -39,12 +40,13 @@ from acrlpd.models.gaussian import ChunkGaussianConfig
 from acrlpd.models.mlp_flow import MLPFlowConfig
 from acrlpd.models.pi0 import CAMERAS, Pi0, Pi0Config
 from acrlpd.models.recognize import recognize
-from acrlpd.training import prefixes, resuming
+from acrlpd.training import ending, overwriting, prefixes, resuming
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.collection import collect_prior
 from acrlpd.training.guards import RunLock
 from acrlpd.training.loop import ACRLPDTrainer
 from acrlpd.training.optimizer import make_optimizers
+from acrlpd.training.overwriting import Replaced
 from acrlpd.training.run import Interaction, Progress, RunFiles, settle_best
 from acrlpd.training.sharding import make_mesh, parameter_sharding
 
@@ -60,7 +62,12 @@ class Dims:
 
 
 def run_files(config: TrainConfig) -> RunFiles:
-    return RunFiles(Path(config.run_dir) / config.name)
+    name = config.name
+    if name in ("", ".", "..") or not name.isprintable() or any(separator in name for separator in "/\\"):
+        raise ValueError(
+            f"name {name!r}: expected the name of one folder below run_dir, without separators or control characters"
+        )
+    return RunFiles(Path(config.run_dir) / name)
 
 
 def make_trainer(
@@ -76,12 +83,21 @@ def make_trainer(
     ``override`` has patterns of fields ("optimizers.*.schedule.*") in which a resumed run may differ from what it was
     started with. ``from_step`` goes back to an older checkpoint and, once that is restored, deletes those after it.
     """
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
     files = run_files(config)
-    lock = RunLock(files.directory) if jax.process_index() == 0 else None
+    overwriting.tell_of_set_aside(files.directory)
+    is_first = jax.process_index() == 0
     with contextlib.ExitStack() as failed:
+        replaced = overwriting.set_aside(config, files) if overwrite and is_first else None
+        if replaced is not None:
+            failed.callback(replaced.put_back)
+        if overwrite and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("the old run is set aside")
+        lock = RunLock(files.directory) if is_first else None
         if lock is not None:
             failed.callback(lock.release)
-        trainer = _make_trainer(config, files, lock, resume, overwrite, override, from_step)
+        trainer = _make_trainer(config, files, lock, resume, override, from_step, replaced)
         failed.pop_all()
     return trainer
 
@@ -91,11 +107,11 @@ def _make_trainer(
     files: RunFiles,
     lock: RunLock | None,
     resume: bool,
-    overwrite: bool,
     override: Collection[str],
     from_step: int | None,
+    replaced: Replaced | None,
 ) -> ACRLPDTrainer:
-    resuming.claim_directory(config, files, resume=resume, overwrite=overwrite, override=override)
+    resuming.claim_directory(config, files, resume=resume, override=override)
     if config.env is None and config.online_steps:
         logger.warning("no online phase: online_steps is %d, but env.name names no environment", config.online_steps)
     environments = make_environments(config, config.eval.num_envs) if config.env else None
@@ -148,6 +164,7 @@ def _make_trainer(
         eval_environments=environments,
         fresh_agent=fresh_agent,
         lock=lock,
+        replaced=replaced,
     )
 
 
@@ -232,12 +249,13 @@ def make_interaction(config: TrainConfig, files: RunFiles, progress: Progress) -
     """The online side, with what a stopped run has already experienced: every journalled episode, once."""
     journal = ReplayJournal(files.replay)
     replay = EpisodeStore(max_bytes=config.data.max_replay_bytes)
-    env_steps = 0
+    journal_steps = 0
     for episode in journal.load():
         replay.append(episode)
-        env_steps += len(episode)
+        journal_steps += len(episode)
     progress.next_episode = journal.next_number
-    progress.env_steps = env_steps  # steps of an episode that a stop cut short are lost, and made again
+    if not ending.online_is_over(config, progress):
+        progress.count_from(journal_steps)
     collector = rollout.OnlineCollector(
         make_environments(config, config.online_envs),
         seed=config.seed,
@@ -269,7 +287,7 @@ def load_checkpoint(path: str | Path) -> Loaded:
     directory, step = locate_checkpoint(Path(path))
     manager = ACRLPDCheckpointManager(directory)
     run = manager.read_run(step)
-    config = from_dict(TrainConfig, run["config"])
+    config = from_stored(run["config"])
     stats = manager.read_norm_stats(step)
     dims = Dims(len(stats["state"].mean), len(stats["actions"].mean))
     here = dataclasses.replace(config, fsdp_devices=1) if jax.device_count() % config.fsdp_devices else config
@@ -280,6 +298,7 @@ def load_checkpoint(path: str | Path) -> Loaded:
 
 def locate_checkpoint(path: Path) -> tuple[Path, int | None]:
     """The folder of a manager, and the step if ``path`` names one; ``<run>/best`` is that of the best evaluation."""
+    overwriting.tell_of_set_aside(path)
     best = RunFiles(path.parent).best
     if path.name == "best" and best.is_file():
         return RunFiles(path.parent).checkpoints, _best_step(best)
@@ -512,12 +531,14 @@ def load_weights(policy: FlowPolicy, path: str) -> None:
 
 
 def with_task(config: TrainConfig, task: str) -> TrainConfig:
-    """The same run in another environment of its robot; the instruction is that environment's own."""
+    """The same run in another environment of its robot; the instruction is that environment's own.
+
+    Naming the run's own allows a checkpoint to run code that it alone names.
+    """
     if config.env is None:
         raise ValueError("this run has no environment: set env.name")
-    if task == config.env.name:
-        return config
-    return dataclasses.replace(config, env=dataclasses.replace(config.env, name=task, instruction=None))
+    instruction = config.env.instruction if task == config.env.name else None
+    return dataclasses.replace(config, env=dataclasses.replace(config.env, name=task, instruction=instruction))
 
 
 def make_environments(config: TrainConfig, count: int) -> VectorEnv:

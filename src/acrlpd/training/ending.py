@@ -1,0 +1,79 @@
+"""Why a run goes no further: said in the terminal, in ``summary.json`` and in the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+from acrlpd.config import TrainConfig
+from acrlpd.training.faults import Interrupted
+from acrlpd.training.run import Progress, RunFiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """The end of a run. ``rule`` is the field of the configuration by which early stopping ended it."""
+
+    reason: Literal["finished", "early stop", "interrupted", "crashed"]
+    text: str
+    rule: str | None = None
+
+
+OVER = ("finished", "early stop")  # reasons after which --resume changes nothing
+
+
+def early_stop(config: TrainConfig, progress: Progress) -> Ended | None:
+    """Whether an online run should stop early. Nothing counts before an online evaluation has succeeded once."""
+    best, since = progress.best_success, progress.evaluations_since_best
+    if best <= 0:
+        return None
+    enough, patience = config.early_stopping_success, config.early_stopping_patience
+    if enough is not None and best >= enough:
+        text = f"an online evaluation reached {best:.0%}, and early_stopping_success is {enough:.0%}"
+        return Ended("early stop", f"stopped early: {text}", "early_stopping_success")
+    if since >= patience:
+        text = f"{since} online evaluations after the best one ({best:.0%}) were no better"
+        return Ended(
+            "early stop", f"stopped early: {text}, and early_stopping_patience is {patience}", "early_stopping_patience"
+        )
+    return None
+
+
+def online_is_over(config: TrainConfig, progress: Progress) -> bool:
+    """Whether the online phase has come to its end, evaluation included, and should not go on."""
+    is_long_enough = progress.counted_steps >= config.online_steps or early_stop(config, progress) is not None
+    return "online" in progress.finished and is_long_enough
+
+
+def is_over(config: TrainConfig, progress: Progress, updates: int) -> Ended | None:
+    """Why a run of this configuration has nothing left to do, or None: it has."""
+    if config.offline_steps and not ("offline" in progress.finished and updates >= config.offline_steps):
+        return None
+    if config.env is None or not config.online_steps:
+        return Ended("finished", f"finished: {config.offline_steps:,} offline updates")
+    if not online_is_over(config, progress):
+        return None
+    if progress.counted_steps < config.online_steps:
+        return early_stop(config, progress)
+    steps = f"{progress.counted_steps:,} online steps of {config.online_steps:,}"
+    return Ended("finished", f"finished: {config.offline_steps:,} offline updates, {steps}")
+
+
+def cut_short(error: Exception, updates: int) -> Ended:
+    """The end of a run by a signal or an error."""
+    if isinstance(error, Interrupted):
+        return Ended("interrupted", f"was interrupted at update {updates:,}; --resume goes on")
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return Ended("crashed", f"crashed at update {updates:,} ({reason}); --resume goes on from the last checkpoint")
+
+
+def known_summary(files: RunFiles, progress: Progress, updates: int) -> dict[str, Any] | None:
+    """The summary of a run that is over and has these counters, or None: there is none, or one that does not fit."""
+    try:
+        summary = json.loads(files.summary.read_bytes())
+        reason = summary["ended"]["reason"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):  # it is written again
+        return None
+    counters = {"updates": updates, "env_steps": progress.env_steps, "phases": progress.results}
+    return summary if reason in OVER and all(summary.get(key) == value for key, value in counters.items()) else None

@@ -1,0 +1,136 @@
+"""``--overwrite``: the old run is set aside first, and deleted last: when the new one's first checkpoint is on disk.
+
+If the new run does not start, the old one gets its name back. A process that is killed in between leaves the old one as
+``NAME.overwritten``, and the next command on that run says so. Only runs are set aside, and nothing that the new run
+reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from acrlpd import unfinished
+from acrlpd.config import TrainConfig
+from acrlpd.training.guards import LOCK_FILE, RunLock
+from acrlpd.training.run import RunFiles
+
+logger = logging.getLogger(__name__)
+
+OURS = {
+    *("config.json", "metrics.jsonl", "skipped_updates.jsonl", "summary.json", "best.json", "report.html", LOCK_FILE),
+    *("checkpoints", "replay", "prior", "evaluations", "videos", "tensorboard", "wandb", "wandb.json"),
+}
+"""What a run's folder may hold. Anything else is somebody's own, and the folder is not deleted."""
+
+READ = ("data.path", "data.norm_stats", "data.frame_cache", "policy.weights", "policy.tokenizer")
+"""Fields that name files or folders which a run reads; beside them, an environment's name may hold a file's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Replaced:
+    """A run that was set aside for a new one of its name."""
+
+    directory: Path
+    aside: Path
+    lock: RunLock  # the old run's: nobody goes on with it meanwhile
+
+    def put_back(self) -> None:
+        """Gives the old run its name again, in the place of what there is of the new one."""
+        if os.path.lexists(self.directory):
+            unfinished.discard(self.directory)
+        self.aside.rename(self.directory)
+        self.lock.release()
+        logger.warning("the new run did not start; the old one is in %s as it was", self.directory)
+
+    def delete(self) -> None:
+        unfinished.discard(self.aside)
+        self.lock.release()
+
+    def say_if_kept(self) -> None:
+        """Tells where the old run lies, if the new one has come to no checkpoint."""
+        if self.aside.exists():
+            logger.warning("the new run has no checkpoint yet, so the old one is kept: %s", self.aside)
+        self.lock.release()
+
+
+def set_aside(config: TrainConfig, files: RunFiles) -> Replaced | None:
+    """Moves the run in the way of a new one to a name beside it; None: there is none.
+
+    Raises:
+        ValueError: it is no run, in use, or the new run reads from it. Nothing was changed.
+    """
+    directory = files.directory
+    if not os.path.lexists(directory):
+        return None
+    names = _checked_names(directory)
+    if not names - {LOCK_FILE}:
+        return None
+    _check_config(files)
+    for field, path in _read_inside(config, directory):
+        raise ValueError(
+            f"{field} ({path}) lies in {directory}, which --overwrite would delete: choose another --name, or "
+            "move what is to be read to another folder"
+        )
+    lock = RunLock(directory)
+    aside = unfinished.set_aside(directory)
+    logger.info("the old run is set aside as %s until the new one has a checkpoint", aside)
+    return Replaced(directory, aside, lock)
+
+
+def tell_of_set_aside(path: Path) -> None:
+    """Warns of runs that were set aside for one in ``path``, or in a folder that ``path`` is a part of."""
+    path = Path(os.path.abspath(path))
+    for folder in (path, *path.parents[:2]):
+        for aside in unfinished.those_set_aside(folder):
+            logger.warning(
+                "%s holds the run that --overwrite set aside for a new one in %s: resume it there, rename or delete it",
+                *(aside, folder),
+            )
+
+
+def _checked_names(directory: Path) -> set[str]:
+    if directory.is_symlink() or not directory.is_dir():
+        kind = f"a link to {os.readlink(directory)}" if directory.is_symlink() else "no folder"
+        raise ValueError(f"{directory} is {kind}, and --overwrite deletes runs alone: choose another --name")
+    names = {path.name for path in directory.iterdir() if not unfinished.is_temporary(path)}
+    foreign = sorted(names - OURS)
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise ValueError(
+            f"{directory} holds {', '.join(foreign[:3])}{more}, which no run makes, and --overwrite deletes runs "
+            "alone: move that away, or choose another --name"
+        )
+    return names
+
+
+def _check_config(files: RunFiles) -> None:
+    """Refuses a folder whose ``config.json`` says that it belongs to another program; a damaged one says nothing."""
+    try:
+        stored = json.loads(files.config.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return
+    if stored and not (isinstance(stored, dict) and {"policy", "agent", "data"} <= stored.keys()):
+        raise ValueError(
+            f"{files.config} is not the configuration of a run, and --overwrite deletes runs alone: choose another "
+            "--name"
+        )
+
+
+def _read_inside(config: TrainConfig, directory: Path) -> Iterator[tuple[str, str]]:
+    """Fields of ``config`` that name something in ``directory``, and what they name."""
+    folder = directory.resolve()
+    for field in READ:
+        part, name = field.split(".")
+        value = getattr(getattr(config, part), name)
+        for path in [value] if isinstance(value, str) else value or ():
+            if Path(path).resolve().is_relative_to(folder):
+                yield field, path
+    if config.env is not None and config.env.name.startswith("custom/"):
+        file = config.env.name.removeprefix("custom/").partition(":")[0]
+        if Path(file).resolve().is_relative_to(folder):
+            yield "env.name", file

@@ -10,7 +10,8 @@ import subprocess
 import numpy as np
 import pytest
 
-from acrlpd.data import convert, hdf5, unfinished
+from acrlpd import files
+from acrlpd.data import convert, hdf5
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.lerobot import LeRobotSource
 from acrlpd.data.rewards import RewardConfig
@@ -187,7 +188,7 @@ def test_nothing_is_left_of_a_failure(tmp_path):
 def test_what_a_killed_conversion_left_is_removed(tmp_path):
     process = subprocess.Popen(["true"])
     process.wait()
-    ours = unfinished.temporary_path(tmp_path / "set")
+    ours = files.temporary_path(tmp_path / "set")
     dead = ours.with_name(ours.name.replace(f"-{os.getpid()}.", f"-{process.pid}."))
     (dead / "meta").mkdir(parents=True)
     convert.to_hdf5(written(tmp_path / "ours"), tmp_path / "set")

@@ -7,8 +7,8 @@ import h5py
 import numpy as np
 import pytest
 
+from acrlpd import files
 from acrlpd.cli.main import main
-from acrlpd.data import unfinished
 from acrlpd.data.frame_cache import FrameCache
 from acrlpd.data.hdf5 import H5DatasetReader
 
@@ -83,12 +83,12 @@ def test_what_a_killed_build_left_is_removed(demos, tmp_path):
     record.parent.mkdir(parents=True)
     process = subprocess.Popen(["true"])
     process.wait()
-    ours, foreign = unfinished.temporary_path(record), record.with_name(".notes.tmp")
+    ours, foreign = files.temporary_path(record), record.with_name(".notes.tmp")
     dead = ours.with_name(ours.name.replace(str(os.getpid()), str(process.pid)))
-    elsewhere = dead.with_name(dead.name.replace(unfinished.HOST, "another-machine"))
+    elsewhere = dead.with_name(dead.name.replace(files.HOST, "another-machine"))
     for path in (ours, dead, foreign, elsewhere):
         path.write_bytes(b"half")
-    unfinished.remove_abandoned(record.parent)
+    files.remove_abandoned(record.parent)
     assert not dead.exists()
     dead.write_bytes(b"half")
     cache.build(reader)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from acrlpd.data import hdf5, unfinished
+from acrlpd import files
+from acrlpd.data import hdf5
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.metadata_cache import MetadataCache, default_folder
 from acrlpd.types import Episode
@@ -183,7 +184,7 @@ def test_what_a_killed_process_left_is_removed(cache, file):
     process.wait()
     entry = cache.entry_path(file.parent, "")
     entry.parent.mkdir(parents=True, exist_ok=True)
-    ours = unfinished.temporary_path(entry).name
+    ours = files.temporary_path(entry).name
     entry.with_name(ours.replace(f"-{os.getpid()}.", f"-{process.pid}.")).write_bytes(b"half")
     cache.get(file.parent, "", Counting(file))
     assert list(entry.parent.iterdir()) == [entry]

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from acrlpd.data import hdf5, unfinished
+from acrlpd import files
+from acrlpd.data import hdf5
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.data.sources import open_episodes
@@ -41,7 +42,7 @@ def abandoned(path):
     """What a process that was killed while it wrote ``path`` leaves behind."""
     process = subprocess.Popen(["true"])
     process.wait()
-    name = unfinished.temporary_path(path).name.replace(f"-{os.getpid()}.", f"-{process.pid}.")
+    name = files.temporary_path(path).name.replace(f"-{os.getpid()}.", f"-{process.pid}.")
     path.with_name(name).write_bytes(b"half")
 
 

@@ -30,9 +30,9 @@ from acrlpd.data.lerobot_meta import DEFAULT_CHUNKS_SIZE, INDEX, TASK_INDEX, TIM
 from acrlpd.data.normalize import RunningStats
 from acrlpd.data.parquet import import_pyarrow
 from acrlpd.data.sources import Dataset
-from acrlpd.data.unfinished import remove_abandoned, temporary_path
 from acrlpd.data.video import import_av
 from acrlpd.data.windows import check_video_sizes
+from acrlpd.files import remove_abandoned, temporary_path
 from acrlpd.types import Episode
 
 Pictures = Literal["av1", "h264", "png"]

@@ -27,7 +27,7 @@ from jaxtyping import UInt8
 from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeSource
 from acrlpd.data.layouts.columns import Rows
 from acrlpd.data.transforms import resize_with_pad
-from acrlpd.data.unfinished import remove_abandoned, temporary_path
+from acrlpd.files import remove_abandoned, temporary_path
 
 logger = logging.getLogger(__name__)
 

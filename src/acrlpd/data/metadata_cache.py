@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from acrlpd.data.tree import files_below
-from acrlpd.data.unfinished import remove_abandoned, temporary_path
+from acrlpd.files import remove_abandoned, temporary_path
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from acrlpd.data import hdf5
-from acrlpd.data.unfinished import remove_abandoned, temporary_path
+from acrlpd.files import remove_abandoned, temporary_path
 from acrlpd.types import Episode
 
 logger = logging.getLogger(__name__)

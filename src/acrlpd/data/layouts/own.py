@@ -28,7 +28,7 @@ import numpy as np
 from acrlpd.data.episodes import IMAGE_PREFIX
 from acrlpd.data.layouts import columns
 from acrlpd.data.layouts.columns import Column, Joined, Options, Reading, Record
-from acrlpd.data.unfinished import temporary_path
+from acrlpd.files import temporary_path
 from acrlpd.types import Episode
 
 FORMAT = "acrlpd"

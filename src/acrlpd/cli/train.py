@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ import tyro
 
 from acrlpd import presets
 from acrlpd.cli.configured import changed, named, parse, starting_point, warn_of_the_unusual
-from acrlpd.config import TrainConfig, from_dict
-from acrlpd.training import setup
+from acrlpd.config import TrainConfig
+from acrlpd.training import resuming, setup
 from acrlpd.training.faults import EXIT_INTERRUPTED, Interrupted
 from acrlpd.training.report import write_report
 
@@ -42,9 +41,9 @@ def main(argv: Sequence[str]) -> int:
     name, *flags = argv
     config, rest = starting_point(name, flags)
     arguments = _parse(config, name, rest)
-    stored = setup.run_files(arguments.config).config
-    if arguments.resume and stored.exists():  # what the run was started with need not be said again
-        config, rest = changed(stored_config(stored.parent), flags, preset=named(name))
+    stored = resuming.started_with(setup.run_files(arguments.config).directory) if arguments.resume else None
+    if stored is not None:  # what the run was started with need not be said again
+        config, rest = changed(_placed(stored, setup.run_files(arguments.config).directory), flags, preset=named(name))
         arguments = _parse(config, name, rest)
     return _train(arguments, name, flags)
 
@@ -78,14 +77,22 @@ def locate_run(path: Path) -> tuple[Path, int | None]:
     """A run's folder, and the step if ``path`` names that of one of its checkpoints."""
     is_step = path.name.isdigit() and path.parent.name == "checkpoints"
     run = path.parent.parent if is_step else path
-    if not (run / "config.json").is_file():
+    if not (run / "config.json").is_file() and not (run / "checkpoints").is_dir():
         raise ValueError(f"--resume {path}: no run there. Name a run's folder, or a step in its checkpoints.")
     return run, int(path.name) if is_step else None
 
 
 def stored_config(run: Path) -> TrainConfig:
     """What the run was started with, wherever its folder lies now."""
-    config = from_dict(TrainConfig, json.loads((run / "config.json").read_text(encoding="utf-8")))
+    config = resuming.started_with(run)
+    if config is None:
+        raise ValueError(
+            f"{run} has neither config.json nor a checkpoint that can be read: there is nothing to resume."
+        )
+    return _placed(config, run)
+
+
+def _placed(config: TrainConfig, run: Path) -> TrainConfig:
     return dataclasses.replace(config, run_dir=str(run.parent), name=run.name)
 
 

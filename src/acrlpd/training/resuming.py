@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import logging
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from acrlpd.agents.acrlpd import ACRLPDAgent
-from acrlpd.config import TrainConfig, to_dict
+from acrlpd.config import TrainConfig, from_dict, to_dict
 from acrlpd.data.normalize import NormStats
-from acrlpd.data.replay import ReplayJournal
+from acrlpd.data.replay import Entry, ReplayJournal
+from acrlpd.files import read_json
 from acrlpd.overrides import differences
-from acrlpd.training.checkpoint import DAMAGED, ACRLPDCheckpointManager, DamagedCheckpoint
+from acrlpd.training.checkpoint import DAMAGED, ACRLPDCheckpointManager, DamagedCheckpoint, Restored
+from acrlpd.training.fingerprint import Fingerprint
 from acrlpd.training.guards import LOCK_FILE
 from acrlpd.training.run import Progress, RunFiles
 
@@ -35,6 +37,49 @@ CHANGEABLE = (
     "fsdp_devices",
 )
 """Fields that say how long a run goes, where and what it reports, not what it computes."""
+LIGHTENED = ("agent.gradient_accumulation_steps", "agent.best_of_n_strategy")  # by a run that was short of memory
+
+
+def started_with(directory: Path) -> TrainConfig | None:
+    """Return the configuration of the run in this folder; None if there is no run.
+
+    It is that of ``config.json``. Where that file is gone or damaged, the newest checkpoint's is taken, and said.
+
+    Raises:
+        ValueError: ``config.json`` is damaged, and there is no checkpoint whose configuration could be taken.
+    """
+    files = RunFiles(directory)
+    try:
+        return _config_of(read_json(files.config), files.config)
+    except FileNotFoundError:
+        error: Exception | None = None
+    except ValueError as refusal:
+        error = refusal
+    step, saved = _saved_config(files)
+    if saved is None and error is not None:
+        raise ValueError(f"{error}. Bring it back, or start anew with --overwrite.") from error
+    if saved is not None:
+        reason = error or f"{files.config} is gone"
+        logger.warning("%s. Going on with the configuration that checkpoint %s holds.", reason, step)
+    return saved
+
+
+def _config_of(values: Mapping[str, Any], file: Path) -> TrainConfig:
+    try:
+        return from_dict(TrainConfig, values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _saved_config(files: RunFiles) -> tuple[int, TrainConfig | None]:
+    """The newest checkpoint whose JSON can be read, and its configuration."""
+    checkpoints = ACRLPDCheckpointManager(files.checkpoints)
+    for step in reversed(checkpoints.steps()):
+        try:
+            return step, _config_of(checkpoints.read_run(step)["config"], files.checkpoints / str(step))
+        except DamagedCheckpoint:
+            continue  # told when it is restored
+    return -1, None
 
 
 def claim_directory(
@@ -45,15 +90,18 @@ def claim_directory(
         raise ValueError("--resume and --overwrite exclude each other")
     if overwrite:
         _empty(files.directory)
-    if not files.config.exists():
+    step, saved = _saved_config(files)
+    if not files.config.exists() and saved is None:
         return
     if not resume:
         raise ValueError(
             f"run directory {files.directory} already exists. Use --resume to go on with it, --overwrite to delete it, "
             "or another --name."
         )
-    before = json.loads(files.config.read_text(encoding="utf-8"))
-    lines = differences(before, to_dict(config))
+    before = started_with(files.directory)
+    assert before is not None, "there is a file or a checkpoint"
+    _check_same_run(before, saved, files, step, override)
+    lines = differences(to_dict(before), to_dict(config))
     changed = [line for line in lines if not _may_change(line.split(":")[0], (*CHANGEABLE, *override))]
     if override and lines:
         logger.warning("%s goes on with other values:\n  %s", files.directory, "\n  ".join(lines))
@@ -63,6 +111,20 @@ def claim_directory(
             + "\n  ".join(changed)
             + "\nResume with the old values, or say --override to go on with the new ones (--override_lr_schedule: "
             "those of the learning rates alone)."
+        )
+
+
+def _check_same_run(
+    before: TrainConfig, saved: TrainConfig | None, files: RunFiles, step: int, override: Collection[str]
+) -> None:
+    """Refuses a ``config.json`` that another run has left in this folder."""
+    lines = differences(to_dict(saved or before), to_dict(before))
+    foreign = [line for line in lines if not _may_change(line.split(":")[0], (*CHANGEABLE, *LIGHTENED, *override))]
+    if foreign:
+        raise ValueError(
+            f"{files.config} is not the configuration that checkpoint {step} beside it was saved with:\n  "
+            + "\n  ".join(foreign)
+            + "\nDelete that file to go on with the checkpoint's, or say --override to go on with the file's."
         )
 
 
@@ -80,7 +142,13 @@ def _empty(directory: Path) -> None:
 
 
 def resume_from(
-    files: RunFiles, checkpoints: ACRLPDCheckpointManager, template: ACRLPDAgent, from_step: int | None
+    files: RunFiles,
+    checkpoints: ACRLPDCheckpointManager,
+    template: ACRLPDAgent,
+    from_step: int | None,
+    *,
+    prior: Fingerprint | None = None,
+    override: Collection[str] = (),
 ) -> tuple[ACRLPDAgent, Progress, dict[str, NormStats]]:
     """What the newest whole checkpoint holds, or exactly that of ``from_step``.
 
@@ -94,6 +162,7 @@ def resume_from(
         except DamagedCheckpoint as error:
             others = [step for step in checkpoints.steps() if step != from_step]
             raise ValueError(f"{error}. Nothing was changed; the other steps there are: {others}") from error
+    check_prior(restored, prior, files, override)
     progress = Progress(**restored.run["progress"])
     if from_step is not None:
         if files.replay.is_dir():
@@ -101,6 +170,43 @@ def resume_from(
         checkpoints.discard_after(from_step)
     logger.info("resumed at update %d", restored.step)
     return restored.agent, progress, restored.norm_stats
+
+
+def check_prior(restored: Restored, found: Fingerprint | None, files: RunFiles, override: Collection[str]) -> None:
+    """Refuses prior data that is not what the checkpoint was trained on, unless ``override`` allows other data."""
+    known = restored.run.get("prior")  # not told by checkpoints of format 0
+    before = Fingerprint(**known) if known else found
+    if found is None or before == found:
+        return
+    told = (
+        f"the prior data has changed since {files.checkpoints / str(restored.step)} was saved: it was {before}, now it "
+        f"is {found}" + ("" if str(before) != str(found) else ", of other names or numbers")
+    )
+    if not _may_change("data", override):
+        raise ValueError(f"{told}. Bring the old data back, or say --override to go on with what is there now.")
+    logger.warning("%s", told)
+
+
+def check_journal(
+    journal: ReplayJournal,
+    damaged: Mapping[Entry, str],
+    progress: Progress,
+    override: Collection[str],
+) -> None:
+    """Refuses a journal that holds fewer episodes than when the checkpoint was saved, unless ``override`` allows it."""
+    known = progress.journal_episodes or min(1, progress.next_episode)  # format 0 does not tell how many they were
+    whole = [number for number in journal.numbers() if number not in {entry.number for entry in damaged}]
+    found = sum(number < progress.next_episode for number in whole)
+    if found >= known:
+        return
+    reasons = [f"{entry.file}: {reason}" for entry, reason in damaged.items()]
+    told = f"{journal.directory} holds {found} of the {known} episodes that were there when the checkpoint was saved"
+    told = "\n  ".join([told, *reasons])
+    if not _may_change("replay", override):
+        raise ValueError(
+            f"{told}\nBring them back (from a backup, or from its folder damaged), or say --override to go on without."
+        )
+    logger.warning("%s", told)
 
 
 def check_nothing_was_learned(config: TrainConfig, files: RunFiles, checkpoints: ACRLPDCheckpointManager) -> None:

@@ -147,7 +147,7 @@ def resume_from(
     template: ACRLPDAgent,
     from_step: int | None,
     *,
-    prior: Fingerprint | None = None,
+    prior: tuple[Path, Fingerprint],
     override: Collection[str] = (),
 ) -> tuple[ACRLPDAgent, Progress, dict[str, NormStats]]:
     """What the newest whole checkpoint holds, or exactly that of ``from_step``.
@@ -162,7 +162,7 @@ def resume_from(
         except DamagedCheckpoint as error:
             others = [step for step in checkpoints.steps() if step != from_step]
             raise ValueError(f"{error}. Nothing was changed; the other steps there are: {others}") from error
-    check_prior(restored, prior, files, override)
+    check_prior(restored, *prior, files, override)
     progress = Progress(**restored.run["progress"])
     if from_step is not None:
         if files.replay.is_dir():
@@ -172,15 +172,17 @@ def resume_from(
     return restored.agent, progress, restored.norm_stats
 
 
-def check_prior(restored: Restored, found: Fingerprint | None, files: RunFiles, override: Collection[str]) -> None:
+def check_prior(
+    restored: Restored, where: Path, found: Fingerprint, files: RunFiles, override: Collection[str]
+) -> None:
     """Refuses prior data that is not what the checkpoint was trained on, unless ``override`` allows other data."""
     known = restored.run.get("prior")  # not told by checkpoints of format 0
     before = Fingerprint(**known) if known else found
-    if found is None or before == found:
+    if before == found:
         return
     told = (
-        f"the prior data has changed since {files.checkpoints / str(restored.step)} was saved: it was {before}, now it "
-        f"is {found}" + ("" if str(before) != str(found) else ", of other names or numbers")
+        f"{where}: the prior data has changed since {files.checkpoints / str(restored.step)} was saved: it was "
+        f"{before}, now it is {found}" + ("" if str(before) != str(found) else ", of other names or numbers")
     )
     if not _may_change("data", override):
         raise ValueError(f"{told}. Bring the old data back, or say --override to go on with what is there now.")

@@ -121,7 +121,7 @@ def _make_trainer(
             checkpoints,
             make_agent(config, dims, prior.cameras),
             from_step,
-            prior=contents,
+            prior=(prior_path(config), contents),
             override=override,
         )
     else:

@@ -6,7 +6,6 @@ what one of its checkpoints holds, and say so if that is not the newest, or with
 """
 
 import dataclasses
-import itertools
 import json
 import logging
 import shutil
@@ -44,9 +43,7 @@ def make_config(run_dir, seed):
         online_steps=24,
         save_frequency=BEFORE,
         policy=dataclasses.replace(config.policy, hidden_dims=(4,)),
-        agent=dataclasses.replace(
-            config.agent, critic=dataclasses.replace(config.agent.critic, hidden_dims=(4,)), policy_ema_decay=0.5
-        ),
+        agent=dataclasses.replace(config.agent, critic=dataclasses.replace(config.agent.critic, hidden_dims=(4,))),
         data=dataclasses.replace(config.data, collect=dataclasses.replace(config.data.collect, episodes=2)),
         eval=dataclasses.replace(config.eval, frequency=40, progress_episodes=2),
     )
@@ -237,3 +234,238 @@ def test_every_file_of_a_run(runs, expected, tmp_path, damage, caplog):
         damaged_run(runs, tmp_path / "run", file, damage)
         for command in (evaluate, serve, resume):  # the last one moves what is damaged away
             check(tmp_path / "run", file, damage, command, expected, caplog)
+
+
+# -- two files of a checkpoint, or two checkpoints, in each other's place ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("28/params/manifest.ocdbt", "28/acrlpd/manifest.ocdbt"),
+        ("28/params/_METADATA", "28/acrlpd/_METADATA"),
+        ("28/run/metadata", "20/run/metadata"),
+        ("28/params", "20/params"),
+        ("28/acrlpd", "20/acrlpd"),
+        ("28", "20"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_changes_places_is_noticed(runs, expected, tmp_path, one, other, caplog):
+    """Files or folders; of a checkpoint that is broken by it, and of one that stays whole, but of another step."""
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    first, second, spare = (run / "checkpoints" / name for name in (one, other, "spare"))
+    first.rename(spare), second.rename(first), spare.rename(second)
+    for command in (evaluate, serve):
+        caplog.clear()
+        assert command(run, expected) in (4, BEFORE)
+        assert f"{NEWEST} is damaged" in caplog.text
+
+
+# -- the JSON of a checkpoint ------------------------------------------------------------------------------------------
+
+
+def leaves_of(value, path=()):
+    """Every field of nested JSON, the outer ones too."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path] * bool(path) + [found for name, each in inner for found in leaves_of(each, (*path, name))]
+
+
+def changed_at(content, path, change):
+    content = json.loads(json.dumps(content))
+    inner = content
+    for name in path[:-1]:
+        inner = inner[name]
+    change(inner, path[-1])
+    return content
+
+
+def drop(inner, name):
+    del inner[name]
+
+
+def of_another_type(inner, name):
+    inner[name] = [] if isinstance(inner[name], (str, int, float, type(None))) else "text"
+
+
+def of_another_value(inner, name):
+    value = inner[name]
+    inner[name] = value + 1 if isinstance(value, (int, float)) and not isinstance(value, bool) else not value
+
+
+@pytest.mark.parametrize("change", [drop, of_another_type, of_another_value])
+def test_every_field_of_a_checkpoints_json_is_covered(runs, tmp_path, change):
+    shutil.copytree(runs[0] / "checkpoints", tmp_path / "checkpoints")
+    manager = ACRLPDCheckpointManager(tmp_path / "checkpoints")
+    file = tmp_path / "checkpoints" / str(NEWEST) / "run" / "metadata"
+    content = json.loads(file.read_text())
+    fields = leaves_of(content)
+    assert len(fields) > 100
+    for path in fields:
+        file.write_text(json.dumps(changed_at(content, path, change)))
+        with pytest.raises(DamagedCheckpoint, match=rf"checkpoints/{NEWEST} is damaged: .*run/metadata"):
+            manager.read_run(NEWEST)
+    file.write_text(json.dumps(content, indent=1, sort_keys=True))  # how it is laid out does not matter
+    assert manager.read_run(NEWEST) == content
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_version_that_is_not_known_yet(runs, expected, tmp_path, caplog):
+    """A number that changed by itself makes a damaged checkpoint; a whole one of a later version is left alone."""
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    file = run / "checkpoints" / str(NEWEST) / "run" / "metadata"
+    later = json.loads(file.read_text()) | {"format_version": 99}
+    file.write_text(json.dumps(later))
+    message = r"run/metadata: written by a later version of acrlpd \(format 99; this one reads up to 1\): upgrade"
+    for command in (evaluate, serve):
+        caplog.clear()
+        assert command(run, expected) == BEFORE
+        assert "later version of acrlpd (format 99" in caplog.text
+    file.write_text(json.dumps(checkpoint._sealed(later)))
+    before = contents(run)
+    for command in COMMANDS:
+        with pytest.raises(LaterVersion, match=message):
+            command(run, expected)
+    after = contents(run)
+    assert {path for path in after if after[path] != before.get(path)} <= {run / "lock"}
+
+
+# -- what is absent ----------------------------------------------------------------------------------------------------
+
+
+def resumed(run, **how):
+    trainer = setup.make_trainer(train.stored_config(run), resume=True, **how)
+    trainer._lock.release()
+    return trainer
+
+
+@pytest.mark.parametrize("lost", ["all", "the last", "the last and its line"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_replay_that_is_shorter_than_the_checkpoint_knows(runs, expected, tmp_path, lost):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    replay = RunFiles(run).replay
+    if lost == "all":
+        shutil.rmtree(replay)
+    else:
+        hdf5.episode_path(replay, 1).unlink()
+        if lost.endswith("line"):
+            index = replay / "journal.jsonl"
+            index.write_text(index.read_text().splitlines(keepends=True)[0])
+    left = 0 if lost == "all" else 1
+    for _ in range(2):  # nothing is settled by asking twice
+        with pytest.raises(ValueError, match=rf"replay holds {left} of the 2 episodes .* --override to go on without"):
+            resumed(run)
+    trainer = resumed(run, override=("*",))
+    assert (len(trainer._interaction.journal), trainer.progress.journal_episodes) == (left, left)
+    assert_same(trainer.agent, expected[NEWEST])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_strays_of_the_journal_are_taken_up_once(runs, expected, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    replay = RunFiles(run).replay
+    (replay / "journal.jsonl").unlink()
+    shutil.copy(hdf5.episode_path(replay, 0), hdf5.episode_path(replay, 7))
+    assert resume(run, expected) == NEWEST
+    assert ReplayJournal(replay).numbers() == [0, 1]
+
+
+def rename(prior):
+    hdf5.episode_path(prior, 1).rename(hdf5.episode_path(prior, 5))
+
+
+def shorten(prior):
+    hdf5.episode_path(prior, 1).unlink()
+
+
+def lengthen(prior):
+    hdf5.write_episode(hdf5.episode_path(prior, 2), hdf5.read_episode(hdf5.episode_path(prior, 1)))
+
+
+def change_a_number(prior):
+    path = hdf5.episode_path(prior, 1)
+    episode = hdf5.read_episode(path)
+    episode.actions[3, 1] += 1e-3
+    hdf5.write_episode(path, episode, hdf5.read_metadata(path))
+
+
+@pytest.mark.parametrize("change", [rename, shorten, lengthen, change_a_number])
+@pytest.mark.filterwarnings("ignore")
+def test_prior_data_that_changed(runs, expected, tmp_path, change, caplog):
+    shutil.copytree(runs[0], tmp_path / "run")
+    files = RunFiles(tmp_path / "run")
+    config = dataclasses.replace(train.stored_config(files.directory), run_dir=str(tmp_path))
+    data = dataclasses.replace(config.data, path=str(tmp_path / "data"))
+    shutil.copytree(files.directory / "prior", tmp_path / "data")
+    named = dataclasses.replace(config, data=data)  # as if it had been trained on a folder of its own
+    setup.make_trainer(named, resume=True, override=("data.path",))._lock.release()
+    change(tmp_path / "data")
+    with pytest.raises(ValueError, match=r"data: the prior data has changed since .*--override to go on with what is"):
+        setup.make_trainer(named, resume=True, override=("data.path",))
+    trainer = setup.make_trainer(named, resume=True, override=("*",))
+    trainer._lock.release()
+    assert "the prior data has changed" in caplog.text
+    assert_same(trainer.agent, expected[NEWEST])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_without_config_json_the_checkpoints_own_is_taken(runs, expected, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    config = dataclasses.replace(make_config(tmp_path, 0), run_dir=str(tmp_path))
+    RunFiles(run).config.unlink()
+    other = dataclasses.replace(config, agent=dataclasses.replace(config.agent, discount=0.5))
+    with pytest.raises(ValueError, match=r"already exists\. Use --resume"):
+        setup.make_trainer(other)
+    with pytest.raises(ValueError, match=r"agent\.discount: was 0\.99, now 0\.5"):
+        setup.make_trainer(other, resume=True)
+    assert "config.json is gone. Going on with the configuration that checkpoint 28 holds" in caplog.text
+    assert resume(run, expected) == NEWEST
+
+
+def test_a_damaged_config_json_without_a_checkpoint_is_told(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": ')
+    with pytest.raises(ValueError, match=r"config\.json: expected complete JSON.*Bring it back, or start anew"):
+        train.stored_config(tmp_path)
+
+
+# -- runs of before there were versions --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    with tarfile.open(OLD_RUN) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / "old"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_of_before_goes_on(old_run):
+    assert setup.load_checkpoint(old_run).step == NEWEST
+    assert setup.load_checkpoint(old_run / "best").step == BEFORE
+    assert deploy.load_trained(old_run).step == NEWEST
+    trainer = setup.make_trainer(dataclasses.replace(train.stored_config(old_run), online_steps=44), resume=True)
+    assert (int(trainer.agent.step), len(trainer._interaction.journal)) == (NEWEST, EPISODES)
+    trainer.train()
+    assert int(setup.load_checkpoint(old_run).agent.step) > NEWEST
+    assert ACRLPDCheckpointManager(old_run / "checkpoints").read_run()["format_version"] == 1
+    lines = (old_run / "replay" / "journal.jsonl").read_text().splitlines()
+    assert len(lines) > EPISODES
+
+
+@pytest.mark.parametrize("damage", [cut, turn_bits, empty, delete])
+@pytest.mark.parametrize("file", ["run/metadata", "params/_METADATA", "acrlpd/manifest.ocdbt"])
+def test_a_damaged_checkpoint_of_before_falls_back(old_run, damage, file, caplog):
+    damage(old_run / "checkpoints" / str(NEWEST) / file, None)
+    assert setup.load_checkpoint(old_run).step == BEFORE
+    assert f"{NEWEST} is damaged" in caplog.text
+
+
+def test_a_lost_journal_of_before_is_noticed(old_run):
+    shutil.rmtree(old_run / "replay")
+    with pytest.raises(ValueError, match="replay holds 0 of the 1 episodes"):
+        setup.make_trainer(train.stored_config(old_run), resume=True)

@@ -117,8 +117,7 @@ class ACRLPDCheckpointManager:
         keep: Collection[int] = (),
         writer: bool = False,
     ):
-        if writer:
-            quiet_orbax()
+        quiet_orbax()
         self.directory = Path(directory).absolute()
         self._is_writer = writer
         self._always = frozenset(keep)
@@ -345,7 +344,7 @@ class ACRLPDCheckpointManager:
         except (MemoryError, jax.errors.JaxRuntimeError, PermissionError):
             raise
         except Exception as error:  # of as many kinds as there are files to damage; some of Orbax's have no class
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = next(iter(str(error).splitlines()), type(error).__name__).partition(" [tensorstore_spec=")[0]
             told = reason if str(path) in reason else f"{path}: {reason}"
             raise self._damaged(step, told) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import logging
 import shutil
@@ -37,6 +38,7 @@ CHANGEABLE = (
     "fsdp_devices",
 )
 """Fields that say how long a run goes, where and what it reports, not what it computes."""
+SHOWN = 5  # damaged files in a message
 LIGHTENED = ("agent.gradient_accumulation_steps", "agent.best_of_n_strategy")  # by a run that was short of memory
 
 
@@ -55,13 +57,14 @@ def started_with(directory: Path) -> TrainConfig | None:
         error: Exception | None = None
     except ValueError as refusal:
         error = refusal
-    step, saved = _saved_config(files)
-    if saved is None and error is not None:
-        raise ValueError(f"{error}. Bring it back, or start anew with --overwrite.") from error
+    saved = next(iter(_saved_configs(files).items()), None)
     if saved is not None:
         reason = error or f"{files.config} is gone"
-        logger.warning("%s. Going on with the configuration that checkpoint %s holds.", reason, step)
-    return saved
+        logger.warning("%s. Going on with the configuration that checkpoint %d holds.", reason, saved[0])
+        return saved[1]
+    if error is not None:
+        raise ValueError(f"{error}. Bring it back, or start anew with --overwrite.") from error
+    return None
 
 
 def _config_of(values: Mapping[str, Any], file: Path) -> TrainConfig:
@@ -71,15 +74,14 @@ def _config_of(values: Mapping[str, Any], file: Path) -> TrainConfig:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _saved_config(files: RunFiles) -> tuple[int, TrainConfig | None]:
-    """The newest checkpoint whose JSON can be read, and its configuration."""
+def _saved_configs(files: RunFiles) -> dict[int, TrainConfig]:
+    """The configurations of checkpoints by step, the newest first. What is damaged is told when it is restored."""
     checkpoints = ACRLPDCheckpointManager(files.checkpoints)
+    found = {}
     for step in reversed(checkpoints.steps()):
-        try:
-            return step, _config_of(checkpoints.read_run(step)["config"], files.checkpoints / str(step))
-        except DamagedCheckpoint:
-            continue  # told when it is restored
-    return -1, None
+        with contextlib.suppress(DamagedCheckpoint):
+            found[step] = _config_of(checkpoints.read_run(step)["config"], files.checkpoints / str(step))
+    return found
 
 
 def claim_directory(
@@ -90,8 +92,8 @@ def claim_directory(
         raise ValueError("--resume and --overwrite exclude each other")
     if overwrite:
         _empty(files.directory)
-    step, saved = _saved_config(files)
-    if not files.config.exists() and saved is None:
+    saved = _saved_configs(files)
+    if not files.config.exists() and not saved:
         return
     if not resume:
         raise ValueError(
@@ -100,9 +102,9 @@ def claim_directory(
         )
     before = started_with(files.directory)
     assert before is not None, "there is a file or a checkpoint"
-    _check_same_run(before, saved, files, step, override)
+    _check_same_run(saved, before, files, override)
     lines = differences(to_dict(before), to_dict(config))
-    changed = [line for line in lines if not _may_change(line.split(":")[0], (*CHANGEABLE, *override))]
+    changed = _unlike(before, config, override)
     if override and lines:
         logger.warning("%s goes on with other values:\n  %s", files.directory, "\n  ".join(lines))
     if changed:
@@ -115,17 +117,23 @@ def claim_directory(
 
 
 def _check_same_run(
-    before: TrainConfig, saved: TrainConfig | None, files: RunFiles, step: int, override: Collection[str]
+    saved: Mapping[int, TrainConfig], config: TrainConfig, files: RunFiles, override: Collection[str]
 ) -> None:
-    """Refuses a ``config.json`` that another run has left in this folder."""
-    lines = differences(to_dict(saved or before), to_dict(before))
-    foreign = [line for line in lines if not _may_change(line.split(":")[0], (*CHANGEABLE, *LIGHTENED, *override))]
-    if foreign:
+    """Refuses a ``config.json`` with which none of these checkpoints was trained: another run's, or changed by hand."""
+    foreign = {step: _unlike(each, config, (*LIGHTENED, *override)) for step, each in saved.items()}
+    if foreign and all(foreign.values()):
+        step, lines = next(iter(foreign.items()))
         raise ValueError(
-            f"{files.config} is not the configuration that checkpoint {step} beside it was saved with:\n  "
-            + "\n  ".join(foreign)
+            f"{files.checkpoints / str(step)} was saved with another configuration than {files.config} has:\n  "
+            + "\n  ".join(lines)
             + "\nDelete that file to go on with the checkpoint's, or say --override to go on with the file's."
         )
+
+
+def _unlike(before: TrainConfig, after: TrainConfig, allowed: Collection[str]) -> list[str]:
+    """One line for each field that may not differ, and does."""
+    lines = differences(to_dict(before), to_dict(after))
+    return [line for line in lines if not _may_change(line.split(":")[0], (*CHANGEABLE, *allowed))]
 
 
 def _may_change(field: str, patterns: Collection[str]) -> bool:
@@ -147,6 +155,7 @@ def resume_from(
     template: ACRLPDAgent,
     from_step: int | None,
     *,
+    config: TrainConfig,
     prior: tuple[Path, Fingerprint],
     override: Collection[str] = (),
 ) -> tuple[ACRLPDAgent, Progress, dict[str, NormStats]]:
@@ -162,6 +171,8 @@ def resume_from(
         except DamagedCheckpoint as error:
             others = [step for step in checkpoints.steps() if step != from_step]
             raise ValueError(f"{error}. Nothing was changed; the other steps there are: {others}") from error
+    of_it = _config_of(restored.run["config"], files.checkpoints / str(restored.step))
+    _check_same_run({restored.step: of_it}, config, files, override)
     check_prior(restored, *prior, files, override)
     progress = Progress(**restored.run["progress"])
     if from_step is not None:
@@ -201,14 +212,13 @@ def check_journal(
     found = sum(number < progress.next_episode for number in whole)
     if found >= known:
         return
-    reasons = [f"{entry.file}: {reason}" for entry, reason in damaged.items()]
-    told = f"{journal.directory} holds {found} of the {known} episodes that were there when the checkpoint was saved"
-    told = "\n  ".join([told, *reasons])
+    reasons = "".join(f"; {entry.file}: {reason}" for entry, reason in list(damaged.items())[:SHOWN])
+    told = f"{journal.directory} holds {found} of the {known} episodes that the checkpoint knows{reasons}"
     if not _may_change("replay", override):
         raise ValueError(
-            f"{told}\nBring them back (from a backup, or from its folder damaged), or say --override to go on without."
+            f"{told}. Bring them back (from a backup, or from its folder damaged), or say --override to go on without."
         )
-    logger.warning("%s", told)
+    logger.warning("%s. Going on without.", told)
 
 
 def check_nothing_was_learned(config: TrainConfig, files: RunFiles, checkpoints: ACRLPDCheckpointManager) -> None:

@@ -121,6 +121,7 @@ def _make_trainer(
             checkpoints,
             make_agent(config, dims, prior.cameras),
             from_step,
+            config=config,
             prior=(prior_path(config), contents),
             override=override,
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, UInt32
 
 from acrlpd.data import normalize
@@ -22,7 +23,10 @@ def of_arrays(groups: Mapping[str, Any]) -> dict[str, int]:
 
     It does not depend on how the arrays are spread over devices. The first call for arrays of their shapes compiles.
     """
-    return {name: int(value) for name, value in jax.device_get(_placed_sums(dict(groups))).items()}
+    sums = {
+        name: [_placed_sum(array, _place(path)) for path, array in paths(tree).items()] for name, tree in groups.items()
+    }
+    return {name: sum(map(int, found)) % 2**32 for name, found in jax.device_get(sums).items()}
 
 
 def of_text(value: Any) -> int:
@@ -46,17 +50,14 @@ def _key(key: Any) -> Any:
     return next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name))
 
 
-@jax.jit
-def _placed_sums(groups: dict[str, Any]) -> dict[str, UInt32[Array, ""]]:
-    return {
-        name: sum((_placed_sum(path, array) for path, array in paths(tree).items()), jnp.uint32(0))
-        for name, tree in groups.items()
-    }
+def _place(path: str) -> np.uint32:
+    """Where the elements of an array begin to be counted: its name in numbers."""
+    return np.uint32(zlib.crc32(path.encode()))
 
 
-def _placed_sum(path: str, array: Array) -> UInt32[Array, ""]:
-    """The sum of a hash of each element's bits, its place, and the array's path."""
-    place = jnp.uint32(zlib.crc32(path.encode()))
+@jax.jit  # by itself, so that arrays of one shape, of which optimisers have many, share a program
+def _placed_sum(array: Array, place: UInt32[Array, ""]) -> UInt32[Array, ""]:
+    """The sum of a hash of each element's bits and its place."""
     stride = 1
     for axis in reversed(range(array.ndim)):
         steps = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)

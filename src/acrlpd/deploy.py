@@ -7,7 +7,7 @@ import functools
 import json
 import logging
 import math
-import tempfile
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from acrlpd.data.transforms import (
     make_bool_mask,
     to_model,
 )
+from acrlpd.files import remove_abandoned, temporary_path
 from acrlpd.models import paligemma, torch_names, weights
 from acrlpd.models.pi0 import Pi0, Pi0Config
 from acrlpd.models.pi0_fast import Pi0Fast, Pi0FastConfig
@@ -292,12 +293,15 @@ def export_acrlpd_model(
     members = best_critics(trained, num_critics, data) if num_critics is not None else None
     small = _with_critics(trained, agent_config, members)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
-        partial = Path(folder) / output.name
+    remove_abandoned(output.parent)
+    partial = temporary_path(output)
+    try:
         _write_checkpoint(partial, small)
         export.write_stablehlo(partial / "stablehlo", small.agent, _interface(small))
         _write_pytorch(partial / "pytorch", small)
         partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     logger.info("%s: %d critics, %d flow steps", output, agent_config.critic.num_critics, agent_config.flow_steps)
     return str(output)
 

@@ -152,7 +152,8 @@ def evaluate(run_dir: Path) -> int:
 
 def export(run_dir: Path) -> int:
     at_work()
-    deploy.export_acrlpd_model(run_dir / "job", run_dir / "export")
+    if not (run_dir / "export").exists():  # a folder of this name is there as a whole, or not at all
+        deploy.export_acrlpd_model(run_dir / "job", run_dir / "export")
     return 0
 
 

@@ -31,9 +31,9 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 -m "slow and not golden and not libero"
 
-## make test-faults  kill a run fifty times at random moments, and see that nothing is lost
+## make test-faults  damage every file of a run, kill runs and other work a hundred times; nothing is lost
 test-faults: $(INSTALLED)
-	ACRLPD_FAULTS=50 $(BIN)/python -m pytest tests/training/test_faults.py
+	ACRLPD_FAULTS=100 $(BIN)/python -m pytest tests/training/test_faults.py tests/training/test_run_folder_faults.py
 
 ## make test-libero  the tests that need LIBERO, in .venv-libero: 2.7 GB, built from requirements-libero.lock
 test-libero: $(LIBERO)/.installed

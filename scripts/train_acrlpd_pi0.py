@@ -25,6 +25,7 @@ from acrlpd.config import TrainConfig
 from acrlpd.data import lerobot
 from acrlpd.overrides import apply_config_overrides, fields_of
 from acrlpd.platforms import ENVIRONMENTS, environment_overrides
+from acrlpd.training import resuming
 from acrlpd.training.faults import EXIT_FAULT, RunFault
 from acrlpd.training.setup import run_files
 
@@ -125,10 +126,10 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError("name a preset or YAML file with --config, or a run with --resume")
         base = named(arguments.config)
         config = configuration(arguments, base)
-        stored = run_files(config).config
-        if arguments.resume and stored.exists():
+        directory = run_files(config).directory
+        if arguments.resume and resuming.started_with(directory) is not None:
             said = {**environment(arguments, base), **changes(arguments)}
-            config = apply_config_overrides(train.as_named(train.stored_config(stored.parent), config), said)
+            config = apply_config_overrides(train.as_named(train.stored_config(directory), config), said)
     if repo is not None and not Path(repo).is_dir():
         lerobot.download(repo, lerobot.hub_folder(repo))
     override = (*train.LR_FIELDS, *changes(arguments)) if arguments.override_lr_schedule else ()

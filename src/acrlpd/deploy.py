@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ from flax import nnx
 
 from acrlpd import unfinished
 from acrlpd.agents.acrlpd import ACRLPDAgent, AgentConfig
-from acrlpd.config import TrainConfig, from_stored, to_dict
+from acrlpd.config import TrainConfig, to_dict
 from acrlpd.data import normalize
 from acrlpd.data.fast_tokenizer import FastPromptTokenizer, FastTokenizer, TokenizeFast
 from acrlpd.data.loader import ChunkLoader
@@ -116,12 +117,13 @@ class ActionsOnly:
 
 def is_ours(path: str | Path) -> bool:
     """Whether ``path`` leads to a run of this project's trainer, its checkpoints, or one of them."""
-    try:
-        directory, step = setup.locate_checkpoint(Path(path))
-    except ValueError:
+    if setup.is_best(Path(path)):
+        return True
+    if not Path(path).is_dir():
         return False
+    directory, step = setup.locate_checkpoint(Path(path))
     steps = [directory / str(step)] if step is not None else list(directory.iterdir())
-    return any((each / "acrlpd").is_dir() for each in steps)
+    return any((each / part).is_dir() for each in steps for part in ("acrlpd", "run"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,14 +149,19 @@ def load_trained(path: str | Path) -> Trained:
     """
     directory, step = setup.locate_checkpoint(Path(path))
     manager = ACRLPDCheckpointManager(directory)
-    run = manager.read_run(step)
-    config = dataclasses.replace(from_stored(run["config"]), fsdp_devices=1)
-    stats, cameras = manager.read_norm_stats(step), tuple(run["cameras"])
-    return reload(Trained(_abstract_agent(config, stats, cameras), config, stats, cameras, -1, manager), step)
+    read = functools.partial(_load_trained, manager)
+    return manager.newest(read) if step is None else read(step)
 
 
-def reload(trained: Trained, step: int | None = None) -> Trained:
-    """The same agent at another step, the newest by default. What is compiled for the one fits the other."""
+def _load_trained(manager: ACRLPDCheckpointManager, step: int) -> Trained:
+    known = setup.read_interface(manager, step)
+    config = dataclasses.replace(known.config, fsdp_devices=1)
+    agent = _abstract_agent(config, known.stats, known.cameras)
+    return reload(Trained(agent, config, known.stats, known.cameras, -1, manager), step)
+
+
+def reload(trained: Trained, step: int) -> Trained:
+    """The same agent at another step. What is compiled for the one fits the other."""
     restored = trained.manager.restore(trained.agent, step)
     return dataclasses.replace(trained, agent=restored.agent, step=restored.step)
 
@@ -242,10 +249,10 @@ class Follower:
         """The policy of a checkpoint newer than the last one given, if the path did not name one step for good."""
         if self._fixed:
             return None
-        manager = ACRLPDCheckpointManager(self._trained.manager.directory)
-        if max(manager.steps(), default=-1) <= self._trained.step:
+        manager, served = self._trained.manager, self._trained.step
+        if max(manager.steps(), default=-1) <= served:
             return None
-        self._trained = reload(dataclasses.replace(self._trained, manager=manager))
+        self._trained = manager.newest(functools.partial(reload, self._trained), after=served)
         return self.policy
 
 

@@ -1,9 +1,11 @@
-"""A whole run of seconds, in a process of its own that a test may kill: ``fault_job.py RUN_DIR [FAULT]``.
+"""Work of seconds, in a process of its own that a test may kill: ``fault_job.py RUN_DIR [FAULT] [WORK]``.
 
-FAULT is something the process does to itself: ``journal-file`` and ``journal-line`` die while the first online episode
-is written down, ``disk-full`` lets no file grow beyond 2 kB from update 22 on.
+WORK is a whole run (``train``, ``train-with-workers``), or what others do with it: ``collect``, ``evaluate``,
+``export``. FAULT is something a run does to itself: ``journal-file`` and ``journal-line`` die while the first online
+episode is written down, ``disk-full`` lets no file grow beyond 2 kB from update 22 on.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -14,13 +16,17 @@ from pathlib import Path
 
 import numpy as np
 
+from acrlpd import deploy
 from acrlpd.agents.acrlpd import AgentConfig
+from acrlpd.cli import eval as eval_command
 from acrlpd.config import CollectConfig, DataConfig, EvalConfig, PolicyConfig, TrainConfig
 from acrlpd.data import replay
 from acrlpd.envs import collect, vector
 from acrlpd.envs.env import EnvConfig, Outcome, SimulatedEnvironment
+from acrlpd.envs.vector import RolloutConfig
 from acrlpd.models.critic import CriticConfig
 from acrlpd.training import setup
+from acrlpd.training.collection import collect_prior
 from acrlpd.training.faults import EXIT_FAULT, EXIT_INTERRUPTED, Interrupted, RunFault
 from acrlpd.training.run import Interaction
 
@@ -65,6 +71,10 @@ def make_config(run_dir: Path) -> TrainConfig:
     )
 
 
+def make_point(config: EnvConfig) -> SimulatedEnvironment:
+    return SimulatedEnvironment(Point(), config)
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -94,6 +104,10 @@ def fill_disk_at(trainer, step: int) -> None:
     trainer.loader.batch = full
 
 
+def at_work() -> None:
+    print("at work", flush=True)
+
+
 def announce_training(trainer):
     """Prints a line at the first batch: by then signals are handled."""
     batch, said = trainer.loader.batch, []
@@ -101,7 +115,7 @@ def announce_training(trainer):
     def announce():
         if not said:
             said.append(True)
-            print("training", flush=True)
+            at_work()
 
     def announced(draw, **options):
         announce()
@@ -123,12 +137,41 @@ def note_used_episodes(file: Path) -> None:
     Interaction.keep = noted
 
 
-def main(run_dir: str, fault: str = "") -> int:
+def collect_episodes(run_dir: Path) -> int:
+    wanted = CollectConfig(episodes=60, policy="random", num_workers=2)
+    at_work()
+    collect_prior(EnvConfig("toy/point"), wanted, run_dir / "collected", seed=3)
+    return 0
+
+
+def evaluate(run_dir: Path) -> int:
+    words = ["--checkpoint", str(run_dir / "job"), "--episodes", "20", "--output", str(run_dir / "evaluation.json")]
+    at_work()
+    return eval_command.main(words)
+
+
+def export(run_dir: Path) -> int:
+    at_work()
+    if not (run_dir / "export").exists():  # a folder of this name is there as a whole, or not at all
+        deploy.export_acrlpd_model(run_dir / "job", run_dir / "export")
+    return 0
+
+
+WORK = {"collect": collect_episodes, "evaluate": evaluate, "export": export}
+
+
+def main(run_dir: str, fault: str = "", work: str = "train") -> int:
     logging.basicConfig()
     logging.getLogger("acrlpd").setLevel(logging.INFO)
-    vector.make = collect.make = lambda config: SimulatedEnvironment(Point(), config)
-    note_used_episodes(Path(run_dir) / "used.jsonl")
-    trainer = setup.make_trainer(make_config(Path(run_dir)), resume=True)
+    if work in WORK:
+        return WORK[work](Path(run_dir))
+    return train(Path(run_dir), fault, num_workers=2 if work == "train-with-workers" else 0)
+
+
+def train(run_dir: Path, fault: str, *, num_workers: int) -> int:
+    note_used_episodes(run_dir / "used.jsonl")
+    config = dataclasses.replace(make_config(run_dir), rollout=RolloutConfig(num_workers=num_workers))
+    trainer = setup.make_trainer(config, resume=True)
     arm(fault)
     if fault == "disk-full":
         fill_disk_at(trainer, 22)
@@ -144,5 +187,7 @@ def main(run_dir: str, fault: str = "") -> int:
     return 0
 
 
+if __name__ in ("__main__", "__mp_main__"):  # in worker processes too
+    vector.make = collect.make = make_point
 if __name__ == "__main__":
     sys.exit(main(*sys.argv[1:]))

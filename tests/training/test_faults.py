@@ -1,6 +1,7 @@
-"""What may happen to a run, and what is left of it. ``ACRLPD_FAULTS``: how often the job is killed (make test-faults).
+"""What may happen to a run, and what is left of it. ``ACRLPD_FAULTS``: how often jobs are killed (make test-faults).
 
-The job is ``fault_job.py``: 30 offline updates, then 40 steps of its own in a toy world, a checkpoint every 10 updates.
+The jobs are ``fault_job.py``'s. A run has 30 offline updates, then 40 steps of its own in a toy world, and a checkpoint
+every 10 updates; the others collect episodes, and evaluate and export what a run has learned.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 
 from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.data import hdf5
 from acrlpd.models import weights
 from acrlpd.training import loop, setup
 from acrlpd.training.checkpoint import DamagedCheckpoint
@@ -30,11 +32,12 @@ from acrlpd.training.metrics import read_jsonl
 
 JOB = Path(__file__).with_name("fault_job.py")
 OFFLINE_STEPS = "30"
-KILLS = int(os.environ.get("ACRLPD_FAULTS", "6"))
-KINDS = ("random", "save", "journal-file", "random", "save", "journal-line")
+KILLS = int(os.environ.get("ACRLPD_FAULTS", "10"))
+SHARES = {"train": 0.4, "train-with-workers": 0.2, "collect": 0.2, "evaluate": 0.1, "export": 0.1}
+KINDS = ("save", "journal-file", "random", "journal-line", "random", "save")
 
 
-def start(run_dir, fault="", devices=1):
+def start(run_dir, fault="", devices=1, work="train"):
     run_dir.mkdir(exist_ok=True)
     environment = {
         **os.environ,
@@ -44,7 +47,7 @@ def start(run_dir, fault="", devices=1):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    command = [sys.executable, str(JOB), str(run_dir), fault]
+    command = [sys.executable, str(JOB), str(run_dir), fault, work]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -53,10 +56,10 @@ def finish(process):
     return process.returncode, output + errors
 
 
-def wait_for_training(process):
+def wait_for_work(process):
     """A job that resumes at the end of a phase evaluates first, and says so."""
     lines = iter(process.stdout.readline, "")
-    assert "training\n" in lines, process.communicate()[1]
+    assert "at work\n" in lines, process.communicate()[1]
 
 
 def kill_while_saving(process, run_dir):
@@ -72,7 +75,7 @@ def uninterrupted(tmp_path_factory):
     """A run that nothing happened to, and the seconds its training took."""
     run_dir = tmp_path_factory.mktemp("whole")
     process = start(run_dir)
-    wait_for_training(process)
+    wait_for_work(process)
     started = time.monotonic()
     code, errors = finish(process)
     assert code == 0, errors
@@ -98,18 +101,15 @@ def arrays(run_dir):
     return policy, run["checksums"]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(200 * max(KILLS, 6))
-def test_a_job_killed_at_any_moment_ends_as_if_nothing_had_happened(uninterrupted, tmp_path):
-    reference, seconds = uninterrupted
-    moments = random.Random(0)
-    kinds = itertools.cycle(KINDS)
-    killed, finished = 0, 0
-    while killed < KILLS or finished == 0:
-        run_dir = tmp_path / f"run-{finished}"
-        kind = next(kinds) if killed < KILLS else ""
-        process = start(run_dir, kind if kind.startswith("journal") else "")
-        wait_for_training(process)
+def kill_often(work, kills, seconds, make_folder, verify):
+    """Starts ``work`` and kills it, in one folder until it has come to its end, then in the next."""
+    moments = random.Random(work)
+    kinds = itertools.cycle(KINDS if work.startswith("train") else ("random",))
+    killed, run_dir, finished = 0, make_folder(), 0
+    while killed < kills or finished == 0:
+        kind = next(kinds) if killed < kills else ""
+        process = start(run_dir, kind if kind.startswith("journal") else "", work=work)
+        wait_for_work(process)
         if kind == "random":
             time.sleep(moments.uniform(0, seconds))
             process.kill()
@@ -119,8 +119,79 @@ def test_a_job_killed_at_any_moment_ends_as_if_nothing_had_happened(uninterrupte
         assert code in (0, -signal.SIGKILL), errors
         killed += code != 0
         if code == 0:
-            check(run_dir, reference)
-            finished += 1
+            verify(run_dir)
+            run_dir, finished = make_folder(), finished + 1
+
+
+def kills_of(work):
+    return max(1, round(KILLS * SHARES[work]))
+
+
+@pytest.fixture
+def make_folder(tmp_path):
+    numbers = itertools.count()
+    return lambda: tmp_path / f"run-{next(numbers)}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200 * max(KILLS, 6))
+@pytest.mark.parametrize("work", ["train", "train-with-workers"])
+def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(uninterrupted, make_folder, work):
+    reference, seconds = uninterrupted
+    kill_often(work, kills_of(work), seconds, make_folder, lambda run_dir: check(run_dir, reference))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200 * max(KILLS, 6))
+@pytest.mark.parametrize("work", ["collect", "evaluate", "export"])
+def test_other_work_killed_at_any_moment_can_be_done_again(uninterrupted, tmp_path, make_folder, work):
+    """It ends with what it makes undisturbed, leaves nothing half done beside it, and its run as it was."""
+    run, _ = uninterrupted
+
+    def copied():
+        folder = make_folder()
+        shutil.copytree(run / "job", folder / "job")
+        return folder
+
+    def timed():
+        folder = copied()
+        process = start(folder, work=work)
+        wait_for_work(process)
+        started = time.monotonic()
+        code, errors = finish(process)
+        assert code == 0, errors
+        return folder, time.monotonic() - started
+
+    reference, seconds = timed()
+
+    def verify(folder):
+        jax.tree.map(np.testing.assert_array_equal, MADE[work](folder), MADE[work](reference))
+        assert not [path for path in folder.rglob(".*") if path.name.endswith(".tmp")]
+        for path in (run / "job").rglob("*"):
+            if path.is_file():
+                assert (folder / path.relative_to(run)).read_bytes() == path.read_bytes()
+
+    kill_often(work, kills_of(work), seconds, copied, verify)
+
+
+def collected(folder):
+    paths = sorted((folder / "collected").iterdir())
+    episodes = {path.name: hdf5.read_episode(path) for path in paths}
+    return {name: (each.state, each.actions, each.rewards, each.terminals) for name, each in episodes.items()}
+
+
+def exported(folder):
+    step = next(path for path in (folder / "export").iterdir() if path.name.isdigit())
+    functions = {path.name: path.read_bytes() for path in (folder / "export" / "stablehlo").iterdir()}
+    return weights.read_params(str(step / "params")), functions
+
+
+def evaluated(folder):
+    found = json.loads((folder / "evaluation.json").read_text())
+    return {name: json.dumps(value) for name, value in found.items() if name != "checkpoint"}
+
+
+MADE = {"collect": collected, "evaluate": evaluated, "export": exported}
 
 
 @pytest.mark.slow
@@ -135,7 +206,7 @@ def test_sigterm_and_a_full_disk_leave_a_run_that_goes_on(uninterrupted, tmp_pat
     steps = [int(path.name) for path in (tmp_path / "job" / "checkpoints").iterdir() if path.name.isdigit()]
     assert max(steps) in (10, 20)  # the save of step 20 may still be under way when the disk is full
     asked = start(tmp_path)
-    wait_for_training(asked)
+    wait_for_work(asked)
     asked.send_signal(signal.SIGTERM)
     code, errors = finish(asked)
     assert code == EXIT_INTERRUPTED, errors

@@ -14,8 +14,7 @@ import tyro
 from acrlpd import presets
 from acrlpd.cli.configured import changed, named, parse, starting_point, warn_of_the_unusual
 from acrlpd.config import TrainConfig
-from acrlpd.overrides import read_config
-from acrlpd.training import setup
+from acrlpd.training import resuming, setup
 from acrlpd.training.faults import EXIT_INTERRUPTED, Interrupted
 from acrlpd.training.finished import nothing_left
 from acrlpd.training.overwriting import tell_of_set_aside
@@ -46,10 +45,11 @@ def main(argv: Sequence[str]) -> int:
     name, *flags = argv
     config, rest = starting_point(name, flags)
     arguments = _parse(config, name, rest)
-    stored = setup.run_files(arguments.config).config
-    if arguments.resume and stored.exists():  # what the run was started with need not be said again
+    directory = setup.run_files(arguments.config).directory
+    stored = resuming.started_with(directory) if arguments.resume else None
+    if stored is not None:  # what the run was started with need not be said again
         said = arguments.config  # by the YAML file, perhaps
-        begun = stored_config(stored.parent)
+        begun = _placed(stored, directory)
         config, rest = changed(begun, flags, preset=named(name))
         arguments = _parse(config, name, rest, begun)
         arguments = dataclasses.replace(arguments, config=as_named(arguments.config, said))
@@ -92,7 +92,7 @@ def locate_run(path: Path) -> tuple[Path, int | None]:
     """A run's folder, and the step if ``path`` names that of one of its checkpoints."""
     is_step = path.name.isdigit() and path.parent.name == "checkpoints"
     run = path.parent.parent if is_step else path
-    if not (run / "config.json").is_file():
+    if not (run / "config.json").is_file() and not (run / "checkpoints").is_dir():
         tell_of_set_aside(run)
         raise ValueError(f"--resume {path}: no run there. Name a run's folder, or a step in its checkpoints.")
     return run, int(path.name) if is_step else None
@@ -100,7 +100,15 @@ def locate_run(path: Path) -> tuple[Path, int | None]:
 
 def stored_config(run: Path) -> TrainConfig:
     """What the run was started with, wherever its folder lies now."""
-    config = read_config(run / "config.json")
+    config = resuming.started_with(run)
+    if config is None:
+        raise ValueError(
+            f"{run} has neither config.json nor a checkpoint that can be read: there is nothing to resume."
+        )
+    return _placed(config, run)
+
+
+def _placed(config: TrainConfig, run: Path) -> TrainConfig:
     if run.name in ("", ".."):  # "." names a run as well
         run = Path(os.path.abspath(run))
     return dataclasses.replace(config, run_dir=str(run.parent), name=run.name)

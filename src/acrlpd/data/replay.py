@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +36,9 @@ class ReplayJournal:
     """Append-only folder of episode files and an index line for each. One process writes to it.
 
     The file comes first, its line second, each forced to the disk. So what a crash can leave behind is half an index
-    line or a file without a line; both, and any file whose checksum is wrong, move to ``damaged/`` with a warning.
-    Where the index is lost as a whole, it is made anew from the episode files that can be read.
+    line, or a whole file without a line, which gets one. The index, or what of it is damaged, is made anew from the
+    files. A file that cannot be read, whose checksum is wrong, or whose episode is there already moves to ``damaged/``
+    with a warning.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
@@ -54,7 +56,7 @@ class ReplayJournal:
         path = hdf5.write_episode(hdf5.episode_path(self.directory, number), episode, metadata)
         entry = Entry(number, path.name, len(episode), episode.success, _sha256(path))
         with self._index.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry._asdict()) + "\n")
+            file.write(_line(entry))
             file.flush()
             os.fsync(file.fileno())
         self._entries.append(entry)
@@ -65,16 +67,28 @@ class ReplayJournal:
         """What ``append`` was told about each episode."""
         return [hdf5.read_metadata(self.directory / entry.file) for entry in self._entries]
 
-    def load(self) -> Iterator[Episode]:
-        """The intact episodes, oldest first, one at a time: they need not fit into memory together."""
-        for entry in list(self._entries):
+    def numbers(self) -> list[int]:
+        """Of the episodes that the index names."""
+        return [entry.number for entry in self._entries]
+
+    def load(self, check: Callable[[Mapping[Entry, str]], None] = lambda damaged: None) -> Iterator[Episode]:
+        """The intact episodes, oldest first, one at a time: they need not fit into memory together.
+
+        At the end ``check`` is told what is damaged, and why. Unless it raises, those are set aside.
+        """
+        damaged: dict[Entry, str] = {}
+        for entry in self._entries:
             reason = self._damage(entry)
             if reason is None:
                 yield hdf5.read_episode(self.directory / entry.file)
             else:
-                self._entries.remove(entry)
-                self._write_index(self._entries)
-                self._set_aside(entry.file, reason)
+                damaged[entry] = reason
+        check(damaged)
+        if damaged:
+            self._entries = [entry for entry in self._entries if entry not in damaged]
+            self._write_index(self._entries)
+        for entry, reason in damaged.items():
+            self._set_aside(entry.file, reason)
 
     def set_aside_from(self, number: int) -> None:
         """Moves the episodes of this and later numbers to ``later/``: the run goes back to before they were made."""
@@ -103,7 +117,7 @@ class ReplayJournal:
         if not path.is_file():
             return "the index names it, but it is missing"
         found = _sha256(path)
-        return None if found == entry.sha256 else f"expected sha256 {entry.sha256}, found {found}"
+        return None if found == entry.sha256 else f"expected sha256 {entry.sha256}, found {found}: it has changed"
 
     def _recover_index(self) -> list[Entry]:
         if self._index.exists() and not self._index.is_file():
@@ -127,39 +141,53 @@ class ReplayJournal:
         strays = [name for name in there if name not in known]
         if broken:
             self._keep_broken_lines(broken)
-        if strays and not entries:
-            entries, strays = self._entries_of(strays), []
-        if broken or (there and not known):
+        adopted = self._adopted(strays, entries) if strays else []
+        entries = sorted(entries + adopted, key=lambda entry: entry.number)
+        if broken or adopted:
             self._write_index(entries)
-        for name in strays:
-            self._set_aside(name, f"{INDEX} has no line for it: the writer was stopped before the episode was complete")
+        if adopted:
+            warnings.warn(
+                f"{self._index}: no line for {_shown([entry.file for entry in adopted])}: made anew from those files. "
+                "Whether a number in them changed since they were written, nobody can tell any more.",
+                stacklevel=3,
+            )
         return entries
 
-    def _entries_of(self, names: list[str]) -> list[Entry]:
-        """Entries of episode files about which no index says anything. The others move to ``damaged/``."""
-        entries = []
+    def _adopted(self, names: list[str], known: list[Entry]) -> list[Entry]:
+        """Entries of episode files about which the index says nothing. What cannot have one moves to ``damaged/``."""
+        adopted: list[Entry] = []
+        there = {mark: entry.file for entry in known for mark in self._marks(entry)}
         for name in names:
-            path = self.directory / name
-            number = hdf5.episode_number(path)
-            if number is None or path != hdf5.episode_path(self.directory, number):
-                self._set_aside(name, "not the name of an episode of this journal")
-                continue
             try:
-                episode = hdf5.read_episode(path)
+                entry = self._entry_of(name)
+                twins = [there[mark] for mark in self._marks(entry) if mark in there]
+                if twins:
+                    raise ValueError(f"its episode is there already, as {twins[0]}")
             except (ValueError, OSError) as error:
-                self._set_aside(name, f"it cannot be read ({error})")
+                self._set_aside(name, f"{INDEX} has no line for it, and it can get none ({error})")
                 continue
-            entries.append(Entry(number, name, len(episode), episode.success, _sha256(path)))
-        warnings.warn(
-            f"{self._index}: lost, and made anew from the {len(entries)} episode files that can be read. Whether a "
-            "number in them changed since they were written, nobody can tell any more.",
-            stacklevel=4,
-        )
-        return sorted(entries)
+            there |= dict.fromkeys(self._marks(entry), name)
+            adopted.append(entry)
+        return adopted
+
+    def _entry_of(self, name: str) -> Entry:
+        path = self.directory / name
+        number = hdf5.episode_number(path)
+        if number is None or path != hdf5.episode_path(self.directory, number):
+            raise ValueError("not the name of an episode of this journal")
+        episode = hdf5.read_episode(path)
+        return Entry(number, name, len(episode), episode.success, _sha256(path))
+
+    def _marks(self, entry: Entry) -> list[Any]:
+        """By which an episode is known under any name: its bytes, and the number that its collector gave it."""
+        try:
+            return [entry.sha256, hdf5.read_metadata(self.directory / entry.file)["episode"]]
+        except (ValueError, OSError, KeyError):  # damaged: told when it is loaded; of no collector
+            return [entry.sha256]
 
     def _write_index(self, entries: list[Entry]) -> None:
         with files.written_whole(self._index) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry._asdict()) + "\n" for entry in entries)
+            file.writelines(_line(entry) for entry in entries)
 
     def _keep_broken_lines(self, lines: bytes) -> None:
         target = self._free_name(INDEX)
@@ -180,13 +208,27 @@ class ReplayJournal:
         return next(path for path in names if not path.exists())
 
 
+def _line(entry: Entry) -> str:
+    """A line of the index, with a checksum of itself."""
+    content = entry._asdict()
+    return json.dumps({**content, "check": zlib.crc32(json.dumps(content).encode())}) + "\n"
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def _parse(line: bytes) -> Entry | None:
     """An entry, or None for anything else. A line without its newline is half a line, whatever it says."""
     if not line.endswith(b"\n"):
         return None
     try:
-        entry = Entry(**files.parse_json(line, INDEX))
+        content = files.parse_json(line, INDEX)
+        check = content.pop("check", None)  # not in the lines of earlier versions
+        entry = Entry(**content)
     except (ValueError, TypeError):  # not JSON; JSON of another form
+        return None
+    if check is not None and line.decode() != _line(entry):
         return None
     kinds = (type(entry.number), type(entry.length), type(entry.sha256))
     good = kinds == (int, int, str) and entry.success in (None, True, False)

@@ -3,38 +3,41 @@
 checkpoints/<step>/params/      the policy's parameters in openpi's layout; their moving average where there is one
                   /assets/<asset id>/norm_stats.json
                   /acrlpd/      critics, targets, temperature, student, optimisers, step; beside an average, its source
-                  /run/         JSON: the configuration, counters of the run, library versions
+                  /run/         JSON: the configuration, counters of the run, library versions, checksums of all this
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import logging
 import os
-import zlib
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, UInt32
 
 from acrlpd.agents.acrlpd import ACRLPDAgent
 from acrlpd.data import normalize
 from acrlpd.data.normalize import NormStats
+from acrlpd.files import read_json
 from acrlpd.models.parameters import Params
 from acrlpd.models.weights import quiet_orbax
+from acrlpd.training import checksum
 from acrlpd.training.faults import RunFault
 from acrlpd.training.metrics import write_json
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+FORMAT_VERSION = 1  # of the JSON beside the arrays; 0, without one, is what was written before there were versions
+WRITTEN_HERE = ("step", "versions", "structure", "checksums", "format_version")  # the rest is the run's
 SHOWN = 20  # arrays in a message
 DAMAGED = "damaged"  # below the checkpoints: what could not be read when a run was resumed
 
@@ -46,21 +49,15 @@ class AssetsHandler(ocp.CheckpointHandler):
         if jax.process_index() == 0:
             normalize.save(Path(directory) / args.asset_id / normalize.FILE_NAME, args.norm_stats)
 
-    def restore(self, directory: os.PathLike[str], args: AssetsRestore | None = None) -> dict[str, NormStats]:
-        return read_norm_stats(Path(directory))
+    def restore(self, directory: os.PathLike[str], args: Any = None) -> None:
+        raise NotImplementedError("assets are read as files")
 
 
-@ocp.args.register_with_handler(AssetsHandler, for_save=True)
+@ocp.args.register_with_handler(AssetsHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class AssetsSave(ocp.args.CheckpointArgs):
     asset_id: str
     norm_stats: Mapping[str, NormStats]
-
-
-@ocp.args.register_with_handler(AssetsHandler, for_restore=True)
-@dataclasses.dataclass
-class AssetsRestore(ocp.args.CheckpointArgs):
-    """Nothing to say: the statistics come as they are."""
 
 
 def read_norm_stats(assets: Path, asset_id: str | None = None) -> dict[str, NormStats]:
@@ -88,7 +85,11 @@ class Restored:
 
 
 class DamagedCheckpoint(ValueError):  # noqa: N818 (an error all the same)
-    """A checkpoint's files are missing, cut short, or hold other numbers than were saved."""
+    """A checkpoint's files are missing, cut short, or hold something else than was saved."""
+
+
+class LaterVersion(ValueError):  # noqa: N818 (an error all the same)
+    """A whole checkpoint that a later version of this project has written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,32 +117,47 @@ class ACRLPDCheckpointManager:
         keep: Collection[int] = (),
         writer: bool = False,
     ):
-        if writer:
-            quiet_orbax()
+        quiet_orbax()
         self.directory = Path(directory).absolute()
+        self._is_writer = writer
         self._always = frozenset(keep)
         self.keep = set(keep)
-        policies = [ocp.checkpoint_managers.LatestN(max_to_keep), _Named(self.keep)]
+        self._policies = [ocp.checkpoint_managers.LatestN(max_to_keep), _Named(self.keep)]
         if keep_period is not None:
-            policies.append(ocp.checkpoint_managers.EveryNSteps(keep_period))
-        arrays = ocp.PyTreeCheckpointHandler(use_compression=False)  # floats hardly shrink, and updates want the cores
-        self._manager = ocp.CheckpointManager(
+            self._policies.append(ocp.checkpoint_managers.EveryNSteps(keep_period))
+        self._arrays = ocp.PyTreeCheckpointHandler(
+            use_compression=False
+        )  # floats hardly shrink, updates want the cores
+        if writer:
+            self._manager.reload()  # makes it, which removes what a killed process left half written
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Orbax's own, which writes. What is read is read file by file, whatever became of those beside it."""
+        return ocp.CheckpointManager(
             self.directory,
             item_handlers={
-                "params": arrays,
-                "acrlpd": arrays,
+                "params": self._arrays,
+                "acrlpd": self._arrays,
                 "assets": AssetsHandler(),
                 "run": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(self._policies),
                 create=True,
-                cleanup_tmp_directories=writer,
+                cleanup_tmp_directories=self._is_writer,
             ),
         )
 
+    @property
+    def _begun(self) -> list[int]:
+        """The steps that Orbax knows, with those that are still being written."""
+        return list(self._manager.all_steps()) if "_manager" in vars(self) else []
+
     def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
+        """Return every step that has a folder, whole or not, and those whose save has begun."""
+        names = [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
+        return sorted({*self._begun, *(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))})
 
     def save(
         self, agent: ACRLPDAgent, *, asset_id: str, norm_stats: Mapping[str, NormStats], run: Mapping[str, Any]
@@ -155,7 +171,12 @@ class ACRLPDCheckpointManager:
         if step in self._manager.all_steps():
             return step
         policy, rest = _split(agent)
-        sums = {**checksums(agent), "norm_stats": text_checksum(norm_stats)}
+        kept = {
+            "step": step,
+            "versions": versions(),
+            "structure": _structure({"params": {"params": policy}, "acrlpd": rest}),
+            "checksums": {**checksums(agent), "norm_stats": checksum.of_norm_stats(norm_stats)},
+        }
         try:
             self._manager.save(
                 step,
@@ -163,7 +184,7 @@ class ACRLPDCheckpointManager:
                     params=ocp.args.PyTreeSave({"params": policy}),
                     acrlpd=ocp.args.PyTreeSave(rest),
                     assets=AssetsSave(asset_id, norm_stats),
-                    run=ocp.args.JsonSave({**run, "versions": versions(), "checksums": sums}),
+                    run=ocp.args.JsonSave(_sealed({**run, **kept})),
                 ),
             )
         except (OSError, ValueError) as error:
@@ -174,22 +195,41 @@ class ACRLPDCheckpointManager:
         """Other JSON beside the arrays of a checkpoint, all at once; waits until that lies on disk."""
         self.wait()
         if jax.process_index() == 0:
-            kept = {name: value for name, value in self.read_run(step).items() if name in ("versions", "checksums")}
-            write_json(self.directory / str(step) / "run" / "metadata", {**run, **kept})
+            kept = {name: value for name, value in self.read_run(step).items() if name in WRITTEN_HERE}
+            content = {**run, **kept}
+            write_json(self._run_file(step), _sealed(content) if "format_version" in kept else content)
 
     def restore_newest(self, template: ACRLPDAgent, *, before: int | None = None) -> Restored:
         """The newest checkpoint that is whole, not later than ``before``. Damaged ones are moved away, loudly."""
+        return self.newest(functools.partial(self.restore, template), before=before)
+
+    def newest(self, read: Callable[[int], T], *, after: int = -1, before: int | None = None) -> T:
+        """Return what ``read`` finds in the newest checkpoint, or where that is damaged, in the one before it.
+
+        Steps are later than ``after`` and not later than ``before``. Each damaged one is told; the process that trains
+        moves it away.
+
+        Raises:
+            ValueError: there is none that can be read.
+            LaterVersion: the newest was written by a later version; nothing was changed.
+        """
+        told = ""
         for step in reversed(self.steps()):
-            if before is not None and step > before:
+            if step <= after or (before is not None and step > before):
                 continue
             try:
-                return self.restore(template, step)
+                return read(step)
             except DamagedCheckpoint as error:
                 logger.error("%s. Falling back to the checkpoint before it.", error)
-                self._set_aside(step)
+                told = told or f" The newest: {error}"
+                if self._is_writer:
+                    self._set_aside(step)
+        if not told:
+            raise ValueError(f"{self.directory} holds no checkpoint. Train first, or name another folder.")
         damaged = f" Those set aside lie in {self.directory / DAMAGED}." if self.damaged() else ""
         raise ValueError(
-            f"{self.directory} holds no checkpoint that can be read.{damaged} Train first, or name another folder."
+            f"{self.directory} holds no checkpoint that can be read.{damaged} Bring one back, or name another folder."
+            + told
         )
 
     def damaged(self) -> list[str]:
@@ -211,27 +251,15 @@ class ACRLPDCheckpointManager:
         policy, rest = (jax.tree.map(ocp.utils.to_shape_dtype_struct, tree) for tree in _split(template))
         run = self.read_run(step)
         acts_only = not template.opt_state
-        self._check_structure(
-            step, {"params": {"params": policy}, "acrlpd": rest}, unread="/opt_state/" if acts_only else ""
-        )
-        found = self._read(
-            step,
-            ocp.args.Composite(
-                params=_restore_args({"params": policy}),
-                acrlpd=_restore_args(rest, partial_restore=acts_only),
-                assets=AssetsRestore(),
-            ),
-        )
-        policy, rest = found.params["params"], found.acrlpd
-        sums = {"params": checksum(policy)} | ({} if acts_only else {"acrlpd": checksum(rest)})
-        if "norm_stats" in run["checksums"]:  # a checkpoint of an older version has none of it
-            sums["norm_stats"] = text_checksum(found.assets)
-        if any(run["checksums"][item] != found_sum for item, found_sum in sums.items()):
-            raise DamagedCheckpoint(
-                f"checkpoint {self.directory / str(step)} is damaged: its checksums are {sums}, "
-                f"those of what was saved {run['checksums']}"
-            )
-        return Restored(_join(template, policy, rest), found.assets, run, step)
+        expected = {"params": {"params": policy}, "acrlpd": rest}
+        self._check_structure(step, expected, run.get("structure"), unread="/opt_state/" if acts_only else "")
+        policy = self._read(step, "params", expected["params"])["params"]
+        rest = self._read(step, "acrlpd", rest, partial_restore=acts_only)
+        found = _sums_found(run, policy, rest)
+        different = [name for name, value in found.items() if run["checksums"].get(name) != value]
+        if different:
+            raise self._damaged(step, f"the checksum of {', '.join(different)} is not that of what was saved")
+        return Restored(_join(template, policy, rest), self.read_norm_stats(step), run, step)
 
     def release(self, step: int | None) -> None:
         """No longer kept, but for those that were named at the start."""
@@ -245,50 +273,104 @@ class ACRLPDCheckpointManager:
                 self._manager.delete(later)
 
     def read_run(self, step: int | None = None) -> dict[str, Any]:
-        """The JSON of a checkpoint: its configuration and counters."""
-        return self._read(self._resolve(step), ocp.args.Composite(run=ocp.args.JsonRestore())).run
+        """The JSON of a checkpoint: its configuration and counters.
+
+        Raises:
+            DamagedCheckpoint: it cannot be read, or does not say what was saved.
+            LaterVersion: it is whole, and says what this version does not know.
+        """
+        step = self._resolve(step)
+        file = self._run_file(step)
+        with self._naming(step, file):
+            run = read_json(file, allow_nan=True)
+        version, is_whole = run.get("format_version", 0), _sealed(run) == run
+        if type(version) is int and version > FORMAT_VERSION:
+            told = (
+                f"{file}: written by a later version of acrlpd (format {version}; this one reads up to "
+                f"{FORMAT_VERSION}): upgrade"
+            )
+            raise LaterVersion(told) if is_whole else self._damaged(step, f"{told}; or its numbers have changed")
+        if "format_version" in run and not is_whole:
+            raise self._damaged(step, f"{file} does not say what was saved")
+        if run.get("step", step) != step:
+            raise self._damaged(step, f"{file} belongs to step {run['step']}")
+        if "format_version" not in run and not _is_of_format_0(run):
+            raise self._damaged(step, f"{file} lacks what every checkpoint has")
+        return run
 
     def read_norm_stats(self, step: int | None = None) -> dict[str, NormStats]:
-        return self._read(self._resolve(step), ocp.args.Composite(assets=AssetsRestore())).assets
+        step = self._resolve(step)
+        assets = self.directory / str(step) / "assets"
+        with self._naming(step, assets):
+            found = read_norm_stats(assets)
+        saved = self.read_run(step)["checksums"].get("norm_stats")  # the first versions have saved none
+        if saved is not None and saved != checksum.of_norm_stats(found):
+            raise self._damaged(step, f"{assets}: the statistics are not those that were saved")
+        return found
 
     def wait(self) -> None:
         """Until all started saves lie on disk."""
+        if "_manager" not in vars(self):
+            return
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
             raise self._not_written(error) from error
 
     def close(self) -> None:
-        self._manager.close()
+        if "_manager" in vars(self):
+            self._manager.close()
 
-    def _read(self, step: int, args: ocp.args.Composite) -> Any:
+    def _run_file(self, step: int) -> Path:
+        return self.directory / str(step) / "run" / "metadata"
+
+    def _read(self, step: int, item: str, tree: Any, *, partial_restore: bool = False) -> Any:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+        args = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=partial_restore)
+        with self._naming(step, folder := self.directory / str(step) / item):
+            return self._arrays.restore(folder, args=args)
+
+    def _damaged(self, step: int, reason: str) -> DamagedCheckpoint:
+        return DamagedCheckpoint(f"checkpoint {self.directory / str(step)} is damaged: {reason}")
+
+    @contextlib.contextmanager
+    def _naming(self, step: int, path: Path) -> Iterator[None]:
+        """Around what reads ``path``: whatever is wrong with it is a damage of its checkpoint.
+
+        Not so what is wrong with this machine: its memory, or its user's rights.
+        """
         try:
-            return self._manager.restore(step, args=args)
-        except (OSError, ValueError, KeyError, TypeError) as error:  # as many kinds as there are files to damage
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DamagedCheckpoint(f"checkpoint {self.directory / str(step)} is damaged: {reason}") from error
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError, PermissionError):
+            raise
+        except Exception as error:  # of as many kinds as there are files to damage; some of Orbax's have no class
+            reason = next(iter(str(error).splitlines()), type(error).__name__).partition(" [tensorstore_spec=")[0]
+            told = reason if str(path) in reason else f"{path}: {reason}"
+            raise self._damaged(step, told) from error
 
-    def _check_structure(self, step: int, expected: dict[str, Any], *, unread: str) -> None:
-        """Raises ValueError where a whole checkpoint is one of another agent, but for what is not read of it."""
-        for item, tree in expected.items():
-            try:
-                stored = _shapes(ocp.PyTreeCheckpointHandler().metadata(self.directory / str(step) / item).tree)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise DamagedCheckpoint(
-                    f"checkpoint {self.directory / str(step)} is damaged: {item} has no readable metadata"
-                ) from error
-            wanted = _shapes(tree)
-            different = [
-                f"{item}{path}: stored {stored.get(path, 'nothing')}, expected {wanted.get(path, 'nothing')}"
-                for path in sorted(stored.keys() | wanted.keys())
-                if stored.get(path) != wanted.get(path) and not (unread and path.startswith(unread))
-            ]
-            if different:
-                raise ValueError(
-                    f"{self.directory / str(step)} does not fit this configuration; {len(different)} arrays differ:\n  "
-                    + "\n  ".join(different[:SHOWN])
-                    + "\nResume with the configuration the run was started with."
-                )
+    def _check_structure(self, step: int, expected: dict[str, Any], saved: int | None, *, unread: str) -> None:
+        """Raises where the arrays that are there are not those that were saved, or not those of this agent.
+
+        ``unread``: what is not read of it may differ from the agent's.
+        """
+        stored: dict[str, tuple[int, ...]] = {}
+        for item in expected:
+            with self._naming(step, folder := self.directory / str(step) / item):
+                stored |= _shapes({item: self._arrays.metadata(folder).tree})
+        if saved is not None and checksum.of_text(stored) != saved:
+            raise self._damaged(step, "its arrays have other names or shapes than those that were saved")
+        wanted = _shapes(expected)
+        different = [
+            f"{path.removeprefix('/')}: stored {stored.get(path, 'nothing')}, expected {wanted.get(path, 'nothing')}"
+            for path in sorted(stored.keys() | wanted.keys())
+            if stored.get(path) != wanted.get(path) and not (unread and path.startswith(f"/acrlpd{unread}"))
+        ]
+        if different:
+            raise ValueError(
+                f"{self.directory / str(step)} does not fit this configuration; {len(different)} arrays differ:\n  "
+                + "\n  ".join(different[:SHOWN])
+                + "\nResume with the configuration the run was started with."
+            )
 
     def _set_aside(self, step: int) -> None:
         folder = self.directory / DAMAGED
@@ -321,45 +403,43 @@ def versions() -> dict[str, str]:
 
 
 def checksums(agent: ACRLPDAgent) -> dict[str, int]:
-    """Of the two parts of a checkpoint that hold arrays. The first call for an agent of its shapes compiles."""
+    """Of the parts of a checkpoint that hold arrays. The first call for an agent of its shapes compiles."""
     policy, rest = _split(agent)
-    return {"params": checksum(policy), "acrlpd": checksum(rest)}
+    return checksum.of_arrays(_groups(policy, rest))
 
 
-def text_checksum(norm_stats: Mapping[str, NormStats]) -> int:
-    """Of the statistics as they are written down, in which every number keeps its value."""
-    return zlib.crc32(json.dumps(normalize.to_dict(norm_stats), sort_keys=True).encode())
+def _groups(policy: Params, rest: Mapping[str, Any]) -> dict[str, Any]:
+    return {"params": policy, **{f"acrlpd/{name}": part for name, part in rest.items()}}
 
 
-def checksum(tree: Any) -> int:
-    """Sum of all bits as unsigned integers: the same however the arrays are spread over devices."""
-    return int(_bit_sum(jax.tree.leaves(tree)))
+def _sums_found(run: Mapping[str, Any], policy: Params, rest: Mapping[str, Any]) -> dict[str, int]:
+    """The checksums of the arrays that were read, as the version that wrote them took them."""
+    if "format_version" in run:
+        return checksum.of_arrays(_groups(policy, rest))
+    sums = {"params": checksum.of_format_0(policy)}
+    return sums | ({"acrlpd": checksum.of_format_0(rest)} if "opt_state" in rest else {})  # which is in the same sum
 
 
-@jax.jit
-def _bit_sum(leaves: list[Array]) -> UInt32[Array, ""]:
-    kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-    total = jnp.uint32(0)
-    for x in leaves:
-        bits = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, kinds[x.dtype.itemsize])
-        total += jnp.sum(bits, dtype=jnp.uint32)
-    return total
+def _sealed(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON with the version of its form, if it says none yet, and the checksum of everything else in it."""
+    content = {"format_version": FORMAT_VERSION, **run}
+    content.pop("checksum", None)
+    return {**content, "checksum": checksum.of_text(content)}
 
 
-def _restore_args(tree: Any, *, partial_restore: bool = False) -> Any:
-    restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
-    return ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=partial_restore)
+def _is_of_format_0(run: Mapping[str, Any]) -> bool:
+    sums = run.get("checksums")
+    has_sums = isinstance(sums, dict) and {"params", "acrlpd"} <= sums.keys()
+    kinds = {"config": dict, "progress": dict, "cameras": list}
+    return has_sums and all(isinstance(run.get(name, kind()), kind) for name, kind in kinds.items())
+
+
+def _structure(items: Mapping[str, Any]) -> int:
+    return checksum.of_text(_shapes(items))
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Shape of every array by its path, whatever kinds of containers hold it."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"".join(f"/{_key(key)}" for key in path): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _key(key: Any) -> Any:
-    """A key of a path; dataclasses and tuples are stored as dictionaries."""
-    return next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name))
+    return {path: tuple(leaf.shape) for path, leaf in checksum.paths(tree).items()}
 
 
 def _split(agent: ACRLPDAgent) -> tuple[Params, dict[str, Any]]:

@@ -36,7 +36,7 @@ class RunLock:
 
     def __init__(self, directory: Path):
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = open(directory / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115 (held open for the run)
+        self._file = open(directory / LOCK_FILE, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (held open for the run)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -28,6 +28,7 @@ from acrlpd.training.checkpoint import ACRLPDCheckpointManager, checksums
 from acrlpd.training.ending import Ended
 from acrlpd.training.evaluate import EpisodeDraws, Evaluation, chunk_policy, evaluate, fold_in
 from acrlpd.training.faults import DataFault, Diverged, Interrupted, RunFault
+from acrlpd.training.fingerprint import Fingerprint
 from acrlpd.training.guards import RunLock, SkippedUpdates, StopRequest
 from acrlpd.training.metrics import MetricAverage, Stopwatch, breakdown, write_json
 from acrlpd.training.monitor import ACRLPDTrainingMonitor
@@ -68,6 +69,7 @@ class ACRLPDTrainer:
         fresh_agent: Callable[[], ACRLPDAgent],
         lock: RunLock | None = None,
         replaced: Replaced | None = None,
+        prior: Fingerprint | None = None,
     ):
         self.agent = agent
         self.loader = loader
@@ -76,6 +78,7 @@ class ACRLPDTrainer:
         self._step = int(agent.step)
         self._transform = transform
         self.norm_stats = norm_stats
+        self._prior = prior
         self._files = files
         self._interaction = interaction
         self._eval_environments = eval_environments
@@ -233,6 +236,7 @@ class ACRLPDTrainer:
                 for finished in collected.rollouts:
                     self._interaction.keep(finished)
                     self.progress.next_episode = self._interaction.journal.next_number
+                    self.progress.journal_episodes = len(self._interaction.journal)
             if self.config.overlap_rollouts:
                 self._choose(collector)
 
@@ -457,6 +461,7 @@ class ACRLPDTrainer:
             "progress": dataclasses.asdict(self.progress),
             "cameras": list(self.loader.cameras),
             "sets": self.loader.contents().get("sets", []),
+            "prior": None if self._prior is None else dataclasses.asdict(self._prior),
         }
 
     @contextlib.contextmanager

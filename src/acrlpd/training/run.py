@@ -30,6 +30,7 @@ class Progress:
     rollbacks: int = 0
     lost_episodes: int = 0  # online, with a worker that died or hung, or a reset that failed
     next_episode: int = 0  # in the journal: those before it were there at this moment
+    journal_episodes: int = 0  # how many those were
     wall_s: float = 0.0
     cpu_s: float = 0.0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)

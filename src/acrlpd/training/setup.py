@@ -43,6 +43,7 @@ from acrlpd.models.recognize import recognize
 from acrlpd.training import ending, overwriting, prefixes, resuming
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.collection import collect_prior
+from acrlpd.training.fingerprint import fingerprint
 from acrlpd.training.guards import RunLock
 from acrlpd.training.loop import ACRLPDTrainer
 from acrlpd.training.optimizer import make_optimizers
@@ -128,6 +129,7 @@ def _make_trainer(
                 "window stays out of the TD loss",
                 *(name, num_cut, store.num_episodes),
             )
+    contents = fingerprint(prior.stores)
     checkpoints = ACRLPDCheckpointManager(
         files.checkpoints,
         max_to_keep=config.max_to_keep,
@@ -141,7 +143,13 @@ def _make_trainer(
 
     if checkpoints.steps() or from_step is not None:
         agent, progress, stats = resuming.resume_from(
-            files, checkpoints, make_agent(config, dims, prior.cameras), from_step
+            files,
+            checkpoints,
+            make_agent(config, dims, prior.cameras),
+            from_step,
+            config=config,
+            prior=(", ".join(prior.names), contents),
+            override=override,
         )
     else:
         resuming.check_nothing_was_learned(config, files, checkpoints)
@@ -149,7 +157,9 @@ def _make_trainer(
         stats = make_norm_stats(config, prior, sources, spec)
     settle_best(progress, Progress(), checkpoints, files)
     transform = make_transform(config, stats, dims, prior.cameras)
-    interaction = make_interaction(config, files, progress) if config.env and config.online_steps else None
+    interaction = None
+    if config.env and config.online_steps:
+        interaction = make_interaction(config, files, progress, override=override)
     loader = make_loader(config, prior, transform, interaction, agent, stats)
     return ACRLPDTrainer(
         agent,
@@ -165,6 +175,7 @@ def _make_trainer(
         fresh_agent=fresh_agent,
         lock=lock,
         replaced=replaced,
+        prior=contents,
     )
 
 
@@ -245,15 +256,17 @@ def make_loader(
     )
 
 
-def make_interaction(config: TrainConfig, files: RunFiles, progress: Progress) -> Interaction:
+def make_interaction(
+    config: TrainConfig, files: RunFiles, progress: Progress, *, override: Collection[str] = ()
+) -> Interaction:
     """The online side, with what a stopped run has already experienced: every journalled episode, once."""
     journal = ReplayJournal(files.replay)
     replay = EpisodeStore(max_bytes=config.data.max_replay_bytes)
     journal_steps = 0
-    for episode in journal.load():
+    for episode in journal.load(lambda damaged: resuming.check_journal(journal, damaged, progress, override)):
         replay.append(episode)
         journal_steps += len(episode)
-    progress.next_episode = journal.next_number
+    progress.next_episode, progress.journal_episodes = journal.next_number, len(journal)
     if not ending.online_is_over(config, progress):
         progress.count_from(journal_steps)
     collector = rollout.OnlineCollector(
@@ -261,7 +274,7 @@ def make_interaction(config: TrainConfig, files: RunFiles, progress: Progress) -
         seed=config.seed,
         execute_horizon=config.execute_horizon or config.policy.action_horizon,
         first_episode=ONLINE_FIRST_EPISODE,
-        finished={entry["episode"] for entry in journal.metadata()},
+        finished={entry["episode"] for entry in journal.metadata() if "episode" in entry},
     )
     return Interaction(collector, journal, replay)
 
@@ -286,27 +299,57 @@ def load_checkpoint(path: str | Path) -> Loaded:
     """
     directory, step = locate_checkpoint(Path(path))
     manager = ACRLPDCheckpointManager(directory)
-    run = manager.read_run(step)
-    config = from_stored(run["config"])
-    stats = manager.read_norm_stats(step)
-    dims = Dims(len(stats["state"].mean), len(stats["actions"].mean))
+    read = functools.partial(_load, manager)
+    return manager.newest(read) if step is None else read(step)
+
+
+def _load(manager: ACRLPDCheckpointManager, step: int) -> Loaded:
+    known = read_interface(manager, step)
+    config = known.config
     here = dataclasses.replace(config, fsdp_devices=1) if jax.device_count() % config.fsdp_devices else config
-    restored = manager.restore(make_agent(here, dims, tuple(run["cameras"])), step)
-    transform = make_transform(config, stats, dims, tuple(run["cameras"]))
-    return Loaded(restored.agent, transform, config, restored.step)
+    restored = manager.restore(make_agent(here, known.dims, known.cameras), step)
+    return Loaded(restored.agent, make_transform(config, known.stats, known.dims, known.cameras), config, restored.step)
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedInterface:
+    """What a checkpoint says of its agent, from which one of the same shapes can be made."""
+
+    config: TrainConfig
+    stats: dict[str, NormStats]
+    cameras: tuple[str, ...]
+
+    @property
+    def dims(self) -> Dims:
+        return Dims(len(self.stats["state"].mean), len(self.stats["actions"].mean))
+
+
+def read_interface(manager: ACRLPDCheckpointManager, step: int) -> SavedInterface:
+    """Read everything but the arrays; raise ``DamagedCheckpoint`` as reading those does."""
+    run, stats = manager.read_run(step), manager.read_norm_stats(step)
+    try:
+        config = from_stored(run["config"])
+    except ValueError as error:
+        raise ValueError(f"checkpoint {manager.directory / str(step)}: {error}") from error
+    return SavedInterface(config, stats, tuple(run["cameras"]))
 
 
 def locate_checkpoint(path: Path) -> tuple[Path, int | None]:
     """The folder of a manager, and the step if ``path`` names one; ``<run>/best`` is that of the best evaluation."""
     overwriting.tell_of_set_aside(path)
     best = RunFiles(path.parent).best
-    if path.name == "best" and best.is_file():
+    if is_best(path):
         return RunFiles(path.parent).checkpoints, _best_step(best)
     if not path.is_dir():
         raise ValueError(f"checkpoint {path} is not a folder. Name a run (runs/demo), or a step below its checkpoints.")
     if path.name.isdigit():
         return path.parent, int(path.name)
     return (path / "checkpoints", None) if (path / "checkpoints").is_dir() else (path, None)
+
+
+def is_best(path: Path) -> bool:
+    """Whether ``path`` names the best checkpoint of a run, which is no folder of its own."""
+    return path.name == "best" and RunFiles(path.parent).best.is_file()
 
 
 def _best_step(file: Path) -> int:

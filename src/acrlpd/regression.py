@@ -41,7 +41,7 @@ class ACRLPDRegressionTester:
 
     def test_numerical_stability(self, checkpoint_path: str | Path) -> bool:
         """The same observation and key give the same finite chunk twice."""
-        loaded = setup.load_checkpoint(checkpoint_path)
+        loaded = setup.load_checkpoint(_exactly(checkpoint_path))
         stats = _norm_stats(checkpoint_path)
         dims = Dims(len(stats["state"].mean), len(stats["actions"].mean))
         manager, step = _manager(checkpoint_path)
@@ -61,7 +61,7 @@ class ACRLPDRegressionTester:
 
     def test_performance_metrics(self, checkpoint_path: str | Path) -> bool:
         """Success on the run's own seeds does not lie below the interval that was recorded."""
-        loaded = setup.load_checkpoint(checkpoint_path)
+        loaded = setup.load_checkpoint(_exactly(checkpoint_path))
         config, recorded = loaded.config, self._recorded(checkpoint_path)
         if self.env_name is not None:
             config = setup.with_task(config, self.env_name)
@@ -84,6 +84,12 @@ class ACRLPDRegressionTester:
         manager, step = _manager(checkpoint_path)
         results = manager.read_run(step)["progress"]["results"]
         return results.get("online", results.get("offline"))
+
+
+def _exactly(checkpoint_path: str | Path) -> Path:
+    """Return the folder of the step that a path names, a run's newest: what is damaged must not be passed over."""
+    manager, step = _manager(checkpoint_path)
+    return manager.directory / str(manager.steps()[-1] if step is None else step)
 
 
 def _manager(checkpoint_path: str | Path) -> tuple[ACRLPDCheckpointManager, int | None]:

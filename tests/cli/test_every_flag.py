@@ -221,6 +221,8 @@ COMMANDS = {
             "layout": "--layout safetensors",
             "dtype": "--dtype bfloat16",
             "variant": "--variant pi0",
+            "merge_adapters": "--merge_adapters",
+            "adapter_scaling": "--merge_adapters --adapter_scaling 3",
             "overwrite": "--overwrite",
         },
         ((weights.weights, "check_target", "npz"), (weights.weights, "write", None), (weights.weights, "inspect", {})),
@@ -333,7 +335,10 @@ def folder(tmp_path_factory):
     episode = Episode(numbers, numbers, numbers[:, 0], np.zeros(3, bool), task="lift", success=True)
     hdf5.write_episode(hdf5.episode_path(folder / "set", 0), episode)
     for name, number in (("w", 1), ("v", 2)):
-        np.savez(folder / f"{name}.npz", **{"a/kernel": np.full((2, 2), number, np.float32)})
+        shapes = {"w": (1, 1, 2, 2), "lora_a": (1, 1, 2, 1), "lora_b": (1, 1, 1, 2)}
+        layer = "PaliGemma/llm/layers/attn/q_einsum"
+        arrays = {f"{layer}/{leaf}": np.full(shape, number, np.float32) for leaf, shape in shapes.items()}
+        np.savez(folder / f"{name}.npz", **arrays)
     (folder / "keys").write_text("one\n")
     return folder
 

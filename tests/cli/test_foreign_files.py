@@ -28,7 +28,7 @@ DAMAGE = {
     "terminal": lambda content: b'{"\\u001b[31m": 1}\n',
 }
 # half a line is left by a kill; a report shows what there is of a configuration
-HARMLESS = {("metrics", "empty"), ("metrics", "cut"), ("full_evaluation", "terminal")}
+HARMLESS = {("metrics", "empty"), ("metrics", "cut")}
 HARMLESS_TO_REPORT = {("config", "foreign"), ("config", "terminal")}
 
 

@@ -192,6 +192,7 @@ def fail(*_args, **_kwargs):
         (["strange.npz", "x"], "strange.npz holds no known model: its arrays are named w"),
         (["strange.npz", "x.safetensors"], "holds no known model"),
         (["w.npz", "x", "--merge_adapters"], "these weights have no adapters"),
+        (["w.npz", "x", "--adapter_scaling", "2"], "--adapter_scaling has no effect without --merge_adapters"),
         (["w.npz", "x", "--variant", "pi1"], "unknown variant 'pi1': there are pi0, pi05"),
         (["w.npz", "x", "--variant", "demo"], "the sizes of preset demo come from its data"),
     ],

@@ -11,7 +11,7 @@ from acrlpd.cli import data as command
 from acrlpd.data import hdf5, inspection, sources
 from acrlpd.data.episodes import OptionError
 from acrlpd.data.layouts.columns import axis_angle
-from acrlpd.types import Episode
+from acrlpd.types import Episode, FinalObservation
 
 N = 5
 
@@ -159,7 +159,13 @@ def test_what_is_not_read_is_told_once_at_opening_and_by_inspect(tmp_path, caplo
 def test_nothing_is_told_where_everything_is_read(tmp_path, caplog, capsys):
     hdf5.write_episode(
         hdf5.episode_path(tmp_path, 0),
-        Episode(numbers(3), numbers(2), numbers(0), np.arange(N) == 4, "lift", {"a": frames()}),
+        Episode(
+            *(numbers(3), numbers(2), numbers(0), np.arange(N) == 4),
+            task="lift",
+            images={"a": frames()},
+            task_changes=((2, "wait"),),
+            final=FinalObservation(numbers(3)[0], {"a": frames()[0]}),
+        ),
     )
     assert sources.open_episodes(tmp_path, remember=False).left_out == []
     assert not caplog.records

@@ -224,7 +224,7 @@ def test_statistics_that_were_widened_fit_what_they_were_made_from(tiny_config, 
 def test_prefixes_of_several_sets_are_stored_side_by_side(tmp_path, monkeypatch):
     """The same files twice, of which one reading sees no picture of its own: rows must not be mixed up."""
     stores = []
-    monkeypatch.setattr(prefixes, "_computed", lambda config, encode, policy, store, transform: iter([[store.state]]))
+    monkeypatch.setattr(prefixes, "_computed", lambda *arguments: iter([[arguments[3].state]]))
     monkeypatch.setattr(prefixes, "_encoder", lambda agent, alone: (lambda policy, seen: seen.state, None))
     monkeypatch.setattr(prefixes, "key", lambda *args: f"{args[3].name}-{args[5]}")
     for seed in (1, 2):

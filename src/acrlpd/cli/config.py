@@ -77,7 +77,8 @@ def _parsed(word: str, flags: list[str]) -> ShowArguments:
     stored = Path(word) / "config.json"
     begun = None
     if stored.is_file():
-        config, flags = changed(read_config(stored), flags)
+        begun = read_config(stored)
+        config, flags = changed(begun, flags)
     else:
         config, flags = starting_point(word, flags)
     return parse(ShowArguments, ShowArguments(config), flags, "acrlpd config", stored=begun)

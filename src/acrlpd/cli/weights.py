@@ -91,6 +91,8 @@ def _convert(arguments: ConvertArguments) -> int:
             "Expected a pi0, pi0.5, pi0-FAST or PaliGemma under openpi's names or those of its PyTorch port, or a "
             "policy that this project trained"
         )
+    if arguments.adapter_scaling is not None and not arguments.merge_adapters:
+        raise ValueError("--adapter_scaling has no effect without --merge_adapters: add that, or leave it out")
     if arguments.merge_adapters:
         arrays = _merged(arrays, found, arguments.adapter_scaling)
     if arguments.dtype != "keep":

@@ -41,6 +41,7 @@ from acrlpd.types import Episode, FinalObservation
 FORMAT = "acrlpd"
 VERSION = 1
 IMAGES = "observations/images"
+NUMBERS = {"observations/state", "actions", "rewards", "terminals", "final/state", "task_index", "tasks"}
 SUFFIXES = (".hdf5", ".h5")
 
 
@@ -168,8 +169,9 @@ class Own:
 
     def unused(self, index: int) -> list[str]:
         with Reading(self._paths[index]) as file:
-            images = [f"{IMAGES}/{name}" for name in columns.names(self.sources[index], file, IMAGES)]
-            return cameras.unused(file, {"observations/state", "actions", "rewards", "terminals", *images})
+            names = columns.names(self.sources[index], file, IMAGES)
+            pictures = {f"{place}/{name}" for name in names for place in (IMAGES, "final/images")}
+            return cameras.unused(file, pictures | NUMBERS)
 
 
 def _stated_fps(paths: Sequence[Path]) -> float | None:

@@ -49,6 +49,8 @@ def test_a_checkpoint_collects_in_its_own_environment(tmp_path):
     setup.make_trainer(config).train()
     out = tmp_path / "data"
     arguments = ("--output", out, "--policy", "checkpoint", "--checkpoint", tmp_path / "run", "--num_envs", 2)
+    assert collect(*arguments, "--episodes", 3) == 2  # a checkpoint runs no code that the command does not name
+    arguments = (*arguments, "--name", CONFIG.env.name)
     assert collect(*arguments, "--episodes", 3, "--max_episode_steps", 9) == 0
     episodes = [hdf5.read_episode(hdf5.episode_path(out, number)) for number in range(3)]
     assert [len(episode) for episode in episodes] == [9, 9, 9]  # the flag, in the environment of the run

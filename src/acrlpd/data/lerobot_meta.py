@@ -207,7 +207,7 @@ def camera_keys(meta: Meta, asked: Sequence[str] | None) -> tuple[dict[str, str]
     wanted = [names.get(name, name) for name in asked or ()]
     unknown = [name for name in wanted if name not in keys]
     if unknown:
-        raise OptionError(f"{meta.info_path}: no camera {', '.join(unknown)}; the cameras are {', '.join(keys)}")
+        raise OptionError(f"{meta.info_path}: no camera {', '.join(unknown)}; the cameras are {files.listed(keys)}")
     depth = {name: why for name, key in keys.items() if (why := _depth(key, meta.features[key]))}
     if asked is None:
         return {name: key for name, key in keys.items() if name not in depth}, depth

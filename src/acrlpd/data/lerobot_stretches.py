@@ -10,6 +10,7 @@ from pathlib import Path
 
 from acrlpd.data.lerobot_meta import Meta, is_v3
 from acrlpd.data.stretches import Files, Partition, Stretch
+from acrlpd.files import listed
 
 REMEDY = (
     "The episode table in meta does not fit the files: repair it, make the data set anew from what it was merged or "
@@ -57,7 +58,7 @@ def video_faults(
     rule = Partition(tolerance, lambda frames: f"{frames / meta.fps:.6g} s")
     faults = rule.faults(files, sizes)
     unused = _unused(meta, key, files) if is_v3(meta.version) else []
-    names = ", ".join(str(path.relative_to(meta.root)) for path in unused)
+    names = listed(path.relative_to(meta.root) for path in unused)
     if unused and not faults:
         raise ValueError(
             f"{unused[0]}: {key}: no episode of the table has its frames ({len(unused)} such files: {names}). Repair "

@@ -113,7 +113,7 @@ def _episode(
     unknown = [name for name in names if name not in parts]
     if unknown or not names:
         there = dict(_parts(found.observations))
-        raise ValueError(f"{source}: state: {unknown or 'no numbers'} among the observations {', '.join(there)}")
+        raise ValueError(f"{source}: state: {unknown or 'no numbers'} among the observations {files.listed(there)}")
     if isinstance(found.actions, Mapping | tuple):
         raise ValueError(f"{source}: actions: expected one array, found {type(found.actions).__name__}")
     stored = np.asarray(found.rewards, np.float32)

@@ -247,5 +247,7 @@ def _check_asked(path: Path, goal: Goal | None, config: RewardConfig | None) -> 
 
 def _required(arrays: Arrays, key: str) -> np.ndarray:
     if key not in arrays or arrays[key].ndim != 2 or arrays[key].dtype.kind not in "fiub":
-        raise ValueError(f"{key}: the goal needs this array of numbers with 2 axes; the file has {', '.join(arrays)}")
+        raise ValueError(
+            f"{key}: the goal needs this array of numbers with 2 axes; the file has {files.listed(arrays)}"
+        )
     return arrays[key]

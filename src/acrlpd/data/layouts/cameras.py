@@ -12,6 +12,7 @@ from typing import TypeVar
 import h5py
 import numpy as np
 
+from acrlpd import files
 from acrlpd.data import pictures
 from acrlpd.data.episodes import IMAGE_PREFIX, OptionError, told_numbers
 from acrlpd.data.layouts import columns
@@ -37,7 +38,7 @@ def choose(
     missing = [camera for camera in wanted or () if camera not in openers]
     if missing:
         raise OptionError(
-            f"{where}: {IMAGE_PREFIX}{missing[0]}: no such camera; the episode has {', '.join(openers) or 'none'}"
+            f"{where}: {IMAGE_PREFIX}{missing[0]}: no such camera; the episode has {files.listed(openers) or 'none'}"
         )
     found: dict[str, Found] = {}
     left_out = {IMAGE_PREFIX + camera: pictures.NOT_CHOSEN for camera in openers if wanted and camera not in wanted}
@@ -101,7 +102,7 @@ def check_keys(
         return
     kind = "nothing" if columns.find(where, group, missing[0]) is None else "a group"
     text = (
-        f"{where}: {missing[0]}: expected a dataset, found {kind}. There are {', '.join(unused(group, (), below))}. "
+        f"{where}: {missing[0]}: expected a dataset, found {kind}. There are {files.listed(unused(group, (), below))}. "
         f"Choose with {option} (--data.{option}), and cameras with cameras (--data.cameras)."
     )
     raise OptionError(text) if asked else ValueError(text)

@@ -185,7 +185,7 @@ def _demo_names(where: str, file: h5py.File, filter_key: str | None) -> list[str
     stored = [name for name in columns.names(where, file, "data") if re.fullmatch(r"demo_\d+", name)]
     if filter_key is not None:
         if not isinstance(columns.find(where, file, f"mask/{filter_key}"), h5py.Dataset):
-            known = ", ".join(columns.names(where, file, "mask")) or "none"
+            known = files.listed(columns.names(where, file, "mask")) or "none"
             raise ValueError(f"{where}: mask/{filter_key}: no such filter key; the file has {known}")
         mask = columns.dataset(where, file, f"mask/{filter_key}")
         if mask.ndim != 1:
@@ -194,7 +194,7 @@ def _demo_names(where: str, file: h5py.File, filter_key: str | None) -> list[str
         unknown = sorted(set(names) - set(stored))
         if unknown:
             raise ValueError(
-                f"{where}: mask/{filter_key}: the filter key names {', '.join(unknown)}, which /data does not have. "
+                f"{where}: mask/{filter_key}: the filter key names {files.listed(unknown)}, which /data does not have. "
                 "Repair the mask, or leave out filter_key."
             )
         stored = sorted(set(names))

@@ -27,13 +27,13 @@ BACKLOG = 128  # connections that the system holds until they are accepted
 CRUMB_BYTES = 1024  # a frame with less in it is a crumb
 MAX_CRUMBS, CRUMBS_PER_S = 64, 20.0  # at once, or since the last message that was answered; and for ever
 MAX_UNREAD_BYTES = 2**20  # written for a peer and not taken by it
-DISCARD_S = 0.01  # between two packets of a peer that has broken the rules and goes on
+DISCARD_S = 0.1  # between two packets of a peer that has broken the rules and goes on
 CLOSE_S = 1.0  # for the end of a connection that is being closed
 FREE_S = 0.001  # of the event loop's time that nobody pays for: a usual message takes less
-REST = 4.0  # seconds of rest for each second beyond: all who rest have a fifth of the event loop together
-REST_ASIDE = 3.0  # for each second of work beside it: all who rest have a third of a core together
+REST = 8.0  # seconds of rest for each second beyond: all who rest have a ninth of the event loop together
+REST_ASIDE = 3.0  # for each second of work beside it: all who rest have a quarter of a core together
 MAX_REST_S = 2.0
-HANDSHAKE_S = 0.0005  # of the event loop's time, for a connection to come and ask
+HANDSHAKE_S = 0.002  # between two of an address that come and ask
 
 
 class Visitor(socket.socket):
@@ -123,7 +123,7 @@ class Lobby:
 
 
 class Pace:
-    """Rests: who has worked the event loop for a second is left alone for four, and longer if others rest too.
+    """Rests: who has worked the event loop for a second is left alone for eight, and longer if others rest too.
 
     Newcomers wait until everybody from their address has rested: nobody escapes by coming back.
     """
@@ -156,7 +156,7 @@ class Pace:
         """Let the next newcomers wait a little longer: one of them has asked for something."""
         now = time.monotonic()
         self._doors = {each: until for each, until in self._doors.items() if until > now}
-        self._doors[address] = min(now + MAX_REST_S, self._doors.get(address, now) + HANDSHAKE_S * REST)
+        self._doors[address] = min(now + MAX_REST_S, self._doors.get(address, now) + HANDSHAKE_S)
 
 
 class Hold:

@@ -30,7 +30,7 @@ class ACRLPDRegressionTester:
             "numerical_stability": self.test_numerical_stability(checkpoint_path),
             "openpi_integration": self.test_openpi_compatibility(checkpoint_path),
         }
-        loaded = setup.load_checkpoint(checkpoint_path)
+        loaded = setup.load_stored(checkpoint_path)
         if loaded.config.env is not None and self._recorded(checkpoint_path) is not None:
             results["performance_regression"] = self.test_performance_metrics(checkpoint_path)
         return results
@@ -41,7 +41,7 @@ class ACRLPDRegressionTester:
 
     def test_numerical_stability(self, checkpoint_path: str | Path) -> bool:
         """The same observation and key give the same finite chunk twice."""
-        loaded = setup.load_checkpoint(_exactly(checkpoint_path))
+        loaded = setup.load_stored(_exactly(checkpoint_path))
         stats = _norm_stats(checkpoint_path)
         dims = Dims(len(stats["state"].mean), len(stats["actions"].mean))
         manager, step = _manager(checkpoint_path)
@@ -61,7 +61,7 @@ class ACRLPDRegressionTester:
 
     def test_performance_metrics(self, checkpoint_path: str | Path) -> bool:
         """Success on the run's own seeds does not lie below the interval that was recorded."""
-        loaded = setup.load_checkpoint(_exactly(checkpoint_path))
+        loaded = setup.load_stored(_exactly(checkpoint_path))
         config, recorded = loaded.config, self._recorded(checkpoint_path)
         if self.env_name is not None:
             config = setup.with_task(config, self.env_name)

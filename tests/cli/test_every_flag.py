@@ -106,7 +106,7 @@ COMMANDS = {
             "json": "--json",
         },
         (
-            (setup, "load_checkpoint", LOADED),
+            (setup, "load_stored", LOADED),
             (setup, "make_environments", SimpleNamespace(close=lambda: None)),
             (setup, "locate_checkpoint", (Path("run/checkpoints"), 4)),
             (evaluation, "ACRLPDEvaluationProtocol", SimpleNamespace(run=lambda agent: FINDINGS)),
@@ -135,7 +135,7 @@ COMMANDS = {
             "num_workers": "--num_workers 2",
             "seed": "--seed 1",
         },
-        ((collect, "collect_prior", None), (collect, "collect_by_agent", None), (setup, "load_checkpoint", LOADED)),
+        ((collect, "collect_prior", None), (collect, "collect_by_agent", None), (setup, "load_stored", LOADED)),
     ),
     "serve": Command(
         serve.ServeArguments,

@@ -102,7 +102,7 @@ def test_a_report_shows_no_film_of_code_that_nobody_named(run, ran, capsys):
 
 
 def test_python_runs_it_where_a_script_says_so(run, ran):
-    loaded = setup.load_checkpoint(run)
+    loaded = setup.load_stored(run)
     assert loaded.config.env.name == name(run)
     with pytest.raises(ValueError, match=r"a checkpoint runs no code by itself.*setup\.with_task"):
         setup.make_environments(loaded.config, 1)
@@ -111,7 +111,9 @@ def test_python_runs_it_where_a_script_says_so(run, ran):
     with pytest.raises(ValueError, match="runs no code by itself"):
         setup.make_trainer(loaded.config, resume=True)
     assert not ran()
-    setup.make_environments(setup.with_task(loaded.config, name(run)), 1).close()
+    own = setup.load_checkpoint(run).config  # by which nothing has run yet: a script's own from here on
+    assert not ran()
+    setup.make_environments(own, 1).close()
     assert ran()
     assert ACRLPDRegressionTester(episodes=1, env_name=name(run)).test_performance_metrics(run) in (True, False)
 

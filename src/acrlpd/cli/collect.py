@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     if arguments.checkpoint is None:
         return _by_script(arguments)
-    loaded = setup.load_checkpoint(arguments.checkpoint)
+    loaded = setup.load_stored(arguments.checkpoint)
     config = loaded.config
     if config.env is not None:  # the run's environment, with what was said on the command line changed
         arguments = _parse(argv, default=CollectArguments(arguments.output, env=config.env))

@@ -43,8 +43,8 @@ class EvalArguments:
 
 def main(argv: Sequence[str]) -> int:
     arguments = tyro.cli(EvalArguments, args=argv, prog="acrlpd eval")
-    loaded = setup.load_checkpoint(arguments.checkpoint)
-    other = setup.load_checkpoint(arguments.compare) if arguments.compare else None
+    loaded = setup.load_stored(arguments.checkpoint)
+    other = setup.load_stored(arguments.compare) if arguments.compare else None
     tasks = arguments.tasks or (loaded.config.env.name if loaded.config.env else "",)
     findings = {task: _evaluate(loaded, task, arguments) for task in tasks}
     rollouts = [each for of_task in findings.values() for each in of_task.task.rollouts]

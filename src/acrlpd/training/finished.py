@@ -27,7 +27,7 @@ def nothing_left(config: TrainConfig, *, override: Collection[str] = ()) -> Ende
         newest = max(manager.steps(), default=0)
         progress = Progress(**manager.read_run(newest)["progress"])
         ended = ending.is_over(config, progress, newest)
-        if ended is None or setup.load_checkpoint(files.checkpoints / str(newest)).step != newest:
+        if ended is None or setup.load_stored(files.checkpoints / str(newest)).step != newest:
             return None
     except (DamagedCheckpoint, KeyError, TypeError):  # resuming falls back to an older one, and says so
         return None

@@ -293,10 +293,18 @@ class Loaded:
 
 
 def load_checkpoint(path: str | Path) -> Loaded:
-    """The agent of a checkpoint, spread over devices as in training where their number allows.
+    """Return the agent of a checkpoint, spread over devices as in training where their number allows.
 
-    ``path`` is a run, its ``checkpoints`` folder (both: the newest), one step's, or RUN/best.
+    ``path`` is a run, its ``checkpoints`` folder (both: the newest), one step's, or RUN/best. Loading runs no code of
+    the checkpoint. A script that makes environments of its ``config`` runs what ``config.env.name`` names.
     """
+    loaded = load_stored(path)
+    env = loaded.config.env
+    return loaded if env is None else dataclasses.replace(loaded, config=with_task(loaded.config, str(env.name)))
+
+
+def load_stored(path: str | Path) -> Loaded:
+    """Load the same for a command, which runs no code that its user does not name: see ``StoredName``."""
     directory, step = locate_checkpoint(Path(path))
     manager = ACRLPDCheckpointManager(directory)
     read = functools.partial(_load, manager)

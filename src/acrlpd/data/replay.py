@@ -1,4 +1,4 @@
-"""The replay journal: every finished online episode on disk before it is used, so that a crash loses none of them."""
+"""The replay journal writes every finished online episode to disk before it is used, so that a crash loses none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from acrlpd.types import Episode
 logger = logging.getLogger(__name__)
 
 INDEX = "journal.jsonl"
-LATER = "later"  # episodes made after a step to which the run went back
+LATER = "later"  # folder of episodes that were collected after the step to which the run went back
 
 
 class Entry(NamedTuple):
@@ -33,12 +33,12 @@ class Entry(NamedTuple):
 
 
 class ReplayJournal:
-    """Append-only folder of episode files and an index line for each. One process writes to it.
+    """An append-only folder of episode files, with one index line per file. Only one process may write to it.
 
-    The file comes first, its line second, each forced to the disk. So what a crash can leave behind is half an index
-    line, or a whole file without a line, which gets one. The index, or what of it is damaged, is made anew from the
-    files. A file that cannot be read, whose checksum is wrong, or whose episode is there already moves to ``damaged/``
-    with a warning.
+    The file is written first, then its line, and each is forced to the disk. A crash can therefore leave behind half an
+    index line, or a complete file without a line, which then gets one. A missing or damaged index is rebuilt from the
+    files. A file that cannot be read, has a wrong checksum or holds an episode that is already there is moved to
+    ``damaged/`` with a warning.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
@@ -64,17 +64,17 @@ class ReplayJournal:
         return number
 
     def metadata(self) -> list[dict[str, Any]]:
-        """What ``append`` was told about each episode."""
+        """Return the metadata that ``append`` received with each episode."""
         return [hdf5.read_metadata(self.directory / entry.file) for entry in self._entries]
 
     def numbers(self) -> list[int]:
-        """Of the episodes that the index names."""
+        """Return the numbers of the episodes in the index."""
         return [entry.number for entry in self._entries]
 
     def load(self, check: Callable[[Mapping[Entry, str]], None] = lambda damaged: None) -> Iterator[Episode]:
-        """The intact episodes, oldest first, one at a time: they need not fit into memory together.
+        """Yield the intact episodes one at a time, oldest first: together they need not fit into memory.
 
-        At the end ``check`` is told what is damaged, and why. Unless it raises, those are set aside.
+        At the end ``check`` receives the damaged entries with the reasons. Unless it raises, their files are set aside.
         """
         damaged: dict[Entry, str] = {}
         for entry in self._entries:
@@ -91,7 +91,7 @@ class ReplayJournal:
             self._set_aside(entry.file, reason)
 
     def set_aside_from(self, number: int) -> None:
-        """Moves the episodes of this and later numbers to ``later/``: the run goes back to before they were made."""
+        """Move the episodes from this number on to ``later/``: the run goes back to a step before they were made."""
         later = [entry for entry in self._entries if entry.number >= number]
         if not later:
             return
@@ -105,7 +105,7 @@ class ReplayJournal:
 
     @property
     def next_number(self) -> int:
-        """What the next episode will be called."""
+        """The number that the next episode will get."""
         return self._next_number
 
     @property
@@ -154,7 +154,7 @@ class ReplayJournal:
         return entries
 
     def _adopted(self, names: list[str], known: list[Entry]) -> list[Entry]:
-        """Entries of episode files about which the index says nothing. What cannot have one moves to ``damaged/``."""
+        """Make entries for episode files that the index lacks. Files that cannot get one are moved to ``damaged/``."""
         adopted: list[Entry] = []
         there = {mark: entry.file for entry in known for mark in self._marks(entry)}
         for name in names:
@@ -179,10 +179,10 @@ class ReplayJournal:
         return Entry(number, name, len(episode), episode.success, _sha256(path))
 
     def _marks(self, entry: Entry) -> list[Any]:
-        """By which an episode is known under any name: its bytes, and the number that its collector gave it."""
+        """Return what identifies an episode under any file name: its checksum and the number its collector gave it."""
         try:
             return [entry.sha256, hdf5.read_metadata(self.directory / entry.file)["episode"]]
-        except (ValueError, OSError, KeyError):  # damaged: told when it is loaded; of no collector
+        except (ValueError, OSError, KeyError):  # damaged, which is reported when it is loaded; or without a collector
             return [entry.sha256]
 
     def _write_index(self, entries: list[Entry]) -> None:
@@ -201,7 +201,7 @@ class ReplayJournal:
         warnings.warn(f"{source}: {reason}. Left out; what there is of it lies in {target.parent}.", stacklevel=2)
 
     def _free_name(self, name: str, folder_name: str = "damaged") -> Path:
-        """A name in that folder that overwrites nothing."""
+        """Return a path in that folder that does not exist yet."""
         folder = self.directory / folder_name
         folder.mkdir(exist_ok=True)
         names = (folder / (name if count == 0 else f"{count}-{name}") for count in range(10**6))
@@ -209,7 +209,7 @@ class ReplayJournal:
 
 
 def _line(entry: Entry) -> str:
-    """A line of the index, with a checksum of itself."""
+    """Return an entry as a line of the index, with a checksum of the line."""
     content = entry._asdict()
     return json.dumps({**content, "check": zlib.crc32(json.dumps(content).encode())}) + "\n"
 
@@ -219,14 +219,14 @@ def _shown(names: list[str]) -> str:
 
 
 def _parse(line: bytes) -> Entry | None:
-    """An entry, or None for anything else. A line without its newline is half a line, whatever it says."""
+    """Return the entry in a line, or None if it holds none. A line without a newline is incomplete, so it has none."""
     if not line.endswith(b"\n"):
         return None
     try:
         content = files.parse_json(line, INDEX)
-        check = content.pop("check", None)  # not in the lines of earlier versions
+        check = content.pop("check", None)  # earlier versions wrote lines without it
         entry = Entry(**content)
-    except (ValueError, TypeError):  # not JSON; JSON of another form
+    except (ValueError, TypeError):  # no JSON, or JSON of another form
         return None
     if check is not None and line.decode() != _line(entry):
         return None

@@ -1,8 +1,8 @@
-"""Where episodes lie in files that they share: their stretches are the whole file, each frame of it once.
+"""The rule for episodes that share files: their stretches cover each file completely, and every frame once.
 
-The rule is the same for frames of a video and for rows of a data set. Of two stretches that overlap, the table does not
-tell which one is right. The sizes of all files do: writers put one episode behind the other, in the order of their
-numbers, so that lengths and sizes say where each one lies.
+The rule is the same for frames of a video and for rows of a data set. If two stretches overlap, the table does not say
+which one is right. The sizes of all files do: writers store the episodes one after another, in the order of their
+numbers, so lengths and sizes determine where each episode lies.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Stretch:
-    """Where a table says that an episode lies in a file. Places are counted in frames from the file's beginning."""
+    """The part of a file in which an episode lies, as a table states it. Positions are frames from the file's start."""
 
     episode: int
     start: float
@@ -27,15 +27,15 @@ Files = Mapping[Path, Sequence[Stretch]]
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """The rule, with how exact places are (in frames) and how one is told."""
+    """The rule, with the tolerance of positions (in frames) and the function that puts a position into words."""
 
     tolerance: float
     told: Callable[[float], str]
 
     def faults(self, files: Files, sizes: Mapping[Path, int], *, holes: bool = True) -> dict[int, str]:
-        """Return what is wrong, by episode; ``sizes`` has the frames of files where they are known.
+        """Return what is wrong, by episode; ``sizes`` holds the number of frames of each file where it is known.
 
-        Empty episodes have no stretch. Without ``holes``, what no episode has is nobody's fault.
+        Empty episodes have no stretch. Without ``holes``, frames that belong to no episode are not reported.
         """
         found: dict[int, str] = {}
         for path, stretches in files.items():
@@ -48,10 +48,10 @@ class Partition:
         return found
 
     def misplaced(self, files: Files, sizes: Mapping[Path, int]) -> dict[int, str]:
-        """Return what ``faults`` does, of those episodes alone that are misplaced, if the sizes of files tell.
+        """Return faults like ``faults``, but only of the misplaced episodes if the file sizes show which these are.
 
-        They do where the episodes, in their order, fill the files of ``sizes``, in theirs. Otherwise all episodes of a
-        file in which one is at fault are.
+        They show it if the episodes, in their order, exactly fill the files of ``sizes``, in their order. Otherwise the
+        result has all episodes of every file in which one is at fault.
         """
         found = self.faults(files, sizes)
         if not found:
@@ -84,7 +84,7 @@ class Partition:
 
     def _overlaps(self, ordered: Sequence[Stretch]) -> dict[int, str]:
         found: dict[int, str] = {}
-        last: Stretch | None = None  # the one that reaches farthest
+        last: Stretch | None = None  # the stretch that ends last so far
         for each in ordered:
             if last is not None and each.start < last.stop - self.tolerance:
                 for one, other in ((each, last), (last, each)):
@@ -94,7 +94,7 @@ class Partition:
         return found
 
     def _holes(self, ordered: Sequence[Stretch], size: int | None) -> dict[int, str]:
-        """Return those behind a hole; where the file has another size, those behind its end, or all."""
+        """Return the episodes behind a hole; if the file has another size, those past its end, or else all."""
         end = 0.0
         for at, each in enumerate(ordered):
             if each.start > end + self.tolerance:
@@ -112,7 +112,7 @@ class Partition:
     def _places(
         self, stretches: Sequence[Stretch], sizes: Mapping[Path, int]
     ) -> dict[int, tuple[Path, int, int]] | None:
-        """Return file, start and stop of each episode; None where their lengths do not fill files of these sizes."""
+        """Return file, start and stop of each episode; None if their lengths do not fill files of these sizes."""
         ordered = sorted(stretches, key=lambda each: each.episode)
         wrong = {each.episode for each in ordered if self._own_fault(each)}
         stated = [round(each.stop - each.start) if each.episode in wrong else each.length for each in ordered]
@@ -132,7 +132,7 @@ class Partition:
 
 
 def _filled(lengths: Sequence[int], sizes: Mapping[Path, int]) -> Iterator[tuple[Path, int, int]]:
-    """Yield file, start and stop of one episode after the other, as long as none crosses the end of a file."""
+    """Yield file, start and stop of the episodes in turn, and stop before one that would cross the end of a file."""
     files = iter(sizes.items())
     path, size, end = Path(), 0, 0
     for length in lengths:

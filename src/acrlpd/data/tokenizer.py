@@ -1,4 +1,4 @@
-"""Prompt text to tokens, as PaliGemma and openpi do it: SentencePiece with pad 0, EOS 1, BOS 2."""
+"""Tokenize prompts as PaliGemma and openpi do: SentencePiece with pad 0, EOS 1, BOS 2."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from acrlpd.types import typed
 
 NUM_STATE_BINS = 256
 _BIN_TEXTS = {i: str(i) for i in range(-1, NUM_STATE_BINS)}
-CACHE_SIZE = 4096  # prompt texts; a training set has few, but pi0.5 writes the state into the text
+CACHE_SIZE = 4096  # number of texts; a training set has few prompts, but pi0.5 writes the state into the text
 
 
 class PromptTokenizer:
-    """Tokens of fixed length from a task text, with the state written into it for pi0.5.
+    """A tokenizer that turns a task text into a fixed number of tokens; for pi0.5 the text includes the state.
 
     Args:
-        path: a SentencePiece model, such as PaliGemma's ``paligemma_tokenizer.model``; by default the small one of this
-            package, for the nano models.
-        max_length: tokens of a prompt, padded or cut to it (openpi: 48 for pi0, 200 for pi0.5).
-        vocab_size: tokens that the model has embeddings for; a tokenizer with more is refused. None: not checked.
+        path: a SentencePiece model, such as PaliGemma's ``paligemma_tokenizer.model``; the default is the small model
+            of this package, for the nano models.
+        max_length: number of tokens to which every prompt is padded or cut (openpi: 48 for pi0, 200 for pi0.5).
+        vocab_size: number of token embeddings of the model; a larger tokenizer is refused. None skips this check.
     """
 
     def __init__(self, path: Path | str | None = None, *, max_length: int = 48, vocab_size: int | None = None):
@@ -46,7 +46,7 @@ class PromptTokenizer:
         return self._processor.vocab_size()
 
     def check_trained(self, vocab_size: int) -> None:
-        """Raises ValueError where the package's own tokenizer would stand in for that of a trained model."""
+        """Raise ValueError if the package's own tokenizer would replace the one that the model was trained with."""
         if self._path is None and self.vocab_size != vocab_size:
             raise ValueError(
                 f"the model was trained with a vocabulary of {vocab_size}, and the tokenizer of this package has "
@@ -58,7 +58,7 @@ class PromptTokenizer:
     def encode(
         self, prompt: str, state: Float[np.ndarray, " s"] | None = None
     ) -> tuple[Int[np.ndarray, " l"], Bool[np.ndarray, " l"]]:
-        """Tokens (int64) and mask (true = token, false = padding) of one prompt."""
+        """Return the tokens (int64) and the mask (true = token, false = padding) of one prompt."""
         tokens, mask = self.encode_batch([prompt], None if state is None else state[None])
         return tokens[0], mask[0]
 
@@ -66,7 +66,7 @@ class PromptTokenizer:
     def encode_batch(
         self, prompts: Sequence[str], states: Float[np.ndarray, "b s"] | None = None
     ) -> tuple[Int[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
-        """As ``encode`` for each prompt; equal texts are encoded once. ``states`` are normalized and not padded."""
+        """Encode every prompt like ``encode``, equal texts only once. ``states`` are normalized and not padded."""
         texts = list(prompts) if states is None else _with_state(prompts, states)
         index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         rows = np.array([index[text] for text in texts], dtype=np.int64)
@@ -80,7 +80,7 @@ class PromptTokenizer:
     def _encode_uncached(self, text: str, has_state: bool) -> tuple[int, ...]:
         if has_state:
             tokens = self._processor.encode(text, add_bos=True)
-        else:  # pi0's "start of answer": a newline, encoded on its own so that it never merges with the text
+        else:  # pi0 marks the start of the answer with a newline; encoded separately, it never merges with the text
             tokens = self._processor.encode(clean(text), add_bos=True) + self._processor.encode("\n")
         if len(tokens) > self.max_length:
             warnings.warn(
@@ -92,13 +92,13 @@ class PromptTokenizer:
 
 
 def clean(prompt: str) -> str:
-    """The text as openpi cleans it. The order matters: a newline at the end goes, one before "_" stays as a space."""
+    """Clean a text like openpi. The order matters: a final newline is removed, one before "_" becomes a space."""
     return prompt.strip().replace("_", " ").replace("\n", " ")
 
 
 @typed
 def state_bins(state: Float[np.ndarray, "*batch s"]) -> Int[np.ndarray, "*batch s"]:
-    """256 bins of equal width over [-1, 1]: 0..255. Below -1 gives -1, from 1 upwards 255, as in openpi."""
+    """Return the bin of each number: 0..255, of equal width over [-1, 1]; -1 below, 255 from 1 on, as in openpi."""
     edges = np.linspace(-1.0, 1.0, NUM_STATE_BINS + 1)[:-1]
     return np.searchsorted(edges, state, side="right") - 1
 

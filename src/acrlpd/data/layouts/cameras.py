@@ -1,7 +1,7 @@
-"""Which keys of an episode file are cameras that can be read, which are left out, and what else is there.
+"""The choice of cameras in an episode file: the ones that are read, the ones that are left out, and other unused keys.
 
-A camera that is not asked for is never opened. By default all are read whose pictures are 8-bit colour; the others are
-left out with the reason, which is an error where they were asked for.
+A camera that is not asked for is never opened. By default all cameras with 8-bit colour pictures are read; the others
+are left out with a reason, which becomes an error if the user asked for them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from acrlpd.data.layouts import columns
 from acrlpd.data.layouts.columns import Jpegs, Pictures, Rows
 from acrlpd.data.pictures import PictureError
 
-KINDS = "fiubSVO"  # of numbers, and of the bytes of pictures
-BLOCK = 64  # pictures looked at together
+KINDS = "fiubSVO"  # dtype kinds of numbers and of encoded pictures
+BLOCK = 64  # pictures that are checked at a time
 Found = TypeVar("Found")
 
 
@@ -29,11 +29,11 @@ def choose(
 ) -> tuple[dict[str, Found], dict[str, str]]:
     """Open the cameras ``wanted``, by default all that hold 8-bit colour. Keys are ``images/<camera>``.
 
-    Returns what was opened, and the cameras that were not, each with the reason. No reason is given to someone who
-    wants no picture at all.
+    Return the opened cameras, and the reason for each camera that was not opened. If ``wanted`` is empty, the user
+    wants no pictures, and no reasons are returned.
 
     Raises:
-        OptionError: there is no such camera, or it holds no 8-bit colour.
+        OptionError: a wanted camera does not exist, or its pictures are not 8-bit colour.
     """
     missing = [camera for camera in wanted or () if camera not in openers]
     if missing:
@@ -57,10 +57,10 @@ def choose(
 def stored(
     where: str, group: h5py.Group, label: str, *, flip: tuple[int, ...] = (), bgr: bool = False
 ) -> Pictures | Jpegs:
-    """Return the pictures of a dataset: raw ones, or a JPEG or PNG a row, padded, of fixed or of variable length.
+    """Return the pictures of a dataset: raw ones, or one JPEG or PNG per row, padded, of fixed or variable length.
 
     Raises:
-        PictureError: they are not 8-bit colour.
+        PictureError: the pictures are not 8-bit colour.
     """
     data = columns.dataset(where, group, label)
     rows = Rows.at(data, label)
@@ -69,14 +69,14 @@ def stored(
         return Pictures(encoded, flip) if flip else encoded
     raw = Pictures(rows, flip)
     pictures.rgb_shape(rows.row_shape, rows.dtype)
-    if rows.kind == "f":  # which are colour if they all lie in 0..1
+    if rows.kind == "f":  # floats are colours only if all of them lie in 0..1
         for start in range(0, len(rows), BLOCK):
             pictures.rgb_rows(rows.read(start, min(start + BLOCK, len(rows))))
     return raw
 
 
 def _is_encoded(data: h5py.Dataset) -> bool:
-    """Whether rows are bytes of files: two axes of uint8, or one of byte strings or of rows of variable length."""
+    """Return whether the rows are image files: uint8 with two axes, byte strings, or rows of variable length."""
     opaque = data.dtype.kind == "S" or (data.dtype.kind == "V" and data.dtype.names is None)
     variable = h5py.check_vlen_dtype(data.dtype) == np.uint8
     return (data.ndim == 1 and (opaque or variable)) or (data.ndim == 2 and data.dtype == np.uint8)
@@ -91,11 +91,11 @@ def check_keys(
     asked: bool,
     below: Sequence[str] = ("",),
 ) -> None:
-    """Raise where one of the keys of the state or the actions is no dataset; tell those that are there (``below``).
+    """Refuse keys of the state or the actions that are no datasets. The error lists those that are (``below``).
 
     Raises:
-        OptionError: the user ``asked`` for it with ``option``.
-        ValueError: it is one of the format's own.
+        OptionError: the user ``asked`` for the key with ``option``.
+        ValueError: the key is one of the format's defaults.
     """
     missing = [label for label in labels if not isinstance(columns.find(where, group, label), h5py.Dataset)]
     if not missing:
@@ -109,7 +109,7 @@ def check_keys(
 
 
 def unused(group: h5py.Group, used: Collection[str], below: Sequence[str] = ("",)) -> list[str]:
-    """Describe the numbers and pictures of a group, or those ``below`` some names in it, without those ``used``."""
+    """Describe the unused numbers and pictures of a group; only those whose names begin with one in ``below``."""
     found: dict[str, str] = {}
 
     def note(name: str, item: h5py.Dataset | h5py.Group) -> None:

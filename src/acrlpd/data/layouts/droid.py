@@ -1,11 +1,11 @@
-"""DROID's raw episodes: a tree of folders, each with ``trajectory.h5``, ``metadata_<uuid>.json`` and videos.
+"""DROID's raw episodes are a tree of folders, each with ``trajectory.h5``, ``metadata_<uuid>.json`` and videos.
 
     <root>/<success|failure>/<date>/<time>/trajectory.h5        numbers, 15 Hz, time first
                                           /recordings/MP4/<serial>.mp4
     <root>/aggregated-annotations-030724.json                   {uuid: {language_instruction1, ...}}
 
-State: 7 joint angles (rad) and the gripper (0 open, 1 closed). Actions: 7 joint velocities (1 is 0.2 rad a step) and
-the gripper's target. Step t is frame number t of each video. Cameras are called as in openpi's DROID data set.
+State: 7 joint angles (rad) and the gripper (0 open, 1 closed). Actions: 7 joint velocities (1 is 0.2 rad per step) and
+the gripper's target. Step t is frame number t of each video. Cameras have the names of openpi's DROID data set.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ FILE = "trajectory.h5"
 FPS = 15.0
 STATE_KEYS = ("joint_positions", "gripper_position")
 ACTION_KEYS = ("joint_velocity", "gripper_position")
-NUMBERS = ("action/", "observation/robot_state/")  # where the keys of state and actions lie
-COPY = "action/robot_state/"  # of the state, at the time of the action
+NUMBERS = ("action/", "observation/robot_state/")  # groups with the keys of the state and the actions
+COPY = "action/robot_state/"  # a copy of the state at the time of the action
 CLOCK = "observation/timestamp/control/step_start"  # ms
 INSTRUCTION = "language_instruction1"
 WRIST = "wrist_image_left"
@@ -41,10 +41,10 @@ EXTERIOR = "exterior_image_{number}_left"
 
 
 class Droid:
-    """Every episode below a folder, sorted by path. Links to folders are followed; each folder counts once.
+    """All episodes below a folder, sorted by path. Links to folders are followed; each folder counts once.
 
-    ``state_keys`` are below ``observation/robot_state``, ``action_keys`` below ``action``. With ``drop_idle``, steps at
-    which the operator was not driving are left out.
+    ``state_keys`` lie below ``observation/robot_state``, ``action_keys`` below ``action``. ``drop_idle`` leaves out the
+    steps at which the operator was not driving.
     """
 
     name = "droid"
@@ -96,7 +96,7 @@ class Droid:
         return [told for told in found if not told.startswith(COPY)]
 
     def _labels(self) -> tuple[list[str], list[str]]:
-        """The keys of state and actions."""
+        """Return the keys of the state and of the actions."""
         state = [f"observation/robot_state/{key}" for key in self._options.state_keys or STATE_KEYS]
         return state, [f"action/{key}" for key in self._options.action_keys or ACTION_KEYS]
 
@@ -111,12 +111,12 @@ class Droid:
 
 
 def trajectories(root: Path) -> Iterator[Path]:
-    """Every ``trajectory.h5`` below a folder, behind links too; a folder with two ways to it comes twice."""
+    """Yield every ``trajectory.h5`` below a folder, also behind links; a folder with two paths to it comes twice."""
     return (root / place[1:] for place, _ in files_below(root) if place.endswith(f"/{FILE}"))
 
 
 def _folders(root: Path) -> list[Path]:
-    """Each folder by one way: where it lies itself, else the first of the links."""
+    """Return each folder under one path: its own place below ``root`` if it lies there, else the first link to it."""
     real_root = root.resolve()
     places = {path.parent: path.parent.resolve() for path in sorted(trajectories(root))}
     direct = {folder for folder, place in places.items() if place == real_root / folder.relative_to(root)}
@@ -127,13 +127,13 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _metadata(folder: Path) -> tuple[str, Mapping[str, Any]]:
-    """The episode's uuid and what its JSON says; both empty where there is none."""
+    """Return the episode's uuid and the content of its JSON file; both are empty if there is none."""
     found = sorted(folder.glob("metadata_*.json"))
     return (found[0].stem.removeprefix("metadata_"), files.read_json(found[0])) if found else ("", {})
 
 
 def _check_clock(where: str, file: h5py.File, steps: int) -> None:
-    """Steps start one after the other, where the file says when. How long they take varies."""
+    """Check that the start times of the steps ascend, if the file has them. Durations of steps may vary."""
     if columns.find(where, file, CLOCK) is None:
         return
     times = columns.vector(where, file, CLOCK)
@@ -148,9 +148,9 @@ def _check_clock(where: str, file: h5py.File, steps: int) -> None:
 
 
 def _cameras(where: str, file: h5py.File) -> tuple[dict[str, str], dict[str, str]]:
-    """Serial number by camera: type 0 is the wrist, the others are exterior cameras in ascending order.
+    """Return the serial number of each camera: type 0 is the wrist, the others are exterior, in ascending order.
 
-    Beside them, the reason for each camera that has no name: a second one on the wrist.
+    The second dictionary has the reason for each camera without a name: it is a second one on the wrist.
     """
     group = "observation/camera_type"
     if not isinstance(columns.find(where, file, group), h5py.Group):
@@ -168,7 +168,7 @@ def _serial_order(serial: str) -> tuple[int, str]:
 
 
 def _success(where: str, file: h5py.File, metadata: Mapping[str, Any], place: Path) -> bool | None:
-    """From the first source that knows: attribute, JSON, controller, name of a folder."""
+    """Return the success from the first source that has it: attribute, JSON, controller, name of a folder."""
     for source in (file.attrs, metadata):
         if (found := columns.flag(where, "success", source.get("success"))) is not None:
             return found
@@ -180,12 +180,12 @@ def _success(where: str, file: h5py.File, metadata: Mapping[str, Any], place: Pa
 
 
 def _driven(where: str, file: h5py.File) -> np.ndarray:
-    """Numbers of the steps at which the operator was driving."""
+    """Return the numbers of the steps at which the operator was driving."""
     return np.flatnonzero(columns.vector(where, file, "observation/controller_info/movement_enabled"))
 
 
 def _ended_with_videos(where: str, record: Record) -> Record:
-    """The episode ends where its shortest video does. A video that is longer than the episode loses its tail."""
+    """End the episode where its shortest video ends, and cut longer videos to the length of the episode."""
     steps = len(record)
     shortest = min(record.columns, key=lambda key: len(record.columns[key]))
     kept = len(record.columns[shortest])
@@ -197,7 +197,7 @@ def _ended_with_videos(where: str, record: Record) -> Record:
 
 
 def _picked(where: str, record: Record, steps: np.ndarray | None) -> Record:
-    """The record with some of its steps alone; None is all of them."""
+    """Return the record with only these steps; None keeps all of them."""
     if steps is None:
         return record
     steps = steps[steps < len(record)]
@@ -209,7 +209,7 @@ def _picked(where: str, record: Record, steps: np.ndarray | None) -> Record:
 
 
 def _pick(column: Column, steps: np.ndarray) -> Column:
-    """Keeps the parts of a joined column apart: their shapes must agree across episodes one by one."""
+    """Pick steps of a column. Joined parts stay separate, because each one's shape must agree across episodes."""
     if isinstance(column, Joined):
         return Joined(tuple(Picked(part, steps) for part in column.parts))
     return Picked(column, steps)

@@ -1,4 +1,4 @@
-"""robomimic, one HDF5 file a data set, and LIBERO's demonstrations, which share its layout with other names.
+"""robomimic's layout, one HDF5 file per data set. LIBERO's demonstrations have the same layout with other names.
 
     /data                attributes: total, env_args (JSON)
     /data/demo_<i>       attributes: num_samples, ep_meta (JSON, newer files)
@@ -7,14 +7,14 @@
 
 The last row of ``next_obs`` is the final observation of the demo; the others repeat ``obs``.
 
-``dones`` tells neither the end of an episode nor success (it depends on how the file was made) and is not read.
+``dones`` marks neither the end of an episode nor success (it depends on how the file was made) and is not read.
 
 LIBERO stores its pictures upside down and mirrored; they are turned here. Its recorder stored each observation *after*
 the action of its row. Rows are read as they are stored, unless ``align_observations`` pairs every action with the
-observation before it, which leaves out the first action and has the last observation for the final one.
+observation before it; this drops the first action and makes the last observation the final one.
 
-LIBERO names a file after its task, ``KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5``: that is the text where the file has
-none, as copies that were filtered do not.
+LIBERO names a file after its task, ``KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5``. The name gives the instruction if
+the file holds none, as in filtered copies.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ from acrlpd.data.episodes import IMAGE_PREFIX, first_text
 from acrlpd.data.layouts import cameras, columns
 from acrlpd.data.layouts.columns import Column, Converted, Joined, Options, Picked, Reading, Record
 
-ARM = r"(robot(\d+)(_right|_left)?)_eef_pos"  # one key of each arm; robosuite's robots with two arms name the side
-ARM_KEYS = ("eef_pos", "eef_quat", "gripper_qpos")  # of every arm
+ARM = r"(robot(\d+)(_right|_left)?)_eef_pos"  # every arm has this key; robosuite's two-armed robots add the side
+ARM_KEYS = ("eef_pos", "eef_quat", "gripper_qpos")  # the state has these keys of every arm
 LIBERO_STATE_KEYS = ("ee_pos", "ee_ori", "gripper_states")
 ACTION_KEYS = ("actions",)
-BOOKKEEPING = ("rewards", "dones", "states")  # of a demo, and the observations after each step: no policy reads them
+BOOKKEEPING = ("rewards", "dones", "states")  # keys of a demo that no policy reads
 
 
 class Robomimic:
-    """The demos of one or several files, by file and number. ``state_keys`` are below ``obs``, or else of the demo.
+    """The demos of one or several files, sorted by file and number. ``state_keys`` lie below ``obs`` or the demo.
 
-    Without them, the state is pi0's, of all arms: ``ARM_KEYS``, with the quaternion as a rotation vector. Keys that are
-    named are read as they are stored. ``<key>_image`` and ``<key>_rgb`` below ``obs`` are cameras, and so is any key
-    that is named as one.
+    By default the state is the one pi0 uses, over all arms: ``ARM_KEYS``, with the quaternion as a rotation vector.
+    Keys named by the user are read as they are stored. ``<key>_image`` and ``<key>_rgb`` below ``obs`` are cameras, and
+    so is every key that the user names as one.
     """
 
     def __init__(self, paths: Sequence[Path], options: Options):
         self._options = options
         self._demos: list[tuple[Path, str]] = []
         self._tasks: dict[Path, str] = {}
-        self._marks: dict[Path, str] = {}  # what tells a file's task from another's
+        self._marks: dict[Path, str] = {}  # text that distinguishes a file's task from the others
         self._flips: dict[Path, tuple[int, ...]] = {}
         self.fps = options.fps
-        self._faults: dict[Path, str] = {}  # of files that cannot be read; each stands for one episode
+        self._faults: dict[Path, str] = {}  # errors of unreadable files; each such file stands for one episode
         libero = self._add_files(paths)
         if len(libero) > 1:
             raise ValueError(f"{paths[0].parent}: expected files of one kind, found robomimic's and LIBERO's")
@@ -102,7 +102,7 @@ class Robomimic:
     def _final(
         self, where: str, demo: h5py.Group, index: int, state: Sequence[str], pictures: Sequence[str]
     ) -> dict[str, Column]:
-        """What was seen after the last action, where ``next_obs`` has all keys of the observations."""
+        """Return the observation after the last action, if ``next_obs`` has all keys of the observations."""
         known = self._cameras(where, demo)
         labels = {key: known[key.removeprefix(IMAGE_PREFIX)] for key in pictures}
         wanted = [*state, *labels.values()]
@@ -125,7 +125,7 @@ class Robomimic:
             return [told for told in cameras.unused(demo, known) if not told.startswith("next_obs/")]
 
     def _labels(self, where: str, demo: h5py.Group) -> tuple[list[str], list[str]]:
-        """The keys of state and actions, below the demo."""
+        """Return the keys of the state and of the actions, below the demo."""
         options, there = self._options, columns.names(where, demo, "obs")
         if options.state_keys is not None:
             state = [_label(demo, key) for key in options.state_keys]
@@ -136,13 +136,13 @@ class Robomimic:
         return state, list(options.action_keys or ACTION_KEYS)
 
     def _cameras(self, where: str, demo: h5py.Group) -> dict[str, str]:
-        """The key of each camera: ``<camera>_image``, in LIBERO ``<camera>_rgb``, and those named as cameras."""
+        """Return the key of each camera: ``<camera>_image``, in LIBERO ``<camera>_rgb``, and keys named by the user."""
         usual = [key for key in columns.names(where, demo, "obs") if key.endswith(("_image", "_rgb"))]
         named = {key: _label(demo, key) for key in self._options.cameras or ()}
         return {key: f"obs/{key}" for key in usual} | {key: label for key, label in named.items() if label in demo}
 
     def _add_files(self, paths: Sequence[Path]) -> set[bool]:
-        """As ``_add_file``. A file that cannot be read is told, or left out, when its turn comes."""
+        """Add every file. An unreadable one counts as one bad episode, which is reported or skipped when scanned."""
         libero = set()
         for path in paths:
             try:
@@ -155,7 +155,7 @@ class Robomimic:
         return libero
 
     def _add_file(self, path: Path) -> bool:
-        """Notes the file's demos and text; returns whether it is LIBERO's."""
+        """Note the file's demos and task text; return whether the file is LIBERO's."""
         where = str(path)
         with Reading(path) as file:
             demos = _demo_names(where, file, self._options.filter_key)
@@ -168,20 +168,20 @@ class Robomimic:
                 columns.find(where, file, f"data/{demo}/obs/agentview_rgb") is not None for demo in demos
             )
             convention = attributes.get("macros_image_convention", "opengl")
-            # pi0's pictures are mirrored; OpenGL's have the rows upside down as well.
+            # pi0 was trained on mirrored pictures; in OpenGL's convention the rows are upside down as well.
             upside_down = columns.text(where, "macros_image_convention", convention) == "opengl"
             self.fps = self.fps or _control_rate(where, arguments)
         self._demos += [(path, demo) for demo in demos]
         stated = str(problem.get("language_instruction") or arguments.get("env_lang") or "")
         self._tasks[path] = first_text(stated, _task_in_name(path) if libero else "")
-        # robomimic's files of one environment are of one task; LIBERO's have a task each
+        # robomimic has one task per environment, LIBERO one task per file
         self._marks[path] = path.name if libero or not environment else f"environment {environment}"
         self._flips[path] = ((0, 1) if upside_down else (1,)) if libero else ()
         return libero
 
 
 def _demo_names(where: str, file: h5py.File, filter_key: str | None) -> list[str]:
-    """The demos, or those that the filter key names, by number: text order puts demo_10 before demo_2."""
+    """Return the demos, or those of the filter key, sorted by number: text order would put demo_10 before demo_2."""
     stored = [name for name in columns.names(where, file, "data") if re.fullmatch(r"demo_\d+", name)]
     if filter_key is not None:
         if not isinstance(columns.find(where, file, f"mask/{filter_key}"), h5py.Dataset):
@@ -204,7 +204,7 @@ def _demo_names(where: str, file: h5py.File, filter_key: str | None) -> list[str
 
 
 def _task_in_name(path: Path) -> str:
-    """Return the text that LIBERO named a file after; empty where the name has another form."""
+    """Return the task text in the name of a LIBERO file; empty if the name has another form."""
     found = re.fullmatch(
         r"(?P<scene>[A-Z_]+_SCENE\d+_)?(?P<words>[A-Za-z0-9]+(_[A-Za-z0-9]+)+?)(?P<end>_demo)?", path.stem
     )
@@ -212,7 +212,7 @@ def _task_in_name(path: Path) -> str:
 
 
 def _next(label: str) -> str:
-    """The key of the same observation one step later."""
+    """Return the key of the same observation one step later."""
     return f"next_obs/{label.removeprefix('obs/')}"
 
 
@@ -229,14 +229,14 @@ def _state(where: str, demo: h5py.Group, label: str, *, convert: bool) -> Column
 
 
 def _arms(there: Sequence[str]) -> list[str]:
-    """The arms that have keys, by number, the right one first; robot0 where none has."""
+    """Return the arms that have keys, sorted by number, the right one first; robot0 if none has any."""
     found = [arm for key in there if (arm := re.fullmatch(ARM, key))]
     found.sort(key=lambda arm: (int(arm[2]), arm[3] != "_right"))
     return [arm[1] for arm in found] or ["robot0"]
 
 
 def _label(demo: h5py.Group, key: str) -> str:
-    """Where a key lies that the user named: below ``obs``, or else where it says in the demo."""
+    """Return the path of a key that the user named: below ``obs`` if it is there, else directly below the demo."""
     return key if f"obs/{key}" not in demo and key in demo else f"obs/{key}"
 
 
@@ -248,10 +248,10 @@ def _check_num_samples(where: str, demo: h5py.Group, stored: int) -> None:
 
 
 def _check_total(where: str, data: h5py.Group) -> None:
-    """A warning only: copies with some demos taken out keep the old number, and nothing is read by it."""
+    """Only warn: copies from which demos were removed keep the old total, and the reader does not use it."""
     total = data.attrs.get("total")
     stated = [demo.attrs.get("num_samples", 0) for demo in _groups(where, data)]
-    counted = sum(steps for steps in stated if isinstance(steps, int | np.number))  # others: told with their demo
+    counted = sum(steps for steps in stated if isinstance(steps, int | np.number))  # others fail with their demo
     if total is not None and not np.array_equal(total, counted):
         told = f"{files.one_line(total):.100}"
         warnings.warn(f"{where}: attribute total of /data: {told} steps, but its demos have {counted}", stacklevel=2)
@@ -263,7 +263,7 @@ def _groups(where: str, data: h5py.Group) -> list[h5py.Group]:
 
 
 def _environment(where: str, attributes: h5py.AttributeManager) -> tuple[str, dict[str, Any]]:
-    """Read name and arguments of the environment; of these its text and rate are used."""
+    """Read the name and the arguments of the environment, which hold the task text and the control rate."""
     stated = columns.json_text(where, "env_args", attributes.get("env_args"))
     arguments = stated.get("env_kwargs") or {}
     if not isinstance(arguments, dict):
@@ -279,7 +279,7 @@ def _control_rate(where: str, arguments: dict[str, Any]) -> float | None:
 
 
 def _aligned(where: str, record: Record) -> Record:
-    """Row t is the observation of stored row t (the result of action t) with the action of row t + 1."""
+    """Pair the observation of stored row t, the result of action t, with the action of row t + 1."""
     steps = len(record)
     if steps < 2:
         raise ValueError(f"{where}: align_observations needs at least 2 steps, found {steps}")

@@ -1,4 +1,4 @@
-"""Batches from a whole data set, by its path: the loaders of the founding design, on the machinery of all others."""
+"""Loaders of a whole data set by its path, with the names of the founding design, built on ``ChunkLoader``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from acrlpd.data.loader import ChunkLoader, place
 from acrlpd.data.transforms import Compose, Transform
 from acrlpd.types import ChunkBatch
 
-PI0_HORIZON = 50  # steps that pi0 predicts
+PI0_HORIZON = 50  # number of steps that pi0 predicts
 
 
 class ACRLPDDataLoader(ChunkLoader):
-    """A ``ChunkLoader`` of all episodes of a data set in any format we read.
+    """A ``ChunkLoader`` over all episodes of a data set in any supported format.
 
     >>> loader = ACRLPDDataLoader("data/drawer", batch_size=256, horizon_length=5)
     >>> loader.sample_batch().actions.shape
@@ -26,11 +26,11 @@ class ACRLPDDataLoader(ChunkLoader):
 
     Args:
         data_dir: a path, an object of the ``lerobot`` library, or an open source.
-        transform: from the data set's units to the model's; None hands out raw numbers.
+        transform: converts the data set's units to the model's; None returns raw numbers.
         device_placement: ``"auto"`` splits the batches of ``sample_batch`` over all devices of all processes, each of
             which reads its share; ``"none"`` leaves them in the host's memory.
         memory_bytes, num_workers: see ``windows.open_store``.
-        source_options: see ``sources.open_episodes``; not together with a source.
+        source_options: see ``sources.open_episodes``; not allowed with an open source.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class ACRLPDDataLoader(ChunkLoader):
             host_index=jax.process_index(),
             num_hosts=jax.process_count(),
         )
-        self.next_step = 0  # of ``sample_batch``; a resumed run sets it to the step it goes on with
+        self.next_step = 0  # the next batch of ``sample_batch``; a resumed run sets it to the step where it continues
         self._sharding = None
         if device_placement == "auto":
             self._sharding = NamedSharding(Mesh(np.array(jax.devices()), ("batch",)), PartitionSpec("batch"))
 
     def sample_batch(self) -> ChunkBatch:
-        """The batch of ``next_step``, which goes up by one. Rewards are raw, per step: see ``docs/algorithm.md``."""
+        """Return batch ``next_step`` and increment it. Rewards are raw and per step: see ``docs/algorithm.md``."""
         batch = self.batch(self.next_step)
         self.next_step += 1
         return batch if self._sharding is None else place(batch, self._sharding)
@@ -81,9 +81,9 @@ class ACRLPDDataLoader(ChunkLoader):
 
 
 class LeRobotACRLPDDataLoader(ACRLPDDataLoader):
-    """The same for a LeRobot dataset: a folder, an object of the ``lerobot`` library, or a ``LeRobotSource``.
+    """An ``ACRLPDDataLoader`` of a LeRobot dataset: a folder, a ``lerobot`` library object, or a ``LeRobotSource``.
 
-    ``horizon_length`` is pi0's, unless another one is given.
+    The default ``horizon_length`` is pi0's.
     """
 
     def __init__(
@@ -106,5 +106,5 @@ class LeRobotACRLPDDataLoader(ACRLPDDataLoader):
 def create_lerobot_acrlpd_dataloader(
     lerobot_dataset: Any, batch_size: int, horizon_length: int, **options: Any
 ) -> LeRobotACRLPDDataLoader:
-    """Another way to say ``LeRobotACRLPDDataLoader(...)``, which has the options."""
+    """Return ``LeRobotACRLPDDataLoader(...)``; see there for the options."""
     return LeRobotACRLPDDataLoader(lerobot_dataset, batch_size, horizon_length, **options)

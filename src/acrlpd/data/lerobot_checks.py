@@ -1,4 +1,4 @@
-"""What must hold of one episode of a LeRobot dataset. Errors say what is wrong; the caller adds file and episode."""
+"""Checks of one episode of a LeRobot dataset. Errors say what is wrong; the caller adds file and episode."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from acrlpd.data.lerobot_meta import INDEX, TIMESTAMP, EpisodeRow, is_numeric
 from acrlpd.data.parquet import DataError
 from acrlpd.data.pictures import PictureError
 
-Cell = Mapping[str, Any] | bytes | np.ndarray | None  # ``{bytes, path}`` or bytes of a PNG or JPEG, or raw pixels
+Cell = Mapping[str, Any] | bytes | np.ndarray | None  # a PNG or JPEG as ``{bytes, path}`` or bytes, or raw pixels
 
 DAMAGE = (OSError, SyntaxError, ValueError, struct.error)  # Pillow raises each of them for damaged files
 
 
 def first_row(row: EpisodeRow, table: dict[str, np.ndarray]) -> int:
-    """Where in its file an episode begins; raises unless it has exactly the rows that the table gives it."""
+    """Return the row of its file at which an episode begins; raise unless it has exactly the rows in the table."""
     for key in (INDEX, "episode_index"):
         if table[key].dtype.kind not in "iu":
             raise DataError(f"{key}: expected whole numbers, found {table[key].dtype}")
@@ -48,7 +48,7 @@ def first_row(row: EpisodeRow, table: dict[str, np.ndarray]) -> int:
 
 
 def _check_own_rows(row: EpisodeRow, episodes: np.ndarray, indices: np.ndarray) -> None:
-    """All rows of a file that holds one episode are of that episode, and none is missing or out of order."""
+    """Check that all rows of a single-episode file belong to it, and that none is missing or out of order."""
     foreign = np.flatnonzero(episodes != row.number)
     if len(foreign):
         frame = int(foreign[0])
@@ -65,7 +65,7 @@ def _check_own_rows(row: EpisodeRow, episodes: np.ndarray, indices: np.ndarray) 
 
 
 def check_values(key: str, values: np.ndarray, features: dict[str, dict[str, Any]]) -> None:
-    """Shape, kind of number, and that all are finite as float32, which they become."""
+    """Check the shape and the dtype kind of a column, and that all values are finite as float32."""
     if key not in features:
         raise DataError(f"{key}: info.json does not list this column")
     if not is_numeric(features[key]["dtype"]):
@@ -84,10 +84,10 @@ def check_values(key: str, values: np.ndarray, features: dict[str, dict[str, Any
 
 
 def check_clock(rows: dict[str, np.ndarray], fps: float, tolerance_s: float) -> None:
-    """``frame_index`` counts from 0, and every timestamp lies 1/fps after the one before it.
+    """Check that ``frame_index`` counts from 0, and that every timestamp lies 1/fps after the one before it.
 
-    A timestamp is a float32, which after 17 minutes knows the time no better than the tolerance: its spacing is allowed
-    as well.
+    A timestamp is a float32; after 17 minutes its resolution is no better than the tolerance. Therefore its spacing is
+    added to the tolerance.
     """
     length = len(rows[TIMESTAMP])
     if not np.array_equal(rows["frame_index"].ravel(), np.arange(length)):
@@ -104,7 +104,7 @@ def check_clock(rows: dict[str, np.ndarray], fps: float, tolerance_s: float) -> 
 
 
 def check_start(rows: dict[str, np.ndarray], tolerance_s: float) -> None:
-    """Refuse a first timestamp that is not 0: frames of a video are looked up by it, from where the episode begins."""
+    """Refuse a first timestamp that is not 0: video frames are looked up by the time since the episode began."""
     first = float(rows[TIMESTAMP].ravel()[0])
     if abs(first) > tolerance_s:
         raise DataError(
@@ -114,7 +114,7 @@ def check_start(rows: dict[str, np.ndarray], tolerance_s: float) -> None:
 
 
 def decode_images(cells: Sequence[Cell], first: int, size: tuple[int, int]) -> UInt8[np.ndarray, "t h w 3"]:
-    """The pictures in cells, as RGB, all of ``size`` (height, width); ``first`` is the number of the first frame."""
+    """Decode cells to RGB; all have ``size`` (height, width). ``first`` is the number of the first frame."""
     files.check_memory("pictures", len(cells) * math.prod(size) * 3, DataError)
     frames = np.empty((len(cells), *size, 3), np.uint8)
     for frame, (cell, picture) in enumerate(zip(cells, frames, strict=True), start=first):
@@ -134,12 +134,12 @@ def _decoded(cell: Cell, frame: int) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def check_image(cell: Cell, frame: int, size: tuple[int, int]) -> None:
-    """Whether a picture is there and has this size (height, width), from its header."""
+    """Raise unless a picture is there and its header says this size (height, width)."""
     _check_size(_size(cell, frame), frame, size)
 
 
 def check_colour(cell: Cell) -> None:
-    """Raise ``PictureError`` unless an episode's first picture is 8-bit colour."""
+    """Raise ``PictureError`` unless the first picture of an episode is 8-bit colour."""
     if isinstance(cell, np.ndarray):
         pictures.rgb_rows(cell[None])
         return
@@ -155,7 +155,7 @@ def _check_size(found: tuple[int, int], frame: int, size: tuple[int, int]) -> No
 
 
 def image_size(cell: Cell) -> tuple[int, int]:
-    """Height and width of the picture in an episode's first cell, from its header."""
+    """Read height and width from the header of the picture in an episode's first cell."""
     return _size(cell, 0)
 
 
@@ -175,7 +175,7 @@ def told_size(size: Sequence[int] | None) -> str:
 
 @contextmanager
 def _opened_image(cell: Mapping[str, Any] | bytes | None, frame: int) -> Iterator[Image.Image]:
-    """Damage becomes an error that names the frame."""
+    """Open the picture in a cell; damage becomes an error that names the frame."""
     cell = {"bytes": cell} if isinstance(cell, bytes) else cell
     if not isinstance(cell, Mapping | None):
         raise DataError(f"frame {frame}: expected a cell with bytes and path, found {type(cell).__name__}")

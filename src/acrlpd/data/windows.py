@@ -1,7 +1,7 @@
-"""Training data that need not fit into memory: what can be mapped is, other rows are read when a batch asks for them.
+"""Training data that need not fit into memory: rows are mapped if possible, others are read when a batch needs them.
 
-Pictures that were read stay in memory up to a limit, by episode, the least recently used going first. Reading, which
-for videos means decoding, may be spread over processes. Neither changes what a batch holds.
+Pictures that were read are cached by episode up to a limit; the least recently used episode is dropped first. Reading,
+which for videos means decoding, may be spread over processes. Neither changes the content of a batch.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from acrlpd.data import processes
 from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeSource, EpisodeStore
 from acrlpd.data.rows import Rows
 
-COPIED_BYTES = 64 << 20  # so few are safe from whoever writes to the files meanwhile, and cost nothing
+COPIED_BYTES = 64 << 20  # data up to this size is copied: cheap, and safe if the files change meanwhile
 NUMBERS = ("state", "actions", "rewards", "terminals")
-JOBS_PER_WORKER = 4  # of one read: few enough to send, enough for workers to finish together
+JOBS_PER_WORKER = 4  # groups of jobs in one read: few enough to send, enough that workers finish together
 
 
 def open_store(source: EpisodeSource, *, memory_bytes: int | None = None, num_workers: int = 0) -> EpisodeStore:
-    """The episodes of ``source`` for training, with as much of them in memory as ``memory_bytes`` allows.
+    """Open the episodes of ``source`` for training, with as much of them in memory as ``memory_bytes`` allows.
 
-    Few bytes are copied into memory. Of more, what the source can map is left in its files (see ``mapped``). The rest
-    is loaded where all of it fits, else its numbers are (rewards first, states last), and what remains is read when it
-    is asked for. Half of the machine's memory is the limit if none is given. ``num_workers`` processes read; 0 reads in
-    the caller's.
+    Small data sets are copied into memory. Of larger ones, keys that the source can map stay in its files (see
+    ``mapped``). The rest is loaded if all of it fits; else only its numbers are, smallest key first, and everything
+    else is read on demand. The default limit is half of the machine's memory. ``num_workers`` processes read; with 0
+    the calling process does.
     """
     check_videos(source)
     store = _stored(source, _physical_memory() // 2 if memory_bytes is None else memory_bytes, num_workers)
@@ -44,7 +44,7 @@ def open_store(source: EpisodeSource, *, memory_bytes: int | None = None, num_wo
 def open_stores(
     sources: Sequence[EpisodeSource], *, memory_bytes: int | None = None, num_workers: int = 0
 ) -> list[EpisodeStore]:
-    """The same of several sources, which share ``memory_bytes`` by their sizes. Each that reads has its own workers."""
+    """Open several sources, which share ``memory_bytes`` in proportion to their sizes; each has its own workers."""
     limit = _physical_memory() // 2 if memory_bytes is None else memory_bytes
     sizes = [_row_bytes(source) * int(np.sum(source.lengths)) for source in sources] if len(sources) > 1 else [1]
     return [
@@ -82,7 +82,7 @@ def _stored(source: EpisodeSource, limit: int, num_workers: int) -> EpisodeStore
 
 
 def _kept(needed: Mapping[str, int], limit: int) -> tuple[set[str], int]:
-    """The keys to load, all or numbers alone, and the bytes that are left."""
+    """Return the keys to load, which are all keys or only numbers, and the bytes that are left."""
     if sum(needed.values()) <= limit:
         return set(needed), limit - sum(needed.values())
     kept: set[str] = set()
@@ -100,31 +100,31 @@ def keys(source: EpisodeSource) -> list[str]:
 @runtime_checkable
 class MappableSource(Protocol):
     def mapped(self) -> Mapping[str, Rows | np.ndarray]:
-        """All rows of those keys that need not be read."""
+        """Return all rows of the keys that need not be read."""
         ...
 
 
 @runtime_checkable
 class FilmedSource(Protocol):
     def check_videos(self) -> None:
-        """Raises where a video has other frames than its episodes, or another size than the others."""
+        """Raise if a video does not have the frames of its episodes, or has another size than the others."""
         ...
 
 
 def check_videos(source: Any) -> None:
-    """For those who are about to read pictures of all episodes; nothing where a source has no videos."""
+    """Check the videos of a source, if it has any. Call this before reading the pictures of all episodes."""
     if isinstance(source, FilmedSource):
         source.check_videos()
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceRows:
-    """One key of all episodes, indexed as an array is: by row numbers, or a slice."""
+    """One key of all episodes, indexed like an array by row numbers or a slice."""
 
     reader: WindowReader
     key: str
     shape: tuple[int, ...]
-    nbytes: int = 0  # the reader's cache is counted by the reader
+    nbytes: int = 0  # the reader counts its own cache
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -143,10 +143,10 @@ class SourceRows:
 
 
 class WindowReader:
-    """Rows of a source by number, over all its episodes. Safe to use from threads, which take turns.
+    """A reader of rows by number, counted over all episodes of a source. Threads may share it; they take turns.
 
     Args:
-        cache_bytes: how much of the pictures read may stay in memory. Numbers are left to the system's file cache.
+        cache_bytes: limit of the pictures kept in memory. Numbers are left to the system's file cache.
         num_workers: processes that read. Each opens its own files, and imports what the source needs (about 200 MB).
     """
 
@@ -167,7 +167,7 @@ class WindowReader:
         return self._hits / max(self._asked, 1)
 
     def read(self, key: str, rows: Int[np.ndarray, " r"]) -> Shaped[np.ndarray, "r *shape"]:
-        """Rows in the order asked for; the same one may be asked for several times."""
+        """Return the rows in the order of ``rows``, which may repeat numbers."""
         if not len(rows):
             return self._source.window(0, key, 0, 0)
         with self._lock:
@@ -217,20 +217,20 @@ class WindowReader:
             yield from self._pool.map(_fetch_adopted, jobs, chunksize=size)
 
 
-_Job = tuple[int, str, np.ndarray]  # episode, key, steps in rising order
+_Job = tuple[int, str, np.ndarray]  # episode, key, steps in ascending order
 
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """What is asked of one episode."""
+    """The rows of one episode that a read asks for."""
 
     episode: int
-    places: Int[np.ndarray, " n"]  # in the result
-    steps: Int[np.ndarray, " n"]  # rising, some perhaps several times
+    places: Int[np.ndarray, " n"]  # positions in the result
+    steps: Int[np.ndarray, " n"]  # ascending, possibly repeated
 
 
 class _Held:
-    """Rows by key, episode and step; where room is wanted, the episode used longest ago goes."""
+    """A cache of rows by key, episode and step; when it is full, the least recently used episode is dropped."""
 
     def __init__(self, max_bytes: int):
         self._max_bytes = max_bytes
@@ -241,11 +241,11 @@ class _Held:
         return self._rows.get((key, episode), {})
 
     def add(self, key: str, episode: int, rows: Mapping[int, np.ndarray]) -> None:
-        """Also marks the episode as used."""
+        """Add rows of an episode and mark it as used."""
         kept = self._rows.setdefault((key, episode), {})
         self._rows.move_to_end((key, episode))
         for step, row in rows.items():
-            kept[step] = row.copy()  # a view would keep all that was read with it
+            kept[step] = row.copy()  # a view would keep the whole block in memory
             self._nbytes += row.nbytes
         while self._nbytes > self._max_bytes:
             self._nbytes -= sum(row.nbytes for row in self._rows.popitem(last=False)[1].values())
@@ -257,7 +257,7 @@ def _missing(group: _Group, kept: Mapping[int, np.ndarray]) -> Int[np.ndarray, "
 
 
 def _fetch(source: EpisodeSource, episode: int, key: str, steps: np.ndarray) -> np.ndarray:
-    """The steps, read by runs of neighbours."""
+    """Read the steps, one window for each run of consecutive ones."""
     runs = np.split(steps, np.flatnonzero(np.diff(steps) > 1) + 1)
     return _joined(source.window(episode, key, int(run[0]), int(run[-1]) + 1) for run in runs)
 
@@ -280,7 +280,7 @@ def _fetch_adopted(job: _Job) -> np.ndarray:
 
 
 def _loaded(source: EpisodeSource, key: str, like: np.ndarray) -> np.ndarray:
-    """All rows of one key, in memory."""
+    """Load all rows of one key into memory."""
     rows = np.empty((int(np.sum(source.lengths)), *like.shape[1:]), like.dtype)
     end = 0
     for index, length in enumerate(source.lengths.tolist()):

@@ -1,11 +1,11 @@
-"""ALOHA and ACT: one HDF5 file an episode (``episode_0.hdf5``), without rate, text, reward or success.
+"""ALOHA's and ACT's layout: one HDF5 file per episode (``episode_0.hdf5``), without rate, text, reward or success.
 
-    /observations/qpos, qvel, effort   (T, 14)         what the followers measured
-    /observations/images/<camera>      (T, h, w, 3)    raw RGB, or one JPEG a row: (T, bytes) padded with zeros, or (T,)
+    /observations/qpos, qvel, effort   (T, 14)         measured on the follower arms
+    /observations/images/<camera>      (T, h, w, 3)    raw RGB, or a JPEG per row: (T, bytes) padded with zeros, or (T,)
                                                        byte strings of fixed or variable length
-    /action                            (T, 14)         the leaders' joint targets, taken at the observation of their row
+    /action                            (T, 14)         joint targets from the leader arms, for the row's observation
 
-14 numbers are 6 joint angles (rad) and the gripper (0 closed, 1 open) of the left arm, then of the right one.
+The 14 numbers are 6 joint angles (rad) and the gripper (0 closed, 1 open) of the left arm, then of the right one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ACTION_KEYS = ("action",)
 
 
 class Aloha:
-    """Episodes of one robot or simulation. ``state_keys`` are below ``/observations``, ``action_keys`` below ``/``."""
+    """Episodes of one robot or simulation. ``state_keys`` lie below ``/observations``, ``action_keys`` below ``/``."""
 
     name = "aloha"
 
@@ -58,7 +58,7 @@ class Aloha:
             return cameras.unused(file, {*state, *actions, *images, "compress_len"})
 
     def _labels(self) -> tuple[list[str], list[str]]:
-        """The keys of state and actions."""
+        """Return the keys of the state and of the actions."""
         options = self._options
         state = [f"observations/{key}" for key in options.state_keys or STATE_KEYS]
         return state, list(options.action_keys or ACTION_KEYS)

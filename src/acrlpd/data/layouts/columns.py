@@ -1,6 +1,6 @@
 """Columns of an episode file, read window by window, and the checks that every HDF5 layout shares.
 
-A layout finds the episodes and says of which columns each one consists; ``acrlpd.data.hdf5`` does the rest.
+A layout finds the episodes and the columns of each one; ``acrlpd.data.hdf5`` does the rest.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from acrlpd.types import typed
 
 
 class Column(Protocol):
-    """One key of one episode: rows in time order."""
+    """One key of one episode, with its rows in time order."""
 
     @property
     def path(self) -> Path:
-        """The file it lies in."""
+        """The file that holds the column."""
         ...
 
     @property
     def label(self) -> str:
-        """Its name in the format, for messages."""
+        """The column's name in the format, for messages."""
         ...
 
     @property
@@ -44,67 +44,67 @@ class Column(Protocol):
 
     @property
     def kind(self) -> str:
-        """``numpy.dtype.kind``."""
+        """The ``numpy.dtype.kind`` of the stored numbers."""
         ...
 
     def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> Shaped[np.ndarray, "t *row"]:
-        """Rows ``start`` to ``stop`` (exclusive)."""
+        """Read the rows ``start`` to ``stop`` (exclusive)."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a layout knows of an episode whose numbers it has checked."""
+    """An episode whose numbers a layout has checked."""
 
     columns: dict[str, Column]  # state, actions and images/<camera>
-    task: str = ""  # empty: the format has no text for it
-    success: bool | None = None  # None: the format does not say
-    rewards: Float[np.ndarray, " t"] | None = None  # as stored; None where none are
-    terminals: Shaped[np.ndarray, " t"] | None = None  # as stored; our own layout alone has them
-    task_changes: tuple[tuple[int, str], ...] = ()  # as in ``Episode``; our own layout alone has them
-    task_mark: str = ""  # where the text is empty: what tells the task from others, such as its file
-    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)  # cameras that are not read, and why
-    final: dict[str, Column] = dataclasses.field(default_factory=dict)  # what was seen after the last action, one row
+    task: str = ""  # empty if the format has no instruction
+    success: bool | None = None  # None if the format does not say
+    rewards: Float[np.ndarray, " t"] | None = None  # as stored; None if there are none
+    terminals: Shaped[np.ndarray, " t"] | None = None  # as stored; only our own layout has them
+    task_changes: tuple[tuple[int, str], ...] = ()  # see ``Episode``; only our own layout has them
+    task_mark: str = ""  # distinguishes a task without a text from others, such as the name of its file
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)  # reason for each camera that is not read
+    final: dict[str, Column] = dataclasses.field(default_factory=dict)  # observation after the last action, one row
 
     def __len__(self) -> int:
         return len(self.columns["actions"])
 
     @property
     def features(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Row shape and dtype kind by name: what must agree across the episodes of a data set."""
+        """Row shape and dtype kind by name; they must agree across the episodes of a data set."""
         named = {key: column for key, column in self.columns.items() if not isinstance(column, Joined)}
         for column in self.columns.values():
             if isinstance(column, Joined):
                 named |= {part.label: part for part in column.parts}
         found = {name: (column.row_shape, column.kind) for name, column in named.items()}
-        return found if self.rewards is None else {**found, "rewards": ((), "f")}  # zeros where none are
+        return found if self.rewards is None else {**found, "rewards": ((), "f")}  # without any, they become zeros
 
 
 class Layout(Protocol):
-    """Where the episodes of a data set lie; found again by its index before any is skipped."""
+    """The episodes of a data set, as one format stores them. Indices also count episodes that are skipped later."""
 
     name: str
-    fps: float | None  # None: the format does not say
+    fps: float | None  # None if the format does not say
     sources: list[str]  # file (and group) of each episode
 
     def scan(self, index: int) -> Record:
-        """Reads and checks all numbers of an episode, and the headers of its pictures.
+        """Read and check all numbers of an episode, and the headers of its pictures.
 
         Raises:
-            ValueError: names file, episode and key.
+            ValueError: the episode cannot be used; the error names file, episode and key.
         """
         ...
 
     def unused(self, index: int) -> list[str]:
-        """Names the numbers and pictures of an episode that are of the kind of what is read, and are not read."""
+        """Name the numbers and pictures of an episode that could be read, but are not."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a user may choose about reading; see ``H5DatasetReader``."""
+    """The reader options that a user may choose; see ``H5DatasetReader``."""
 
     fps: float | None = None
     default_task: str = ""
@@ -123,14 +123,14 @@ class Options:
                 raise OptionError(f"{name} names no key. Leave it out for the default of the format.")
 
     def check(self, layout: str) -> None:
-        """Refuses options that mean nothing to ``layout``."""
+        """Refuse options that mean nothing to ``layout``."""
         for field in dataclasses.fields(self):
             if getattr(self, field.name):
                 check_format(field.name, layout)
 
 
 class Reading:
-    """An open HDF5 file in which every I/O error names the file and says what is likely wrong."""
+    """A context manager that opens an HDF5 file; every I/O error inside names the file and the likely cause."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -145,9 +145,9 @@ class Reading:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         self.file.close()
-        if isinstance(error, OSError | RuntimeError | MemoryError):  # h5py raises any, depending on what is damaged
+        if isinstance(error, OSError | RuntimeError | MemoryError):  # h5py raises any of these for a damaged file
             raise self._damaged(error) from error
-        if isinstance(error, LookupError | TypeError | AttributeError):  # and these for what is no such thing
+        if isinstance(error, LookupError | TypeError | AttributeError):  # raised for objects of an unexpected kind
             raise ValueError(
                 f"{self.path}: expected another content: something in it has a type or shape that its layout does not "
                 f"have ({error})"
@@ -157,19 +157,19 @@ class Reading:
         return ValueError(f"{self.path}: expected a complete HDF5 file; it is truncated or not HDF5 ({error})")
 
 
-MAX_LINKS = 16  # one behind the other, as in HDF5
-MAX_RATIO = 1100  # by which deflate and lzf make numbers smaller at most
+MAX_LINKS = 16  # soft links to follow in a row; HDF5 has the same limit
+MAX_RATIO = 1100  # the highest compression ratio of deflate and lzf
 KNOWN_FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
 
 
 def find(where: str, parent: h5py.Group, label: str) -> h5py.Dataset | h5py.Group | None:
-    """Return what lies at ``label``, None where nothing does. HDF5 would follow links into any other file."""
+    """Return the object at ``label``, or None. Unlike HDF5 this does not follow links into other files."""
     _check_links(where, parent, label, MAX_LINKS)
     return parent.get(label)
 
 
 def _check_links(where: str, parent: h5py.Group, label: str, most: int) -> None:
-    """Refuse a way that leaves the file; links that stay inside it are followed, ``most`` of them."""
+    """Refuse a path that leaves the file. Links inside the file are followed, at most ``most`` of them."""
     parts = [part for part in label.split("/") if part]
     for depth, part in enumerate(parts, 1):
         place = "/".join(parts[:depth]).encode("utf-8", "surrogateescape")
@@ -188,12 +188,12 @@ def _check_links(where: str, parent: h5py.Group, label: str, most: int) -> None:
 def _kind_of_link(parent: h5py.Group, place: bytes) -> int | None:
     try:
         return parent.id.links.get_info(place).type
-    except (KeyError, RuntimeError):  # nothing is there
+    except (KeyError, RuntimeError):  # there is no link
         return None
 
 
 def dataset(where: str, group: h5py.Group, label: str) -> h5py.Dataset:
-    """Return a dataset all of whose numbers are there."""
+    """Return a dataset; raise if it is missing or some of its numbers were never stored."""
     found = find(where, group, label)
     if not isinstance(found, h5py.Dataset):
         raise ValueError(f"{where}: {label}: expected a dataset, found {'nothing' if found is None else 'a group'}")
@@ -202,7 +202,7 @@ def dataset(where: str, group: h5py.Group, label: str) -> h5py.Dataset:
 
 
 def check_inside(where: str, file: h5py.File) -> None:
-    """Refuse a file that leads elsewhere or lacks numbers anywhere. For libraries that read files themselves."""
+    """Refuse a file that links to other files or lacks numbers; for libraries that read the file themselves."""
     labels: list[str] = []
     file.id.links.visit(lambda name: labels.append(os.fsdecode(name)))
     for label in labels:
@@ -211,7 +211,7 @@ def check_inside(where: str, file: h5py.File) -> None:
 
 
 def _check_is_stored(where: str, data: h5py.Dataset) -> None:
-    """Raise where the HDF5 library would hand out fill values, such as zeros, in place of numbers."""
+    """Raise if the HDF5 library would return fill values, such as zeros, for numbers that were never stored."""
     if data.external:
         raise ValueError(f"{where}: expected content of this file, found numbers in another file. Copy them in.")
     if data.is_virtual:
@@ -227,7 +227,7 @@ def _check_is_stored(where: str, data: h5py.Dataset) -> None:
 
 
 def _check_fits(where: str, data: h5py.Dataset) -> None:
-    """Compare the shape of a data set with what its file can hold, before any memory is taken for it."""
+    """Refuse a shape that is larger than what the file can hold, before any memory is allocated for it."""
     there = Path(os.fsdecode(h5py.h5f.get_name(data.id))).stat().st_size
     if data.chunks is not None:
         files.check_memory(f"{where}: a chunk", math.prod(data.chunks) * data.dtype.itemsize)
@@ -240,7 +240,7 @@ def _check_fits(where: str, data: h5py.Dataset) -> None:
 
 
 def _check_sources(where: str, data: h5py.Dataset) -> None:
-    """Raise unless a virtual dataset consists of others in its file, which hold all of its numbers."""
+    """Raise unless the sources of a virtual dataset lie in its own file and hold all of its numbers."""
     if None in data.maxshape:
         raise ValueError(f"{where}: it is virtual and may grow, so nothing says how long it is. Copy its numbers.")
     mapped = 0
@@ -266,7 +266,7 @@ def group(where: str, parent: h5py.Group, label: str) -> h5py.Group:
 
 
 def names(where: str, parent: h5py.Group, label: str) -> list[str]:
-    """What a group has; an absent one has nothing."""
+    """Return the names in a group; none if there is no such group."""
     if find(where, parent, label) is None:
         return []
     return [files.check_name(name, f"{where}: {label}") for name in group(where, parent, label)]
@@ -274,18 +274,18 @@ def names(where: str, parent: h5py.Group, label: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A dataset. Where its numbers lie in the file as in memory, a window is read without HDF5."""
+    """A dataset. If the file holds its numbers as one plain block, a window is read without HDF5."""
 
     path: Path
-    name: str  # in the file
+    name: str  # path in the file
     label: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    offset: int | None  # first byte in the file; None where the numbers are chunked, compressed or elsewhere
+    offset: int | None  # first byte in the file; None if the numbers are chunked, compressed or elsewhere
 
     @classmethod
     def of(cls, where: str, data: h5py.Dataset, label: str, *, kinds: str, ranks: Sequence[int]) -> Rows:
-        """What a data set holds; refuses other dtype kinds and numbers of axes."""
+        """Return the rows of a data set; refuse other dtype kinds and numbers of axes."""
         shape, dtype = data.shape, data.dtype
         if shape is None:
             raise ValueError(f"{where}: {label}: expected numbers, found a dataset without any content")
@@ -301,9 +301,9 @@ class Rows:
 
     @classmethod
     def at(cls, data: h5py.Dataset, label: str) -> Rows:
-        """The rows of a data set of any kind."""
+        """Return the rows of a data set of any kind."""
         plain = data.chunks is None and not data.is_virtual and not data.dtype.hasobject
-        path = Path(os.fsdecode(h5py.h5f.get_name(data.id)))  # data.file would make an object of all of the file
+        path = Path(os.fsdecode(h5py.h5f.get_name(data.id)))  # data.file would build a File object
         return cls(path, data.name, label, data.shape, data.dtype, data.id.get_offset() if plain else None)
 
     @property
@@ -316,7 +316,7 @@ class Rows:
 
     @property
     def is_aligned(self) -> bool:
-        """Whether the file, mapped into memory, is an array of these numbers."""
+        """Whether the numbers can be used in place when the file is mapped into memory."""
         return self.offset is not None and self.offset % self.dtype.itemsize == 0
 
     def __len__(self) -> int:
@@ -332,7 +332,7 @@ class Rows:
             return file[self.name][start:stop]
 
     def _read_plain(self, start: int, stop: int, offset: int) -> np.ndarray:
-        """The bytes of the rows, without HDF5. Not a mapping: one that outlives its file would crash the process."""
+        """Read the rows without HDF5. A mapping would crash the process if its file were cut short."""
         size = math.prod(self.row_shape)
         with self.path.open("rb", buffering=0) as file:
             file.seek(offset + start * self.dtype.itemsize * size)
@@ -347,7 +347,7 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """A column of numbers after a function of its rows."""
+    """A column of numbers to which a function is applied."""
 
     column: Column
     function: Callable[[np.ndarray], np.ndarray]
@@ -374,7 +374,7 @@ class Converted:
 
 @dataclasses.dataclass(frozen=True)
 class Joined:
-    """Numbers of several columns side by side, as float32; a column of scalars becomes one of width 1."""
+    """The numbers of several columns side by side, as float32; a column of scalars gets width 1."""
 
     parts: tuple[Column, ...]
 
@@ -405,7 +405,7 @@ class Joined:
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """Raw pictures as RGB; ``flip`` names the axes of a picture to turn around (0 rows, 1 columns)."""
+    """Pictures as RGB; ``flip`` lists the axes of a picture to reverse (0 rows, 1 columns)."""
 
     rows: Rows | Jpegs
     flip: tuple[int, ...] = ()
@@ -430,7 +430,7 @@ class Pictures:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the rows are the pictures as they are stored."""
+        """Whether the stored rows are the pictures without any conversion."""
         return isinstance(self.rows, Rows) and not self.flip and self.rows.row_shape == self.row_shape
 
     def __len__(self) -> int:
@@ -446,15 +446,15 @@ class Pictures:
 
 @dataclasses.dataclass(frozen=True)
 class Jpegs:
-    """One JPEG or PNG a row. What pads it is no matter: decoders stop at the end marker."""
+    """Pictures stored as one JPEG or PNG per row. Padding does not matter: decoders stop at the end marker."""
 
     rows: Rows
-    row_shape: tuple[int, int, int]  # of the first picture
-    bgr: bool = False  # the recorder had red and blue the wrong way round
+    row_shape: tuple[int, int, int]  # shape of the first picture
+    bgr: bool = False  # the recorder swapped red and blue
 
     @classmethod
     def of(cls, rows: Rows, *, bgr: bool = False) -> Jpegs:
-        """Looks at the first picture; raises ``pictures.PictureError`` unless it is 8-bit colour."""
+        """Check the first picture; raise ``pictures.PictureError`` unless it is 8-bit colour."""
         if not len(rows):
             return cls(rows, (0, 0, 3), bgr)
         first = _open_jpeg(rows, 0, _cells(rows, 0, 1)[0])
@@ -501,12 +501,12 @@ class Jpegs:
 
 
 def _cells(rows: Rows, start: int, stop: int) -> np.ndarray:
-    """The bytes of each picture. Strings of fixed length would lose the zeros at their end, which WebP may need."""
+    """Return the bytes of each picture. As fixed-length strings they would lose final zeros, which WebP may need."""
     cells = rows.read(start, stop)
     return cells.view(np.dtype((np.void, cells.itemsize))) if cells.dtype.kind == "S" else cells
 
 
-DAMAGE = (OSError, SyntaxError)  # Pillow raises either, and ValueError, for damaged data
+DAMAGE = (OSError, SyntaxError)  # Pillow raises these, and ValueError, for damaged data
 
 
 def _open_jpeg(rows: Rows, number: int, row: np.ndarray) -> Image.Image:
@@ -524,7 +524,7 @@ def _bad_jpeg(rows: Rows, number: int, reason: object) -> ValueError:
 
 @dataclasses.dataclass(frozen=True)
 class Picked:
-    """Some rows of a column, in rising order."""
+    """Some rows of a column, in ascending order."""
 
     column: Column
     picks: np.ndarray
@@ -557,7 +557,7 @@ class Picked:
 
 
 def numbers(where: str, group: h5py.Group, label: str, *, kinds: str = "fiu", ranks: Sequence[int] = (1, 2)) -> Rows:
-    """A dataset of one or several numbers a step, all of them finite."""
+    """Return the rows of a dataset with one or several numbers per step; all must be finite."""
     data = dataset(where, group, label)
     rows = Rows.of(where, data, label, kinds=kinds, ranks=ranks)
     files.check_memory(f"{where}: {label}", math.prod(rows.shape) * rows.dtype.itemsize)
@@ -566,7 +566,7 @@ def numbers(where: str, group: h5py.Group, label: str, *, kinds: str = "fiu", ra
 
 
 def vector(where: str, group: h5py.Group, label: str, *, kinds: str = "fiub") -> Shaped[np.ndarray, " t"]:
-    """One finite number a step, in memory."""
+    """Read a dataset with one number per step; all must be finite."""
     data = dataset(where, group, label)
     rows = Rows.of(where, data, label, kinds=kinds, ranks=(1,))
     files.check_memory(f"{where}: {label}", len(rows) * rows.dtype.itemsize)
@@ -576,7 +576,7 @@ def vector(where: str, group: h5py.Group, label: str, *, kinds: str = "fiub") ->
 
 
 def check_finite(where: str, label: str, array: np.ndarray) -> None:
-    """As float32, which all numbers become: a larger one would be infinite there."""
+    """Refuse numbers that are not finite as float32, the dtype to which all of them are converted."""
     if array.dtype.kind != "f":
         return
     with np.errstate(over="ignore"):
@@ -587,7 +587,7 @@ def check_finite(where: str, label: str, array: np.ndarray) -> None:
 
 
 def check_lengths(where: str, lengths: Mapping[str, int]) -> int:
-    """The number of steps; every key must have one row a step. Most of them decide which one is wrong."""
+    """Return the number of steps; every key must have one row per step. The majority decides which one is wrong."""
     steps = collections.Counter(lengths.values()).most_common(1)[0][0]
     for label, length in lengths.items():
         if length != steps:
@@ -599,7 +599,7 @@ def check_lengths(where: str, lengths: Mapping[str, int]) -> int:
 
 
 def checked(where: str, record: Record) -> Record:
-    """The record, if it has one row a step of every key."""
+    """Return the record; raise unless every key has one row per step."""
     parts = [part for column in record.columns.values() for part in _parts(column)]
     lengths = {part.label: len(part) for part in parts}
     for label, values in {"rewards": record.rewards, "terminals": record.terminals}.items():
@@ -617,7 +617,7 @@ def checked(where: str, record: Record) -> Record:
 
 
 def last_row(where: str, column: Column, steps: int) -> Picked:
-    """Pick the last row of a column that must have one for each of ``steps`` actions."""
+    """Pick the last row of a column, which must have one row for each of ``steps`` actions."""
     check_lengths(where, {"actions": steps} | {part.label: len(part) for part in _parts(column)})
     return Picked(column, np.array([steps - 1]))
 
@@ -627,7 +627,7 @@ def _parts(column: Column) -> Sequence[Column]:
 
 
 def text(where: str, name: str, value: Any) -> str:
-    """An attribute as text. h5py hands out invalid UTF-8 as surrogates, or as bytes where the length is fixed."""
+    """Return an attribute as text. h5py returns invalid UTF-8 as surrogates, or as bytes if the length is fixed."""
     if not isinstance(value, str | bytes):
         raise ValueError(f"{where}: attribute {name}: expected text, found {files.one_line(reprlib.repr(value))}")
     try:
@@ -640,7 +640,7 @@ KNOWN_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def flag(where: str, name: str, value: Any) -> bool | None:
-    """An attribute that is true or false: a boolean, 0, 1 or such a word; an absent one (None) is unknown."""
+    """Return an attribute as a flag. It may be a boolean, 0, 1, or one of these as text; None means unknown."""
     if value is None:
         return None
     plain = value.item() if isinstance(value, np.generic | np.ndarray) and value.size == 1 else value
@@ -651,7 +651,7 @@ def flag(where: str, name: str, value: Any) -> bool | None:
 
 
 def json_text(where: str, name: str, value: Any) -> dict[str, Any]:
-    """An attribute that holds a JSON object; an absent one (None) is empty."""
+    """Return the JSON object in an attribute; an absent attribute (None) gives an empty one."""
     if value is None:
         return {}
     return files.parse_json(text(where, name, value), f"{where}: attribute {name}", allow_nan=True)
@@ -659,10 +659,10 @@ def json_text(where: str, name: str, value: Any) -> dict[str, Any]:
 
 @typed
 def axis_angle(quaternions: Float[np.ndarray, "t 4"]) -> Float[np.ndarray, "t 3"]:
-    """Rotation vectors of quaternions (x, y, z, w), with the angle in 0..2 pi as robosuite has it."""
-    quaternions = quaternions.astype(np.float64)  # near 0 and pi, float32 leaves half the digits
+    """Return the rotation vectors of quaternions (x, y, z, w), with angles in 0..2 pi as in robosuite."""
+    quaternions = quaternions.astype(np.float64)  # float32 would lose half the digits near 0 and pi
     w = np.clip(quaternions[:, 3], -1.0, 1.0)
-    sine = np.sqrt(1.0 - w**2)  # of half the angle
+    sine = np.sqrt(1.0 - w**2)  # sine of half the angle
     still = sine < 1e-8
     scale = np.where(still, 0.0, 2.0 * np.arccos(w) / np.where(still, 1.0, sine))
     return quaternions[:, :3] * scale[:, None]

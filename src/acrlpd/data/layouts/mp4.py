@@ -1,4 +1,4 @@
-"""Frames of an mp4 by their number, for recordings in which step t is frame t whatever its time says."""
+"""Frames of an mp4 by their number, for recordings in which step t is frame t, regardless of timestamps."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from jaxtyping import Float, UInt8
 
 from acrlpd.data import video
 
-TOLERANCE_S = 1e-6  # frames are asked for at the very times they were found at
+TOLERANCE_S = 1e-6  # frames are requested at exactly the times at which they were found
 
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """A column whose row t is frame number t in presentation order."""
+    """A column whose row t is frame t of a video, in presentation order."""
 
     path: Path
-    label: str  # the camera
+    label: str  # name of the camera
     num_frames: int
     row_shape: tuple[int, ...]  # h, w, 3
     readers: video.VideoReaders
 
     @classmethod
     def of(cls, path: Path, label: str, readers: video.VideoReaders) -> Video:
-        """Counts the frames, and decodes the first one alone; ``PictureError`` where it is not 8-bit colour."""
+        """Count the frames and decode only the first; raise ``PictureError`` unless it is 8-bit colour."""
         try:
             times = _frame_times(path)
             if not len(times):
@@ -64,9 +64,9 @@ def _frame_times(path: Path) -> Float[np.ndarray, " n"]:
 
 @functools.lru_cache(maxsize=4096)
 def _times_of(path: Path, *state: int) -> Float[np.ndarray, " n"]:
-    """Kept for the videos in use only: those of a whole data set would take hundreds of megabytes.
+    """Read the frame times, cached for the videos in use: a whole data set would take hundreds of megabytes.
 
-    Another file may take the place of one: ``state`` tells them apart.
+    ``state`` (size, time and inode) is part of the cache key, in case another file takes the place of this one.
     """
     return video.frame_times(path)
 

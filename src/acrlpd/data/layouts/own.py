@@ -1,17 +1,17 @@
-"""Episodes in HDF5, one file an episode (``episode_000000.hdf5``):
+"""Our own HDF5 layout, one file per episode (``episode_000000.hdf5``):
 
     /observations/state           (T, s)        float32
     /observations/images/<camera> (T, h, w, 3)  uint8, RGB, frame after frame; absent without cameras
     /actions                      (T, a)        float32, as executed
     /rewards                      (T,)          float32
     /terminals                    (T,)          bool, true where the task ended (a time limit does not end it)
-    /task_index, /tasks           (T,), (k,)    int32, text: only where the instruction changes inside the episode
-    /final/state                  (1, s)        float32, what was seen after the last action; absent: not recorded
-    /final/images/<camera>        (1, h, w, 3)  uint8, RGB, of every camera
-    attributes of /: format="acrlpd", version=1, task (text), success (bool; absent: nobody knows), metadata (JSON)
+    /task_index, /tasks           (T,), (k,)    int32, text; only if the instruction changes inside the episode
+    /final/state                  (1, s)        float32, observed after the last action; absent if not recorded
+    /final/images/<camera>        (1, h, w, 3)  uint8, RGB, for every camera
+    attributes of /: format="acrlpd", version=1, task (text), success (bool; absent if unknown), metadata (JSON)
 
-``fps`` in the metadata is the rate of the recording. State and actions are in raw units; row t holds what was seen, the
-action taken there and what it paid.
+``fps`` in the metadata is the rate of the recording. State and actions are in raw units; row t holds the observation,
+the action taken on it and the reward for that action.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def episode_path(folder: str | os.PathLike[str], number: int) -> Path:
 
 
 def episode_number(path: str | os.PathLike[str]) -> int | None:
-    """The number that ends the file's name, or None."""
+    """Return the number at the end of the file's name, or None."""
     found = re.search(r"(\d+)$", Path(path).stem)
     return int(found[1]) if found else None
 
@@ -64,12 +64,12 @@ def write_episode(
 ) -> Path:
     """Write the whole episode or nothing: a crash leaves at most a hidden temporary file beside ``path``.
 
-    ``metadata`` is anything JSON can hold. ``compression`` (``"gzip"``, ``"lzf"``) applies to pictures. The file is
-    made in memory first, because the HDF5 library may crash where it cannot write.
+    ``metadata`` may hold anything that JSON can. ``compression`` (``"gzip"``, ``"lzf"``) applies to pictures. The file
+    is built in memory first, because the HDF5 library may crash if it cannot write.
 
     Raises:
-        OSError: the disk is full, or the file larger than allowed; names the file.
-        ValueError: not what ``read_episode`` would read; names the key, and nothing is written.
+        OSError: the disk is full, or the file is larger than allowed; the error names the file.
+        ValueError: ``read_episode`` would refuse the episode; the error names the key, and nothing is written.
     """
     path = Path(path)
     _check_episode(str(path), episode)
@@ -86,7 +86,7 @@ def write_episode(
 
 
 def read_episode(path: str | os.PathLike[str]) -> Episode:
-    """Read and check one episode: finite, of one length, at least one step."""
+    """Read one episode; check that it is finite, of one length and at least one step long."""
     with Reading(Path(path)) as file:
         check_layout(str(path), file)
         images = columns.names(str(path), file, IMAGES)
@@ -122,7 +122,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 class Own:
-    """Episodes in this layout, one a file."""
+    """The episodes of a folder in this layout, one per file."""
 
     name = "acrlpd"
 
@@ -175,9 +175,9 @@ class Own:
 
 
 def _stated_fps(paths: Sequence[Path]) -> float | None:
-    """From the metadata of the first file that can be read; ``acrlpd data convert`` puts it there."""
+    """Return the rate in the metadata of the first readable file; ``acrlpd data convert`` writes it there."""
     for path in paths:
-        with contextlib.suppress(ValueError, OSError):  # damaged: told when its episode is read
+        with contextlib.suppress(ValueError, OSError):  # a damaged file is reported when its episode is read
             return _fps(str(path), read_metadata(path))
     return None
 
@@ -198,7 +198,7 @@ def _fill(file: h5py.File, episode: Episode, metadata: Mapping[str, Any], compre
     file.create_dataset("rewards", data=episode.rewards, dtype=np.float32)
     file.create_dataset("terminals", data=episode.terminals, dtype=np.bool_)
     for camera, frames in episode.images.items():
-        # One frame a chunk, or one after the other: a sample reads two frames of an episode, not all of them.
+        # One frame per chunk, or plain storage: a training sample reads two frames of an episode, not all of them.
         chunks = None if compression is None else (1, *frames.shape[1:])
         file.create_dataset(f"observations/images/{camera}", data=frames, chunks=chunks, compression=compression)
     if episode.final is not None:
@@ -212,7 +212,7 @@ def _fill(file: h5py.File, episode: Episode, metadata: Mapping[str, Any], compre
 
 
 def _task_changes(where: str, file: h5py.File) -> tuple[tuple[int, str], ...]:
-    """Read the instructions after the first one, each behind its first step; mostly none."""
+    """Read the instructions after the first one as pairs (first step, text); most episodes have none."""
     if columns.find(where, file, "task_index") is None:
         return ()
     indices = columns.vector(where, file, "task_index", kinds="iu")
@@ -227,7 +227,7 @@ def _task_changes(where: str, file: h5py.File) -> tuple[tuple[int, str], ...]:
 
 
 def check_layout(where: str, file: h5py.File) -> None:
-    """Raises unless ``file`` holds an episode as described above."""
+    """Raise unless ``file`` holds an episode in the layout described above."""
     found = file.attrs.get("format")
     if not isinstance(found, str) or found != FORMAT:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Columns of a data set's episodes as JSON, from which they are made again when an episode is used.
+"""Encode the columns of a data set's episodes as JSON, and decode them when an episode is used.
 
-10,000 episodes with three cameras are a hundred thousand objects; as text they take a few megabytes and no time.
+10,000 episodes with three cameras are a hundred thousand objects; as JSON they take a few megabytes and no time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def encode(columns: Mapping[str, Column]) -> bytes:
 
 
 def decode(text: bytes, readers: VideoReaders) -> dict[str, Column]:
-    """``readers``: shared by all videos of the data set, which bounds how many files are open."""
+    """Return the columns. All videos of the data set share ``readers``, which limits the number of open files."""
     return {key: _decode(stored, readers) for key, stored in json.loads(text).items()}
 
 

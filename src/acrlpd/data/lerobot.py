@@ -1,9 +1,9 @@
-"""LeRobot datasets, v2.0, v2.1 and v3.0, read from their files: an ``EpisodeSource``.
+"""An ``EpisodeSource`` that reads LeRobot datasets, v2.0, v2.1 and v3.0, from their files.
 
 Numbers come from parquet columns, pictures from embedded images or from videos by presentation time. Opening a dataset
-reads the low-dimensional columns of all its episodes once, to check them, and looks at one picture of each camera (of a
-video: at its header) to see that it is 8-bit colour; no other picture is read until it is asked for.
-Row t of ``next.reward``, ``next.success`` holds what followed from the action of row t. ``next.done`` is not used: an
+reads the low-dimensional columns of all episodes once, to check them, and looks at one picture of each camera (for a
+video: at its header) to check that it is 8-bit colour; no other picture is read until it is asked for.
+Row t of ``next.reward`` and ``next.success`` holds the result of the action in row t. ``next.done`` is not used: an
 episode ends where its rows end.
 """
 
@@ -48,26 +48,26 @@ from acrlpd.files import inside
 from acrlpd.types import Episode
 
 REWARD, SUCCESS = "next.reward", "next.success"
-TERMINAL = "next.terminal"  # where the task ended; only sets that acrlpd wrote have it
+TERMINAL = "next.terminal"  # true where the task ended; only datasets that acrlpd wrote have this column
 FULL_CHECK_BLOCK = 64  # frames
-LOOKED_AT = 3  # episodes tried to find out what kind of pictures a camera has
+LOOKED_AT = 3  # episodes to try when checking what kind of pictures a camera has
 READERS = 8  # threads that read parquet files
-TOLERANCE_S = 1e-4  # as the lerobot library has it
+TOLERANCE_S = 1e-4  # the default of the lerobot library
 
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    """What is known of an episode that is kept."""
+    """The facts about an episode that is kept."""
 
     row: EpisodeRow
-    first: int  # row of the file at which it begins
-    tasks: tuple[tuple[int, int], ...]  # frame and task_index wherever that changes; mostly one
+    first: int  # row of the file at which the episode begins
+    tasks: tuple[tuple[int, int], ...]  # frame and task_index wherever the task changes; usually one entry
     success: bool | None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Checked:
-    """What reading an episode's numbers found out."""
+    """The result of reading and checking an episode's numbers."""
 
     row: EpisodeRow
     first: int
@@ -80,28 +80,28 @@ class _Checked:
 class LeRobotSource:
     """Episodes of a LeRobot dataset, in the order of their numbers. See ``EpisodeSource``.
 
-    Beside that protocol's keys, ``window`` knows every column and camera by its own name, and ``task``: a text a frame.
+    Besides that protocol's keys, ``window`` accepts every column and camera by its stored name, and ``task``, which
+    gives one text per frame.
 
     Args:
-        root: the dataset's folder, or an object of the ``lerobot`` library's LeRobotDataset, whose ``episodes`` count;
-            its ``delta_timestamps`` and transforms do not.
-        episodes: numbers of those to read, in this order; None reads all. Positions in this selection are what methods
-            take as index; ``numbers`` has the stored ones.
-        state_keys, action_keys: columns that, one behind the other, make the state and the actions; None looks for the
-            usual ones.
+        root: the dataset's folder, or a LeRobotDataset of the ``lerobot`` library. Its selection of ``episodes`` is
+            used; its ``delta_timestamps`` and transforms are not.
+        episodes: numbers of the episodes to read, in this order; None reads all. Methods take positions in this
+            selection as index; ``numbers`` has the stored numbers.
+        state_keys, action_keys: columns that are concatenated into the state and the actions; None looks for the usual
+            ones.
         cameras: names without ``observation.images.``; None takes all that hold 8-bit colour (no depth), and an empty
-            list opens no picture.
+            list reads no pictures.
         default_task: the instruction of frames whose task has an empty text.
-        rewards: None leaves rewards as they are stored, and 0 where none are: good for imitation only.
-        on_bad_episode: ``"skip"`` leaves broken episodes out, with a warning that says which and why; ``skipped`` keeps
-            both.
-        check_images: decode every picture when opening; None is yes when skipping (an episode cannot be left out
-            later), else no. It takes long, and once: ``metadata_cache`` remembers the outcome. Skipping without it
-            looks whether frames are there.
-        tolerance_s: how far a timestamp may be from its place, and a video frame from its timestamp. None: what the
-            object has, else 1e-4.
-        frame_cache: where to look for frames first. Frames then always have the cache's resolution.
-        metadata_cache: where to remember what opening found out. None reads every episode each time.
+        rewards: None keeps rewards as stored, and 0 if there are none: good for imitation only.
+        on_bad_episode: ``"skip"`` leaves out broken episodes, with a warning that says which and why; see ``skipped``.
+        check_images: decode every picture when opening. None decodes if bad episodes are skipped, because an episode
+            cannot be left out later. This is slow, but ``metadata_cache`` remembers the result. Skipping without it
+            only checks that the frames are there.
+        tolerance_s: how far a timestamp may be from its place, and a video frame from its timestamp. None: the
+            tolerance of the LeRobotDataset, else 1e-4.
+        frame_cache: the cache to read frames from first. All frames then have the cache's resolution.
+        metadata_cache: the cache of the results of opening. None reads every episode each time.
     """
 
     def __init__(
@@ -135,8 +135,8 @@ class LeRobotSource:
         self._parquet = ParquetReader()
         self._videos = video.VideoReaders()
         optional = [key for key in (REWARD, SUCCESS, TERMINAL) if key in self.meta.features]
-        self._sizes: dict[str, tuple[int, int]] = {}  # of the pictures of each camera's feature
-        self._outlines: dict[Path, video.Outline] = {}  # of files that episodes share
+        self._sizes: dict[str, tuple[int, int]] = {}  # size of the pictures, by feature
+        self._outlines: dict[Path, video.Outline] = {}  # headers of video files; episodes may share a file
         self._columns = (*dict.fromkeys((*self.state_keys, *self.action_keys, *REQUIRED, *optional)),)
         selected = _selected(self.meta, episodes)
         check_images = on_bad_episode == "skip" if check_images is None else check_images
@@ -163,7 +163,7 @@ class LeRobotSource:
         self._camera_keys = {name: key for name, key in self._camera_keys.items() if name not in facts["unread"]}
         used = (*self.state_keys, *self.action_keys, *self.meta.cameras)
         self.left_out = [f"{IMAGE_PREFIX}{name} ({why})" for name, why in (unread | facts["unread"]).items()]
-        self.left_out += lerobot_meta.unused(self.meta, used)  # what is there and not read
+        self.left_out += lerobot_meta.unused(self.meta, used)  # columns that are there but not read
         self._threshold: float | None = facts["threshold"]
         self._rewards_are_known: bool = facts["rewards_are_known"]
         self._sizes = {key: (height, width) for key, (height, width) in facts["sizes"].items()}
@@ -203,7 +203,7 @@ class LeRobotSource:
 
     @property
     def untold_tasks(self) -> list[str]:
-        """What tells apart the tasks that have no text."""
+        """Descriptions that distinguish the tasks without a text."""
         indices = sorted({task for facts in self._facts for _, task in facts.tasks})
         return [f"task_index {task}" for task in indices if not self._text(task).strip()]
 
@@ -248,7 +248,7 @@ class LeRobotSource:
         return np.array(self._rows(facts, key)[start:stop])
 
     def mapped(self) -> dict[str, MappedRows]:
-        """All frames of the cameras of which the frame cache holds every episode."""
+        """Return all frames of the cameras whose episodes are all in the frame cache."""
         if self._frame_cache is None:
             return {}
         cache = self._frame_cache
@@ -262,7 +262,7 @@ class LeRobotSource:
         return map_rows(records, self.lengths)
 
     def frame_origin(self, index: int, camera: str) -> FrameOrigin:
-        """Which file the frames of a camera come from; for the frame cache."""
+        """Return the file from which the frames of a camera come, for the frame cache."""
         return self._origin(self._facts[index], camera)
 
     def _origin(self, facts: _Facts, camera: str) -> FrameOrigin:
@@ -273,7 +273,7 @@ class LeRobotSource:
         return FrameOrigin(_name(row), row.file, f"{facts.first}:{row.length}")
 
     def check_frames(self) -> None:
-        """Decodes every frame of every camera; raises at the first that is missing, misplaced or damaged."""
+        """Decode every frame of every camera; raise at the first that is missing, misplaced or damaged."""
         for facts in self._facts:
             for key in self._camera_keys.values():
                 self._decode_all(facts, key)
@@ -288,7 +288,7 @@ class LeRobotSource:
         return np.concatenate(flat, axis=1).astype(np.float32)
 
     def _rows(self, facts: _Facts | _Checked, key: str) -> np.ndarray:
-        """All rows of an episode in one column, as they are stored."""
+        """Return all rows of an episode in one column, as they are stored."""
         with _blaming(facts.row, facts.row.file):
             table = self._parquet.columns(facts.row.file, self._columns if key in self._columns else (key,))
         return table[key][facts.first : facts.first + facts.row.length]
@@ -327,10 +327,10 @@ class LeRobotSource:
             return checks.decode_images(cells, start, self._sizes[key])
 
     def _frame_times(self, facts: _Facts | _Checked, key: str) -> Float[np.ndarray, " t"]:
-        """Where the frames of an episode lie in its mp4, in seconds.
+        """Return the times of an episode's frames in its mp4, in seconds.
 
-        A float32 timestamp rounds, after 17 minutes by more than the tolerance: one that is as near to frame / fps as
-        its type can tell stands for exactly that.
+        Timestamps are rounded to float32, after 17 minutes by more than the tolerance. A timestamp that equals
+        frame / fps up to this rounding is replaced by exactly frame / fps.
         """
         stored = self._rows(facts, TIMESTAMP).ravel()
         exact = np.arange(len(stored)) / self.meta.fps
@@ -338,7 +338,7 @@ class LeRobotSource:
         return facts.row.videos[key].start_s + np.where(rounded, exact, stored.astype(np.float64))
 
     def _find_out(self, rows: Sequence[EpisodeRow], bad: BadEpisodes, *, check_images: bool) -> Arrays:
-        """All that is remembered of the episodes that can be used."""
+        """Check the episodes and return everything to be remembered about the usable ones."""
         good: list[_Checked] = []
         usable = []
         unread = self._not_colour(rows)
@@ -365,7 +365,7 @@ class LeRobotSource:
                 values = checked.reward_values if self._rewards_are_known and not own else None
                 success = success_of(self._rewards, checked.success, values, threshold)
                 facts = _Facts(checked.row, checked.first, checked.tasks, success)
-                self._label(facts, threshold)  # fails if nobody knows how it ended, or what its rewards mean
+                self._label(facts, threshold)  # fails if the episode's outcome or the meaning of its rewards is unknown
                 usable.append((checked, success))
         bad.report(str(self.meta.root), len(rows))
         changes = [(checked.row.number, checked.tasks[1:]) for checked, _ in usable if len(checked.tasks) > 1]
@@ -381,7 +381,7 @@ class LeRobotSource:
         }
 
     def _with_own_stretches(self, found: Sequence[_Checked], bad: BadEpisodes) -> list[_Checked]:
-        """Return the episodes whose rows and frames are no other's, by tables and by headers that were read anyway."""
+        """Return the episodes that share no row or frame with others, by tables and by headers read so far."""
         faults = lerobot_stretches.row_faults(self.meta, {checked.row.number for checked in found})
         for key in self._video_keys:
             size_of = self._num_frames if bad.skip else None
@@ -399,11 +399,11 @@ class LeRobotSource:
 
     @property
     def _sizes_known(self) -> dict[Path, int]:
-        """The numbers of frames of the videos whose headers were read."""
+        """The number of frames of each video whose header was read."""
         return {path: outline.num_frames for path, outline in self._outlines.items()}
 
     def _num_frames(self, path: Path) -> int | None:
-        """Read how many frames a video has; None where it does not open, which its episodes are told of."""
+        """Read the number of frames of a video; None if it does not open, which its episodes report."""
         try:
             return video.outline(path).num_frames
         except video.VideoError:
@@ -415,7 +415,7 @@ class LeRobotSource:
         return [key for key in self._camera_keys.values() if self.meta.features[key]["dtype"] == "video"]
 
     def _not_colour(self, rows: Sequence[EpisodeRow]) -> dict[str, str]:
-        """Why some cameras are not read: the first picture of each, or the header of its video, is no 8-bit colour.
+        """Return the reason for each camera whose first picture, or video header, is not 8-bit colour.
 
         Raises:
             OptionError: the user asked for such a camera.
@@ -431,7 +431,7 @@ class LeRobotSource:
         return reasons
 
     def _look_at_first(self, rows: Sequence[EpisodeRow], key: str) -> None:
-        """Raises ``PictureError`` for the first picture that can be looked at."""
+        """Raise ``PictureError`` if the first readable picture is not 8-bit colour."""
         for row in rows[:LOOKED_AT]:
             try:
                 if key in row.videos:
@@ -441,11 +441,11 @@ class LeRobotSource:
                 return
             except PictureError:
                 raise
-            except (DataError, video.VideoError, ImportError):  # told when the episode, or its picture, is read
+            except (DataError, video.VideoError, ImportError):  # reported when the episode or the picture is read
                 continue
 
     def _with_usual_pictures(self, found: Sequence[_Checked], bad: BadEpisodes) -> list[_Checked]:
-        """The episodes whose pictures have the size that most of them have, which is kept."""
+        """Return the episodes whose pictures have the most common size, and store that size."""
         by_number = {checked.row.number: checked for checked in found}
         sizes = {number: checked.sizes for number, checked in by_number.items()}
         self._sizes = usual_features(sizes.values())
@@ -457,7 +457,7 @@ class LeRobotSource:
         return alike
 
     def _look_for_frames(self, times_s: dict[Path, np.ndarray], facts: _Checked, key: str) -> None:
-        """Whether all frames of an episode are there, without decoding any; ``times_s`` keeps what each mp4 holds."""
+        """Check without decoding that all frames of an episode are there; ``times_s`` caches each mp4's frame times."""
         row = facts.row
         if key in row.videos:
             span = row.videos[key]
@@ -475,7 +475,7 @@ class LeRobotSource:
     def _with_whole_pictures(
         self, found: Sequence[_Checked], bad: BadEpisodes, check: Callable[[_Checked, str], None]
     ) -> list[_Checked]:
-        """The episodes whose pictures pass a check. Several files are read at once, each from front to back."""
+        """Return the episodes whose pictures pass ``check``. Several files are read at once, each front to back."""
         files: dict[tuple[str, Path], list[_Checked]] = {}
         for checked in found:
             for key in self._camera_keys.values():
@@ -483,7 +483,7 @@ class LeRobotSource:
                 files.setdefault((key, checked.row.file if span is None else span.path), []).append(checked)
 
         def faults_of(key: str, episodes: Sequence[_Checked]) -> dict[int, Exception]:
-            """By episode."""
+            """Return the errors, by episode number."""
             faults: dict[int, Exception] = {}
             for checked in episodes:
                 try:
@@ -508,7 +508,7 @@ class LeRobotSource:
         return whole
 
     def _checked(self, rows: Sequence[EpisodeRow]) -> Generator[_Checked | Exception, None, None]:
-        """What ``_check_rows`` gives or raises; where each episode has a file of its own, several are read at once."""
+        """Yield what ``_check_rows`` returns or raises; if each episode has its own file, several are read at once."""
 
         def attempt(row: EpisodeRow) -> _Checked | Exception:
             try:
@@ -540,7 +540,7 @@ class LeRobotSource:
             return _Checked(row, first, self._known_tasks(rows[TASK_INDEX]), success, rewards, sizes)
 
     def _known_tasks(self, task_index: np.ndarray) -> tuple[tuple[int, int], ...]:
-        """Frame and task_index wherever that changes."""
+        """Return frame and task_index wherever the task changes."""
         indices = task_index.ravel()
         frames = [0, *(np.flatnonzero(np.diff(indices)) + 1).tolist()]
         tasks = indices[frames].tolist()
@@ -553,7 +553,7 @@ class LeRobotSource:
         return tuple(zip(frames, tasks, strict=True))
 
     def _picture_sizes(self, row: EpisodeRow, first: int) -> dict[str, tuple[int, int]]:
-        """By feature, from the header of the first image; of videos only where they are looked at anyway."""
+        """Return picture sizes by feature, from the first image's header; for videos only if they are opened anyway."""
         sizes = {}
         for key in self._camera_keys.values():
             if key in row.videos:
@@ -577,10 +577,10 @@ class LeRobotSource:
             return self._outlines[path]
 
     def check_videos(self) -> None:
-        """Raises at the first episode whose videos hold other frames than the tables say, or are of another size.
+        """Raise at the first episode whose videos do not hold the frames in the tables, or have another size.
 
-        Headers tell. Opening leaves videos alone, unless episodes may be skipped: statistics and numbers need none. A
-        frame cache gives all frames its own size.
+        Only headers are read. Opening reads no videos unless episodes may be skipped, because numbers and statistics
+        need none. With a frame cache sizes may differ, because it resizes all frames.
         """
         if self._opens_videos or not self._video_keys:
             return
@@ -610,7 +610,7 @@ class LeRobotSource:
                     raise ValueError(faults[number])
 
     def _check_total_frames(self) -> None:
-        """Against the episode table; where that is wrong for one episode, the files themselves decide."""
+        """Compare total_frames with the episode table; if they differ, the files themselves decide."""
         by_file: dict[Path, int] = {}
         for row in self.meta.episodes:
             by_file[row.file] = by_file.get(row.file, 0) + row.length
@@ -630,10 +630,10 @@ class LeRobotSource:
 
 
 def download(repo_id: str, folder: str | os.PathLike[str], *, revision: str | None = None) -> Path:
-    """Copies a dataset from the Hugging Face hub into ``folder``; what is there already is not copied again.
+    """Copy a dataset from the Hugging Face hub into ``folder``; files that are there already are not copied again.
 
     Raises:
-        ConnectionError: it cannot be had: no network, no such dataset, no access to it.
+        ConnectionError: there is no network, no such dataset, or no access to it.
     """
     try:
         from huggingface_hub import snapshot_download
@@ -650,14 +650,14 @@ def download(repo_id: str, folder: str | os.PathLike[str], *, revision: str | No
 
 
 def hub_folder(repo_id: str) -> Path:
-    """Where a dataset of the hub is kept, below the user's cache directory (XDG_CACHE_HOME)."""
+    """Return the folder for a dataset of the hub, below the user's cache directory (XDG_CACHE_HOME)."""
     name = repo_id.removeprefix("hf://").removeprefix("datasets/")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acrlpd" / "lerobot"
     return inside(cache, name, "the name of a dataset")
 
 
 def _opened(root: Any, episodes: Sequence[int] | None) -> tuple[Path, Sequence[int] | None]:
-    """Folder and selection from a path or from a LeRobotDataset, which is known by its attributes."""
+    """Return folder and selection from a path or a LeRobotDataset, which is recognized by its attributes."""
     if isinstance(root, (str, os.PathLike)):
         return dataset_folder(root), episodes
     if hasattr(root, "repo_ids"):
@@ -669,7 +669,7 @@ def _opened(root: Any, episodes: Sequence[int] | None) -> tuple[Path, Sequence[i
 
 
 def dataset_folder(root: str | os.PathLike[str]) -> Path:
-    """The folder, if it is there; else an error that says how a dataset comes from the hub."""
+    """Return the folder if it exists; otherwise the error says how to copy a dataset from the hub."""
     folder = Path(root)
     if folder.is_dir():
         return folder
@@ -707,7 +707,7 @@ def _bad(row: EpisodeRow, file: Path, text: str, key: str | None = None) -> Valu
 
 @contextlib.contextmanager
 def _blaming(row: EpisodeRow, file: Path, key: str | None = None) -> Iterator[None]:
-    """Adds file, episode and key to errors that only know what is wrong."""
+    """Add file, episode and key to errors that only say what is wrong."""
     try:
         yield
     except (DataError, video.VideoError) as error:

@@ -1,4 +1,4 @@
-"""Batches of chunks for training, drawn from prior data and, online, from the replay of one's own episodes."""
+"""Training batches of chunks, drawn from prior data and, online, from the replay of the run's own episodes."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from acrlpd.types import ChunkBatch, Observation
 
 
 class PrefixRows(Protocol):
-    """What a frozen policy made of the rows of a store."""
+    """The outputs of a frozen policy for the rows of a store."""
 
     def take(self, rows: Int[np.ndarray, " b"]) -> Any:
-        """A pytree of arrays that lead with b."""
+        """Return a pytree of arrays with leading axis b."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class _Drawn:
-    """Rows of one store at which chunks of a batch start."""
+    """The rows of one store at which chunks of a batch start."""
 
     store: EpisodeStore
     rows: Int[np.ndarray, " n"]
@@ -40,25 +40,25 @@ class _Drawn:
 
 
 class ChunkLoader:
-    """Batch ``step`` is a pure function of (seed, step, contents of the stores): resuming needs no saved iterator.
+    """A loader whose batch ``step`` is a pure function of (seed, step, stores): resuming needs no saved iterator.
 
-    A thread makes the next batches of prior data ahead; online ones depend on episodes that may still come, and are
-    made when they are asked for. Reading and decoding of what is not in memory is spread over the processes of
-    ``windows.open_store``. For programs that are built on Grain, ``grain_batches`` has the same batches.
+    A thread makes the next batches of prior data ahead. Online batches depend on episodes that may still be collected,
+    so they are made on demand. The processes of ``windows.open_store`` read and decode what is not in memory. Programs
+    that are built on Grain get the same batches from ``grain_batches``.
 
     Args:
         sequence_ratio: share of a batch that starts where a full window fits; the rest starts anywhere.
-        replay: own episodes, for online batches. Their ids in a batch count on after those of ``prior``.
+        replay: the run's own episodes, for online batches. Their ids in a batch follow those of ``prior``.
         online_ratio: share of an online batch that comes from ``replay``, once it has a row (RLPD: half). None: every
-            row of both is as likely as any other (QC).
+            row of both is equally likely (QC).
         ends_in_chunks: whether chunks that a terminal cuts short count in the TD loss; QC drops them.
-        prefetch: batches made ahead; 0 makes each when it is asked for.
-        prior: recorded episodes; a ``Mixture`` of several sets is drawn from by their shares.
-        prefixes: of each store of ``prior``; offline batches then bring them along instead of images. Online ones
-            cannot: nobody has computed those of the replay.
-        features: the part of them that critics read, for batches that train critics alone.
+        prefetch: number of batches made ahead; 0 makes each one on demand.
+        prior: recorded episodes; a ``Mixture`` draws from several sets by their shares.
+        prefixes: stored prefixes of each store of ``prior``; offline batches then have them instead of images. Online
+            batches cannot, because there are no stored prefixes of the replay.
+        features: the part of the prefixes that critics read, for batches that only train critics.
         host_index, num_hosts: this process makes its slice of each batch, the ``host_index``-th of ``num_hosts`` equal
-            ones; together they are the batch that one process would make. ``batch_size`` is that of the whole.
+            ones; together they are the batch that one process would make. ``batch_size`` is the size of the whole.
     """
 
     def __init__(
@@ -109,16 +109,16 @@ class ChunkLoader:
         self._prefetch = prefetch
         self._prefixes = prefixes
         self._features = features
-        self._ahead: dict[tuple[int, bool], Future[ChunkBatch]] = {}  # by step, and whether it is for critics alone
+        self._ahead: dict[tuple[int, bool], Future[ChunkBatch]] = {}  # by step and critic_alone
         self._thread: ThreadPoolExecutor | None = None
         self._slice_size = batch_size // num_hosts
         self._slice_start = host_index * self._slice_size
         self._counters = _Counters()
 
     def batch(self, step: int, *, online: bool = False, critic_alone: bool = False) -> ChunkBatch:
-        """The batch of one training step, as numpy: replayed chunks first, then prior ones. One caller at a time.
+        """Return the batch of a training step as numpy, replayed chunks first. Only one caller may ask at a time.
 
-        With ``critic_alone`` the same chunks bring along their successors, ``next_actions``; those whose successor is
+        With ``critic_alone`` the same chunks also have their successors, ``next_actions``; chunks whose successor is
         missing, or cut short by anything but a terminal, stay out of the TD loss.
         """
         started = time.perf_counter()
@@ -131,7 +131,7 @@ class ChunkLoader:
         return batch
 
     def _made_ahead(self, step: int, critic_alone: bool) -> ChunkBatch:
-        """The batch, with the thread set to the ones after it; an error in the thread is raised at its own batch."""
+        """Return batch ``step`` and start preparing the next ones. A batch's error is raised when it is asked for."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="acrlpd-prefetch")
         wanted = [(coming, critic_alone) for coming in range(step, step + 1 + self._prefetch)]
@@ -160,13 +160,13 @@ class ChunkLoader:
             rows_of = self._prior.start_rows(rng, prior_size, self._horizon, self._sequence_ratio)
             drawn += map(_Drawn, self._prior.stores, rows_of, first_ids, each)
         parts = [self._read(own, critic_alone=critic_alone) for own in self._own_slice(drawn)]
-        # each part passed the transforms on its own, so the two may differ in camera names and picture sizes before
+        # the transforms ran on each part alone, so camera names and picture sizes may differ in the stores
         batch = parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
         self._counters.count(batch, time.perf_counter() - started)
         return batch
 
     def _replay_size(self, rng: np.random.Generator) -> int:
-        """How many chunks of an online batch come from replay."""
+        """Return how many chunks of an online batch come from replay."""
         if self._replay is None or self._replay.num_rows == 0:
             return 0
         if self._online_ratio is None:
@@ -176,29 +176,29 @@ class ChunkLoader:
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        """Of the prior data, as they are before any transform."""
+        """The cameras of the prior data, before any transform."""
         return self._prior.cameras
 
     def stats(self) -> dict[str, float]:
-        """About all batches so far.
+        """Return statistics of all batches so far.
 
-        ``batches`` made; ``batches_per_s``, the rate at which they can be made; ``valid_ratio``, the share of steps
-        that are real; ``wait_s``, how long a caller waited for a batch on average; ``skipped_episodes`` of the prior
-        data; and, where rows are read from their source, ``cache_hit_rate``.
+        ``batches`` is their number; ``batches_per_s`` is the rate at which they can be made; ``valid_ratio`` is the
+        share of real steps; ``wait_s`` is the mean time that a caller waited for a batch; ``skipped_episodes`` counts
+        those of the prior data; and ``cache_hit_rate`` is there if rows are read from their source.
         """
         hit_rate = self._prior.hit_rate
         found = self._counters.summary() | {"skipped_episodes": len(self._prior.skipped)}
         return found | ({} if hit_rate is None else {"cache_hit_rate": hit_rate})
 
     def contents(self) -> dict[str, Any]:
-        """What the prior data is: ``episodes`` and ``steps`` used, name and fault of those ``skipped``.
+        """Describe the prior data: ``episodes`` and ``steps`` used, and name and fault of each one ``skipped``.
 
-        Of several ``sets``, name, share, episodes and steps of each.
+        If there are several ``sets``, these have the name, share, episodes and steps of each.
         """
         return self._prior.contents()
 
     def close(self) -> None:
-        """Stops the thread, and the processes that read rows from their source."""
+        """Stop the thread, and the processes that read rows from their source."""
         self._forget()
         if self._thread is not None:
             self._thread.shutdown()
@@ -206,7 +206,7 @@ class ChunkLoader:
         self._prior.close()
 
     def _own_slice(self, drawn: Iterable[_Drawn]) -> Iterator[_Drawn]:
-        """This host's share of a batch that consists of ``drawn``, one behind the other."""
+        """Yield this host's slice of the batch that results from concatenating ``drawn``."""
         start, stop = self._slice_start, self._slice_start + self._slice_size
         for each in drawn:
             own = each.rows[max(start, 0) : max(stop, 0)]
@@ -234,7 +234,7 @@ class ChunkLoader:
     def _to_batch(
         self, raw: dict[str, Any], following: dict[str, Any] | None, goes_on: Bool[np.ndarray, " b"]
     ) -> ChunkBatch:
-        """``following``: the chunks that come after those of ``raw``, if they are wanted and the data goes on."""
+        """Transform chunks to a batch; ``following`` are the next chunks, where the data ``goes_on``; None: unwanted."""
         now = self._transform({key: raw[key] for key in ("state", "actions", "image", "prompt")})
         seen = {"state": raw["next_state"], "image": raw["next_image"], "prompt": raw["next_prompt"]}
         usable, next_actions = raw["sequence_mask"], None
@@ -262,12 +262,12 @@ class ChunkLoader:
 
 
 def read_observations(store: EpisodeStore, transform: Transform, rows: Int[np.ndarray, " b"]) -> Observation:
-    """What the model sees at these rows, which are numbered as in ``chunks.observe``."""
+    """Return the model's observations at these rows, which are numbered as in ``chunks.observe``."""
     return to_observation(transform(chunks.observe(store, rows)))
 
 
 class _Counters:
-    """Of one loader; batches are made in one thread and waited for in another."""
+    """Counters of one loader, with a lock: one thread makes batches, another waits for them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -296,9 +296,9 @@ class _Counters:
 
 
 def place(batch: ChunkBatch, sharding: jax.sharding.Sharding) -> ChunkBatch:
-    """A process's share of a batch as arrays of the whole batch, transferred without waiting.
+    """Transfer a batch to the devices without waiting, and return it as arrays of the whole batch.
 
-    With several processes, each hands in its slice (``host_index`` of ``num_hosts``) and holds that alone.
+    With several processes, each passes only its slice (``host_index`` of ``num_hosts``) and holds only that.
     """
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)

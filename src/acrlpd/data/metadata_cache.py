@@ -1,9 +1,9 @@
-"""What opening a data set found out, kept on disk: the second opening reads one file instead of every episode.
+"""A cache on disk of what opening a data set finds out: the second opening reads one file instead of every episode.
 
-An entry is a ``.safetensors`` file of numbers, flags and JSON texts, which stay in it: they are mapped into memory, and
-only what is used of them is read. It holds for one path, one set of options and one state of the files (name, size and
-times of each, and that no other took its place); anything else, a damaged entry too, is found out anew. Entries may be
-deleted at any time.
+An entry is a ``.safetensors`` file of numbers, flags and JSON texts, which is mapped into memory; only the parts that
+are used are read. It is valid for one path, one set of options and one state of the files (name, size, times and
+identity of each). In any other case, or if the entry is damaged, the data set is read again. Entries may be deleted at
+any time.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from acrlpd.files import remove_abandoned, temporary_path
 
 logger = logging.getLogger(__name__)
 
-VERSION = 6  # of what the entries hold; raise it when readers find out something else
+VERSION = 6  # version of the entries' content; raise it when readers store something else
 
 Arrays = dict[str, np.ndarray]
 
 
 def default_folder() -> Path:
-    """Below the user's cache directory (XDG_CACHE_HOME)."""
+    """Return the default folder, below the user's cache directory (XDG_CACHE_HOME)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acrlpd" / "metadata"
 
 
 def pack(content: Any) -> np.ndarray:
-    """JSON as an array of bytes."""
+    """Return ``content`` as JSON in an array of bytes."""
     return np.frombuffer(json.dumps(content).encode(), np.uint8)
 
 
@@ -50,14 +50,14 @@ def unpack(array: np.ndarray) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class MetadataCache:
-    """Entries in ``folder``, one a data set and choice of options."""
+    """The entries in ``folder``, one per data set and choice of options."""
 
     folder: Path = dataclasses.field(default_factory=default_folder)
 
     def get(self, path: Path, asked: object, find_out: Callable[[], Arrays]) -> Arrays:
-        """What ``find_out`` returned for this state of the files under ``path``.
+        """Return what ``find_out`` returned for this state of the files under ``path``.
 
-        ``asked`` is everything that its result depends on, by its ``repr``. Warnings are told again each time.
+        ``asked`` (by its ``repr``) is everything else that the result depends on. Warnings are repeated each time.
         """
         files = fingerprint(path, in_place=True)
         entry = self.entry_path(path, asked)
@@ -80,15 +80,15 @@ class MetadataCache:
         return arrays if found is None else found[0]
 
     def entry_path(self, path: Path, asked: object) -> Path:
-        """The file of an entry, there or not. Messages hold the path as it was given, so its spelling counts."""
+        """Return the file of an entry, there or not. The spelling of ``path`` counts, because messages contain it."""
         text = f"{path}\n{path.resolve()}\n{asked!r}"
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
 
 
 def fingerprint(path: Path, *, in_place: bool = False) -> str:
-    """Changes with the name, size or time of any file that is not hidden; a copy that keeps times has the same.
+    """Return a hash of name, size and time of all files that are not hidden; a copy that keeps times has the same one.
 
-    ``in_place``: also where a file of equal size and time took its place, as when two were swapped. A copy has another.
+    With ``in_place`` it also changes if another file of equal size and time takes a file's place, and in any copy.
     """
     digest = hashlib.sha256()
     for name, status in sorted(files_below(path), key=lambda file: file[0]):
@@ -100,7 +100,7 @@ def fingerprint(path: Path, *, in_place: bool = False) -> str:
 
 
 def _read(entry: Path, files: str) -> tuple[Arrays, list[str]] | None:
-    """The entry's arrays, and its warnings; None if there is none, it is damaged, or it is about other files."""
+    """Return the arrays and warnings of an entry; None if it does not exist, is damaged or is about other files."""
     if not entry.is_file():
         return None
     try:
@@ -126,7 +126,7 @@ def _mapped(content: mmap.mmap, start: int, *, dtype: str, shape: list[int], dat
 
 
 def _write(entry: Path, files: str, arrays: Arrays, told: list[str]) -> None:
-    """The whole entry or nothing. Without room for it, opening stays as slow as it was."""
+    """Write the whole entry or nothing. If there is no room for it, the next opening takes as long as this one."""
     facts = {"version": str(VERSION), "files": files, "warnings": json.dumps(told)}
     temporary = temporary_path(entry)
     try:
@@ -142,7 +142,7 @@ def _write(entry: Path, files: str, arrays: Arrays, told: list[str]) -> None:
 
 
 def _checksum(arrays: Arrays, facts: dict[str, str]) -> str:
-    """Of all that an entry says: names, dtypes, shapes and numbers of its arrays, and what is told beside them."""
+    """Return a checksum of an entry: its facts, and the names, dtypes, shapes and numbers of its arrays."""
     outlines = {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
     checksum = zlib.crc32(json.dumps([facts, outlines], sort_keys=True).encode())
     for _, array in sorted(arrays.items()):

@@ -1,8 +1,8 @@
-"""Normalization statistics: openpi's formulas and file, and four ways to make them.
+"""Normalization statistics with openpi's formulas and file format, and four ways to compute them.
 
 z-score (pi0): ``(x - mean) / (std + 1e-6)``; quantiles (pi0.5, pi0-FAST): 1 % and 99 % to -1 and 1. Nothing is clipped.
-The formulas are openpi's, so that its statistics work here; the floors for dimensions that hardly or rarely move are
-put into statistics when this project makes them (``with_floor``).
+The formulas are openpi's, so that its statistics work here. The floors for dimensions that hardly or rarely move are
+applied when this project computes statistics (``with_floor``).
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from acrlpd.types import Episode, typed
 if TYPE_CHECKING:
     from acrlpd.data.transforms import Transform
 
-EPSILON = 1e-6  # openpi's, in both formulas
+EPSILON = 1e-6  # in both formulas, as in openpi
 MIN_STD = 1e-3  # default floor, in raw units
-MAX_NORMALIZED = 10.0  # farther from 0 no value comes to lie by which a dimension that hardly moves was widened
-FAULTY = 100.0  # times half of q99 - q01, from which on a few values are likely faults
-MAX_AWAY = 5.0  # half widths between the middle of statistics and that of data which they fit,
-MAX_WIDER, MAX_NARROWER = 10.0, 30.0  # and by how much the data may be wider or narrower: degrees in a radian are 57
-HARDLY = 1e-2  # raw units: who moves less says nothing of units, and may have been widened (``with_floor``)
-FEW = 5  # values, or a thousandth of all
-MAX_RECOUNTS = 8  # of values in ever finer bins
+MAX_NORMALIZED = 10.0  # a widened dimension is so wide that no value seen normalizes beyond this
+FAULTY = 100.0  # values farther out than this many half widths (q99 - q01) / 2 are probably recording faults
+MAX_AWAY = 5.0  # max distance between the middles of statistics and data that fit each other, in half widths
+MAX_WIDER, MAX_NARROWER = 10.0, 30.0  # max ratios of their half widths; degrees for radians would be a factor of 57
+HARDLY = 1e-2  # raw units; a half width below this does not reveal units and may have been widened (``with_floor``)
+FEW = 5  # up to this many values far out, or a thousandth of all, count as faults; more are rare motions
+MAX_RECOUNTS = 8  # max number of passes that count values in ever finer bins
 FILE_NAME = "norm_stats.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class NormStats:
-    """Statistics of one key, a number for each dimension. ``q01`` and ``q99`` are missing in some pi0 files."""
+    """Statistics of one key, one number per dimension. ``q01`` and ``q99`` are missing in some pi0 files."""
 
     mean: Float[np.ndarray, " d"]
     std: Float[np.ndarray, " d"]
@@ -49,7 +49,7 @@ class NormStats:
 
 @typed
 def normalize(x: Shaped[np.ndarray, "*batch d"], stats: NormStats, *, quantiles: bool) -> Float[np.ndarray, "*batch d"]:
-    """Statistics longer than ``x`` are cut to its length."""
+    """Return ``x`` normalized; statistics longer than ``x`` are cut to its length."""
     dim = x.shape[-1]
     if not quantiles:
         return (x - stats.mean[:dim]) / (stats.std[:dim] + EPSILON)
@@ -61,9 +61,9 @@ def normalize(x: Shaped[np.ndarray, "*batch d"], stats: NormStats, *, quantiles:
 def unnormalize(
     x: Shaped[np.ndarray, "*batch d"], stats: NormStats, *, quantiles: bool
 ) -> Float[np.ndarray, "*batch d"]:
-    """Inverse of ``normalize``. Dimensions beyond the statistics are padding.
+    """Invert ``normalize``. Dimensions beyond the statistics are padding.
 
-    As in openpi, z-scores pad with mean 0 and std 1, which scales the padding by 1 + 1e-6; quantiles leave it as it is.
+    As in openpi, z-scores pad with mean 0 and std 1, which scales the padding by 1 + 1e-6; quantiles do not change it.
     """
     known = min(x.shape[-1], len(stats.mean))
     if not quantiles:
@@ -86,7 +86,7 @@ def _quantiles(stats: NormStats) -> tuple[np.ndarray, np.ndarray]:
 
 
 def save(path: Path | str, stats: Mapping[str, NormStats]) -> None:
-    """Writes openpi's ``norm_stats.json``; ``path`` is the file, its folder is made. Replaces a file all at once."""
+    """Write openpi's ``norm_stats.json`` to the file ``path``; create its folder and replace a file atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.written_whole(path) as partial:
@@ -94,20 +94,20 @@ def save(path: Path | str, stats: Mapping[str, NormStats]) -> None:
 
 
 def to_dict(stats: Mapping[str, NormStats]) -> dict[str, Any]:
-    """The content of ``norm_stats.json``."""
+    """Return the content of ``norm_stats.json``."""
     lists = {key: {name: _as_list(value) for name, value in vars(value).items()} for key, value in stats.items()}
     return {"norm_stats": lists}
 
 
 def load(path: Path | str) -> dict[str, NormStats]:
-    """Reads openpi's ``norm_stats.json``; ``path`` is the file or the folder that holds it. Arrays are float64."""
+    """Read openpi's ``norm_stats.json``; ``path`` is the file or the folder that holds it. Arrays are float64."""
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(
             f"no normalization statistics at {path}. Make them from the dataset or point to a checkpoint's assets."
         )
-    content = files.read_json(path, allow_nan=True)  # the numbers are checked by themselves
+    content = files.read_json(path, allow_nan=True)  # ``_check_numbers`` refuses NaN
     try:
         stats = {key: _from_lists(entry) for key, entry in content["norm_stats"].items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -122,7 +122,7 @@ def load(path: Path | str) -> dict[str, NormStats]:
 
 
 def _check_numbers(file: Path, key: str, stats: NormStats) -> None:
-    """Raises ValueError for numbers that no data has, such as those of a file that was edited or cut."""
+    """Raise ValueError for numbers that no data can have, such as those of an edited or truncated file."""
     for name, value in vars(stats).items():
         if value is not None and not np.isfinite(value).all():
             wrong = _ranges(np.flatnonzero(~np.isfinite(value)))
@@ -136,14 +136,14 @@ def _check_numbers(file: Path, key: str, stats: NormStats) -> None:
 
 
 def load_for(path: Path | str, dims: Mapping[str, int], *, quantiles: bool) -> dict[str, NormStats]:
-    """Somebody's statistics of ``state`` and ``actions`` for data of these dimensions, cut to them.
+    """Load existing statistics of ``state`` and ``actions`` and cut them to the dimensions of the data.
 
     ``path`` is a file, its folder, an ``assets`` folder with one file somewhere below, or a checkpoint that has such a
-    folder. Files longer than the data are right if the rest describes padding: zeros.
+    folder. Statistics with more dimensions than the data are accepted if the rest describes padding: zeros.
 
     Raises:
-        FileNotFoundError: there are none.
-        ValueError: there are several, or they are not of such data; says which key and what it has.
+        FileNotFoundError: there are no statistics.
+        ValueError: there are several files, or the statistics do not fit; the error names the key and what it has.
     """
     file = _find(Path(path))
     stats = load(file)
@@ -196,12 +196,12 @@ def _from_lists(entry: Mapping[str, Any]) -> NormStats:
 
 
 class RunningStats:
-    """Statistics of more vectors than fit in memory, as openpi takes them: moments exact, quantiles by histogram.
+    """Statistics of more vectors than fit in memory, as in openpi: moments are exact, quantiles use a histogram.
 
-    With ``bounds`` (least and greatest value of each dimension, known beforehand) no count ever moves to another bin,
-    and a quantile is off by less than a bin: a 5000th of the range; moments are taken about the middle, so that a small
-    spread far from 0 does not cancel. Without, the range grows as in openpi, and every growth may shift the counts by a
-    bin.
+    With ``bounds`` (min and max of each dimension, known beforehand) no count moves to another bin, and a quantile is
+    off by less than a bin, which is a 5000th of the range. Moments are then taken about the middle of the range, so a
+    small spread far from 0 does not cancel numerically. Without ``bounds`` the range grows as in openpi, and every
+    growth may shift the counts by a bin.
     """
 
     def __init__(self, *, num_bins: int = 5000, bounds: tuple[np.ndarray, np.ndarray] | None = None):
@@ -211,7 +211,7 @@ class RunningStats:
 
     @typed
     def update(self, batch: Float[np.ndarray, "*batch d"], weight: float = 1.0) -> None:
-        """Adds vectors, each of which counts as ``weight``; every axis but the last is a batch axis."""
+        """Add vectors that count with ``weight`` each; every axis but the last is a batch axis."""
         batch = batch.reshape(-1, batch.shape[-1])
         if len(batch) == 0:
             return
@@ -239,7 +239,7 @@ class RunningStats:
             self._counts[dim] += np.histogram(batch[:, dim], bins=edges)[0] * weight
 
     def result(self) -> NormStats:
-        """As openpi: population standard deviation, quantile = left edge of the bin where the count is reached."""
+        """Return the statistics. As in openpi, std is the population's and quantiles are left edges of bins."""
         if self._count < 2:
             raise ValueError(f"statistics need at least 2 vectors, got {self._count:g}")
         variance = self._mean_of_squares - np.square(self._mean)
@@ -258,9 +258,9 @@ class RunningStats:
         return np.linspace(low, high, self._num_bins + 1, axis=-1)
 
     def _widen(self, low: np.ndarray, high: np.ndarray) -> None:
-        """Moves the counts into bins over the new range, each by the left edge of the bin it was in.
+        """Move the counts into bins over the new range, each by the left edge of its old bin.
 
-        As in openpi, the first bin's count is lost where only the upper end moves: its left edge was 1e-10 below.
+        As in openpi, the first bin's count is lost if only the upper end moves: its left edge was 1e-10 lower.
         """
         old_edges = self._edges
         self._low, self._high = low, high
@@ -270,12 +270,12 @@ class RunningStats:
 
     def _quantile(self, q: float) -> np.ndarray:
         below = np.cumsum(self._counts, axis=1) < q * self._count
-        return self._edges[np.arange(len(self._edges)), below.sum(axis=1)]  # the last edge if never reached
+        return self._edges[np.arange(len(self._edges)), below.sum(axis=1)]  # the last edge if it is never reached
 
 
 @typed
 def exact(values: Float[np.ndarray, "n d"]) -> NormStats:
-    """Statistics of vectors that fit in memory: float64 moments, exact quantiles."""
+    """Return the statistics of vectors that fit in memory, with float64 moments and exact quantiles."""
     if len(values) < 2:
         raise ValueError(f"statistics need at least 2 vectors, got {len(values)}")
     q01, q99 = np.quantile(values, [0.01, 0.99], axis=0)
@@ -295,15 +295,15 @@ def with_floor(
     bounds: tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]] | None = None,
     rare: Bool[np.ndarray, " d"] | None = None,
 ) -> NormStats:
-    """Keeps dimensions that hardly or rarely move from being blown up, and warns of them by name.
+    """Widen the statistics of dimensions that hardly or rarely move, and warn of them by name.
 
-    Where std or (q99 - q01) / 2 is below ``min_std``, both become at least that: a joint that stood still in the data
-    would otherwise turn sensor noise at run time into huge inputs. With ``bounds``, the least and greatest value seen,
-    they also become so large that no value seen is normalized to more than ``MAX_NORMALIZED``: a gripper that closes in
-    0.4 % of the rows has both quantiles where it is open, and would otherwise close at 1000. The same holds for the
-    quantiles of ``rare`` dimensions, of which that many values lie farther out though the others are not still. A few
-    such values are no motion: room for them would hide the others, and they are left outside. ``min_std=0`` leaves
-    openpi's bare numbers.
+    If std or (q99 - q01) / 2 is below ``min_std``, both become at least ``min_std``. Otherwise a joint that stood still
+    in the data would turn sensor noise at run time into huge inputs. With ``bounds``, the min and max seen, both also
+    become so large that no value seen normalizes to more than ``MAX_NORMALIZED``: a gripper that closes in 0.4 % of the
+    rows has both quantiles at open, and its closed position would normalize to 1000. The same applies to the quantiles
+    of ``rare`` dimensions: these move, but so many values lie farther out that they are no faults. A few such values
+    are no motion: including them would squeeze all others, so they stay outside. ``min_std=0`` keeps openpi's bare
+    numbers.
     """
     if min_std == 0:
         return stats
@@ -335,14 +335,14 @@ def with_floor(
 
 
 def _middle(stats: NormStats) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:
-    """About what most values lie, and how far out they reach."""
+    """Return the middle of most values, and their half width around it."""
     if stats.q01 is None or stats.q99 is None:
         return stats.mean, stats.std
     return (stats.q01 + stats.q99) / 2, (stats.q99 - stats.q01) / 2
 
 
 class _FarOut:
-    """Counts the values that would be normalized to more than ``MAX_NORMALIZED``."""
+    """A counter of the values that would normalize to more than ``MAX_NORMALIZED``."""
 
     def __init__(self, stats: NormStats):
         self._middle, half_width = _middle(stats)
@@ -355,18 +355,18 @@ class _FarOut:
 
     @property
     def are_rare_motions(self) -> Bool[np.ndarray, " d"]:
-        """Where they are too many to be faults."""
+        """Dimensions with too many such values for faults."""
         return self._far > max(FEW, self._count / 1000)
 
 
 def warn_of_misfits(
     stats: Mapping[str, NormStats], data: Mapping[str, NormStats], *, where: str, of: str, quantiles: bool
 ) -> None:
-    """Warns of dimensions that ``stats`` would normalize to something else than numbers about 1.
+    """Warn of dimensions that ``stats`` would not normalize to numbers of order 1.
 
-    Such as angles in degrees under statistics of radians (or the other way round), or a dimension without any spread
-    that moves. ``data``: bare statistics of what is to be normalized, ``of`` which data set; ``where``: of what the
-    statistics are.
+    Examples are angles in degrees under statistics of radians (or vice versa), or a dimension that moves although the
+    statistics have no spread. ``data`` are the bare statistics of the data to be normalized, which ``of`` names;
+    ``where`` names the origin of ``stats``.
     """
     for key, given in stats.items():
         middle, half = (_middle if quantiles else _moments)(given)
@@ -395,7 +395,7 @@ def _named(chosen: Bool[np.ndarray, " d"]) -> str:
 
 
 def _ranges(indices: Int[np.ndarray, " n"]) -> str:
-    """``0-2, 5`` for 0, 1, 2, 5."""
+    """Return indices as text: ``0-2, 5`` for 0, 1, 2, 5."""
     runs = np.split(indices, np.flatnonzero(np.diff(indices) > 1) + 1)
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
@@ -403,11 +403,11 @@ def _ranges(indices: Int[np.ndarray, " n"]) -> str:
 def from_store(
     store: EpisodeStore, transform: Transform | None = None, *, horizon: int = 1, min_std: float = MIN_STD
 ) -> dict[str, NormStats]:
-    """Exact statistics of ``state`` and ``actions`` of all episodes in memory.
+    """Return exact statistics of ``state`` and ``actions`` over all episodes in memory.
 
-    ``transform`` is what comes before normalization (robot, delta actions); the statistics are then taken, as in
-    openpi, over all ``horizon`` steps of the chunk at every row, repeated last actions included. That holds
-    num_rows * horizon * action size numbers at once: for large sets feed a ``RunningStats`` instead.
+    ``transform`` comes before normalization (robot, delta actions). With it, the statistics cover, as in openpi, all
+    ``horizon`` steps of the chunk at every row, including repeated last actions. This holds num_rows * horizon *
+    action size numbers in memory at once: for large sets use a ``RunningStats`` instead.
     """
     if transform is None:
         values = {"state": store.state, "actions": store.actions}
@@ -447,11 +447,11 @@ def from_source(
     cameras: Sequence[str] = (),
     min_std: float = MIN_STD,
 ) -> dict[str, NormStats]:
-    """As ``from_store``, for sets larger than memory: an episode at a time, for the range, the rest and the floors.
+    """Compute the statistics of ``from_store`` for sets larger than memory: several passes, one episode at a time.
 
-    Quantiles are off by less than a 5000th of a dimension's range. Where that is coarse, because a few values lie far
-    from all others, the others are counted once more in finer bins. No picture is read: a ``transform`` that expects
-    ``cameras`` is shown black ones. ``num_episodes`` takes so many, evenly spread.
+    Quantiles are off by less than a 5000th of a dimension's range. If that is too coarse, because a few values lie far
+    from all others, the others are counted again in finer bins. No picture is read: a ``transform`` that expects
+    ``cameras`` gets black ones. ``num_episodes`` limits the number of episodes, which are evenly spread.
     """
     options: dict[str, Any] = {"horizon": horizon, "num_episodes": num_episodes, "cameras": cameras}
     return from_sources([source], [1.0], transform, **options, min_std=min_std)
@@ -467,7 +467,7 @@ def from_sources(
     cameras: Sequence[str] = (),
     min_std: float = MIN_STD,
 ) -> dict[str, NormStats]:
-    """As ``from_source``, of several sets together, each of which counts by its share, as batches are drawn."""
+    """Compute the statistics of ``from_source`` over several sets, weighted by the shares in which batches use them."""
     chosen = [_spread(source, num_episodes) for source in sources]
     weights = _weights(sources, chosen, shares) if len(sources) > 1 else [1.0]
 
@@ -515,26 +515,26 @@ def from_sources(
 def _weights(
     sources: Sequence[EpisodeSource], chosen: Sequence[Int[np.ndarray, " n"]], shares: Sequence[float]
 ) -> list[float]:
-    """What a row of each source counts, 1 on average over all rows."""
+    """Return the weight of a row of each source; the average over all rows is 1."""
     steps = [int(source.lengths[indices].sum()) for source, indices in zip(sources, chosen, strict=True)]
     return [share * sum(steps) / own for share, own in zip(shares, steps, strict=True)]
 
 
 def _spread(source: EpisodeSource, count: int | None) -> Int[np.ndarray, " n"]:
-    """So many episodes, evenly spread; None: all."""
+    """Return the indices of ``count`` evenly spread episodes; None gives all."""
     spread = np.linspace(0, source.num_episodes - 1, min(count or source.num_episodes, source.num_episodes))
     return np.unique(spread.round().astype(int))
 
 
 class _CloserQuantiles:
-    """Counts again where too few bins lay between q01 and q99: in new ones, from just below q01 to just above q99."""
+    """A second count for dimensions with too few bins between q01 and q99, in finer bins over just that range."""
 
     def __init__(self, stats: NormStats, bin_width: Float[np.ndarray, " d"], min_std: float, *, num_bins: int = 5000):
         self._q01, self._q99 = _quantiles(stats)
         self.dims = bin_width > np.maximum(self._q99 - self._q01, max(min_std, 1e-6)) / 50
         self._edges = np.linspace(self._q01 - bin_width, self._q99 + 2 * bin_width, num_bins + 1, axis=-1)
         self.bin_width = np.where(self.dims, self._edges[:, 1] - self._edges[:, 0], bin_width)
-        self._counts = np.zeros((len(self._edges), num_bins + 1))  # the first one is of all values below
+        self._counts = np.zeros((len(self._edges), num_bins + 1))  # the first one counts all values below
         self._count = 0.0
 
     def update(self, batch: Float[np.ndarray, "n d"], weight: float = 1.0) -> None:
@@ -568,9 +568,9 @@ def _without_pictures(source: EpisodeSource, index: int, cameras: Sequence[str])
 
 @typed
 def bounds_stats(low: Float[np.ndarray, " d"], high: Float[np.ndarray, " d"]) -> NormStats:
-    """Statistics that map [low, high] to [-1, 1] under both formulas: for simulators with a bounded action space."""
+    """Return statistics that map [low, high] to [-1, 1] in both formulas, for simulators with bounded actions."""
     low, high = low.astype(np.float64), high.astype(np.float64)
     if not (np.isfinite(low).all() and np.isfinite(high).all() and (high - low > 2 * EPSILON).all()):
         raise ValueError(f"bounds must be finite with low < high, got low {low.tolist()}, high {high.tolist()}")
-    # both formulas add EPSILON to the width: take it off here, so that the bounds land on -1 and 1
+    # both formulas add EPSILON to the width; subtract it here, so that the bounds map to -1 and 1
     return NormStats(mean=(low + high) / 2, std=(high - low) / 2 - EPSILON, q01=low, q99=high - EPSILON)

@@ -1,8 +1,8 @@
-"""Which stored pictures are 8-bit colour. All others are refused with the reason.
+"""Conversion of stored pictures to 8-bit RGB. All other pictures are refused with a reason.
 
-Nothing is rescaled, clipped or blended on the way to RGB: a picture is read exactly, or not at all. 8-bit grey is read
-as colour with three equal channels, a palette by its colours, and an alpha channel that is opaque everywhere is
-dropped. 16 bits, transparency and CMYK are refused, and so is depth. ``acrlpd.pictures`` reads raw pixels.
+Nothing is rescaled, clipped or blended on the way to RGB: a picture is read exactly, or not at all. 8-bit grey becomes
+colour with three equal channels, a palette becomes its colours, and an alpha channel that is opaque everywhere is
+dropped. 16 bits, transparency, CMYK and depth are refused. ``acrlpd.pictures`` reads raw pixels.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from acrlpd.pictures import to_rgb
 
 NOT_CHOSEN = "it is not among the cameras asked for"  # reasons why a camera is not read, beside a ``PictureError``
 DEPTH_BY_NAME = "it is a depth camera by its name"
-READABLE_MODES = ("RGB", "L", "P", "RGBA")  # of Pillow
+READABLE_MODES = ("RGB", "L", "P", "RGBA")  # modes of Pillow
 NAMES_OF_MODES = {"LA": "grey with transparency", "PA": "a palette with transparency", "1": "black and white"}
-FEW_BITS = ("1", "L;2", "L;4")  # Pillow's names of grey with less than 8 bits
+FEW_BITS = ("1", "L;2", "L;4")  # Pillow's raw modes of grey with fewer than 8 bits
 OPAQUE = 255
 
 
 class PictureError(ValueError):
-    """Why a camera's pictures are not 8-bit colour."""
+    """An error with the reason why a camera's pictures are not 8-bit colour."""
 
 
 def is_depth(name: str) -> bool:
-    """Whether a camera is called a depth camera."""
+    """Return whether the name of a camera says that it is a depth camera."""
     return "depth" in name.lower()
 
 
 def check_colour(image: Image.Image) -> None:
-    """Raise ``PictureError`` unless an opened picture is 8-bit colour or grey. One with alpha is decoded for it."""
+    """Raise ``PictureError`` unless an opened picture is 8-bit colour or grey. With alpha it is decoded to check."""
     rawmode = _rawmode(image)
     if "16" in rawmode or rawmode in FEW_BITS:
         bits = "16 bits" if "16" in rawmode else "less than 8 bits"
@@ -43,29 +43,29 @@ def check_colour(image: Image.Image) -> None:
 
 
 def _rawmode(image: Image.Image) -> str:
-    """How the file stores its numbers; Pillow's ``mode`` alone takes 16-bit RGB for RGB."""
+    """Return the raw mode of the file; Pillow's ``mode`` alone reports 16-bit RGB as RGB."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0].args if tiles else image.mode
     return str(arguments[0] if isinstance(arguments, tuple) else arguments)
 
 
 def decoded(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-    """Return an opened picture as RGB; raises ``PictureError``, or what Pillow raises for damage."""
+    """Return an opened picture as RGB; raise ``PictureError``, or Pillow's errors for damaged data."""
     check_colour(image)
     return np.asarray(image.convert("RGB"))
 
 
 def rgb_rows(rows: Shaped[np.ndarray, "t ..."]) -> UInt8[np.ndarray, "t h w 3"]:
-    """Return raw pictures as RGB; raises ``PictureError`` where ``acrlpd.pictures`` has a doubt about one of them."""
+    """Return raw pictures as RGB; raise ``PictureError`` if ``acrlpd.pictures`` finds one of them ambiguous."""
     if rows.dtype.kind == "f":
-        rows = rows.astype(np.float32)  # in which all 256 levels survive the way to 0..1 and back
+        rows = rows.astype(np.float32)  # keeps all 256 levels on the way to 0..1 and back
     if rows.dtype == np.uint8 and rgb_shape(rows.shape[1:], rows.dtype) == rows.shape[1:]:
         return rows
     return np.stack([_rgb(row) for row in rows])
 
 
 def rgb_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, int, int]:
-    """Return height, width and 3 of a picture stored in this shape and dtype; raises ``PictureError``."""
+    """Return height, width and 3 of a picture with this stored shape and dtype; raise ``PictureError`` if it is none."""
     height, width, channels = _rgb(np.broadcast_to(np.zeros((), dtype), shape)).shape
     return height, width, channels
 

@@ -1,10 +1,10 @@
 """FAST action tokens (Pertsch et al. 2025, arXiv:2501.09747), and the text in which π₀-FAST reads and writes them.
 
-A chunk's cosine transform over time is rounded, so that a smooth motion leaves a few numbers and many zeros; each
-number becomes a character, and byte-pair encoding makes few tokens of them. The text then is
+A chunk's cosine transform over time is rounded, so that a smooth motion leaves a few numbers and many zeros. Each
+number becomes a character, and byte-pair encoding merges the characters into few tokens. The text then is
 
     BOS Task: <prompt>, State: <bins>;⏎ | Action: <FAST tokens>| EOS
-        given, both ways visible        | learned, one after the other
+       given, full attention            | learned, causal attention
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from acrlpd.types import typed
 logger = logging.getLogger(__name__)
 
 PAD, EOS, BOS = 0, 1, 2
-NUM_RESERVED = 128  # ids at the vocabulary's end that openpi keeps free of actions: PaliGemma's segmentation tokens
+NUM_RESERVED = 128  # ids at the vocabulary's end that openpi does not use for actions: PaliGemma's segmentation tokens
 TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "processor_config.json"
 
-_ALPHABET = 256  # bytes: with all of them in the vocabulary every text encodes
-_END_OF_CHARACTERS = 0xD800  # where the code points without an encoding begin
-_NOT_A_CHARACTER = "\ufffd"  # what bytes decode to that are no text
+_ALPHABET = 256  # number of bytes; with all of them in the vocabulary, every text can be encoded
+_END_OF_CHARACTERS = 0xD800  # the first code point without an encoding
+_NOT_A_CHARACTER = "\ufffd"  # invalid bytes decode to this
 
 
 @dataclasses.dataclass(frozen=True)
 class FastTokenizer:
-    """Action chunks to short lists of ids and back; the files are those of ``physical-intelligence/fast``.
+    """A converter of action chunks to short lists of ids and back; reads the files of ``physical-intelligence/fast``.
 
-    Actions are normalized, about -1 to 1. An id is a piece of a text that has one character per coefficient: all
-    dimensions of the lowest frequency first.
+    Actions are normalized, about -1 to 1. An id stands for a piece of a text with one character per coefficient, which
+    begins with all dimensions of the lowest frequency.
     """
 
     bpe: Any  # tokenizers.Tokenizer
-    scale: float  # a coefficient is kept to the nearest 1 / scale
-    min_token: int  # the rounded coefficient whose character is number 0; lower ones are raised to it
-    action_horizon: int | None = None  # of decoded chunks, where the call does not say
+    scale: float  # coefficients are rounded to the nearest 1 / scale
+    min_token: int  # the rounded coefficient of character 0; lower coefficients are raised to it
+    action_horizon: int | None = None  # default size of decoded chunks
     action_dim: int | None = None
 
     @property
@@ -57,7 +57,7 @@ class FastTokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> FastTokenizer:
-        """From a folder with the published processor's ``tokenizer.json`` and ``processor_config.json``."""
+        """Load the published processor's ``tokenizer.json`` and ``processor_config.json`` from a folder."""
         tokenizers = _import_tokenizers()
         tokenizer_file, config_file = (Path(path) / name for name in (TOKENIZER_FILE, CONFIG_FILE))
         for file in (tokenizer_file, config_file):
@@ -74,7 +74,7 @@ class FastTokenizer:
         return cls(bpe, config["scale"], config["min_token"], config.get("time_horizon"), config.get("action_dim"))
 
     def save(self, path: Path | str) -> None:
-        """Writes the two files that ``load`` reads; refuses to replace any."""
+        """Write the two files that ``load`` reads; refuse to replace existing ones."""
         folder = Path(path)
         for name in (TOKENIZER_FILE, CONFIG_FILE):
             if (folder / name).exists():
@@ -93,9 +93,9 @@ class FastTokenizer:
     @classmethod
     @typed
     def fit(cls, chunks: Float[np.ndarray, "n h a"], *, scale: float = 10.0, vocab_size: int = 1024) -> FastTokenizer:
-        """Pieces that are frequent in ``chunks``, normalized; the same for the same chunks.
+        """Fit a tokenizer to the frequent pieces in normalized ``chunks``; the result is deterministic.
 
-        Any other chunk encodes too, with more tokens. ``vocab_size`` is reached only if enough pieces occur twice.
+        Other chunks can be encoded too, with more tokens. ``vocab_size`` is reached only if enough pieces occur twice.
         """
         tokenizers = _import_tokenizers()
         if vocab_size < _ALPHABET:
@@ -115,14 +115,14 @@ class FastTokenizer:
 
     @typed
     def encode(self, chunks: Float[np.ndarray, "n h a"]) -> list[list[int]]:
-        """The ids of each chunk, as many as it needs."""
+        """Return the ids of each chunk; their number varies."""
         return [self.bpe.encode(text).ids for text in self._texts(chunks)]
 
     @typed
     def decode(
         self, ids: Sequence[int], *, action_horizon: int | None = None, action_dim: int | None = None
     ) -> Float[np.ndarray, "h a"]:
-        """The chunk of a list of ids; ``ValueError`` if they are not one of that size."""
+        """Return the chunk that ids encode; raise ``ValueError`` if they encode none of that size."""
         horizon, dim = action_horizon or self.action_horizon, action_dim or self.action_dim
         if horizon is None or dim is None:
             raise ValueError("this FAST tokenizer does not fix the size of a chunk: give action_horizon and action_dim")
@@ -178,28 +178,28 @@ def _import_tokenizers() -> Any:
 
 
 class PromptTokens(NamedTuple):
-    """A batch of texts as an ``Observation`` holds them."""
+    """A batch of tokenized texts, with the fields of an ``Observation``."""
 
     tokenized_prompt: Int[np.ndarray, "b l"]  # int64
     tokenized_prompt_mask: Bool[np.ndarray, "b l"]  # true = token, false = padding
-    token_ar_mask: Int[np.ndarray, "b l"]  # int64; 1 = sees only what comes before it (actions), 0 = prompt or padding
+    token_ar_mask: Int[np.ndarray, "b l"]  # int64; 1 = causal attention (actions), 0 = prompt or padding
     token_loss_mask: Bool[np.ndarray, "b l"]  # true = learned
 
 
 class FastPromptTokenizer:
-    """Task, state and actions to the text of π₀-FAST, and the text it writes to actions.
+    """A converter of task, state and actions to the text of π₀-FAST, and of the text that it writes to actions.
 
-    FAST id i is the i-th last of the vocabulary before the reserved ones.
+    FAST id i is the i-th token (from 0) from the end of the vocabulary, not counting the reserved ids.
 
     Args:
-        fast: of the actions.
-        path: of the text, a SentencePiece model as for ``PromptTokenizer``.
+        fast: the tokenizer of the actions.
+        path: the tokenizer of the text, a SentencePiece model as for ``PromptTokenizer``.
         action_horizon: steps of a decoded chunk.
-        action_dim: its dimensions.
-        max_length: tokens of a text, padded or cut to it.
-        vocab_size: of the model, if larger than the text's: then FAST ids lie behind all pieces of text, as the nano
-            tokenizer needs it. openpi's lie on the last pieces of PaliGemma, which no text has.
-        num_reserved: ids at the vocabulary's end that no action takes.
+        action_dim: dimensions of a decoded action.
+        max_length: number of tokens to which every text is padded or cut.
+        vocab_size: the model's vocabulary size, if larger than the text tokenizer's. FAST ids then lie behind all text
+            pieces, which the nano tokenizer needs. openpi puts them on PaliGemma's last pieces, which no text uses.
+        num_reserved: ids at the vocabulary's end that no action uses.
     """
 
     def __init__(
@@ -241,7 +241,7 @@ class FastPromptTokenizer:
         states: Float[np.ndarray, "b s"],
         actions: Float[np.ndarray, "b h a"] | None = None,
     ) -> PromptTokens:
-        """States and actions are normalized and not padded. Without actions the texts end where the model goes on."""
+        """Encode normalized, unpadded states and actions. Without actions the texts end where the model continues."""
         prefixes = [self._prefix(prompt, state) for prompt, state in zip(prompts, states, strict=True)]
         suffixes = [[]] * len(prefixes) if actions is None else self._suffixes(actions)
         b, l = len(prefixes), self.max_length  # noqa: E741
@@ -263,10 +263,10 @@ class FastPromptTokenizer:
 
     @typed
     def decode(self, tokens: Int[np.ndarray, " l"]) -> Float[np.ndarray, "h a"]:
-        """The chunk between ``Action: `` and ``|`` (or EOS, or the end); zeros, with a warning, if it is none.
+        """Return the chunk between ``Action: `` and ``|`` (or EOS, or the end); if invalid, warn and return zeros.
 
-        openpi writes the tokens out as text and encodes that again, which gives the same ids where no pieces of text
-        merge; here they are read as they are.
+        openpi decodes the tokens to text and encodes that again, which gives the same ids unless pieces of text merge;
+        here the ids are used directly.
         """
         ids = tokens.tolist()
         start = _find(ids, self._start)
@@ -291,22 +291,22 @@ class FastPromptTokenizer:
         ]
 
     def _none(self, reason: str) -> np.ndarray:
-        # each time, which a warning would not be: a robot gets them
+        # log every time, because a robot gets the zeros; ``warnings`` would report it only once
         logger.warning("the model wrote no action chunk, zeros stand for it: %s", reason)
         return np.zeros((self.action_horizon, self.action_dim))
 
 
 def _find(ids: list[int], pattern: list[int]) -> int | None:
-    """Where ``pattern`` first begins."""
+    """Return the index at which ``pattern`` first begins, or None."""
     begins = range(len(ids) - len(pattern) + 1)
     return next((i for i in begins if ids[i : i + len(pattern)] == pattern), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizeFast:
-    """``prompt``, ``state`` and, in training, ``actions`` to tokens; on the way out ``actions`` are the model's tokens.
+    """A transform of ``prompt``, ``state`` and, in training, ``actions`` to tokens; its inverse decodes ``actions``.
 
-    Stands where ``transforms.TokenizePrompt`` stands for the other models; openpi then pads neither state nor actions.
+    It replaces ``transforms.TokenizePrompt`` of the other models. As in openpi, state and actions are then not padded.
     """
 
     tokenizer: FastPromptTokenizer

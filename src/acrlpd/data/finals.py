@@ -1,4 +1,4 @@
-"""What was seen after the last action of each episode, as far as that was recorded.
+"""Final observations: the observation after the last action of each episode, if it was recorded.
 
 It has no row: no action follows it. A whole window that ends with its episode bootstraps from it (``chunks.gather``).
 """
@@ -20,20 +20,20 @@ IMAGE_PREFIX = "images/"  # a camera's key: "images/<camera>"
 
 @runtime_checkable
 class FinalSource(Protocol):
-    """Episodes some of which recorded what was seen after their last action."""
+    """Episodes of which some recorded the observation after their last action."""
 
     @property
     def has_final(self) -> Bool[np.ndarray, " n"]:
-        """Tell which episodes did."""
+        """True for each episode that recorded it."""
         ...
 
     def final(self, index: int, key: str) -> Shaped[np.ndarray, "*shape"]:
-        """Read the ``state`` or ``images/<camera>`` of an episode that did."""
+        """Read the ``state`` or ``images/<camera>`` of an episode that recorded it."""
         ...
 
 
 def has_final(source: object, num_episodes: int) -> Bool[np.ndarray, " n"]:
-    """Return which episodes of ``source`` recorded their final observation; none where it cannot tell."""
+    """Return which episodes of ``source`` recorded their final observation; none if it is no ``FinalSource``."""
     return source.has_final if isinstance(source, FinalSource) else np.zeros(num_episodes, bool)
 
 
@@ -52,14 +52,14 @@ def nbytes_of(rows: Mapping[str, np.ndarray], final: Mapping[str, np.ndarray] | 
 
 
 def rows_of(episode: Episode, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
-    """Return the final observation by key, if there is one; refuse one of another form than the episode's rows."""
+    """Return the final observation by key, or None; refuse one whose form differs from the episode's rows."""
     if episode.final is None:
         return None
     given = {"state": episode.final.state} | {IMAGE_PREFIX + name: x for name, x in episode.final.images.items()}
     final = {}
     for key in filter(is_seen, rows):
         like = rows[key]
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+        with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, and are refused
             row = np.asarray(given[key], like.dtype if key == "state" else None) if key in given else None
         if row is None or row.shape != like.shape[1:] or row.dtype != like.dtype or not np.isfinite(row).all():
             found = "nothing" if row is None else f"{row.dtype} {row.shape}"
@@ -72,7 +72,7 @@ def rows_of(episode: Episode, rows: Mapping[str, np.ndarray]) -> dict[str, np.nd
 
 
 def final_observation(source: FinalSource, index: int, cameras: tuple[str, ...]) -> FinalObservation | None:
-    """Read all of one final observation; None where there is none."""
+    """Read one final observation with all its keys; None if there is none."""
     if not source.has_final[index]:
         return None
     images = {camera: source.final(index, IMAGE_PREFIX + camera) for camera in cameras}
@@ -83,13 +83,13 @@ class Finals:
     """The final observations of a store, by the positions of their episodes."""
 
     def __init__(self) -> None:
-        self._numbers = Column((), np.int64)  # of each episode: its place among all finals ever kept; -1: it has none
+        self._numbers = Column((), np.int64)  # per episode: the position among all finals ever kept, or -1
         self._columns: dict[str, Column | FixedColumn] = {}
         self._count = self._dropped = 0
 
     @classmethod
     def of_source(cls, source: object, num_episodes: int, keys: list[str]) -> Finals:
-        """Make a store that reads each from ``source`` when it is asked for: few chunks end with their episode."""
+        """Return finals that are read from ``source`` on demand, because few chunks end with their episode."""
         finals, known = cls(), has_final(source, num_episodes)
         finals._numbers.append(np.where(known, np.cumsum(known) - 1, -1))
         finals._count = int(known.sum())
@@ -100,11 +100,11 @@ class Finals:
 
     @property
     def known(self) -> Bool[np.ndarray, " n"]:
-        """Tell which episodes have one."""
+        """True for each episode that has one."""
         return self._numbers.rows >= 0
 
     def has(self, episodes: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
-        """Tell which of these episodes have one."""
+        """Return which of these episodes have one."""
         return self._numbers.rows[episodes] >= 0
 
     @property
@@ -112,7 +112,7 @@ class Finals:
         return sum(column.rows.nbytes for column in self._columns.values())
 
     def append(self, rows: Mapping[str, np.ndarray] | None) -> None:
-        """Add that of the next episode, by key; None: it has none."""
+        """Add the final observation of the next episode, by key; None if it has none."""
         self._numbers.append(np.array([-1 if rows is None else self._count]))
         if rows is None:
             return
@@ -123,7 +123,7 @@ class Finals:
         self._count += 1
 
     def drop(self) -> None:
-        """Forget that of the oldest episode."""
+        """Drop the final observation of the oldest episode."""
         if self.known[0]:
             self._dropped += 1
             for column in self._columns.values():
@@ -131,7 +131,7 @@ class Finals:
         self._numbers.drop(1)
 
     def take(self, key: str, episodes: Int[np.ndarray, " b"]) -> Shaped[np.ndarray, "b *shape"]:
-        """Return one key of the final observations of these episodes, all of which have one."""
+        """Return one key of the final observations of these episodes; all of them must have one."""
         return self._columns[key].take(self._numbers.rows[episodes] - self._dropped, episodes)
 
 

@@ -1,4 +1,4 @@
-"""Whether the tables of a LeRobot dataset give every frame of its videos, and every row, to one episode."""
+"""Checks that the tables of a LeRobot dataset assign every video frame, and every row, to one episode."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ REMEDY = (
     "The episode table in meta does not fit the files: repair it, make the data set anew from what it was merged or "
     "converted from, or leave such episodes out (on_bad_episode 'skip')."
 )
-MAX_TOLERANCE = 0.5  # frames: from there on a place would be the next frame's
+MAX_TOLERANCE = 0.5  # frames; a larger tolerance would reach the next frame
 
 
 def row_faults(meta: Meta, checked: Collection[int]) -> dict[int, str]:
     """Return what is wrong with the ranges of global indices (v3), by episode.
 
-    ``checked`` are the episodes whose own rows say the same as their range: one of another has no word here.
+    ``checked`` are the episodes whose rows agree with their range; others are not considered.
     """
     ranges = [
         Stretch(row.number, *row.indices, row.length)
@@ -47,11 +47,11 @@ def video_faults(
 ) -> dict[int, str]:
     """Return what is wrong with the stretches of one camera's files, by episode; ``sizes``: frames of files, if known.
 
-    With ``size_of``, which reads the size of any file, episodes are named that are at fault, and no others where sizes
-    tell them apart. Without, it is those at which it shows.
+    With ``size_of``, which reads the size of any file, the result has only the misplaced episodes if the sizes show
+    which ones these are. Without it, the result has the episodes at which the fault shows.
 
     Raises:
-        ValueError: a file belongs to no episode, and none is at fault that it could be of.
+        ValueError: a file belongs to no episode, and there is no faulty episode to which it could belong.
     """
     files = _stretches(meta, key)
     tolerance = min(tolerance_s * meta.fps, MAX_TOLERANCE)
@@ -76,7 +76,7 @@ def video_faults(
 
 
 def unusual_order(meta: Meta, key: str) -> str | None:
-    """Return a word on episodes that do not follow one another by their numbers in the files of a camera."""
+    """Return a warning if a camera's files do not hold the episodes in the order of their numbers, else None."""
     files = _stretches(meta, key)
     placed = [
         (each.episode, path)
@@ -93,7 +93,7 @@ def unusual_order(meta: Meta, key: str) -> str | None:
 
 
 def _stretches(meta: Meta, key: str) -> Files:
-    """Return the stretches of each file of a camera; in v2 an episode is a file's only one."""
+    """Return the stretches of each file of a camera; in v2 every file holds one episode."""
     files: dict[Path, list[Stretch]] = {}
     for row in meta.episodes:
         span = row.videos[key]
@@ -104,12 +104,12 @@ def _stretches(meta: Meta, key: str) -> Files:
 
 
 def _unused(meta: Meta, key: str, used: Files) -> list[Path]:
-    """Return the video files of a camera that lie where the template puts them, and that no episode has."""
+    """Return the video files of a camera that match the template, and that no episode uses."""
     anything = re.sub(r"\{(chunk_index|file_index)[^{}]*\}", "*", meta.video_path or "")
     pattern = anything.replace("{video_key}", re.sub(r"([*?[])", r"[\1]", key))
     return sorted((path for path in meta.root.glob(pattern) if path not in used), key=_numbers)
 
 
 def _numbers(path: Path) -> list[int]:
-    """Return the numbers in a file's path, which grow wider past 999."""
+    """Return the numbers in a file's path as a sort key, because numbers above 999 have more digits."""
     return [int(digits) for digits in re.findall(r"\d+", str(path))]

@@ -234,7 +234,7 @@ class ChunkLoader:
     def _to_batch(
         self, raw: dict[str, Any], following: dict[str, Any] | None, goes_on: Bool[np.ndarray, " b"]
     ) -> ChunkBatch:
-        """Transform chunks to a batch; ``following`` are the next chunks, where the data ``goes_on``; None: unwanted."""
+        """Transform chunks to a batch; ``following`` are the next chunks, where the data ``goes_on``, or None."""
         now = self._transform({key: raw[key] for key in ("state", "actions", "image", "prompt")})
         seen = {"state": raw["next_state"], "image": raw["next_image"], "prompt": raw["next_prompt"]}
         usable, next_actions = raw["sequence_mask"], None

@@ -65,7 +65,7 @@ def rgb_rows(rows: Shaped[np.ndarray, "t ..."]) -> UInt8[np.ndarray, "t h w 3"]:
 
 
 def rgb_shape(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, int, int]:
-    """Return height, width and 3 of a picture with this stored shape and dtype; raise ``PictureError`` if it is none."""
+    """Return height, width and 3 of a picture stored with this shape and dtype; may raise ``PictureError``."""
     height, width, channels = _rgb(np.broadcast_to(np.zeros((), dtype), shape)).shape
     return height, width, channels
 

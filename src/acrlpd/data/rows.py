@@ -1,4 +1,4 @@
-"""The rows of one key, of all episodes one after the other: a growing array, a fixed one, or whatever reads them."""
+"""The rows of one key, over all episodes in order: a growing array, a fixed one, or an object that reads them."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from jaxtyping import Int, Shaped
 
 
 class Rows(Protocol):
-    """Rows of all episodes, one after the other, read by number as an array's are."""
+    """The rows of all episodes in order, indexed by number like an array."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
     @property
     def nbytes(self) -> int:
-        """Memory they take."""
+        """The memory that the rows take."""
         ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, rows: Any) -> np.ndarray:
-        """``rows``: an array of numbers, of any shape, or a slice inside one episode."""
+        """Return rows; the index is an array of row numbers, of any shape, or a slice inside one episode."""
         ...
 
     def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
-        """Rows by number, with the position of the episode of each."""
+        """Return rows by number; ``episodes`` has the position of each row's episode."""
         ...
 
     def stretches(
         self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]
     ) -> Shaped[np.ndarray, "b h *shape"]:
-        """As many rows as there are steps, from each first one on. Where steps do not count up, rows mean nothing."""
+        """Return windows of consecutive rows from ``steps[:, 0]`` on. Rows past an episode's end are undefined."""
         ...
 
 
 def _stretches(
     array: Shaped[np.ndarray, "r *shape"], steps: Int[np.ndarray, "b h"]
 ) -> Shaped[np.ndarray, "b h *shape"]:
-    """As ``Rows.stretches``. As bytes, a stretch is one item to numpy: a fraction of the time of its rows."""
+    """Return ``Rows.stretches``. With each window viewed as one opaque item, numpy copies it at once, which is fast."""
     length, size = steps.shape[1], array[:1].nbytes
     if len(array) < length or not size or not array.flags.c_contiguous:
         return array[steps]
@@ -50,21 +50,21 @@ def _stretches(
 
 
 class RowReader(Protocol):
-    """What fetches rows that lie elsewhere."""
+    """A reader of rows that are not in memory."""
 
     @property
     def hit_rate(self) -> float:
-        """Share of the rows asked for that were in memory already."""
+        """Share of the requested rows that were in memory already."""
         ...
 
     def close(self) -> None:
-        """Stops its processes."""
+        """Stop the reader's processes."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class FixedColumn:
-    """Rows that lie elsewhere: of them there will be no others."""
+    """A fixed number of rows that lie elsewhere; it cannot grow."""
 
     rows: Any  # Rows, or an array
 
@@ -82,11 +82,11 @@ class FixedColumn:
         raise ValueError("this EpisodeStore reads its rows from a source and cannot forget any")
 
     def reserve(self, num_rows: int) -> None:
-        """Nothing to prepare: it cannot grow."""
+        """Do nothing: the column cannot grow."""
 
 
 class Column:
-    """A growing array: rows are appended at the end, dropped at the front, and always contiguous."""
+    """A growing array: rows are appended at the end and dropped at the front, and are always contiguous."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.typing.DTypeLike):
         self._buffer = np.empty((0, *shape), dtype)
@@ -95,7 +95,7 @@ class Column:
 
     @property
     def rows(self) -> np.ndarray:
-        """A view; valid until the next append."""
+        """A view of the rows, valid until the next append."""
         return self._buffer[self._begin : self._end]
 
     def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
@@ -119,7 +119,7 @@ class Column:
         self._begin += count
 
     def reserve(self, count: int) -> None:
-        """Room for ``count`` more rows. Untouched pages cost nothing, so asking for too much is harmless."""
+        """Make room for ``count`` more rows. Untouched pages cost nothing, so a generous count is harmless."""
         if self._end + count > len(self._buffer):
             self._grow(self._end - self._begin + count)
 
@@ -130,7 +130,7 @@ class Column:
         self._buffer, self._begin, self._end = buffer, 0, kept
 
     def _compact(self) -> None:
-        """Moves the rows to the front, in blocks no longer than the gap: an overlapping copy would need a twin."""
+        """Move the rows to the front in blocks no longer than the gap: numpy would buffer an overlapping copy."""
         kept, gap = self._end - self._begin, self._begin
         for start in range(0, kept, gap):
             block = min(gap, kept - start)

@@ -1,13 +1,13 @@
-"""What happens to an observation on its way into the model, and to actions on their way out.
+"""Transforms of observations on their way into the model, and of actions on their way out.
 
-One list of transforms serves training and serving; each is declared with its inverse, so the way back is right by
+Training and serving use one list of transforms; each is declared with its inverse, so the way back is right by
 construction. They work on openpi's data dictionary: ``state``, ``actions``, ``image`` {camera: ...}, ``image_mask``
 {camera: ...}, ``prompt``, ``tokenized_prompt``, ``tokenized_prompt_mask``; on one observation or on a batch (any
 leading axes; ``actions`` has one more, the horizon). ``actions`` may be absent on the way in. The input is never
 changed in place.
 
-The order is openpi's: repack, default prompt, robot, delta actions, normalize, resize, tokenize, pad. So normalization
-and the state text of pi0.5 see the state before it is padded, and delta actions are formed in raw units.
+The order is openpi's: repack, default prompt, robot, delta actions, normalize, resize, tokenize, pad. Normalization
+and the state text of pi0.5 thus see the state before it is padded, and delta actions are computed in raw units.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ Data = dict[str, Any]
 
 class Transform(Protocol):
     def __call__(self, data: Data) -> Data:
-        """Towards the model."""
+        """Transform data on its way into the model."""
         ...
 
     def inverse(self, data: Data) -> Data:
-        """Back to the robot: ``data`` has ``actions`` as the model gave them and ``state`` as the model saw it."""
+        """Transform back to the robot: ``data`` has the model's output ``actions`` and the ``state`` that it saw."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Compose:
-    """One after the other; the inverse runs backwards."""
+    """A sequence of transforms; the inverse runs them backwards."""
 
     transforms: Sequence[Transform]
 
@@ -54,17 +54,17 @@ class Compose:
         return data
 
     def before(self, kind: type) -> Compose:
-        """The transforms ahead of the first ``kind``; all if there is none. Statistics are taken after those."""
+        """Return the transforms before the first ``kind``, or all. Statistics are computed after these."""
         kinds = [isinstance(transform, kind) for transform in self.transforms]
         return Compose(self.transforms[: kinds.index(True)] if any(kinds) else self.transforms)
 
 
 @dataclasses.dataclass(frozen=True)
 class Repack:
-    """Renames a dataset's keys to the robot's: ``{"observation/image": "image/top"}`` is new name to old path.
+    """A renaming of a dataset's keys to the robot's: ``{"observation/image": "image/top"}`` maps new name to old path.
 
     An old path may lead into nested dictionaries and may end at one, to keep all its cameras. ``actions`` and
-    ``prompt`` may be absent; a missing key of another name is an error. Keys not named are dropped.
+    ``prompt`` may be absent; any other missing key is an error. Keys that are not named are dropped.
     """
 
     names: Mapping[str, str]
@@ -79,12 +79,12 @@ class Repack:
         return {new: value for new, value in found.items() if value is not None}
 
     def inverse(self, data: Data) -> Data:
-        return data  # answers keep the robot's names, as in openpi: a caller at run time never had the dataset's
+        return data  # as in openpi, answers keep the robot's names: clients do not use the dataset's
 
 
 @dataclasses.dataclass(frozen=True)
 class DefaultPrompt:
-    """A task text where the data brings none (no prompt, None, or an empty one)."""
+    """A transform that adds a task text if the data has none (no prompt, None, or an empty one)."""
 
     prompt: str
 
@@ -97,7 +97,7 @@ class DefaultPrompt:
 
 @dataclasses.dataclass(frozen=True)
 class DeltaActions:
-    """Actions relative to the state at the start of the chunk, where ``mask`` is true; in raw units.
+    """A transform to actions relative to the state at the start of the chunk, where ``mask`` is true; in raw units.
 
     The mask may be shorter than an action; dimensions beyond it stay absolute.
     """
@@ -119,13 +119,13 @@ class DeltaActions:
 
 
 def make_bool_mask(*dims: int) -> tuple[bool, ...]:
-    """Mask notation of openpi: ``make_bool_mask(6, -1)`` is six times true, once false; 0 adds nothing."""
+    """Return a mask from openpi's notation: ``make_bool_mask(6, -1)`` is six times true, once false; 0 adds nothing."""
     return tuple(dim > 0 for dim in dims for _ in range(abs(dim)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Normalize:
-    """z-scores, or 1 % and 99 % quantiles to -1 and 1. Keys without statistics are left alone on the way in."""
+    """Normalization to z-scores, or of 1 % and 99 % quantiles to -1 and 1. Keys without statistics stay as they are."""
 
     stats: Mapping[str, NormStats]
     quantiles: bool = False
@@ -151,9 +151,9 @@ class Normalize:
 
 @dataclasses.dataclass(frozen=True)
 class ResizeImages:
-    """Brings images to the model's size, aspect kept, the rest black; those of that size are not touched.
+    """A transform of images to the model's size, with aspect kept and black padding; images of that size stay as is.
 
-    Cameras beside ``cameras`` are left out before anything of them is read; None reads all.
+    Only ``cameras`` are kept; pictures of others are not read. None keeps all.
     """
 
     height: int
@@ -172,7 +172,7 @@ class ResizeImages:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizePrompt:
-    """Replaces ``prompt`` by its tokens. With ``discrete_state_input`` (pi0.5) the state is part of the text."""
+    """A transform of ``prompt`` to tokens. With ``discrete_state_input`` (pi0.5) the state is part of the text."""
 
     tokenizer: PromptTokenizer
     discrete_state_input: bool = False
@@ -194,7 +194,7 @@ class TokenizePrompt:
 
 @dataclasses.dataclass(frozen=True)
 class PadToModel:
-    """Zeros behind state and actions up to the model's action size. Nothing is ever cut on the way in.
+    """Zero padding of state and actions to the model's action size. Nothing is cut on the way in.
 
     On the way out the actions are cut to ``robot_action_dim``; None leaves that to the robot's transform.
     """
@@ -226,9 +226,9 @@ def to_model(
     robot_action_dim: int | None = None,
     cameras: Sequence[str] | None = None,
 ) -> Compose:
-    """All of it in openpi's order: ``before``, then normalization and what follows; None as width pads nothing.
+    """Return all transforms in openpi's order: ``before``, normalization, images, tokens, padding to ``action_dim``.
 
-    ``cameras``: those that the model reads, in its own words; None: all that there are.
+    Without ``action_dim`` nothing is padded. ``cameras`` are the model's names of those it reads; None means all.
     """
     steps: list[Transform] = [
         *before,
@@ -240,7 +240,7 @@ def to_model(
 
 
 def to_observation(data: Data) -> Observation:
-    """The model's observation from transformed data, as numpy; images stay uint8, masks not given are true."""
+    """Return the model's observation from transformed data, as numpy; images stay uint8, missing masks are true."""
     images = {camera: np.asarray(image) for camera, image in data.get("image", {}).items()}
     given = data.get("image_mask", {})
     masks = {
@@ -262,10 +262,10 @@ def _optional(data: Data, key: str, dtype: np.typing.DTypeLike) -> np.ndarray | 
 
 
 def prompt_texts(prompt: Any, default: str | None = None) -> np.ndarray:
-    """A prompt, or a batch of prompts, as an array of str; bytes are UTF-8. ``default`` stands for None and "".
+    """Return a prompt, or a batch of prompts, as an array of str; bytes are UTF-8. ``default`` replaces None and "".
 
     Raises:
-        ValueError: one is None and there is no default, or something else than text.
+        ValueError: a prompt is None and there is no default, or it is not text.
     """
     texts = np.asarray(prompt, None if isinstance(prompt, np.ndarray | np.generic) else object)
     if texts.dtype.kind != "U":
@@ -284,7 +284,7 @@ def _text(prompt: Any, default: str | None) -> str:
 
 
 def _lookup(data: Any, path: str) -> Any:
-    """The value at a path, where a dictionary's own key may contain slashes; None if there is none."""
+    """Return the value at a path, or None. A dictionary's own keys may contain slashes."""
     if not isinstance(data, Mapping):
         return None
     if path in data:

@@ -1,4 +1,4 @@
-"""The files of a data set's folder, those behind links included."""
+"""The files in a data set's folder, including those behind links."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import os
 import stat
 from collections.abc import Iterator
 
-MAX_WAYS = 100  # to a folder: links to links make a maze of more ways than anybody can go
+MAX_WAYS = 100  # max number of paths to a folder; links to links can make very many
 
 
 def files_below(path: str | os.PathLike[str]) -> Iterator[tuple[str, os.stat_result | None]]:
-    """Every file below a folder (or the file itself) that is not hidden: its place below ``path``, and its status.
+    """Yield every file below a folder (or the file itself) that is not hidden: its place below ``path``, its status.
 
-    Links to folders are followed. Places begin with a slash; that of a lone file is empty. The status is None where a
-    link leads nowhere.
+    Links to folders are followed. Places begin with a slash; the place of ``path`` itself is empty. The status of a
+    broken link is None.
 
     Raises:
-        ValueError: very many ways of links lead to one folder.
+        ValueError: more than ``MAX_WAYS`` paths of links lead to one folder.
     """
     return _below(os.fspath(path), "", frozenset(), collections.Counter())
 
@@ -28,10 +28,10 @@ _Place = tuple[int, int]  # device and inode
 def _below(
     path: str, name: str, above: frozenset[_Place], ways: collections.Counter[_Place]
 ) -> Iterator[tuple[str, os.stat_result | None]]:
-    """``name`` and ``above`` are the way down so far: a link may lead back to a folder it lies in."""
+    """Yield the files. ``name`` and ``above`` are the path so far: a link may lead back to a folder above it."""
     try:
         status = os.stat(path)
-    except OSError:  # a link that leads nowhere; where it is an episode, its reader says so
+    except OSError:  # a broken link; if it should be an episode, its reader reports it
         yield name, None
         return
     if not stat.S_ISDIR(status.st_mode):

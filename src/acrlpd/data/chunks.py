@@ -1,4 +1,4 @@
-"""From rows to chunks: windows of H steps with their masks. The only place that knows where an episode ends.
+"""Chunks from rows: windows of H steps with their masks. Only this module knows where an episode ends.
 
 A worked example: an episode of 5 steps (0..4), horizon 4, window from step 3.
 
@@ -8,11 +8,11 @@ A worked example: an episode of 5 steps (0..4), horizon 4, window from step 3.
     next state     s4              t+4 leaves the episode: the last real step
 
 If step 4 is a terminal, sequence_mask = 1 and bootstrap_mask = 0: the return ends there. If the episode was merely cut
-(a time limit), sequence_mask = 0: nobody knows what would have followed, so the chunk stays out of the TD loss.
+(a time limit), sequence_mask = 0: it is unknown what would have followed, so the chunk stays out of the TD loss.
 
 The window from step 1 reads all of 1..4 and ends exactly with the episode. After its four steps comes s5, the final
-observation, which has no row of its own: next state is s5 where it was recorded. Where it was not, and step 4 is no
-terminal, sequence_mask = 0: the state before the last action is no state to bootstrap from.
+observation, which has no row of its own. If s5 was recorded, it is the next state. If it was not, and step 4 is no
+terminal, sequence_mask = 0: one must not bootstrap from the state before the last action.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from acrlpd.types import typed
 def gather(
     store: EpisodeStore, rows: Int[np.ndarray, " b"], horizon: int, *, images: bool = True, ends_in_chunks: bool = True
 ) -> dict[str, Any]:
-    """Chunks that start at ``rows``, in raw units, with the fields of ``docs/algorithm.md``, section 1.
+    """Read the chunks that start at ``rows``, in raw units, with the fields of ``docs/algorithm.md``, section 1.
 
     ``state``, ``next_state`` [b s]; ``image``, ``next_image`` {camera: [b h w 3]} (empty without ``images``);
     ``actions`` [b h a]; ``rewards``, ``terminals``, ``valid`` [b h]; ``bootstrap_mask``, ``sequence_mask`` [b];
-    ``whole`` [b]: all steps are real; ``episode_id``, ``step_id`` [b]; ``row``, ``next_row`` [b] of the store, as
-    ``observe`` takes them; ``prompt``, ``next_prompt`` [b] of str: the instruction at the chunk's first step and after
-    it. Masks are float32, 0 or 1.
+    ``whole`` [b]: all steps are real; ``episode_id``, ``step_id`` [b]; ``row``, ``next_row`` [b] of the store, for
+    ``observe``; ``prompt``, ``next_prompt`` [b] of str: the instruction at the chunk's first step and after it. Masks
+    are float32, 0 or 1.
 
     A terminal may lie in mid-episode (relabelled play data): the steps after it are read, but are not ``valid``.
-    Without ``ends_in_chunks`` the ``sequence_mask`` leaves out what the end of an episode cuts short, terminal or not.
+    Without ``ends_in_chunks``, ``sequence_mask`` is 0 for all chunks that the end of an episode cuts short.
     """
     if horizon < 1:
         raise ValueError(f"horizon must be at least 1, got {horizon}")
@@ -60,7 +60,7 @@ def gather(
     terminal_before = np.cumsum(terminals, axis=1) > terminals  # strictly before: the terminal step itself is valid
     terminated = terminals.any(axis=1)
     whole = real.all(axis=1)
-    followed = whole & (~ends_with | final | terminated)  # by a state to bootstrap from, or by nothing
+    followed = whole & (~ends_with | final | terminated)  # a state to bootstrap from follows, or none is needed
     return {
         "state": take("state", rows),
         "next_state": _seen(store, "state", next_rows, episodes),
@@ -83,17 +83,17 @@ def gather(
 
 
 def num_cut(store: EpisodeStore) -> int:
-    """Count the episodes that were cut without a word of what came next: no window that ends with them bootstraps."""
+    """Count the episodes cut without terminal and final observation: no window that ends with them bootstraps."""
     cut = np.flatnonzero(~store.has_final)
     return int(np.sum(~store.take("terminals", store.ends[cut] - 1, cut)))
 
 
 @typed
 def observe(store: EpisodeStore, rows: Int[np.ndarray, " b"]) -> dict[str, Any]:
-    """Read ``state``, ``image`` and ``prompt`` at rows, as ``gather`` names them.
+    """Read ``state``, ``image`` and ``prompt`` at rows, named as in ``gather``.
 
-    ``store.num_rows`` + n stands for the final observation of the n-th episode, or, where that is not known, for the
-    last one before it.
+    Row ``store.num_rows`` + n is the final observation of episode n; if that is not known, it is the observation in
+    the episode's last row.
     """
     after = rows - store.num_rows
     episodes = np.where(after >= 0, after, store.episode_index(np.minimum(rows, store.num_rows - 1)))
@@ -117,7 +117,7 @@ def _seen(
 
 
 def step_rng(seed: int, step: int) -> np.random.Generator:
-    """The draws of one training step: a pure function of both, so a resumed run draws what a straight one would."""
+    """Return the generator of one training step. It depends on both numbers alone, so resumed runs draw the same."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, step], dtype=np.uint64)))
 
 
@@ -125,10 +125,10 @@ def step_rng(seed: int, step: int) -> np.random.Generator:
 def start_rows(
     store: EpisodeStore, rng: np.random.Generator, batch_size: int, horizon: int, sequence_ratio: float
 ) -> Int[np.ndarray, " b"]:
-    """Rows at which the chunks of a batch start, uniform with replacement.
+    """Draw the rows at which the chunks of a batch start, uniformly with replacement.
 
-    A share ``sequence_ratio`` starts where a full window fits, the rest anywhere, so that terminals and short tails are
-    seen as well. Where no episode is as long as ``horizon``, all start anywhere.
+    A share ``sequence_ratio`` starts where a full window fits, the rest anywhere, so that terminals and short tails
+    occur as well. If no episode is as long as ``horizon``, all start anywhere.
     """
     num_full = round(sequence_ratio * batch_size)
     return draw_starts(store, rng, horizon, num_full=num_full, num_anywhere=batch_size - num_full)
@@ -137,7 +137,7 @@ def start_rows(
 def draw_starts(
     store: EpisodeStore, rng: np.random.Generator, horizon: int, *, num_full: int, num_anywhere: int
 ) -> Int[np.ndarray, " b"]:
-    """So many rows at which a full window fits, and so many others; all anywhere where no window fits."""
+    """Draw ``num_full`` rows where a full window fits, and ``num_anywhere`` of all; all anywhere if none fits."""
     if store.num_rows == 0:
         raise ValueError("cannot draw chunks from an empty EpisodeStore: append an episode first")
     last = store.full_windows(horizon)
@@ -147,6 +147,6 @@ def draw_starts(
     if num_full == 0:
         return anywhere
     drawn = rng.integers(last[-1], size=num_full)
-    index = np.searchsorted(last, drawn, side="right")  # episode that holds the drawn start
+    index = np.searchsorted(last, drawn, side="right")  # episode of the drawn start
     before = np.where(index > 0, last[index - 1], 0)
     return np.concatenate([store.starts[index] + drawn - before, anywhere])

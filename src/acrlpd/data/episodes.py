@@ -1,6 +1,6 @@
-"""Recorded episodes: the interface of whatever holds them, and a store that holds them in memory.
+"""Recorded episodes: the interface of every source of episodes, and a store that holds them in memory.
 
-The store keeps all rows of all episodes in flat arrays, in raw units, so that a batch is a few fancy-index reads.
+The store keeps all rows of all episodes in flat arrays, in raw units, so that a batch needs few fancy-index reads.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from acrlpd.types import Episode
 
 
 class OptionError(ValueError):
-    """A choice of how to read that does not fit the data; nothing is wrong with the episodes."""
+    """A reader option that does not fit the data; nothing is wrong with the episodes."""
 
 
 def check_fps(fps: float | None) -> float | None:
-    """The rate itself; None stands for one that nobody said."""
+    """Return the rate; refuse one that is not positive. None means that the rate is unknown."""
     if fps is not None and not 0 < fps < math.inf:
         raise OptionError(f"fps must be positive, got {fps}")
     return fps
@@ -36,34 +36,34 @@ def check_fps(fps: float | None) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeInfo:
-    """What is known of an episode without reading its rows."""
+    """The facts about an episode that are known without reading its rows."""
 
     length: int  # steps
     task: str
-    success: bool | None  # None: nobody knows
-    source: str  # file (and group) it came from, for messages
-    task_changes: tuple[tuple[int, str], ...] = ()  # as in ``Episode``
+    success: bool | None  # None if unknown
+    source: str  # file (and group) of the episode, for messages
+    task_changes: tuple[tuple[int, str], ...] = ()  # see ``Episode``
 
 
 def task_runs(episode: Episode | EpisodeInfo) -> list[tuple[int, str]]:
-    """Return the instructions of an episode, each behind the step from which it holds."""
+    """Return the instructions of an episode as pairs (first step, text)."""
     return [(0, episode.task), *episode.task_changes]
 
 
 def step_tasks(episode: Episode, numbers: dict[str, int]) -> Int[np.ndarray, " t"]:
-    """Return the number of the instruction at each step; one that ``numbers`` lacks is added there."""
+    """Return the number of the instruction at each step; new instructions are added to ``numbers``."""
     starts, texts = zip(*task_runs(episode), strict=True)
     found = [numbers.setdefault(text, len(numbers)) for text in texts]
     return np.repeat(found, np.diff([*starts, len(episode)]))
 
 
 def first_text(*texts: str) -> str:
-    """Return the first text that says something, else an empty one."""
+    """Return the first text that is not blank, or an empty one."""
     return next((text for text in texts if text.strip()), "")
 
 
 def check_task_changes(where: str, changes: Sequence[tuple[int, str]], length: int) -> None:
-    """Refuse what is no list of texts, each behind the step of an episode from which it holds."""
+    """Raise unless ``changes`` are pairs (step, text) with ascending steps inside the episode."""
     steps = [step for step, _ in changes]
     rise = all(before < after for before, after in itertools.pairwise([0, *steps, length]))
     if changes and not (rise and all(isinstance(text, str) for _, text in changes)):
@@ -72,12 +72,12 @@ def check_task_changes(where: str, changes: Sequence[tuple[int, str]], length: i
         )
 
 
-KNOWN_SUCCESS = (None, False, True)  # in the order of the numbers that readers remember it by
+KNOWN_SUCCESS = (None, False, True)  # readers store the index: 0, 1, 2 = unknown, failed, succeeded
 
 
 @runtime_checkable
 class EpisodeSource(Protocol):
-    """Recorded episodes by index 0..num_episodes-1, in a fixed order, wherever they lie.
+    """Recorded episodes from any storage, by index 0..num_episodes-1, in a fixed order.
 
     Keys are ``state``, ``actions``, ``rewards``, ``terminals`` and ``images/<camera>``.
     """
@@ -87,7 +87,7 @@ class EpisodeSource(Protocol):
 
     @property
     def lengths(self) -> Int[np.ndarray, " n"]:
-        """Steps of each episode."""
+        """The number of steps of each episode."""
         ...
 
     @property
@@ -98,27 +98,27 @@ class EpisodeSource(Protocol):
     def episode(self, index: int) -> Episode: ...
 
     def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
-        """Rows ``start`` to ``stop`` (exclusive) of one key of one episode; both must lie inside the episode."""
+        """Read rows ``start`` to ``stop`` (exclusive) of one key of an episode; both must lie inside the episode."""
         ...
 
 
 def check_is_read(where: str, key: str, left_out: Iterable[str]) -> None:
-    """Raise for a key that a reader has left out; ``left_out`` has its key and, in brackets, its reason."""
+    """Raise if a reader has left out ``key``; entries of ``left_out`` are a key and, in brackets, the reason."""
     for told in left_out:
         if told.startswith(f"{key} ("):
             raise ValueError(f"{where}: this key is left out: {told}")
 
 
 def told_numbers(shape: Sequence[int]) -> str:
-    """The numbers that a key has for each step, in words."""
+    """Return in words how many numbers a key has per step."""
     size = "x".join(map(str, shape)) or "1"
     return f"{size} number{'' if size == '1' else 's'}"
 
 
 class BadEpisodes:
-    """What a reader does with episodes that cannot be used: it stops at the first, or leaves them out with a warning.
+    """The handling of episodes that cannot be used: stop at the first one, or leave all of them out with a warning.
 
-    ``skipped`` holds the name of each one left out and the reason, in the words of the error it would have been.
+    ``skipped`` holds the name of each episode that was left out, and the text of its error as the reason.
     """
 
     def __init__(self, on_bad_episode: Literal["error", "skip"]):
@@ -126,11 +126,11 @@ class BadEpisodes:
             raise ValueError(f"on_bad_episode must be 'error' or 'skip', got {on_bad_episode!r}")
         self.skip = on_bad_episode == "skip"
         self.skipped: list[tuple[str, str]] = []
-        self._fault: type[ValueError] = OptionError  # as long as nothing but options was wrong
+        self._fault: type[ValueError] = OptionError  # as long as only options were wrong
 
     @contextlib.contextmanager
     def guard(self, name: str) -> Iterator[None]:
-        """Around what concerns the episode ``name`` alone. A fault of the whole set must be raised outside."""
+        """Guard code that concerns only the episode ``name``. A fault of the whole set must be raised outside."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -142,7 +142,7 @@ class BadEpisodes:
             warnings.warn(f"episode left out: {error}", stacklevel=4)
 
     def report(self, where: str, total: int) -> None:
-        """Says how many of ``total`` episodes were left out; raises if none is left."""
+        """Warn how many of ``total`` episodes were left out; raise if none is left."""
         if total and len(self.skipped) == total:
             raise self._fault(f"{where}: no episode is left, all {total} were skipped; the first: {self.skipped[0][1]}")
         if self.skipped:
@@ -150,7 +150,7 @@ class BadEpisodes:
 
 
 def usual_features(features: Iterable[Mapping[str, Hashable]]) -> dict[str, Any]:
-    """What most episodes have under each name, in the order in which names come up; None where most have nothing."""
+    """Return the most common feature of each name, in the order in which names first occur; None if most have none."""
     found = list(features)
     names = dict.fromkeys(name for each in found for name in each)
     return {name: collections.Counter(each.get(name) for each in found).most_common(1)[0][0] for name in names}
@@ -163,7 +163,7 @@ def check_alike(
     source_of: Callable[[int], str],
     told: Callable[[Any], str],
 ) -> None:
-    """Raises unless episode ``index`` has the ``usual`` features; ``told`` puts one into words."""
+    """Raise unless episode ``index`` has the ``usual`` features; ``told`` describes a feature in words."""
     found = features[index]
     for name, expected in usual.items():
         if found.get(name) != expected:
@@ -175,7 +175,7 @@ def check_alike(
 
 
 class HeldEpisodes:
-    """The ``EpisodeSource`` side of a reader that puts all of its episodes into ``_store`` when it opens."""
+    """The base class of ``EpisodeSource`` readers that load all episodes into ``_store`` when they open."""
 
     _store: EpisodeStore
     untold_tasks: Sequence[str] = ()
@@ -210,23 +210,23 @@ class HeldEpisodes:
 
 
 class EpisodeStore:
-    """Episodes in memory, appended at the end; an ``EpisodeSource`` itself.
+    """Episodes in memory, appended at the end; itself an ``EpisodeSource``.
 
-    Rows are numbered 0..num_rows-1 over all episodes kept. With ``max_bytes``, the oldest whole episodes make room for
-    a new one: row numbers shift, episode ids keep counting. The limit holds for the rows kept; the buffers behind them
-    may take half as much again. One thread at a time: an append may move the rows under a reader.
+    Rows are numbered 0..num_rows-1 over all episodes kept. With ``max_bytes``, the oldest episodes are dropped to make
+    room for a new one: row numbers shift, episode ids keep counting. The limit applies to the rows kept; their buffers
+    may take half as much again. Only one thread may use it at a time: an append may move the rows under a reader.
     """
 
     def __init__(self, *, max_bytes: int | None = None):
         if max_bytes is not None and max_bytes <= 0:
             raise ValueError(f"max_bytes must be positive, got {max_bytes}. Leave it out to keep every episode.")
         self.max_bytes = max_bytes
-        self.reader: RowReader | None = None  # None: no row is read when it is asked for
-        self.skipped: Sequence[tuple[str, str]] = ()  # name and fault of each episode its source left out
+        self.reader: RowReader | None = None  # None if no rows are read on demand
+        self.skipped: Sequence[tuple[str, str]] = ()  # name and fault of each episode that the source left out
         self._columns: dict[str, Column | FixedColumn] = {}
         self._first_source = ""  # the episode whose shapes all others must have
         self._ends = Column((), np.int64)  # counted from the first row ever appended, so that dropping shifts nothing
-        # where an instruction holds from, counted as the ends are, and its number: most episodes have one
+        # first row of each instruction, counted like the ends, and its number; most episodes have one instruction
         self._task_starts = Column((), np.int64)
         self._task_indices = Column((), np.int64)
         self._infos: list[EpisodeInfo] = []
@@ -234,7 +234,7 @@ class EpisodeStore:
         self._task_texts = np.zeros(0, dtype=np.str_)
         self._rows_dropped = 0
         self._episodes_dropped = 0
-        self._known_numbering: _Numbering | None = None  # None: an episode came or went since it was asked for
+        self._known_numbering: _Numbering | None = None  # None after an episode was added or dropped
         self._finals = Finals()
 
     @classmethod
@@ -246,7 +246,7 @@ class EpisodeStore:
 
     @classmethod
     def from_source(cls, source: EpisodeSource, *, max_bytes: int | None = None) -> EpisodeStore:
-        """All episodes of ``source``. Lengths are known beforehand, so no buffer is copied while it grows."""
+        """Load all episodes of ``source``. Lengths are known beforehand, so no buffer is copied to grow."""
         store = cls(max_bytes=max_bytes)
         for index in range(source.num_episodes):
             store.append(source.episode(index))
@@ -263,9 +263,9 @@ class EpisodeStore:
         *,
         source: object = None,
     ) -> EpisodeStore:
-        """A store of rows that lie elsewhere, which cannot grow. Keys are those of an ``EpisodeSource``.
+        """Return a store of rows that lie elsewhere; it cannot grow. Keys are those of an ``EpisodeSource``.
 
-        ``source`` gives the final observations, if it is a ``FinalSource``.
+        ``source`` provides the final observations, if it is a ``FinalSource``.
         """
         store = cls()
         store.reader = reader
@@ -289,12 +289,12 @@ class EpisodeStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows and final observations kept."""
+        """The size of the rows and final observations kept, in bytes."""
         return sum(column.rows.nbytes for column in self._columns.values()) + self._finals.nbytes
 
     @property
     def first_episode_id(self) -> int:
-        """Id of the oldest episode kept; ids before it were dropped."""
+        """The id of the oldest episode kept; lower ids were dropped."""
         return self._episodes_dropped
 
     @property
@@ -319,7 +319,7 @@ class EpisodeStore:
 
     @property
     def images(self) -> dict[str, Shaped[np.ndarray, "r _ _ 3"]]:
-        """By camera."""
+        """The pictures by camera."""
         return {
             key.removeprefix(IMAGE_PREFIX): column.rows
             for key, column in self._columns.items()
@@ -337,12 +337,12 @@ class EpisodeStore:
 
     @property
     def ends(self) -> Int[np.ndarray, " n"]:
-        """Row after the last one of each episode."""
+        """The row after the last one of each episode."""
         return self._numbering.ends
 
     @property
     def starts(self) -> Int[np.ndarray, " n"]:
-        """First row of each episode."""
+        """The first row of each episode."""
         return self._numbering.starts
 
     @property
@@ -350,31 +350,31 @@ class EpisodeStore:
         return self.ends - self.starts
 
     def full_windows(self, horizon: int) -> Int[np.ndarray, " n"]:
-        """How many windows of ``horizon`` rows lie inside an episode, counted up to each episode's end."""
+        """Return the number of windows of ``horizon`` rows inside an episode, cumulated up to each episode's end."""
         known = self._numbering.full_windows
         if horizon not in known:
             known[horizon] = np.cumsum(np.maximum(self.lengths - horizon + 1, 0))
         return known[horizon]
 
     def episode_index(self, rows: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
-        """Position, among the episodes kept, of the episode each row belongs to; the id is this + first_episode_id."""
+        """Return the position of each row's episode among the episodes kept; position + first_episode_id is its id."""
         if len(rows) and (rows.min() < 0 or rows.max() >= self.num_rows):
             raise IndexError(f"rows must lie in 0..{self.num_rows - 1}, got {rows.min()}..{rows.max()}")
         return np.searchsorted(self.ends, rows, side="right")
 
     def instructions(self, rows: Int[np.ndarray, " b"]) -> Shaped[np.ndarray, " b"]:
-        """The task text that holds at each row."""
+        """Return the instruction that is valid at each row."""
         if len(self._task_texts) < len(self._tasks):
             self._task_texts = np.array(list(self._tasks), dtype=np.str_)
         places = np.searchsorted(self._task_starts.rows, self._rows_dropped + rows, side="right") - 1
         return self._task_texts[self._task_indices.rows[places]]
 
     def append(self, episode: Episode) -> int:
-        """Adds an episode and returns its id. Ids count from 0 and are never used again.
+        """Add an episode and return its id. Ids count from 0 and are never reused.
 
         Raises:
-            ValueError: rows are missing, not finite, or shaped otherwise than in the first episode; or the episode
-                alone exceeds ``max_bytes``. Names the episode's source.
+            ValueError: rows are missing, not finite, or have another shape than in the first episode; or the episode
+                alone exceeds ``max_bytes``. The error names the episode's source.
         """
         rows = self.checked(episode)
         if not self._columns:
@@ -393,7 +393,7 @@ class EpisodeStore:
         return self.next_episode_id - 1
 
     def checked(self, episode: Episode) -> dict[str, np.ndarray]:
-        """The episode's rows by key, if ``append`` would take it; raises what that raises, and changes nothing."""
+        """Return the episode's rows by key; raise the errors of ``append`` without changing the store."""
         rows = _checked_rows(episode)
         if self._columns:
             self._check_shapes(rows, episode.source)
@@ -409,7 +409,7 @@ class EpisodeStore:
         return self._infos[self._checked_index(index)]
 
     def episode(self, index: int) -> Episode:
-        """A copy of one episode; ``index`` counts the episodes kept, 0 is the oldest."""
+        """Return a copy of one episode; ``index`` counts the episodes kept, and 0 is the oldest."""
         info = self.info(index)
         rows: dict[str, Any] = {key: self.window(index, key, 0, info.length).copy() for key in self._columns}
         images = {key.removeprefix(IMAGE_PREFIX): rows.pop(key) for key in list(rows) if key.startswith(IMAGE_PREFIX)}
@@ -426,22 +426,22 @@ class EpisodeStore:
 
     @property
     def has_final(self) -> Bool[np.ndarray, " n"]:
-        """Tell of which episodes the final observation is known."""
+        """True for each episode whose final observation is known."""
         return self._finals.known
 
     def final(self, index: int, key: str) -> Shaped[np.ndarray, "*shape"]:
         return self._finals.take(key, np.array([self._checked_index(index)]))[0]
 
     def knows_final(self, episodes: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
-        """Tell the same of episodes by position."""
+        """Return ``has_final`` of these episodes, by position."""
         return self._finals.has(episodes)
 
     def take_finals(self, key: str, episodes: Int[np.ndarray, " b"]) -> Shaped[np.ndarray, "b *shape"]:
-        """Return ``state`` or ``images/<camera>`` of the final observations of episodes, by position; all have one."""
+        """Return ``state`` or ``images/<camera>`` of the final observations of these episodes; all must have one."""
         return self._finals.take(key, episodes)
 
     def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
-        """A view; valid until the next append."""
+        """Return a view that is valid until the next append."""
         length = self.info(index).length
         if not 0 <= start <= stop <= length:
             raise IndexError(f"{self.info(index).source}: window {start}..{stop} leaves the episode (0..{length})")
@@ -455,13 +455,13 @@ class EpisodeStore:
         return self._known_numbering
 
     def take(self, key: str, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
-        """Rows of a key by number, whose episodes (by position) the caller knows."""
+        """Return rows of a key by number; the caller passes the position of each row's episode."""
         return self._column(key).take(rows, episodes)
 
     def take_stretches(
         self, key: str, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]
     ) -> Shaped[np.ndarray, "b h *shape"]:
-        """As ``take``, where the steps of a stretch count up until its episode's last row, which is repeated."""
+        """Like ``take``, for steps that count up to their episode's last row and then repeat it; this is faster."""
         column = self._column(key)
         found = column.stretches(steps, episodes)
         past = np.flatnonzero(steps[:, -1] - steps[:, 0] < steps.shape[1] - 1)
@@ -519,7 +519,7 @@ class EpisodeStore:
         self._known_numbering = None
 
     def _append_tasks(self, runs: Iterable[tuple[int, str]]) -> None:
-        """``runs``: rows, counted from the first one ever appended, and the instruction from there on."""
+        """Add instructions; ``runs`` are pairs (first row, counted from the first one ever appended; text)."""
         found = np.array([(start, self._intern(text)) for start, text in runs], np.int64).reshape(-1, 2)
         self._task_starts.append(found[:, 0])
         self._task_indices.append(found[:, 1])
@@ -531,7 +531,7 @@ class EpisodeStore:
 
 
 class _Numbering:
-    """Which rows are whose. Made once for many batches: of ten thousand episodes it takes longer than a batch."""
+    """The row numbers of episodes, kept for many batches: computing them for 10,000 episodes takes longer than one."""
 
     def __init__(self, ends: Int[np.ndarray, " n"]):
         self.ends = ends
@@ -544,9 +544,9 @@ def _info(episode: Episode) -> EpisodeInfo:
 
 
 def _checked_rows(episode: Episode) -> dict[str, np.ndarray]:
-    """The episode's arrays by key, in the dtypes of a store; refuses what no store should hold."""
+    """Return the episode's arrays by key, in the dtypes of a store; refuse arrays that no store should hold."""
     source = episode.source
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+    with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, and are refused below
         rows = {
             "state": np.asarray(episode.state, np.float32),
             "actions": np.asarray(episode.actions, np.float32),

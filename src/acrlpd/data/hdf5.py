@@ -1,7 +1,7 @@
-"""Recorded episodes in HDF5, whoever wrote them, as one ``EpisodeSource``.
+"""An ``EpisodeSource`` of recorded episodes in HDF5, in any of several layouts.
 
-Layouts, told apart by what the files hold: our own (``layouts/own.py``, which also writes), ALOHA and ACT, robomimic
-and LIBERO, DROID's raw folders. Each file of ``layouts`` describes one, with its conventions.
+The content of the files tells the layout: our own (``layouts/own.py``, which also writes), ALOHA and ACT, robomimic and
+LIBERO, DROID's raw folders. Each module in ``layouts`` describes one, with its conventions.
 """
 
 from __future__ import annotations
@@ -67,40 +67,40 @@ __all__ = [
     "write_episode",
 ]
 
-PARALLEL_FROM = 500  # episodes; fewer are read before a process has started
-SCANNED_AT_ONCE = 32  # by a process
-MAX_DECODED = 4096  # episodes whose columns are kept as objects; all others are text
-DECODE_BLOCK = 64  # pictures that are decoded at once when all are checked
+PARALLEL_FROM = 500  # min number of episodes for processes; reading fewer is faster than starting a process
+SCANNED_AT_ONCE = 32  # episodes that a process gets at a time
+MAX_DECODED = 4096  # max number of episodes whose columns are kept as objects; all others stay text
+DECODE_BLOCK = 64  # pictures decoded at a time when all are checked
 
 
 class H5DatasetReader:
-    """The episodes of a folder or file in any layout we know: an ``EpisodeSource``.
+    """An ``EpisodeSource`` of a folder or file in any supported layout.
 
     Opening checks every number (state, actions, rewards), the lengths of all keys, that all episodes have the same
-    widths and cameras, and that every video opens. Afterwards ``window`` reads the rows asked for and nothing else;
-    pictures are decoded then, and a damaged one is an error then, unless ``check_images`` has them all decoded at once.
+    widths and cameras, and that every video opens. Afterwards ``window`` reads only the requested rows. Pictures are
+    decoded then, and a damaged one is an error then, unless ``check_images`` decodes all of them when opening.
 
     Args:
         data_dir: a folder of episode files, a robomimic file (or a folder of LIBERO's), or the root of a DROID tree.
-        episode_metadata: ``fps`` and ``task`` of all episodes: another way to say ``fps`` and ``default_task``.
+        episode_metadata: ``fps`` and ``task`` of all episodes; an alternative to ``fps`` and ``default_task``.
         filter_key: robomimic's name for a subset of the demos.
         on_bad_episode: ``"skip"`` leaves out episodes that cannot be used, with a warning; see ``skipped``.
-        rewards: which rewards to give. None: those stored, and 0 where none are (good for imitation only).
-        fps: for formats that do not say, or say it wrong.
+        rewards: how rewards are assigned. None keeps stored rewards, and 0 if there are none (good for imitation only).
+        fps: the rate, for formats that do not state it or state a wrong one.
         default_task: the instruction of episodes whose format has none.
-        state_keys, action_keys: the format's names of what is put side by side; None for what pi0 is trained with.
+        state_keys, action_keys: the format's names of the keys to put side by side; None takes those of pi0's training.
         cameras: the format's names; None for all.
-        check_images: None is yes when skipping (an episode cannot be left out later), else no.
+        check_images: None decodes if bad episodes are skipped, because an episode cannot be left out later.
         align_observations: LIBERO only, see ``layouts/robomimic.py``.
-        jpeg_bgr: ALOHA only, for recordings in which red and blue are swapped. Nothing in the files tells.
+        jpeg_bgr: ALOHA only, for recordings in which red and blue are swapped; the files do not say so.
         drop_idle: DROID only, leaves out the steps at which the operator was not driving.
-        num_workers: processes that read the episodes when there are many; 0 reads them here. Opening alone, see
-            ``windows.open_store`` for batches.
-        metadata_cache: where to remember what opening found out. None reads every episode each time.
-        frame_cache: where to look for frames first. Frames then always have the cache's resolution.
+        num_workers: processes that read the episodes when opening many; 0 reads them in this one. For batches see
+            ``windows.open_store``.
+        metadata_cache: the cache of the results of opening. None reads every episode each time.
+        frame_cache: the cache to read frames from first. All frames then have the cache's resolution.
 
     Raises:
-        ValueError: the first episode that cannot be used, or a fault of the whole set; names file, episode and key.
+        ValueError: an episode cannot be used, or the whole set cannot; the error names file, episode and key.
     """
 
     def __init__(
@@ -149,10 +149,10 @@ class H5DatasetReader:
         opened = metadata_cache.get(self.path, asked, find_out) if metadata_cache and self.path.exists() else find_out()
         facts = unpack(opened["facts"])
         self.format: str = facts["layout"]
-        self.fps: float | None = facts["fps"]  # None: nobody said
+        self.fps: float | None = facts["fps"]  # None if unknown
         self.skipped = [tuple(entry) for entry in facts["skipped"]]  # source and reason of each episode left out
-        self.left_out: list[str] = facts["left_out"]  # what is there and not read, each with a reason or its size
-        self.indices = tuple(opened["indices"].tolist())  # of each episode, its place before any was skipped
+        self.left_out: list[str] = facts["left_out"]  # keys that are not read, each with a reason or its size
+        self.indices = tuple(opened["indices"].tolist())  # index of each episode before any was skipped
         self.lengths = opened["lengths"]
         self._facts = facts
         self._task_changes = {index: tuple(map(tuple, changes)) for index, changes in facts["task_changes"]}
@@ -184,7 +184,7 @@ class H5DatasetReader:
 
     @property
     def untold_tasks(self) -> list[str]:
-        """What tells apart the tasks that have no text."""
+        """Descriptions that distinguish the tasks without a text."""
         return self._facts["untold_tasks"]
 
     def episode(self, index: int) -> Episode:
@@ -233,7 +233,7 @@ class H5DatasetReader:
         return self._frame_cache.resize(columns[key].read(start, stop)) if cached is None else cached
 
     def mapped(self) -> dict[str, Rows | np.ndarray]:
-        """All rows of what needs no reading: what lies in files as in memory, and what opening found out."""
+        """Return all rows of the keys that need no reading: plain rows in files, and the results of opening."""
 
         def episodes() -> Iterator[dict[str, Column | None]]:
             for index in range(self.num_episodes):
@@ -244,20 +244,20 @@ class H5DatasetReader:
         return {**map_rows(episodes(), self.lengths), **known}
 
     def _cached(self, index: int, key: str, column: Column) -> Column | None:
-        """Pictures as the frame cache has them, if there is one; None where it has none."""
+        """Return a column, or for pictures its rows in the frame cache, if there is one; None if these are missing."""
         if self._frame_cache is None or not key.startswith(IMAGE_PREFIX):
             return column
         camera = key.removeprefix(IMAGE_PREFIX)
         return self._frame_cache.rows(camera, self._origin(index, column), int(self.lengths[index]))
 
     def frame_origin(self, index: int, camera: str) -> FrameOrigin:
-        """Which file the frames of a camera come from; for the frame cache."""
+        """Return the file from which the frames of a camera come, for the frame cache."""
         return self._origin(index, self._columns(index)[IMAGE_PREFIX + camera])
 
     def _origin(self, index: int, column: Column) -> FrameOrigin:
-        """The stored form of the column says all that decides which frames these are, wherever the data set lies."""
+        """Identify frames by the stored form of their column, without the path: the data set may be moved."""
         stretch = stored.encode({"": column}).decode().replace(json.dumps(str(column.path)), "")
-        place = self.info(index).source.removeprefix(str(self.path)) or self.path.name  # of the file, and of the demo
+        place = self.info(index).source.removeprefix(str(self.path)) or self.path.name  # the file, and the demo in it
         words = "_".join(re.findall(r"[\w.]+", place, re.ASCII))[-80:]
         return FrameOrigin(f"{words}-{hashlib.sha256(place.encode()).hexdigest()[:8]}", column.path, stretch)
 
@@ -276,7 +276,7 @@ class H5DatasetReader:
 
 @dataclasses.dataclass(frozen=True)
 class _Labelled:
-    """An episode that is kept, with its rewards."""
+    """A kept episode with its rewards and terminals."""
 
     record: Record
     info: EpisodeInfo
@@ -293,7 +293,7 @@ def _find_out(
     check_images: bool,
     num_workers: int,
 ) -> Arrays:
-    """All that a reader knows before it reads windows, in the form in which it is remembered."""
+    """Scan a data set and return all that a reader knows before it reads windows, in the form of a cache entry."""
     layout = _open_layout(path, options)
     records = _alike(layout, _scan(layout, bad, check_images=check_images, num_workers=num_workers), bad)
     episodes = _labelled(layout, records, bad, rewards)
@@ -335,13 +335,13 @@ def _find_out(
 
 
 def _left_out(layout: Layout, records: Mapping[int, Record]) -> list[str]:
-    """The cameras that some episode has and are not read, and the first episode's other keys."""
+    """Return the cameras of any episode that are not read, and the unused keys of the first episode."""
     cameras = [f"{camera} ({why})" for record in records.values() for camera, why in record.left_out.items()]
     return [*dict.fromkeys(cameras), *layout.unused(next(iter(records)))]
 
 
 def _scan(layout: Layout, bad: BadEpisodes, *, check_images: bool, num_workers: int) -> dict[int, Record]:
-    """The usable episodes by index."""
+    """Return the usable episodes by index."""
     records = {}
     scanned = _scanned(layout, check_images=check_images, num_workers=num_workers)
     with contextlib.closing(scanned):
@@ -352,7 +352,7 @@ def _scan(layout: Layout, bad: BadEpisodes, *, check_images: bool, num_workers: 
 
 
 class _Scanned(NamedTuple):
-    """What reading an episode gave, to be told in the process and in the order in which it was asked for."""
+    """The result of scanning an episode; ``get`` repeats its warnings and its error in the calling process."""
 
     record: Record | None
     error: Exception | None
@@ -392,7 +392,7 @@ def _scan_one(layout: Layout, index: int, check_images: bool) -> _Scanned:
     return _Scanned(record, error, [str(warning.message) for warning in caught])
 
 
-_adopted: Any = None  # in a process: the layout to scan, and whether to look at pictures
+_adopted: Any = None  # in a worker process: the layout to scan, and whether to check pictures
 
 
 def _adopt(layout: Layout, check_images: bool) -> None:
@@ -406,7 +406,7 @@ def _scan_adopted(index: int) -> _Scanned:
 
 
 def _decode_all(record: Record) -> None:
-    """Reads every picture once, a block at a time: raw pictures of a whole episode may not fit into memory."""
+    """Read every picture once, a block at a time: raw pictures of a whole episode may not fit into memory."""
     for key, column in record.columns.items():
         if key.startswith(IMAGE_PREFIX):
             for start in range(0, len(column), DECODE_BLOCK):
@@ -414,7 +414,7 @@ def _decode_all(record: Record) -> None:
 
 
 def _alike(layout: Layout, records: dict[int, Record], bad: BadEpisodes) -> dict[int, Record]:
-    """The episodes that have the shapes, dtype kinds and cameras that most of them have."""
+    """Return the episodes that have the shapes, dtype kinds and cameras of the majority."""
     features = {index: record.features for index, record in records.items()}
     usual = usual_features(features.values())
     alike = {}
@@ -439,7 +439,7 @@ def _labelled(
 ) -> dict[int, _Labelled]:
     stored = [record.rewards for record in records.values() if record.rewards is not None]
     threshold = reward_labels.success_reward(config, stored)
-    # robomimic's zeros are failures; our own layout has zeros, too, where nobody knew of a reward
+    # zeros mean failure in robomimic; in our own layout they may also mean that rewards are unknown
     are_known = reward_labels.are_known(config, stored)
     labelled = {}
     for index, record in records.items():
@@ -463,7 +463,7 @@ def _labelled(
 
 
 def _open_layout(path: Path, options: Options) -> Layout:
-    """Tells the layouts apart. A damaged file tells nothing, so the first one that can be read decides."""
+    """Detect the layout from the first file that can be read."""
     if path.is_file():
         files = [path]
     elif path.is_dir():
@@ -492,7 +492,7 @@ def _open_layout(path: Path, options: Options) -> Layout:
 
 
 def _kind(path: Path) -> Callable[[list[Path], Options], Layout] | None:
-    """The layout of one file; None if it cannot be read or has another."""
+    """Return the layout of one file; None if it is unreadable or unknown."""
     with contextlib.suppress(ValueError, OSError), Reading(path) as file:
         if np.array_equal(file.attrs.get("format"), FORMAT):
             return Own
@@ -504,7 +504,7 @@ def _kind(path: Path) -> Callable[[list[Path], Options], Layout] | None:
 
 
 def _numbered(files: list[Path]) -> list[Path]:
-    """By the number that ends the name; holes are allowed."""
+    """Sort files by the number that ends their names; gaps are allowed."""
     unnumbered = [path.name for path in files if episode_number(path) is None]
     if unnumbered:
         raise ValueError(f"{files[0].parent}: expected names that end in a number, found {unnumbered[:5]}")

@@ -1,4 +1,4 @@
-"""What a data set holds and what is wrong with it, for people: ``acrlpd data inspect`` and ``validate``."""
+"""Reports on what a data set holds and what is wrong with it: ``acrlpd data inspect`` and ``validate``."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from acrlpd.data.episodes import IMAGE_PREFIX, OptionError, task_runs
 from acrlpd.data.mixture import Facts
 from acrlpd.data.sources import Dataset
 
-CLIPPED_SHARE = 0.05  # of the steps at one end of a dimension's range, from which on clipping is suspected,
-CLIPPED_ARRIVALS = 2  # if it gets there so often in an episode: an arm at rest lies at an end, too, but stays there
-SWITCH_SHARE = 0.95  # of the steps at either end, from which on a dimension is a switch, such as a gripper's
+CLIPPED_SHARE = 0.05  # suspect clipping if at least this share of steps lies at one end of a dimension's range
+CLIPPED_ARRIVALS = 2  # and if the value arrives there this often per episode; an arm at rest arrives only once
+SWITCH_SHARE = 0.95  # a dimension with at least this share of steps at either end is a switch, such as a gripper's
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """An error makes an episode (or the whole set) unusable; a warning is for a person to judge."""
+    """A finding. An error makes an episode (or the whole set) unusable; a warning needs a person's judgement."""
 
     level: Literal["error", "warning"]
-    episode: str  # its file or name; empty: the set as a whole
+    episode: str  # file or name of the episode; empty for the set as a whole
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Of each dimension, over all steps."""
+    """The range and the moments of each dimension, over all steps."""
 
     low: list[float]
     high: list[float]
@@ -43,25 +43,25 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """Of the episodes that can be used."""
+    """A summary of the usable episodes."""
 
     format: str
     fps: float | None
     episodes: int
     steps: int
-    lengths: tuple[int, float, int]  # least, mean, most
-    tasks: dict[str, int]  # episodes of each; one in which the task changes counts under all it has
+    lengths: tuple[int, float, int]  # min, mean, max
+    tasks: dict[str, int]  # number of episodes; an episode in which the task changes counts for each of its tasks
     cameras: dict[str, tuple[int, int]]  # height, width
-    left_out: list[str]  # what is there and not read, with the reason or the size
+    left_out: list[str]  # keys that are not read, with the reason or the size
     state: Range
     actions: Range
     successes: int
-    failures: int  # of the others, nobody knows
-    rewards: tuple[float, float]  # least, most
-    robot: str | None = None  # None: the format does not say
+    failures: int  # the success of all other episodes is unknown
+    rewards: tuple[float, float]  # min, max
+    robot: str | None = None  # None if the format does not say
 
     def facts(self, name: str) -> Facts:
-        """What other data sets must agree with."""
+        """Return the facts on which other data sets must agree."""
         dims = len(self.state.low), len(self.actions.low)
         return Facts(name, *dims, tuple(self.cameras), self.fps, self.robot)
 
@@ -73,22 +73,22 @@ class Contents:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    contents: Contents | None  # None: nothing can be used
+    contents: Contents | None  # None if nothing can be used
     problems: list[Problem]
 
     @property
     def usable(self) -> bool:
-        """As it is, without leaving anything out."""
+        """Whether the data set can be used as it is, without leaving anything out."""
         return self.contents is not None and all(problem.level != "error" for problem in self.problems)
 
 
 def inspect(data: Any, *, thorough: bool = False, decode: bool = False, **options: Any) -> Inspection:
-    """Reads all numbers once.
+    """Read all numbers once and report the contents and the problems of a data set.
 
     Args:
-        thorough: look for constant dimensions, clipped actions and episodes that occur twice, too.
-        decode: read every picture as well.
-        options: the reader's, see ``sources.open_episodes``.
+        thorough: also look for constant dimensions, clipped actions and episodes that occur twice.
+        decode: also read every picture.
+        options: the reader's options, see ``sources.open_episodes``.
     """
     problems: list[Problem] = []
     dataset = _opened(data, options, problems, decode=decode)
@@ -114,7 +114,7 @@ def inspect(data: Any, *, thorough: bool = False, decode: bool = False, **option
 
 
 def disagreements(found: Mapping[str, Inspection]) -> list[Problem]:
-    """Why data sets, by their names, cannot be trained on together, and what is odd about it."""
+    """Return why data sets, given by name, cannot be trained on together, and warnings about their differences."""
     facts = [each.contents.facts(name) for name, each in found.items() if each.contents is not None]
     problems: list[Problem] = []
     with warnings.catch_warnings(record=True) as caught:
@@ -127,20 +127,20 @@ def disagreements(found: Mapping[str, Inspection]) -> list[Problem]:
 
 
 class _Dimensions:
-    """Ranges and moments of vectors, and how often each dimension lies at, and arrives at, the ends of its range."""
+    """Ranges and moments of vectors, and how often each dimension is at, and arrives at, an end of its range."""
 
     def __init__(self) -> None:
         self.count = self.episodes = 0
 
     def add(self, values: Float[np.ndarray, "t d"]) -> None:
-        """The vectors of an episode."""
+        """Add the vectors of an episode."""
         low, high = values.min(axis=0), values.max(axis=0)
         if self.episodes == 0:
             self.low, self.high = low, high
             self.at_low = self.at_high = np.zeros((2, len(low)), int)  # steps, arrivals
             self._sum = self._squares = np.zeros(len(low))
         low, high = np.minimum(self.low, low), np.maximum(self.high, high)
-        # where the end of the range has moved, nothing seen before lay at it
+        # if the end of the range has moved, no earlier value lies at it
         self.at_low = np.where(low == self.low, self.at_low, 0) + _steps_and_arrivals(values == low[None])
         self.at_high = np.where(high == self.high, self.at_high, 0) + _steps_and_arrivals(values == high[None])
         self.low, self.high = low, high
@@ -161,23 +161,23 @@ def _steps_and_arrivals(at_end: Bool[np.ndarray, "t d"]) -> Int[np.ndarray, "2 d
 
 
 def _opened(data: Any, options: dict[str, Any], problems: list[Problem], *, decode: bool) -> Dataset | None:
-    """The data set without its bad episodes, which become problems.
+    """Open the data set without its bad episodes, which become problems.
 
     Raises:
-        OptionError: an option does not fit the data, which may be good.
-        FileNotFoundError: nothing is there.
+        OptionError: an option does not fit the data; the data may be good.
+        FileNotFoundError: there is no such file or folder.
     """
     try:
         kind = sources.identify(data)
     except ValueError as error:
         problems.append(Problem("error", "", str(error)))
         return None
-    if kind in ("hdf5", "lerobot"):  # elsewhere pictures are in memory
+    if kind in ("hdf5", "lerobot"):  # other readers load all pictures anyway
         options = {"check_images": decode, **options}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            # what was once found out of the pictures does not count: their files may have been damaged since
+            # ignore remembered results of checking pictures: the files may have been damaged since
             remember = not options.get("check_images", False)
             dataset = sources.open_episodes(data, on_bad_episode="skip", remember=remember, **options)
         except OptionError:

@@ -1,11 +1,11 @@
-"""Rows of all episodes straight from their files, which are mapped into memory: nothing is loaded beforehand.
+"""Rows of all episodes read directly from their files, which are mapped into memory: nothing is loaded beforehand.
 
-HDF5 stores a data set that is neither chunked nor compressed as one block of bytes, so a row is found by arithmetic,
-and a batch is one fancy index over all files at once. What the kernel keeps of the files is its page cache, which it
-takes back when memory is short.
+HDF5 stores a data set that is neither chunked nor compressed as one block of bytes, so the place of a row is computed,
+and a batch is one fancy index over all files at once. The files are only in the kernel's page cache, which it frees
+when memory is short.
 
-A file may be deleted or replaced by another of its name while it is mapped. One that is cut short in place ends the
-process at the next read behind the cut (SIGBUS): that is how mappings work.
+A mapped file may be deleted, or replaced by another of the same name. If it is truncated in place, the next read past
+the new end kills the process (SIGBUS): that is how mappings work.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from acrlpd.data.episodes import IMAGE_PREFIX
 from acrlpd.data.layouts.columns import Column, Joined, Pictures
 from acrlpd.data.layouts.columns import Rows as StoredRows
 
-MAX_FILES = 32_000  # Linux allows a process 65,530 mappings, and others need some
+MAX_FILES = 32_000  # Linux allows 65,530 mappings per process, and other code needs some
 
 
 @dataclasses.dataclass(frozen=True)
 class MappedRows:
-    """One key of all episodes, indexed as an array is: by row numbers, or a slice."""
+    """One key of all episodes, indexed like an array by row numbers or a slice."""
 
-    parts: tuple[_Part, ...]  # put side by side
+    parts: tuple[_Part, ...]  # concatenated along the last axis
     ends: Int[np.ndarray, " n"]  # row after the last one of each episode
     row_shape: tuple[int, ...]
     dtype: np.dtype
-    nbytes: int = 0  # none that the kernel could not take back
+    nbytes: int = 0  # the kernel can free all of the memory
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,12 +47,12 @@ class MappedRows:
 
     def __getitem__(self, rows: Int[np.ndarray, "*shape"] | slice) -> np.ndarray:
         wanted = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
-        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):  # a stray read could end the process
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):  # a stray read could kill the process
             raise IndexError(f"rows must lie in 0..{len(self) - 1}, got {wanted.min()}..{wanted.max()}")
         return self.take(wanted, np.searchsorted(self.ends, wanted, side="right"))
 
     def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
-        """Rows whose episodes are known, which is not checked again."""
+        """Return rows of known episodes; the bounds are not checked again."""
         blocks = [part.take(rows, episodes) for part in self.parts]
         values = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=-1, dtype=self.dtype)
         return values.astype(self.dtype, copy=False).reshape(*rows.shape, *self.row_shape)
@@ -67,7 +67,7 @@ class MappedRows:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A data set of every episode. Row r of episode n begins at number ``origins[n] + r * width`` of the files."""
+    """One data set per episode. Row r of episode n begins at item ``origins[n] + r * width`` of the mapped files."""
 
     files: mmap.mmap
     dtype: np.dtype
@@ -80,13 +80,13 @@ class _Part:
     def stretches(self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]) -> np.ndarray:
         items = self._items(steps.shape[1])
         places = self.origins[episodes] + steps[:, 0] * self.width
-        found = items[np.minimum(places, len(items) - 1)]  # a stretch may leave the last file, too
+        found = items[np.minimum(places, len(items) - 1)]  # a window may also pass the end of the last file
         return found[:, None].view(self.dtype).reshape(*steps.shape, self.width)
 
     def _items(self, num_rows: int) -> Shaped[np.ndarray, " m"]:
-        """For each number of the files, the bytes of the rows that would begin there.
+        """Return for each item of the files the bytes of the ``num_rows`` rows that would begin there.
 
-        As bytes they are one item to numpy: a fraction of the time of a gather of their numbers.
+        Numpy copies such opaque items at once, in a fraction of the time of gathering their numbers.
         """
         size = self.dtype.itemsize
         item = np.dtype((np.void, num_rows * self.width * size))
@@ -94,7 +94,7 @@ class _Part:
 
 
 def map_rows(episodes: Iterable[Mapping[str, Column | None]], lengths: Int[np.ndarray, " n"]) -> dict[str, MappedRows]:
-    """The keys whose bytes in the files are their rows, in every episode and in one dtype; others are left out."""
+    """Map the keys that the files of all episodes store as plain rows of one dtype; other keys are left out."""
     found: dict[str, list[tuple[StoredRows, ...] | None]] = {}
     for columns in episodes:
         for key, column in columns.items():
@@ -111,7 +111,7 @@ def map_rows(episodes: Iterable[Mapping[str, Column | None]], lengths: Int[np.nd
 
 
 def _plain_parts(column: Column | None) -> tuple[StoredRows, ...] | None:
-    """The data sets that a column consists of, if they are all there is to it."""
+    """Return the data sets of a column, if it is just their plain rows; else None."""
     if isinstance(column, Pictures) and column.is_plain:
         column = column.rows
     parts = column.parts if isinstance(column, Joined) else (column,)
@@ -120,23 +120,23 @@ def _plain_parts(column: Column | None) -> tuple[StoredRows, ...] | None:
 
 
 def _alike(episodes: Sequence[tuple[StoredRows, ...] | None]) -> list[tuple[StoredRows, ...]] | None:
-    """The parts of every episode, if all episodes have them in one form."""
+    """Return the parts of every episode, if all have the same dtypes and row shapes; else None."""
     known = [parts for parts in episodes if parts is not None]
     forms = {tuple((part.dtype, part.row_shape) for part in parts) for parts in known}
     return known if len(known) == len(episodes) and len(forms) == 1 else None
 
 
-_Stored = Sequence[tuple[StoredRows, ...]]  # of one key: the parts in every episode
+_Stored = Sequence[tuple[StoredRows, ...]]  # the parts of one key in every episode
 
 
 class _MappedFiles:
-    """Files one behind the other in one stretch of addresses, each from a page's beginning on."""
+    """Files mapped one after another into one range of addresses, each aligned to a page."""
 
     def __init__(self, paths: Sequence[Path]):
         sizes = [path.stat().st_size for path in paths]
         pages = [math.ceil(size / mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes]
         starts = np.cumsum([0, *pages])
-        # Reserved as a whole, then overlaid file by file. A mapping of Python's own would keep each file open.
+        # Reserve the whole range, then map file by file over it. Python's own mappings would keep each file open.
         self._reserved = mmap.mmap(
             -1, int(starts[-1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ
         )
@@ -151,7 +151,7 @@ class _MappedFiles:
         return self._rows(episodes, lengths, first.row_shape, first.dtype)
 
     def numbers(self, episodes: _Stored, lengths: Int[np.ndarray, " n"]) -> MappedRows:
-        """As ``columns.Joined`` has them: side by side, in float32."""
+        """Return numbers like ``columns.Joined``: side by side, as float32."""
         width = sum(math.prod(part.row_shape) for part in episodes[0])
         return self._rows(episodes, lengths, (width,), np.dtype(np.float32))
 
@@ -176,7 +176,7 @@ class _MappedFiles:
 
 
 def _overlay(address: int, size: int, path: Path) -> None:
-    """Maps a file over reserved addresses; the mapping needs no open file."""
+    """Map a file over reserved addresses; the mapping needs no open file."""
     library = ctypes.CDLL(None, use_errno=True)
     library.mmap.restype = ctypes.c_void_p
     numbers = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)

@@ -1,9 +1,9 @@
-"""Minari datasets, read by the ``minari`` library: an ``EpisodeSource`` in memory.
+"""An ``EpisodeSource`` in memory of Minari datasets, read with the ``minari`` library.
 
-The library stores one observation more than actions: row t pairs observation t with action t, and the last observation
-is the final one. Numbers of a dictionary observation stand side by side, in the order of their names; uint8 pictures
-are cameras where they are colour or grey (``pictures.rgb_rows``). ``terminations`` are the terminals; ``truncations``
-end an episode without one.
+The library stores one more observation than actions: row t pairs observation t with action t, and the last observation
+is the final one. The numbers of a dictionary observation are put side by side, sorted by name; uint8 pictures become
+cameras if they are colour or grey (``pictures.rgb_rows``). ``terminations`` are the terminals; ``truncations`` end an
+episode without one.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class MinariSource(HeldEpisodes):
     """All episodes of a dataset.
 
     Args:
-        dataset: ``minari:<dataset id>`` for one of the library's own folder, or the folder of a dataset.
-        state_keys: parts of a dictionary observation (``a/b`` where they nest); None takes all numbers.
-        rewards: None leaves rewards as they are stored.
+        dataset: ``minari:<dataset id>`` for a dataset in the library's own folder, or the folder of a dataset.
+        state_keys: parts of a dictionary observation (``a/b`` if nested); None takes all numbers.
+        rewards: how rewards are assigned. None keeps stored rewards.
         default_task: the instruction; the format has none.
         fps: the rate of the recording; the format has none.
 
     Raises:
         ImportError: ``minari`` is not installed.
-        ValueError: an episode cannot be used; names the dataset, the episode and the key.
+        ValueError: an episode cannot be used; the error names the dataset, the episode and the key.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ def _opened(dataset: str) -> Any:
 
 
 def _check_files(folder: Path) -> None:
-    """Raise for what the library would follow to other files, wait for, or take for another kind of description."""
+    """Refuse links to other files, and files that the library would wait for or misread."""
     files.read_json(folder / "metadata.json")
     stored = folder / "main_data.hdf5"
-    if not stored.exists():  # the library has another form, in Arrow files
+    if not stored.exists():  # the library can also store Arrow files
         return files.check_folder(folder)
     with Reading(stored) as file:
         check_inside(str(stored), file)
@@ -147,7 +147,7 @@ def _episode(
 
 
 def _parts(observations: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """Arrays of an observation by name; a plain one is ``observation``."""
+    """Yield the arrays of an observation by name; a plain array is named ``observation``."""
     if not isinstance(observations, Mapping):
         yield prefix or "observation", np.asarray(observations)
         return
@@ -156,7 +156,7 @@ def _parts(observations: Any, prefix: str = "") -> Iterator[tuple[str, np.ndarra
 
 
 def _readable(found: Any, state_keys: Sequence[str] | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The parts of an episode's observations that are read, pictures as RGB, and those that are not, with a reason."""
+    """Return the parts of an episode's observations to read, pictures as RGB, and the others with the reason."""
     readable, left_out = {}, {}
     for name, part in _parts(found.observations):
         if _is_picture(name, part) and name not in (state_keys or ()):

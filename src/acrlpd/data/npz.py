@@ -1,17 +1,17 @@
-"""OGBench's manipulation data, one ``.npz`` a data set: play without rewards, relabelled for one goal.
+"""OGBench's manipulation data, one ``.npz`` per data set: play data without rewards, relabelled for one goal.
 
-    observations (R, s)   actions (R, a)   terminals (R,)   qpos (R, q)   button_states (R, buttons), some
+    observations (R, s)   actions (R, a)   terminals (R,)   qpos (R, q)   button_states (R, buttons), in some
 
 The visual sets have pictures as observations, uint8 (R, h, w, 3), and no numbers: they become the camera
 ``front_pixels``, and the state is one number that is always 0. Stacked frames (R, h, w, 3 k) become k cameras in the
 order of their channels, ``front_pixels_0`` and so on.
 
-``terminals`` flags the last row of each trajectory, whatever the reason. That row is dropped, as OGBench does: nothing
+``terminals`` flags the last row of each trajectory, for any reason. That row is dropped, as in OGBench, because nothing
 in the file follows its action. Its observation is the final one of the trajectory. ``qpos`` is the simulator's state
 before the action of its row.
 
 Rewards come from a goal: the number of objects in place minus the number of objects, judged before the action. Play
-data passes through the goal and goes on, so a terminal may lie in mid-episode.
+data passes through the goal and continues, so a terminal may lie in mid-episode.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from acrlpd.data.pictures import PictureError, rgb_rows
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.types import Episode, FinalObservation
 
-CAMERA = "front_pixels"  # which OGBench's simulators call it, too
-CLIP = 1e-5  # how far OGBench's loader keeps actions from -1 and 1
+CAMERA = "front_pixels"  # the name in OGBench's simulators
+CLIP = 1e-5  # min distance of actions from -1 and 1 in OGBench's loader
 CUBE_TOLERANCE = 0.04  # m
-FIRST_CUBE, CUBE_WIDTH = 14, 7  # of qpos: position and quaternion of each cube, after the arm and the gripper
+FIRST_CUBE, CUBE_WIDTH = 14, 7  # in qpos: position and quaternion of each cube, after the arm and the gripper
 
 Arrays = Mapping[str, np.ndarray]
 
 
 class Goal(Protocol):
     def in_place(self, arrays: Arrays) -> Bool[np.ndarray, "r k"]:
-        """Which of the k objects are where they should be, for every row.
+        """Return for every row which of the k objects are where they should be.
 
         Raises:
-            ValueError: the arrays of the file do not tell.
+            ValueError: the file lacks the arrays to decide this.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class CubeGoal:
-    """Cubes at given places (x, y, z in m); their rotation does not matter."""
+    """A goal with cubes at given places (x, y, z in m); their rotation does not matter."""
 
     positions: tuple[tuple[float, float, float], ...]
 
@@ -66,7 +66,7 @@ class CubeGoal:
 
 @dataclasses.dataclass(frozen=True)
 class ButtonGoal:
-    """Buttons in given states."""
+    """A goal with buttons in given states."""
 
     states: tuple[int, ...]
 
@@ -78,19 +78,19 @@ class ButtonGoal:
 
 
 class NpzReader(HeldEpisodes):
-    """The trajectories of one file, in memory: an ``EpisodeSource``.
+    """An ``EpisodeSource`` in memory of the trajectories of one file.
 
     Args:
-        goal: what the rewards are for. None: rewards 0 and no terminals (good for imitation only).
-        rewards: which rewards to give for the goal. ``source="sparse"`` has -1 until everything is in place, and 0
-            there, instead of counting objects; ``convention="0/1"`` has 0 and 1 in their place.
+        goal: the goal to reward. None: rewards 0 and no terminals (good for imitation only).
+        rewards: how the goal is rewarded. ``source="sparse"`` gives -1 until everything is in place, then 0, instead of
+            counting objects; with ``convention="0/1"`` these are 0 and 1.
         default_task: the instruction; the file has none.
         fps: the rate of the recording; the file has none.
-        clip_actions: to -1 + 1e-5 and 1 - 1e-5, as QC has it for the published data sets.
+        clip_actions: clip to -1 + 1e-5 and 1 - 1e-5, as QC does for the published data sets.
         on_bad_episode: ``"skip"`` leaves out trajectories that cannot be used, with a warning; see ``skipped``.
 
     Raises:
-        ValueError: the file is damaged, or a trajectory cannot be used; names file, episode and key.
+        ValueError: the file is damaged, or a trajectory cannot be used; the error names file, episode and key.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class NpzReader(HeldEpisodes):
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file, checked as a whole."""
+    """Load and check the arrays of a file."""
     files.check_file(path)
     try:
         files.npz_outline(path)
@@ -175,7 +175,7 @@ def _load(path: Path) -> dict[str, np.ndarray]:
 
 
 def _observed(path: Path, observations: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The state and the pictures of every row."""
+    """Return the state and the pictures of every row."""
     if observations.ndim == 2:
         return observations, {}
     num_frames = _num_frames(observations.shape[1:])
@@ -189,19 +189,19 @@ def _observed(path: Path, observations: np.ndarray) -> tuple[np.ndarray, dict[st
 
 
 def _num_frames(shape: tuple[int, ...]) -> int:
-    """How many pictures of three channels lie one behind the other in one of this shape."""
+    """Return how many pictures with three channels are stacked in a picture of this shape."""
     height, width, channels = shape
     stacked = channels % 3 == 0 and channels < min(height, width)
     return channels // 3 if stacked else 1
 
 
 def _needed(goal: Goal | None) -> str | None:
-    """The array that a goal of ours looks at."""
+    """Return the array that one of our goals needs."""
     return "qpos" if isinstance(goal, CubeGoal) else "button_states" if isinstance(goal, ButtonGoal) else None
 
 
 def _clipped(actions: np.ndarray) -> Float[np.ndarray, "r a"]:
-    """Numbers that float32 cannot hold stay infinite: they are refused, not clipped."""
+    """Clip actions; numbers beyond float32 become infinite, and are refused later rather than clipped."""
     with np.errstate(over="ignore"):
         actions = actions.astype(np.float32)
     return np.where(np.isfinite(actions), np.clip(actions, -1 + CLIP, 1 - CLIP), actions)

@@ -1,6 +1,6 @@
-"""Columns of parquet files as numpy arrays, with a limit on what stays in memory.
+"""Columns of parquet files as numpy arrays, with a memory limit for the cache.
 
-Only types and values are read: the schema metadata that dataset libraries leave behind differs between their releases.
+Only types and values are read: the schema metadata of dataset libraries differs between their releases.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ MAX_VALUES_A_BYTE = 100
 
 
 class DataError(ValueError):
-    """What is wrong with a file or one of its columns; the caller adds file and episode."""
+    """An error that says what is wrong with a file or a column; the caller adds file and episode."""
 
 
 class ParquetReader:
-    """Reads whole columns, or some cells of one; keeps the last read up to ``max_bytes``. Safe to use from threads."""
+    """A reader of whole columns, or of cells of one; caches up to ``max_bytes``. Threads may share it."""
 
     def __init__(self, max_bytes: int = MAX_BYTES):
         self._max_bytes = max_bytes
         self._kept = _Kept(max_bytes)
 
     def __reduce__(self) -> tuple[type[ParquetReader], tuple[int]]:
-        """A copy in another process reads anew."""
+        """Pickle without the cache: a copy in another process reads again."""
         return ParquetReader, (self._max_bytes,)
 
     def names(self, path: Path) -> list[str]:
@@ -43,11 +43,11 @@ class ParquetReader:
         return self._metadata(path).num_rows
 
     def columns(self, path: Path, names: Sequence[str]) -> dict[str, Shaped[np.ndarray, "n *shape"]]:
-        """Whole columns, all read at once. Nested lists must have the same length in every row."""
+        """Read whole columns together. Nested lists must have the same length in every row."""
         return self._kept.get((path, *names), lambda: self._read(path, names))
 
     def cells(self, path: Path, name: str, start: int, stop: int) -> list[Any]:
-        """Cells of one column as Python objects, lists as arrays. Row groups without any of them are not read."""
+        """Return cells of one column as Python objects, lists as arrays. Only the row groups of these are read."""
         metadata, cells, first = self._metadata(path), [], 0
         for group in range(metadata.num_row_groups):
             last = first + metadata.row_group(group).num_rows
@@ -60,7 +60,7 @@ class ParquetReader:
         return cells
 
     def cell(self, path: Path, name: str, row: int) -> Any:
-        """One cell, as ``cells`` gives it. Little more than what lies before it in its row group is read."""
+        """Return one cell like ``cells``. Little more than the rows before it in its row group is read."""
         self._check_names(path, [name])
         metadata, group = self._metadata(path), 0
         while row >= metadata.row_group(group).num_rows:
@@ -81,7 +81,7 @@ class ParquetReader:
 
     def _read(self, path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         self._check_names(path, names)
-        # a ParquetFile, not read_table: the latter takes "chunk-000" in a path for a partition's value
+        # a ParquetFile, because read_table would read "chunk-000" in a path as the value of a partition
         file = import_pyarrow().parquet.ParquetFile
         table = _readable(path, lambda: file(path).read(columns=list(names)))
         return {name: _to_numpy(table[name], name) for name in names}
@@ -102,7 +102,7 @@ class ParquetReader:
 
 
 class _Kept:
-    """What was made by ``get``, up to ``max_bytes``; the least recently used goes first."""
+    """A cache of up to ``max_bytes``; the least recently used item is dropped first."""
 
     def __init__(self, max_bytes: int):
         self._max_bytes = max_bytes
@@ -132,7 +132,7 @@ def _nbytes(item: Any) -> int:
 
 
 def _readable(path: Path, read: Callable[[], Any]) -> Any:
-    """``read()``, where damage is told in words."""
+    """Return ``read()``; damage becomes a ``DataError`` in plain words."""
     arrow = import_pyarrow()
     if not path.is_file():
         raise DataError("no such parquet file")
@@ -146,26 +146,26 @@ def _readable(path: Path, read: Callable[[], Any]) -> Any:
 
 
 def checked(metadata: Any, path: Path) -> Any:
-    """Return a file's metadata; raise if it says that its columns are larger than the file, or this machine's memory.
+    """Return a file's metadata; raise if its columns would be too large for the file, or for this machine's memory.
 
-    Columns of one value take next to nothing, but those that count (index, time) do not.
+    Columns with one repeated value take almost no space, but columns that count (index, time) do take some.
     """
     if metadata.num_rows * metadata.num_columns > MAX_VALUES_A_BYTE * path.stat().st_size:
         raise DataError(f"expected fewer rows in a file of this size, found {metadata.num_rows}. Is it damaged?")
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]  # a column's would abort Python
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]  # a column's could crash Python
     nbytes = sum(max(group.total_byte_size, group.num_rows * group.num_columns) for group in groups)
     check_memory("columns", nbytes, DataError)
     return metadata
 
 
 def _to_cells(column: Any, name: str) -> list[Any]:
-    """The cells of lists, which are arrays, as numpy arrays; others as Python objects."""
+    """Return cells of lists as numpy arrays, and others as Python objects."""
     storage = getattr(column.type, "storage_type", column.type)
     return list(_to_numpy(column, name)) if hasattr(storage, "value_type") else column.to_pylist()
 
 
 def _to_numpy(column: Any, name: str) -> np.ndarray:
-    """Lists in lists become axes."""
+    """Convert a column to an array; nested lists become axes."""
     arrow = import_pyarrow()
     array = column.combine_chunks()
     shape = [len(array)]

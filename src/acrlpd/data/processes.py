@@ -1,4 +1,4 @@
-"""Processes that read and decode, started so that they get along with JAX's threads."""
+"""Worker processes that read and decode, started in a way that is safe with JAX's threads."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from acrlpd.orphans import end_with_parent
 
 
 def start(num_workers: int, prepare: Callable[..., None], *arguments: Any) -> concurrent.futures.ProcessPoolExecutor:
-    """A pool in which each process first calls ``prepare``. A script that uses it needs the usual ``__main__`` guard.
+    """Start a pool in which each process first calls ``prepare``. A script that uses it needs a ``__main__`` guard.
 
-    Not forked: the caller has JAX's threads, whose locks a forked process would inherit.
+    Processes are not forked: a forked process would inherit locks of the caller's JAX threads.
     """
     main_guard.check()
     methods = multiprocessing.get_all_start_methods()
@@ -26,7 +26,7 @@ def start(num_workers: int, prepare: Callable[..., None], *arguments: Any) -> co
 
 
 def _begin(prepare: Callable[..., None], *arguments: Any) -> None:
-    """Begin a worker's life. Ctrl-C, which a terminal sends to all processes, is the parent's business."""
+    """Initialize a worker. It ignores Ctrl-C, which a terminal sends to all processes: the parent handles it."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prepare(*arguments)
@@ -34,7 +34,7 @@ def _begin(prepare: Callable[..., None], *arguments: Any) -> None:
 
 @contextmanager
 def explained(num_workers: int) -> Iterator[None]:
-    """Around what a pool computes: a process that vanished says nothing itself."""
+    """Explain the death of a worker process during a pool's work: the process itself reports nothing."""
     try:
         yield
     except BrokenProcessPool as error:

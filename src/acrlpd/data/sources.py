@@ -1,4 +1,4 @@
-"""Recorded episodes of any format we read, opened by path: the way in for commands and for training."""
+"""Open recorded episodes of any supported format by path: the entry point of commands and training."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ Format = Literal["lerobot", "hdf5", "npz", "minari"]
 
 
 class Dataset(EpisodeSource, Protocol):
-    """What every reader knows of its data set beside the episodes."""
+    """An ``EpisodeSource`` with the facts that every reader knows about its data set."""
 
     @property
     def format(self) -> str:
-        """Who wrote it: ``acrlpd``, ``aloha``, ``lerobot v3.0``, ..."""
+        """The format: ``acrlpd``, ``aloha``, ``lerobot v3.0``, ..."""
         ...
 
     @property
     def fps(self) -> float | None:
-        """None: the format does not say."""
+        """The steps per second; None if the format does not say."""
         ...
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
-        """Name and fault of each episode left out."""
+        """The name and the fault of each episode that was left out."""
         ...
 
     @property
     def untold_tasks(self) -> Sequence[str]:
-        """What tells apart the tasks of episodes without an instruction, such as their files; mostly nothing does."""
+        """Descriptions that distinguish the tasks without an instruction, such as file names; may be empty."""
         ...
 
     @property
     def left_out(self) -> list[str]:
-        """Key and, in brackets, the reason or the size of all that is there and not read: cameras, numbers."""
+        """The keys of cameras and numbers that are not read, each with the reason or its size in brackets."""
         ...
 
 
@@ -71,18 +71,18 @@ def open_episodes(
     remember: bool = True,
     **options: Any,
 ) -> Dataset:
-    """The episodes at a path, or of an object of the ``lerobot`` library, whatever their format.
+    """Open the episodes at a path, or of an object of the ``lerobot`` library, in any supported format.
 
     Args:
         on_bad_episode: ``"skip"`` leaves out episodes that cannot be used, with a warning that says which and why.
-        rewards: which rewards to give. None: those stored, and 0 where none are (good for imitation only).
+        rewards: how rewards are assigned. None keeps stored rewards, and 0 if there are none (good for imitation only).
         num_workers: processes that read the episodes of HDF5 data when it is opened for the first time.
-        remember: keep what opening found out in the user's cache directory, for the next time.
+        remember: keep the results of opening in the user's cache directory, for the next time.
         options: the reader's own, such as ``cameras`` or ``state_keys``: see ``options.ReaderOptions``, and
             ``H5DatasetReader``, ``LeRobotSource``, ``NpzReader`` and ``MinariSource``.
 
     Raises:
-        ValueError: nothing is found there that we read; an episode cannot be used; an option has no meaning here.
+        ValueError: there is no data in a supported format; an episode cannot be used; an option does not apply.
     """
     kind = identify(data)
     reader: Callable[..., Dataset] = READERS[kind]
@@ -104,7 +104,7 @@ def open_episodes(
     return dataset
 
 
-# not options of one format
+# arguments that are not options of one format
 GENERAL = ("episode_metadata", "metadata_cache", "num_workers", "on_bad_episode", "rewards")
 READERS: dict[Format, Callable[..., Dataset]] = {
     "lerobot": LeRobotSource,
@@ -115,14 +115,14 @@ READERS: dict[Format, Callable[..., Dataset]] = {
 
 
 def identify(data: Any) -> Format:
-    """Which reader a path or object is for; looks at names only.
+    """Return which reader a path or object needs; only names are checked.
 
     Raises:
-        ValueError: for none; says what was found and what is understood.
-        FileNotFoundError: nothing is there.
+        ValueError: no reader fits; the error says what was found and which formats are supported.
+        FileNotFoundError: there is no such file or folder.
     """
     if not isinstance(data, (str, os.PathLike)):
-        return "lerobot"  # which says what it misses
+        return "lerobot"  # whose reader reports what is missing
     if str(data).startswith(MINARI_PREFIX):
         return "minari"
     path = Path(data)
@@ -130,7 +130,7 @@ def identify(data: Any) -> Format:
         return _identify_file(path)
     if not path.is_dir():
         if str(data).startswith("hf://") or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(data)):
-            lerobot.dataset_folder(data)  # says how to copy it from the hub
+            lerobot.dataset_folder(data)  # raises an error that says how to copy the dataset from the hub
         raise FileNotFoundError(f"{data}: no such file or folder. Point it at recorded episodes: {UNDERSTOOD}.")
     if (path / "meta/info.json").is_file():
         return "lerobot"
@@ -161,7 +161,7 @@ def _identify_file(path: Path) -> Format:
 
 
 def _described(path: Path, names: list[str]) -> str:
-    """What a folder holds, by kinds of files."""
+    """Describe the content of a folder by kinds of files."""
 
     def kinds() -> Iterator[str]:
         for name in names:

@@ -1,7 +1,7 @@
-"""Frames of video files by presentation time: the frame that lies where it was asked for, or an error.
+"""Frames of video files by presentation time: the frame at the requested time, or an error.
 
-What counts is the time a frame is shown, not its place in the file: with B-frames the two orders differ. A reader keeps
-its file open and goes on where it stopped, so windows read one after another cost one seek.
+Frames are found by the time at which they are shown, not by their place in the file: with B-frames the orders differ. A
+reader keeps its file open and continues where it stopped, so consecutive windows cost only one seek.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from jaxtyping import Float, UInt8
 from acrlpd.data.pictures import PictureError
 from acrlpd.files import MAX_PIXELS, check_memory
 
-READ_ON_S = 0.2  # decode on, instead of seeking, up to this far ahead
+READ_ON_S = 0.2  # up to this far ahead, decode on instead of seeking
 MAX_OPEN_FILES = 16
 # FFmpeg would also follow playlists to other files and addresses
 LIMITS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi", "protocol_whitelist": "file"}
 
 
 class VideoError(ValueError):
-    """What is wrong with a video; the caller adds file, episode and camera."""
+    """An error that says what is wrong with a video; the caller adds file, episode and camera."""
 
 
 class VideoPictureError(VideoError, PictureError):
-    """Why the pictures of a video are not 8-bit colour."""
+    """An error with the reason why the pictures of a video are not 8-bit colour."""
 
 
 class VideoReader:
-    """One open video file. Safe to use from several threads, which take turns."""
+    """A reader of one open video file. Several threads may share it; they take turns."""
 
     def __init__(self, path: Path):
         self._av = import_av()
@@ -44,7 +44,7 @@ class VideoReader:
         self._stream = self._container.streams.video[0]
         _check_colour(self._stream)
         self._frames: Iterator[Any] = iter(())
-        self._before: Any = None  # the last two frames decoded: the time last asked for lies between them
+        self._before: Any = None  # the last two decoded frames; the last requested time lies between them
         self._current: Any = None
 
     def frames(
@@ -53,7 +53,7 @@ class VideoReader:
         tolerance_s: float,
         span_s: tuple[float, float] = (0.0, np.inf),
     ) -> UInt8[np.ndarray, "t h w 3"]:
-        """The frames shown at ``times_s`` (ascending), RGB.
+        """Return the frames shown at ``times_s`` (ascending), as RGB.
 
         Raises:
             VideoError: a time has no frame within ``tolerance_s``, or the frame lies outside the half-open ``span_s``.
@@ -72,7 +72,7 @@ class VideoReader:
         return out
 
     def _decode(self, time: float, tolerance_s: float, span_s: tuple[float, float], picture: np.ndarray) -> None:
-        """The frame at ``time`` into ``picture``."""
+        """Decode the frame at ``time`` into ``picture``."""
         frame = self._nearest(time, tolerance_s)
         found = np.empty(0) if frame is None else np.array([frame.time])
         check_times(found, np.array([time]), tolerance_s, span_s)
@@ -83,7 +83,7 @@ class VideoReader:
         picture[:] = frame.to_ndarray(format="rgb24")
 
     def _nearest(self, time: float, tolerance_s: float) -> Any:
-        """The frame shown nearest to ``time``; None if the file ends before it has any."""
+        """Return the frame shown nearest to ``time``; None if the file ends before there is any."""
         if not self._can_read_on(time, tolerance_s):
             self._seek(time, tolerance_s)
         while self._current is None or self._current.time < time:
@@ -101,8 +101,8 @@ class VideoReader:
         return earliest.time - tolerance_s <= time <= self._current.time + READ_ON_S
 
     def _seek(self, time: float, tolerance_s: float) -> None:
-        """To a key frame shown no later than ``time``. Containers are searched by decoding time, so the first one found
-        may be shown later; then the search goes further back."""
+        """Seek to a key frame shown no later than ``time``. Containers are searched by decoding time, so the first one
+        found may be shown later; then the search goes further back."""
         self._before = self._current = None
         base, start = self._stream.time_base, self._stream.start_time or 0
         back_s = 0.0
@@ -121,20 +121,20 @@ class VideoReader:
 
 
 class VideoReaders:
-    """Readers by file, the last ``MAX_OPEN_FILES`` used. Others close when no thread uses them any more."""
+    """The last ``MAX_OPEN_FILES`` readers used, by file. Older ones close when no thread uses them any more."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[Path, VideoReader] = OrderedDict()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[VideoReaders], tuple[()]]:
-        """A copy in another process opens its own files."""
+        """Pickle without open files: a copy in another process opens its own."""
         return VideoReaders, ()
 
     def frames(
         self, path: Path, times_s: Float[np.ndarray, " t"], tolerance_s: float, span_s: tuple[float, float]
     ) -> UInt8[np.ndarray, "t h w 3"]:
-        """See ``VideoReader.frames``."""
+        """Return frames of a file, see ``VideoReader.frames``."""
         with self._lock:
             if path not in self._open:
                 self._open[path] = VideoReader(path)
@@ -147,14 +147,14 @@ class VideoReaders:
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """What the header of a video file says."""
+    """The content of a video file's header."""
 
     size: tuple[int, int]  # height, width
     num_frames: int
 
 
 def outline(path: Path) -> Outline:
-    """Read a file's header; where that does not count the frames, its packets are. Nothing is decoded."""
+    """Read a file's header; if it does not have the number of frames, count packets. Nothing is decoded."""
     container = _open(import_av(), path)
     try:
         stream = container.streams.video[0]
@@ -165,7 +165,7 @@ def outline(path: Path) -> Outline:
 
 
 def check_colour(path: Path) -> None:
-    """Raise ``VideoPictureError`` unless a file's header promises 8-bit colour or grey."""
+    """Raise ``VideoPictureError`` unless a file's header says 8-bit colour or grey."""
     container = _open(import_av(), path)
     try:
         _check_colour(container.streams.video[0])
@@ -174,16 +174,16 @@ def check_colour(path: Path) -> None:
 
 
 def _check_colour(stream: Any) -> None:
-    """Depth is stored as grey of 10 to 16 bits; conversion to RGB would keep the highest 8."""
+    """Raise unless the format is 8-bit. Depth is grey of 10 to 16 bits, of which RGB would keep only the highest 8."""
     layout = stream.format
     if layout is not None and any(component.bits != 8 or component.is_alpha for component in layout.components):
         raise VideoPictureError(f"its pictures are {layout.name}, expected 8-bit colour")
 
 
 def frame_times(path: Path) -> Float[np.ndarray, " n"]:
-    """Presentation times of the frames whose data is complete, ascending, in seconds. Nothing is decoded.
+    """Return the presentation times of the frames with complete data, ascending, in seconds. Nothing is decoded.
 
-    Of a truncated file, these are the frames before the cut.
+    In a truncated file these are the frames before the cut.
     """
     av = import_av()
     container = _open(av, path)
@@ -202,7 +202,7 @@ def check_times(
     tolerance_s: float,
     span_s: tuple[float, float],
 ) -> None:
-    """Raises unless every wanted time has a frame among ``found_s`` (ascending), inside the half-open span."""
+    """Raise unless every wanted time has a frame among ``found_s`` (ascending), inside the half-open span."""
     if len(found_s) == 0:
         raise VideoError(f"no frame at {wanted_s[0]:.6f} s: the video ends before it")
     after = np.clip(np.searchsorted(found_s, wanted_s), 1, max(len(found_s) - 1, 1))
@@ -229,7 +229,7 @@ def _whole_packets(av: Any, container: Any, stream: Any) -> Iterator[Any]:
     while True:
         try:
             packet = next(packets)
-        except (StopIteration, av.FFmpegError):  # what lies behind the damage is as good as missing
+        except (StopIteration, av.FFmpegError):  # data behind the damage counts as missing
             return
         if packet.pts is not None and not packet.is_corrupt:
             yield packet

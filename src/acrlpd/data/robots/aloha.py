@@ -1,8 +1,8 @@
-"""ALOHA (two ViperX arms): openpi's names and conventions to those pi0 was trained with, and back.
+"""Conversion of ALOHA (two ViperX arms) between openpi's names and conventions and those of pi0's training.
 
-An arm is 6 joint angles (rad) and a gripper; 14 numbers are the left arm, then the right one. The numbers below are
-openpi's for the Trossen arms. State and actions use different gripper maps; that is intended: the state holds where the
-follower's finger is, the action where the leader's handle is.
+An arm has 6 joint angles (rad) and a gripper; the 14 numbers are the left arm, then the right one. The constants below
+are openpi's for the Trossen arms. State and actions intentionally use different gripper maps: the state holds the
+position of the follower's finger, the action that of the leader's handle.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from acrlpd.types import typed
 STATE_DIM = ACTION_DIM = 14
 DELTA_MASK = make_bool_mask(6, -1, 6, -1)  # joints relative, grippers absolute
 CAMERAS = {
-    "cam_high": ("cam_high", "top"),  # the simulation's name
+    "cam_high": ("cam_high", "top"),  # "top" in simulation
     "cam_left_wrist": ("cam_left_wrist", "left_wrist"),
     "cam_right_wrist": ("cam_right_wrist", "right_wrist"),
 }
-"""The robot's names of its cameras: those in data sets."""
+"""The robot's name of each camera, with its possible names in data sets."""
 
 _SLOTS = {"base_0_rgb": "cam_high", "left_wrist_0_rgb": "cam_left_wrist", "right_wrist_0_rgb": "cam_right_wrist"}
 _UNUSED = ("cam_low",)
 _GRIPPERS = np.array([6, 13])
-_SIGNS = np.array([1.0, -1, -1, 1, 1, 1, 1, 1, -1, -1, 1, 1, 1, 1])  # pi0's joint directions
+_SIGNS = np.array([1.0, -1, -1, 1, 1, 1, 1, 1, -1, -1, 1, 1, 1, 1])  # joint directions of pi0
 
 _FINGER_CLOSED, _FINGER_OPEN = 0.01844, 0.05800  # finger position, m
 _HORN, _ARM = 0.022, 0.036  # the linkage from motor to finger, m
-_PI0_CLOSED, _PI0_OPEN = 0.5476, 1.6296  # gripper angle where pi0 has 0 and 1, rad
-_LEADER_CLOSED, _LEADER_OPEN = -0.6213, 1.4910  # gripper angle where ALOHA's actions have 0 and 1, rad
+_PI0_CLOSED, _PI0_OPEN = 0.5476, 1.6296  # gripper angle of 0 and 1 in pi0, rad
+_LEADER_CLOSED, _LEADER_OPEN = -0.6213, 1.4910  # gripper angle of 0 and 1 in ALOHA's actions, rad
 
 
 @dataclasses.dataclass(frozen=True)
 class Aloha:
-    """Up to four cameras and a state of 14 in; 14 action dimensions out. Missing wrist cameras are black and masked."""
+    """The ALOHA transform: up to 4 cameras, state 14, actions 14. Missing wrist cameras are black and masked out."""
 
-    adapt_to_pi: bool = True  # to pi0's joint signs and gripper angles; off for a model trained from ALOHA's numbers
+    adapt_to_pi: bool = True  # use pi0's joint signs and gripper angles; off for models trained on ALOHA's own numbers
 
     def __call__(self, data: Data) -> Data:
         given = data["images"]
@@ -72,14 +72,14 @@ class Aloha:
         return {"actions": actions_from_pi0(actions) if self.adapt_to_pi else actions}
 
 
-# The three below take numpy's arrays and JAX's, of which exported policies are made.
+# The three functions below accept numpy arrays and JAX arrays; exported policies use the latter.
 
 Numbers = Float[np.ndarray, "*batch 14"] | Float[Array, "*batch 14"]
 
 
 @typed
 def state_to_pi0(state: Numbers) -> Numbers:
-    """Joint signs turned; gripper from finger travel (0 closed, 1 open) to the angle of its motor in pi0's range."""
+    """Flip joint signs; convert grippers from finger travel (0 closed, 1 open) to motor angle in pi0's range."""
     finger = state[..., _GRIPPERS] * (_FINGER_OPEN - _FINGER_CLOSED) + _FINGER_CLOSED
     sine = (_HORN**2 + finger**2 - _ARM**2) / (2 * _HORN * finger)
     xp = _namespace(state)
@@ -89,14 +89,14 @@ def state_to_pi0(state: Numbers) -> Numbers:
 
 @typed
 def actions_to_pi0(actions: Numbers) -> Numbers:
-    """Joint signs turned; gripper from the leader's range to an angle, counted from where pi0 has it closed."""
+    """Flip joint signs; convert grippers from the leader's range to an angle from pi0's closed position."""
     angle = actions[..., _GRIPPERS] * (_LEADER_OPEN - _LEADER_CLOSED) + _LEADER_CLOSED
     return _with_grippers(actions, angle - _PI0_CLOSED)
 
 
 @typed
 def actions_from_pi0(actions: Numbers) -> Numbers:
-    """Inverse of ``actions_to_pi0``."""
+    """Invert ``actions_to_pi0``."""
     angle = actions[..., _GRIPPERS] + _PI0_CLOSED
     return _with_grippers(actions, (angle - _LEADER_CLOSED) / (_LEADER_OPEN - _LEADER_CLOSED))
 
@@ -108,5 +108,5 @@ def _with_grippers(x: Any, grippers: Any) -> Any:
 
 
 def _namespace(x: Any) -> Any:
-    """``numpy`` or ``jax.numpy``."""
+    """Return ``numpy`` or ``jax.numpy``."""
     return x.__array_namespace__()

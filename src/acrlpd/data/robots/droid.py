@@ -1,4 +1,4 @@
-"""DROID (one Franka arm, two cameras of three used): openpi's names and sizes to the model's, and back."""
+"""Conversion of DROID (one Franka arm, two of three cameras) from openpi's names and sizes to the model's, and back."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ CAMERAS = {
     "exterior_image_1_left": ("exterior_image_1_left", "exterior_1_left"),
     "wrist_image_left": ("wrist_image_left", "wrist_left"),
 }
-"""The robot's names of its cameras: those in data sets."""
+"""The robot's name of each camera, with its possible names in data sets."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Droid:
-    """Two cameras and a state of 8 in (7 joints and the gripper); 8 action dimensions out.
+    """The DROID transform: 2 cameras, state 8 (7 joints and the gripper), actions 8.
 
-    The state comes as ``observation/joint_position`` and ``observation/gripper_position``, as a client of a policy
-    server sends it, or whole as ``observation/state``, as a store holds it.
+    The state is ``observation/joint_position`` and ``observation/gripper_position``, which clients of a policy server
+    send, or the whole ``observation/state``, which a store holds.
     """
 
-    pi0_fast: bool = False  # pi0-FAST has its cameras in another order and masks none
+    pi0_fast: bool = False  # pi0-FAST has another order of cameras and masks none
 
     def __call__(self, data: Data) -> Data:
         base = to_rgb(data["observation/exterior_image_1_left"], "observation/exterior_image_1_left")
@@ -50,6 +50,6 @@ def _state(data: Data) -> np.ndarray:
         return np.asarray(data["observation/state"])
     joints = np.asarray(data["observation/joint_position"])
     gripper = np.asarray(data["observation/gripper_position"])
-    if gripper.ndim < joints.ndim:  # one number an observation
+    if gripper.ndim < joints.ndim:  # one number per observation
         gripper = gripper[..., None]
     return np.concatenate([joints, gripper], axis=-1)

@@ -1,4 +1,4 @@
-"""LIBERO (one Panda arm in simulation): openpi's names and sizes to the model's, and back."""
+"""Conversion of LIBERO (one simulated Panda arm) from openpi's names and sizes to the model's, and back."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ CAMERAS = {
     "image": ("image", "agentview_rgb"),
     "wrist_image": ("wrist_image", "image2", "eye_in_hand_rgb"),
 }
-"""The robot's names of its cameras: those in openpi's data set, in LeRobot's and in the demonstrations."""
+"""The robot's name of each camera, with its names in openpi's data set, in LeRobot's and in the demonstrations."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Libero:
-    """Two cameras and a state of 8 in; 7 action dimensions out. The keys contain slashes: the dictionary is flat."""
+    """The LIBERO transform: 2 cameras, state 8, actions 7. Keys contain slashes: the dictionary is flat."""
 
-    pi0_fast: bool = False  # pi0-FAST does not mask the camera that is missing
+    pi0_fast: bool = False  # pi0-FAST does not mask the missing camera
 
     def __call__(self, data: Data) -> Data:
         base = to_rgb(data["observation/image"], "observation/image")

@@ -1,7 +1,7 @@
-"""The robots that openpi's checkpoints know: all that comes before normalization, for recorded data and for a client's.
+"""The robots of openpi's checkpoints: all steps before normalization, for recorded data and for clients' observations.
 
-A store or a simulator gives ``state`` and ``image`` {camera: ...}, with camera names that differ from data set to data
-set; openpi's clients send the robot's own keys. Both become what the robot's transform takes.
+A store or a simulator gives ``state`` and ``image`` {camera: ...}, with camera names that differ between data sets;
+openpi's clients send the robot's own keys. Both are converted to the input of the robot's transform.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ def _same(x: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Platform:
-    """One robot as openpi has it."""
+    """One robot, as openpi defines it."""
 
     transform: Transform
     state_dim: int
     action_dim: int
-    cameras: Mapping[str, tuple[str, ...]]  # its own names: those in data sets, of which the first found is used
-    prefix: str  # of its own keys for pictures
+    cameras: Mapping[str, tuple[str, ...]]  # robot's name: names in data sets, of which the first found is used
+    prefix: str  # prefix of the robot's own picture keys
     optional: tuple[str, ...] = ()  # cameras that may be missing
-    delta_mask: tuple[bool, ...] = ()  # of pi0's checkpoints
+    delta_mask: tuple[bool, ...] = ()  # relative actions of pi0's checkpoints
     delta_mask_pi05: tuple[bool, ...] = ()
-    transform_fast: Transform | None = None  # of pi0-FAST's checkpoints, where they see other cameras or masks
-    state_map: Callable[[Any], Any] = _same  # what ``transform`` makes of a state, numpy's or JAX's array
-    action_map: Callable[[Any], Any] = _same  # and its inverse of actions
+    transform_fast: Transform | None = None  # for pi0-FAST's checkpoints, if their cameras or masks differ
+    state_map: Callable[[Any], Any] = _same  # what ``transform`` does to a state, a numpy or JAX array
+    action_map: Callable[[Any], Any] = _same  # what its inverse does to actions
 
     def names(self, cameras: Sequence[str]) -> dict[str, str]:
-        """The robot's own name of a camera: that in the data. Cameras that openpi does not use are left out.
+        """Map the robot's own camera names to those in the data. Cameras that openpi does not use are left out.
 
         Raises:
-            ValueError: one that openpi needs is not there.
+            ValueError: a camera that openpi needs is not there.
         """
         found = {own: next((name for name in names if name in cameras), None) for own, names in self.cameras.items()}
         for own, name in found.items():
@@ -53,7 +53,7 @@ class Platform:
         return {own: name for own, name in found.items() if name is not None}
 
     def named(self, state: Any, pictures: Mapping[str, Any]) -> Data:
-        """State and pictures under the robot's own keys."""
+        """Return state and pictures under the robot's own keys."""
         if self.prefix == "images":
             return {"state": state, "images": dict(pictures)}
         return {f"{self.prefix}state": state} | {self.prefix + own: picture for own, picture in pictures.items()}
@@ -69,13 +69,13 @@ ROBOTS: dict[str, Platform] = {
         state_map=aloha.state_to_pi0,
         action_map=aloha.actions_from_pi0,
     ),
-    # joint velocities: as relative as actions can be
+    # joint velocities are already relative
     "droid": Platform(
         droid.Droid(),
         *(droid.STATE_DIM, droid.ACTION_DIM, droid.CAMERAS, "observation/"),
         transform_fast=droid.Droid(pi0_fast=True),
     ),
-    # relative, too; but openpi trained pi0 and pi0-FAST, and not pi0.5, with the state taken off once more
+    # already relative; still, openpi subtracted the state once more to train pi0 and pi0-FAST, but not pi0.5
     "libero": Platform(
         libero.Libero(),
         *(libero.STATE_DIM, libero.ACTION_DIM, libero.CAMERAS, "observation/"),
@@ -87,13 +87,13 @@ ROBOTS: dict[str, Platform] = {
 
 @dataclasses.dataclass(frozen=True)
 class ToRobot:
-    """A robot's transform, for recorded data as well as for what its openpi client sends.
+    """A robot's transform, for recorded data and for observations of openpi's clients.
 
-    Of recorded data without pictures (statistics, stored prefixes) the numbers alone are mapped.
+    If recorded data has no pictures (statistics, stored prefixes), only its numbers are mapped.
     """
 
     robot: Robot
-    fast: bool = False  # as pi0-FAST's checkpoints know it
+    fast: bool = False  # use the variant of pi0-FAST's checkpoints
 
     @property
     def _transform(self) -> Transform:
@@ -123,14 +123,14 @@ class ToRobot:
 def before_normalization(
     robot: Robot | None, deltas: Sequence[int] | None, *, pi05: bool, fast: bool = False
 ) -> list[Transform]:
-    """The robot's transform and relative actions, as far as there are any; ``deltas`` as in ``delta_mask``."""
+    """Return the robot's transform and the one to relative actions, if needed; ``deltas`` as in ``delta_mask``."""
     mask = delta_mask(robot, deltas, pi05=pi05)
     steps: list[Transform] = [] if robot is None else [ToRobot(robot, fast)]
     return [*steps, DeltaActions(mask)] if any(mask) else steps
 
 
 def delta_mask(robot: Robot | None, deltas: Sequence[int] | None, *, pi05: bool) -> tuple[bool, ...]:
-    """Which actions are relative to the state: ``deltas`` in openpi's notation; None: as openpi trained the robot."""
+    """Return which actions are relative to the state: ``deltas`` in openpi's notation; None: openpi's for the robot."""
     if deltas is not None:
         return make_bool_mask(*deltas)
     if robot is None:
@@ -139,14 +139,14 @@ def delta_mask(robot: Robot | None, deltas: Sequence[int] | None, *, pi05: bool)
 
 
 def unseen(robot: Robot, cameras: Sequence[str]) -> tuple[str, ...]:
-    """The model's cameras for which data with ``cameras`` has no picture: they are black and masked out."""
+    """Return the model's cameras that data with ``cameras`` does not have; they are black and masked out."""
     picture = np.zeros((1, 1, 3), np.uint8)
     there = ToRobot(robot)({"state": np.zeros(ROBOTS[robot].state_dim), "image": dict.fromkeys(cameras, picture)})
     return tuple(camera for camera, mask in there.get("image_mask", {}).items() if not mask)
 
 
 def fast_cameras(robot: Robot) -> tuple[str, ...]:
-    """The cameras that pi0-FAST reads of a robot, in openpi's order: that of their names."""
+    """Return the cameras of a robot that pi0-FAST reads, sorted by name as in openpi."""
     picture, platform = np.zeros((1, 1, 3), np.uint8), ROBOTS[robot]
     images = {names[0]: picture for names in platform.cameras.values()}
     return tuple(sorted(ToRobot(robot, fast=True)({"state": np.zeros(platform.state_dim), "image": images})["image"]))
@@ -161,14 +161,14 @@ def check(
     cameras: Sequence[str] | None,
     prefix: str = "data.",
 ) -> None:
-    """Refuses data of another robot before anything is read of it.
+    """Refuse data of another robot before any of it is read.
 
     Args:
-        mask: actions that will be relative to the state.
-        where: the data's path, for messages.
-        dims: of state and actions.
-        cameras: of the data; None: pictures are not needed.
-        prefix: of the options' names, for messages.
+        mask: which actions will be relative to the state.
+        where: the path of the data, for messages.
+        dims: dimensions of state and actions.
+        cameras: cameras of the data; None if pictures are not needed.
+        prefix: prefix of the options' names, for messages.
     """
     platform = None if robot is None else ROBOTS[robot]
     if platform is not None and dims != (platform.state_dim, platform.action_dim):

@@ -1,4 +1,4 @@
-"""Any data set into our own HDF5 layout, or into LeRobot v3.0 with its videos.
+"""Conversion of any data set to our own HDF5 layout, or to LeRobot v3.0 with videos.
 
 A new data set appears under its name only when it is complete and has been read back.
 """
@@ -44,16 +44,16 @@ Pictures = Literal["av1", "h264", "png"]
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
-DATA_FILE_MB, VIDEO_FILE_MB = 100, 200  # a new file is begun from these sizes on
+DATA_FILE_MB, VIDEO_FILE_MB = 100, 200  # a file of at least this size is followed by a new one
 ENCODERS: Mapping[str, tuple[str, dict[str, str]]] = {
-    # a key frame every 2nd frame, as LeRobot has it: a random frame costs at most two decodes
+    # a key frame every 2nd frame, as in LeRobot: a random frame costs at most two decodes
     "av1": ("libsvtav1", {"g": "2", "crf": "30", "preset": "8"}),
     "h264": ("libx264", {"g": "2", "crf": "18", "bf": "0"}),
 }
-# frames a second: the AV1 encoder takes no more, and readers tell times 0.1 ms apart
+# frames per second: the AV1 encoder accepts no more, and readers can distinguish times 0.1 ms apart
 MIN_RATE, MAX_RATES = 1e-4, {"av1": 240.0, "h264": 1000.0}
 STATE, ACTION, DONE = "observation.state", "action", "next.done"
-FRAMES_FOR_STATS = 10  # of each episode and camera
+FRAMES_FOR_STATS = 10  # frames per episode and camera
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -64,9 +64,9 @@ def to_hdf5(
     compression: str | None = None,
     success: bool | None = None,
 ) -> Path:
-    """One file an episode; see ``layouts/own.py``. Pictures are stored raw, or losslessly compressed.
+    """Write our own layout, one file per episode; see ``layouts/own.py``. Pictures are raw or losslessly compressed.
 
-    ``success`` is your word for the episodes of which nothing says how they ended.
+    ``success`` is the user's statement for the episodes whose success is unknown.
     """
     check_videos(dataset)
     with _new_folder(Path(folder)) as temporary:
@@ -89,15 +89,15 @@ def to_lerobot(
     robot_type: str | None = None,
     success: bool | None = None,
 ) -> Path:
-    """LeRobot v3.0. Videos lose a little; ``"png"`` embeds pictures that do not.
+    """Write LeRobot v3.0. Videos are slightly lossy; ``"png"`` embeds lossless pictures.
 
-    ``next.success`` is written where the success of every episode is known. A column of our own, ``next.terminal``,
-    keeps where the task ended. ``success`` is your word for the episodes of which nothing says how they ended.
+    ``next.success`` is written if the success of every episode is known. Our own column ``next.terminal`` keeps where
+    the task ended. ``success`` is the user's statement for the episodes whose success is unknown.
 
-    Final observations have no place there: a warning says so where there are some.
+    The format cannot hold final observations: a warning says so if there are any.
 
     Raises:
-        ValueError: the rate is unknown, or the success of some episodes alone.
+        ValueError: the rate is unknown, or the success of some but not all episodes.
     """
     rate = dataset.fps if fps is None else check_fps(fps)
     if rate is None:
@@ -125,7 +125,7 @@ def to_lerobot(
 
 
 def _with_success(episode: Episode, success: bool | None) -> Episode:
-    """The episode, with this success where it has none; a task that succeeded has ended at the last step."""
+    """Return the episode with ``success`` if it has none; a task that succeeded ended at the last step."""
     if success is None or episode.success is not None:
         return episode
     last = np.arange(len(episode)) == len(episode) - 1
@@ -134,7 +134,7 @@ def _with_success(episode: Episode, success: bool | None) -> Episode:
 
 
 def _read_back(reader: Callable[[Path], Dataset], temporary: Path, folder: Path) -> None:
-    """Opens what was written. Errors name the folder that it was to become: there will be no other."""
+    """Open the written data set. Errors name the final folder, because the temporary one is removed."""
     try:
         reader(temporary)
     except ValueError as error:
@@ -144,7 +144,7 @@ def _read_back(reader: Callable[[Path], Dataset], temporary: Path, folder: Path)
 
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside ``folder``, which gets its name when all went well."""
+    """Make a hidden folder beside ``folder``, and rename it to ``folder`` on success."""
     if folder.exists():
         raise ValueError(f"{folder} already exists. Name a folder that does not, or remove it first.")
     remove_abandoned(folder.parent)
@@ -164,7 +164,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 @dataclasses.dataclass
 class _Stretch:
-    """Where the frames of one camera in one episode went."""
+    """The place of an episode's frames in one camera's video files."""
 
     file: int
     start_s: float
@@ -186,7 +186,7 @@ class _LeRobotWriter:
         self._dataset = dataset
         self._fps = fps
         self._pictures = pictures
-        self._success = success  # of episodes that do not say
+        self._success = success  # for episodes whose success is unknown
         self._with_success = with_success
         for camera in dataset.cameras:
             inside(folder, camera, "the name of a camera")
@@ -226,7 +226,7 @@ class _LeRobotWriter:
         self._write_json("meta/info.json", self._info(robot_type, first))
 
     def _columns(self, number: int, first: int) -> tuple[dict[str, Any], dict[str, UInt8[np.ndarray, "t h w 3"]]]:
-        """An episode's columns, in LeRobot's names, and its frames by feature."""
+        """Return an episode's columns under LeRobot's names, and its frames by feature."""
         episode = _with_success(self._dataset.episode(number), self._success)
         steps = np.arange(len(episode))
         last = steps == len(episode) - 1
@@ -296,7 +296,7 @@ class _LeRobotWriter:
         return row | _place("meta/episodes", 0)
 
     def _write_tasks(self, arrow: Any) -> None:
-        """As pandas writes it: LeRobot takes the texts from the table's index."""
+        """Write the task table like pandas: LeRobot reads the texts from the table's index."""
         names = {"task_index": ("task_index", "int64", "int64"), "__index_level_0__": (None, "unicode", "object")}
         about = {
             "index_columns": ["__index_level_0__"],
@@ -336,7 +336,7 @@ class _LeRobotWriter:
 
 
 class _Stats:
-    """LeRobot's statistics of a feature; pictures are in [0, 1], by channel."""
+    """LeRobot's statistics of a feature; pictures are in [0, 1], with statistics per channel."""
 
     def __init__(self, *, picture: bool = False):
         self._running = RunningStats()
@@ -345,7 +345,7 @@ class _Stats:
         self._count = 0
 
     def add(self, values: Float[np.ndarray, "n d"], count: int | None = None) -> None:
-        """``count``: what LeRobot counts, where it is not the vectors."""
+        """Add vectors; ``count`` is the number that LeRobot counts, if it differs from theirs."""
         low, high = values.min(axis=0), values.max(axis=0)
         self._low = np.minimum(self._low, low) if self._count else low
         self._high = np.maximum(self._high, high) if self._count else high
@@ -359,7 +359,7 @@ class _Stats:
 
 
 class _DataFiles:
-    """Parquet files, one row group an episode."""
+    """The parquet files, with one row group per episode."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -367,7 +367,7 @@ class _DataFiles:
         self._writer: Any = None
 
     def write(self, table: Any) -> int:
-        """Returns the number of the file."""
+        """Write an episode and return the number of its file."""
         path = _file_path(self._folder, DATA_PATH, self._number)
         if self._writer is not None and path.stat().st_size >= DATA_FILE_MB << 20:
             self.close()
@@ -386,7 +386,7 @@ class _DataFiles:
 
 
 class _VideoFiles:
-    """The mp4 files of one camera; an episode lies in one of them."""
+    """The mp4 files of one camera; an episode lies in a single file."""
 
     def __init__(self, folder: Path, key: str, fps: float, codec: str):
         self._av = import_av()
@@ -398,7 +398,7 @@ class _VideoFiles:
         self._container: Any = None
         self._stream: Any = None
         self._frames = self._nbytes = 0  # in the current file
-        os.environ.setdefault("SVT_LOG", "1")  # errors only: the AV1 encoder prints its settings for every file
+        os.environ.setdefault("SVT_LOG", "1")  # log errors only: the AV1 encoder prints its settings for every file
 
     def write(self, frames: UInt8[np.ndarray, "t h w 3"]) -> _Stretch:
         if self._container is None or self._nbytes >= VIDEO_FILE_MB << 20:
@@ -452,7 +452,7 @@ class _VideoFiles:
 
 
 def _video_rate(fps: float, codec: str) -> Fraction:
-    """As television has it (30000/1001) where that is the rate; else so close that hours of frames keep their times."""
+    """Return a broadcast fraction (30000/1001) if it is the rate, else one so close that hours of video keep time."""
     highest = MAX_RATES[codec]
     if not MIN_RATE <= fps <= highest:
         raise ValueError(
@@ -494,7 +494,7 @@ def _arrow_column(arrow: Any, values: Any) -> Any:
 
 
 def _huggingface(feature: Mapping[str, Any]) -> dict[str, Any]:
-    """What the ``datasets`` library wants to know of a column."""
+    """Return a column's feature in the form of the ``datasets`` library."""
     if feature["dtype"] == "image":
         return {"_type": "Image"}
     value = {"dtype": feature["dtype"], "_type": "Value"}

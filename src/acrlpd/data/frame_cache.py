@@ -1,11 +1,11 @@
-"""Decoded frames at the model's resolution, made once and read from memory-mapped files.
+"""A cache of decoded frames at the model's resolution, made once and read from memory-mapped files.
 
-Decoding a video and resizing its frames costs milliseconds a frame, reading a record microseconds. A record is the
-frames of one camera in one episode, ``<folder>/<height>x<width>/<camera>/<episode>-<state>-<stretch>.npy``, uint8
-[t h w 3]. The state is made from size and time of the file that the frames came from, so a changed file is decoded
-anew; where files of equal size and time were swapped, delete the folder. Records are written whole or not at all; a
-build that was stopped goes on with the records that are missing. Use one folder for each data set; selections of its
-episodes share their records.
+Decoding and resizing a video frame takes milliseconds, reading it from a record microseconds. A record holds the frames
+of one camera in one episode, ``<folder>/<height>x<width>/<camera>/<episode>-<state>-<stretch>.npy``, uint8 [t h w 3].
+The state is a hash of size and time of the file with the frames, so a changed file is decoded again; after swapping
+files of equal size and time, delete the folder. Records are written whole or not at all, and a build that was stopped
+continues with the missing records. Use one folder per data set; different selections of its episodes share their
+records.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from acrlpd.pictures import resize_with_pad
 logger = logging.getLogger(__name__)
 
 BLOCK = 64  # frames decoded at a time
-HEADER_BYTES = 128  # of a npy file of this form
+HEADER_BYTES = 128  # header size of such a npy file
 
 
 @dataclasses.dataclass(frozen=True)
 class FrameOrigin:
-    """Where the frames of one camera in one episode lie."""
+    """The place of the frames of one camera in one episode."""
 
-    name: str  # of the episode, whatever others are selected; good for a file name
+    name: str  # name of the episode, independent of the selection; usable in a file name
     file: Path
-    stretch: str  # which part of the file
+    stretch: str  # part of the file
 
 
 @runtime_checkable
 class FrameSource(EpisodeSource, Protocol):
-    """Episodes whose pictures are worth caching."""
+    """An ``EpisodeSource`` whose pictures are worth caching."""
 
     def frame_origin(self, index: int, camera: str) -> FrameOrigin: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class FrameCache:
-    """Records under ``folder``, of frames padded to ``height`` x ``width`` as ``pictures.resize_with_pad`` does."""
+    """Records under ``folder``, of frames resized to ``height`` x ``width`` by ``pictures.resize_with_pad``."""
 
     folder: Path
     height: int = 224
@@ -64,7 +64,7 @@ class FrameCache:
                 raise ValueError(f"{name} must be at least 1 pixel, got {getattr(self, name)}")
 
     def build(self, source: FrameSource) -> None:
-        """Makes the records that are missing; their size is logged first.
+        """Make the missing records; their size is logged first.
 
         Raises:
             OSError: the disk has not enough room for them.
@@ -90,11 +90,11 @@ class FrameCache:
             self._write(source, index, camera)
 
     def total_bytes(self, source: FrameSource) -> int:
-        """What all records of ``source`` take on the disk."""
+        """Return the disk size of all records of ``source``."""
         return len(source.cameras) * sum(self._record_bytes(length) for length in source.lengths.tolist())
 
     def missing(self, source: FrameSource) -> list[tuple[int, str]]:
-        """(episode, camera) without a whole record. Cameras of an episode follow one another, as do those of a file."""
+        """Return each (episode, camera) without a complete record, in the order of cameras, then of episodes."""
         return [
             (index, camera)
             for camera in source.cameras
@@ -105,7 +105,7 @@ class FrameCache:
     def read(
         self, camera: str, origin: FrameOrigin, length: int, start: int, stop: int
     ) -> UInt8[np.ndarray, "t h w 3"] | None:
-        """Frames ``start`` to ``stop`` of an episode of ``length`` frames; None where there is no record."""
+        """Read frames ``start`` to ``stop`` of an episode of ``length`` frames; None if there is no record."""
         rows = self.rows(camera, origin, length)
         if rows is not None:
             return rows.read(start, stop)
@@ -118,7 +118,7 @@ class FrameCache:
         )
 
     def rows(self, camera: str, origin: FrameOrigin, length: int) -> Rows | None:
-        """Where a record's frames lie in its file, to be mapped; None where there is no record of this form."""
+        """Return the place of a record's frames in its file, for mapping; None if there is no record of this form."""
         path, shape = self.record_path(camera, origin), self._shape(length)
         if not path.is_file() or path.stat().st_size != self._record_bytes(length):
             return None
@@ -128,15 +128,15 @@ class FrameCache:
         return Rows(path, "", camera, shape, np.dtype(np.uint8), HEADER_BYTES)
 
     def resize(self, frames: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t h w 3"]:
-        """As a record would hold them, so that a source's frames have one size whether or not they are cached."""
+        """Resize frames as in a record, so that frames have one size whether they are cached or not."""
         if frames.shape[1:3] == (self.height, self.width):
             return frames
         return resize_with_pad(frames, self.height, self.width)
 
     def record_path(self, camera: str, origin: FrameOrigin) -> Path:
-        """The record's file, there or not."""
+        """Return the record's file, which may not exist."""
         status = origin.file.stat()
-        # Not the inode or the time of change: records take hours to make, and hold for a copy of the data set too.
+        # No inode or change time: records take hours to make, and must stay valid for a copy of the data set.
         state = _digest(f"{status.st_size}:{status.st_mtime_ns}")
         return self._camera_folder(camera) / f"{origin.name}-{state}-{_digest(origin.stretch)}.npy"
 
@@ -153,7 +153,7 @@ class FrameCache:
         origin, length = source.frame_origin(index, camera), int(source.lengths[index])
         path = self.record_path(camera, origin)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # not mapped: a disk that fills up meanwhile would end the process
+        # not through a mapping: a full disk would then kill the process
         with files.written_whole(path) as temporary, temporary.open("wb") as record:
             record.write(_header(self._shape(length)))
             for start in range(0, length, BLOCK):
@@ -161,9 +161,9 @@ class FrameCache:
                 frames = self.resize(source.window(index, IMAGE_PREFIX + camera, start, stop))
                 record.write(np.ascontiguousarray(frames).data)
         state = path.stem.removeprefix(f"{origin.name}-").partition("-")[0]
-        for other in path.parent.glob(f"{origin.name}-*.npy"):  # or of an episode whose name goes on like this
+        for other in path.parent.glob(f"{origin.name}-*.npy"):  # also matches names that begin with this one
             found = re.fullmatch(r"([0-9a-f]+)-[0-9a-f]+", other.stem.removeprefix(f"{origin.name}-"))
-            if found is not None and found[1] != state:  # of an earlier state of the file
+            if found is not None and found[1] != state:  # from an earlier state of the file
                 other.unlink()
 
 
@@ -173,7 +173,7 @@ def _digest(text: str) -> str:
 
 @functools.cache
 def _header(shape: tuple[int, int, int, int]) -> bytes:
-    """What a record begins with."""
+    """Return the header of a record."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return buffer.getvalue()

@@ -1,9 +1,9 @@
 """The batches of a data set as a Grain data set, for training loops that are built on Grain.
 
-Whole batches are made in Grain's worker processes, each of which opens the data itself: what is mapped is shared by the
-system. The iterator's state, which Orbax can save beside a model, is a position, because batch ``step`` is a function
-of (seed, step) alone. The project's own loop needs none of this: there a thread makes the next batches, and processes
-read what is not in memory (``windows.open_store``).
+Grain's worker processes make whole batches, and each opens the data itself: the system shares mapped files among them.
+The iterator's state, which Orbax can save beside a model, is a position, because batch ``step`` depends only on
+(seed, step). The project's own loop does not need this: there a thread makes the next batches, and processes read what
+is not in memory (``windows.open_store``).
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ def grain_batches(
     memory_bytes: int | None = None,
     **source_options: Any,
 ) -> Any:
-    """A ``grain.IterDataset`` of ``num_steps`` batches: the ``ChunkBatch``es of ``ACRLPDDataLoader``, as numpy.
+    """Return a ``grain.IterDataset`` of ``num_steps`` batches: those of ``ACRLPDDataLoader``, as numpy.
 
     >>> iterator = iter(grain_batches("data/drawer", 256, 5, num_steps=100_000, num_workers=4))
     >>> next(iterator).actions.shape
     (256, 5, 4)
-    >>> state = iterator.get_state()  # iterator.set_state(state) goes on from here
+    >>> state = iterator.get_state()  # iterator.set_state(state) continues from here
 
     Args:
-        data: a path. Its options are those of ``sources.open_episodes``.
-        num_workers: processes that make batches, each with ``memory_bytes`` of its own; 0 makes them in a thread.
-        transform: from the data set's units to the model's; None hands out raw numbers.
+        data: a path. ``source_options`` are those of ``sources.open_episodes``.
+        num_workers: processes that make batches, each with its own ``memory_bytes``; 0 makes them in a thread.
+        transform: converts the data set's units to the model's; None returns raw numbers.
 
     Raises:
         ImportError: Grain is not installed.
-        ValueError: as ``sources.open_episodes`` and ``ChunkLoader``; the data is opened once at the start to see.
+        ValueError: see ``sources.open_episodes`` and ``ChunkLoader``; the data is opened once here to check.
     """
     grain = _import_grain()
     recipe = _Batches(
@@ -56,7 +56,7 @@ def grain_batches(
         source_options,
         {"transform": Compose(()) if transform is None else transform, "seed": seed}
         | {"batch_size": batch_size, "horizon": horizon_length, "sequence_ratio": sequence_ratio}
-        # asked here: a worker process is no part of a distributed run
+        # asked here, because a worker process is not part of the distributed run
         | {"host_index": jax.process_index(), "num_hosts": jax.process_count()},
         memory_bytes,
         num_steps,
@@ -69,7 +69,7 @@ def grain_batches(
 
 @dataclasses.dataclass
 class _Batches:
-    """Grain's random access to batches: opened in each process that asks, so that no data is sent there."""
+    """A random-access source of batches for Grain; each process opens the data itself, so that none is sent."""
 
     data: Any
     source_options: dict[str, Any]
@@ -88,10 +88,10 @@ class _Batches:
 
     def open(self) -> ChunkLoader:
         if self._loader is None:
-            end_with_parent()  # in one of Grain's workers
+            end_with_parent()  # this may be one of Grain's workers
             source = sources.open_episodes(self.data, **self.source_options)
             store = windows.open_store(source, memory_bytes=self.memory_bytes)
-            self._loader = ChunkLoader(store, **self.loader_options, prefetch=0)  # Grain asks ahead itself
+            self._loader = ChunkLoader(store, **self.loader_options, prefetch=0)  # Grain prefetches itself
         return self._loader
 
     def __reduce__(self) -> tuple[type[_Batches], tuple[Any, ...]]:
@@ -104,6 +104,6 @@ def _import_grain() -> Any:
         from absl import flags
     except ImportError as error:
         raise ImportError(f"Grain's data sets need an extra: pip install 'acrlpd[grain]' ({error})") from error
-    if not flags.FLAGS.is_parsed():  # Grain reads its flags, which only programs of absl's parse
+    if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which only absl programs parse
         flags.FLAGS.mark_as_parsed()
     return grain

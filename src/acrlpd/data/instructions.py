@@ -1,4 +1,4 @@
-"""Episodes without an instruction: they tell a policy that reads language nothing, or the same for several tasks."""
+"""Detection of episodes without an instruction: a language policy learns nothing from them, or confuses tasks."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from acrlpd.data.episodes import task_runs
 from acrlpd.data.sources import Dataset
 
 CURE = "say it with default_task (--data.default_task TEXT in a run, --default-task TEXT in acrlpd data)"
-SHOWN = 4  # tasks in a message
+SHOWN = 4  # max number of tasks in a message
 
 
 @dataclasses.dataclass(frozen=True)
 class Untold:
-    """What is known of episodes in which some step has no instruction."""
+    """The facts about episodes in which some step has no instruction."""
 
     episodes: int
     total: int  # episodes of the data set
-    example: str  # the source of one
-    tasks: tuple[str, ...]  # what tells their tasks apart
+    example: str  # the source of one such episode
+    tasks: tuple[str, ...]  # descriptions that distinguish their tasks
 
     @property
     def is_shared(self) -> bool:
@@ -43,7 +43,7 @@ class Untold:
 
 
 def untold(dataset: Dataset) -> Untold | None:
-    """Return what is known of the episodes without an instruction; None if there are none."""
+    """Return the facts about the episodes without an instruction; None if there are none."""
     infos = map(dataset.info, range(dataset.num_episodes))
     silent = [info for info in infos if not all(text.strip() for _, text in task_runs(info))]
     if not silent:

@@ -1,7 +1,7 @@
-"""The tables of a LeRobot dataset, v2.0, v2.1 or v3.0, brought to one form: which rows and frames are an episode's.
+"""The tables of a LeRobot dataset, v2.0, v2.1 or v3.0, in one form: the rows and frames of each episode.
 
-    v2   meta/tasks.jsonl    meta/episodes.jsonl                    a parquet file and, per camera, an mp4 an episode
-    v3   meta/tasks.parquet  meta/episodes/chunk-*/file-*.parquet   many episodes share a file, each kind on its own
+    v2   meta/tasks.jsonl    meta/episodes.jsonl                    one parquet file and one mp4 per camera per episode
+    v3   meta/tasks.parquet  meta/episodes/chunk-*/file-*.parquet   many episodes share a parquet file or an mp4
 
 Errors found here concern the set as a whole.
 """
@@ -28,17 +28,17 @@ from acrlpd.data.pictures import DEPTH_BY_NAME, NOT_CHOSEN, is_depth
 
 PICTURES = ("image", "video")  # dtypes of cameras
 DEFAULT_CHUNKS_SIZE = 1000
-MAX_ROWS = 10_000_000  # of a table of episodes or tasks
+MAX_ROWS = 10_000_000  # max size of a table of episodes or tasks
 TIMESTAMP, INDEX, TASK_INDEX = "timestamp", "index", "task_index"
 REQUIRED = (TIMESTAMP, "frame_index", "episode_index", INDEX, TASK_INDEX)  # columns of every dataset
-STATE_KEYS = (("observation.state",), ("state",), ("joint_position", "gripper_position"))  # the first that are there
+STATE_KEYS = (("observation.state",), ("state",), ("joint_position", "gripper_position"))  # the first existing one
 ACTION_KEYS = ("action", "actions")
-CAMERA_PREFIXES = ("observation.images.", "observation.")  # left out of a camera's name
+CAMERA_PREFIXES = ("observation.images.", "observation.")  # removed from camera names
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """What a value of a table must be."""
+    """A kind of value in a table, with its description and its check."""
 
     told: str
     holds: Callable[[Any], bool]
@@ -62,7 +62,7 @@ SHAPE = _Kind("a list of whole numbers", lambda value: isinstance(value, list) a
 
 
 def _check(where: str, content: Mapping[str, Any], kinds: Mapping[str, _Kind]) -> None:
-    """Raises unless ``content`` has all of these keys, each with a value of its kind."""
+    """Raise unless ``content`` has all of these keys, each with a value of its kind."""
     for key, kind in kinds.items():
         if key not in content:
             raise ValueError(f"{where}: {key} is missing, expected {kind.told}; it has {files.listed(content)}")
@@ -82,7 +82,7 @@ def _check_rows(path: Path, table: Mapping[str, Sequence[Any]], kinds: Mapping[s
 
 @dataclasses.dataclass(frozen=True)
 class VideoSpan:
-    """Where an episode's frames lie in an mp4: ``start_s + timestamp``, before ``stop_s``."""
+    """The place of an episode's frames in an mp4: at ``start_s + timestamp``, before ``stop_s``."""
 
     path: Path
     start_s: float = 0.0
@@ -91,12 +91,12 @@ class VideoSpan:
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeRow:
-    """An episode as the tables have it."""
+    """An episode as described in the tables."""
 
     number: int
     length: int
     file: Path  # the parquet file with its rows
-    indices: tuple[int, int] | None  # its half-open range of global indices (v3); None: all rows of the file (v2)
+    indices: tuple[int, int] | None  # half-open range of global indices (v3); None: all rows of the file (v2)
     videos: dict[str, VideoSpan]  # by feature
 
 
@@ -109,8 +109,8 @@ class Meta:
     features: dict[str, dict[str, Any]]
     video_path: str | None  # the template
     tasks: dict[int, str]
-    episodes: list[EpisodeRow]  # episode n is at place n
-    robot_type: str | None = None  # None: it does not say
+    episodes: list[EpisodeRow]  # episode n is at index n
+    robot_type: str | None = None  # None if unknown
 
     @property
     def info_path(self) -> Path:
@@ -125,12 +125,12 @@ class Meta:
 
     @property
     def cameras(self) -> list[str]:
-        """Features that hold pictures: encoded, uint8 of three axes, or numbers that are called images."""
+        """Features with pictures: encoded ones, uint8 with three axes, or numbers with the name of images."""
         return [key for key, feature in self.features.items() if _is_camera(key, feature)]
 
 
 def read(root: Path) -> Meta:
-    """The tables, checked against one another.
+    """Read the tables and check that they agree.
 
     Raises:
         ValueError: the version is unknown, a table cannot be read, or totals and numbers do not agree.
@@ -153,8 +153,8 @@ def read(root: Path) -> Meta:
 
 
 def is_numeric(dtype: str) -> bool:
-    """Whether a feature of this dtype holds numbers or flags."""
-    try:  # numpy reads whole sentences: of shapes, of structures, of texts as long as you like
+    """Return whether a feature of this dtype holds numbers or flags."""
+    try:  # np.dtype would also accept shapes, structures and texts of any length
         return bool(re.fullmatch(r"[a-z]+\d{0,3}", dtype)) and np.dtype(dtype).kind in "biuf"
     except (TypeError, ValueError):
         return False
@@ -165,7 +165,7 @@ def is_v3(version: str) -> bool:
 
 
 def files_by_number(folder: Path) -> list[Path]:
-    """``chunk-*/file-*.parquet`` in the order of their numbers, which grow wider past 999."""
+    """Return ``chunk-*/file-*.parquet`` sorted by number, because numbers above 999 have more digits."""
 
     def numbers(path: Path) -> tuple[int, int]:
         chunk, file = path.parent.name.removeprefix("chunk-"), path.stem.removeprefix("file-")
@@ -198,9 +198,9 @@ def _numeric(meta: Meta, name: str, keys: Sequence[str], error: type[ValueError]
 
 
 def camera_keys(meta: Meta, asked: Sequence[str] | None) -> tuple[dict[str, str], dict[str, str]]:
-    """Feature by the camera's name: without prefix, unless two cameras would then have the same name.
+    """Return the feature of each camera by name, without prefix unless two cameras would then have the same name.
 
-    Beside them, the reason for each camera that is not read. A feature of several axes that is named is a camera, too.
+    The second result has the reason for each unread camera. A named numeric feature with several axes is a camera, too.
     """
     names = _camera_names(meta, set(asked or ()))
     keys = {name: key for key, name in names.items()}
@@ -218,7 +218,7 @@ def camera_keys(meta: Meta, asked: Sequence[str] | None) -> tuple[dict[str, str]
 
 
 def _camera_names(meta: Meta, asked: Collection[str]) -> dict[str, str]:
-    """The name of each camera, by feature."""
+    """Return the name of each camera, by feature."""
     short = {
         key: _camera_name(key)
         for key, feature in meta.features.items()
@@ -233,12 +233,12 @@ def _is_camera(key: str, feature: Mapping[str, Any]) -> bool:
 
 
 def _has_axes(feature: Mapping[str, Any]) -> bool:
-    """Whether it may hold pictures as numbers."""
+    """Return whether a feature may hold pictures as numbers."""
     return is_numeric(feature["dtype"]) and len(feature["shape"]) > 1
 
 
 def _depth(key: str, feature: Mapping[str, Any]) -> str | None:
-    """Why a camera is a depth camera, which its declaration or its name says; None: it is none."""
+    """Return why a feature is a depth camera, by its declaration or its name; None if it is not."""
     about = [feature, *(found for name in ("info", "video_info") if isinstance(found := feature.get(name), dict))]
     if any(value for each in about for name, value in each.items() if name.rpartition(".")[2] == "is_depth_map"):
         return "it is declared as a depth camera (is_depth_map)"
@@ -246,7 +246,7 @@ def _depth(key: str, feature: Mapping[str, Any]) -> str | None:
 
 
 def unused(meta: Meta, used: Collection[str]) -> list[str]:
-    """Describe the numeric features that are of the kind of state and actions, and are not used."""
+    """Describe the unused numeric features that could be part of the state or the actions."""
     return [
         f"{key} ({told_numbers(feature['shape'])})"
         for key, feature in meta.features.items()
@@ -294,17 +294,17 @@ def _check_info(path: Path, info: Mapping[str, Any]) -> None:
 
 
 def _file_of(root: Path, info: Mapping[str, Any], kind: Literal["data_path", "video_path"], **names: Any) -> Path:
-    """The file that a template of info.json gives, which lies inside of ``root``: see ``_check_template``."""
+    """Return the file of a template in info.json; it lies inside ``root``, see ``_check_template``."""
     return root / info[kind].format(**names)
 
 
-FORMATS = re.compile(r"0?\d{0,2}d?")  # of a number in a template, such as 03d
+FORMATS = re.compile(r"0?\d{0,2}d?")  # allowed format of a number in a template, such as 03d
 
 
 def _check_template(root: Path, info: Mapping[str, Any], kind: str, keys: Sequence[str], names: Sequence[str]) -> None:
-    """Raises unless a template of info.json has these names alone and leads to files inside of ``root``.
+    """Raise unless a template in info.json has only these names and leads to files inside ``root``.
 
-    What it leads to with 0 for all numbers it leads to with others: they are written as digits.
+    Checking it with 0 for all numbers is enough, because numbers are written as digits.
     """
     where = f"{root / 'meta/info.json'}: {kind}"
     template = files.check_name(info[kind], where)
@@ -367,7 +367,7 @@ def _tasks_v3(root: Path) -> dict[int, str]:
 
 
 def _texts(path: Path, indices: Sequence[Any], texts: Sequence[str]) -> dict[int, str]:
-    """Return the text of each task_index; refuses two under one."""
+    """Return the text of each task_index; refuse two texts for one index."""
     found: dict[int, str] = {}
     for index, text in zip(map(int, indices), texts, strict=True):
         if found.setdefault(index, text) != text:
@@ -394,7 +394,7 @@ def _episodes_of(file: Path, root: Path, info: Mapping[str, Any], cameras: Seque
     _check_rows(file, table, dict.fromkeys(counts, COUNT))
     _check_rows(file, table, {f"videos/{key}/{field}": kind for key in cameras for field, kind in fields.items()})
 
-    @functools.cache  # ten thousand episodes lie in few files, and a path takes longer than the rest of a row
+    @functools.cache  # 10,000 episodes lie in few files, and making a path takes longer than the rest of a row
     def path_of(kind: Literal["data_path", "video_path"], chunk: int, number: int, key: str = "") -> Path:
         return _file_of(root, info, kind, chunk_index=int(chunk), file_index=int(number), video_key=key)
 
@@ -412,7 +412,7 @@ def _episodes_of(file: Path, root: Path, info: Mapping[str, Any], cameras: Seque
 
 
 def _read_table(path: Path) -> dict[str, list[Any]]:
-    """All columns by name but the per-episode statistics, which are big."""
+    """Read all columns by name except the per-episode statistics, which are large."""
     arrow = import_pyarrow()
     if not path.is_file():
         raise ValueError(f"{path}: no such file; the dataset is incomplete")
@@ -446,7 +446,7 @@ def _read_lines(path: Path, kinds: Mapping[str, _Kind]) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _complete() -> Iterator[None]:
-    """A file that is not there is a fault of the set."""
+    """Report a missing file as a fault of the dataset."""
     try:
         yield
     except FileNotFoundError as error:

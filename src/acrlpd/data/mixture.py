@@ -1,7 +1,7 @@
-"""Several data sets from which the batches of one run are drawn, each by its share.
+"""A mixture of data sets: the batches of one run are drawn from each of them by its share.
 
-Every set keeps a store of its own, so one may be mapped while another is read from videos, and their pictures may
-differ in size: rows become alike only behind the transforms. What must agree is what a model's sizes are made from.
+Every set keeps its own store, so one may be mapped while another is read from videos, and their pictures may differ in
+size: only the transforms make rows alike. The sets must agree on the dimensions that determine a model's sizes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from acrlpd.data.sources import Dataset
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What must be alike in data sets that are trained on together; rates, too, and robots if they are told."""
+    """The facts on which data sets of one run must agree. Different rates are allowed; unknown robots are ignored."""
 
     name: str
     state: int  # dimensions
@@ -33,15 +33,15 @@ class Facts:
     @classmethod
     def of(cls, source: Dataset, name: str) -> Facts:
         state, actions = (source.window(0, key, 0, 1).shape[1] for key in ("state", "actions"))
-        robot = getattr(source, "robot_type", None)  # LeRobot alone says so
+        robot = getattr(source, "robot_type", None)  # only LeRobot has it
         return cls(name, state, actions, source.cameras, source.fps, robot)
 
 
 def check_alike(sets: Sequence[Facts], *, of_one_robot: bool = False) -> None:
-    """Refuses sets that do not fit into one batch, and warns of other rates.
+    """Refuse sets that do not fit into one batch, and warn of different rates.
 
-    Statistics are those of all sets together, which mean nothing over different robots. ``of_one_robot``: the user's
-    word, and cameras have the names that the robot's transform gives them.
+    Statistics are computed over all sets together, which makes no sense for different robots. With ``of_one_robot``
+    the user says that it is one robot, whose transform gives the cameras their names.
     """
     for each in sets[1:]:
         if found := list(_differences(sets[0], each, of_one_robot)):
@@ -76,11 +76,11 @@ def _told(cameras: Sequence[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Stores side by side. Episodes are numbered over all of them."""
+    """Several stores. Episodes are numbered over all of them."""
 
     stores: tuple[EpisodeStore, ...]
     names: tuple[str, ...] = ("",)
-    weights: tuple[float, ...] | None = None  # None: every row of all is as likely
+    weights: tuple[float, ...] | None = None  # None: every row of all stores is equally likely
 
     @classmethod
     def of(cls, data: EpisodeStore | Mixture) -> Mixture:
@@ -88,7 +88,7 @@ class Mixture:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Of the rows that are drawn; together 1."""
+        """Each store's share of the rows that are drawn; the sum is 1."""
         weights = np.array([store.num_rows for store in self.stores] if self.weights is None else self.weights)
         return tuple((weights / max(weights.sum(), 1e-300)).tolist())
 
@@ -98,12 +98,12 @@ class Mixture:
 
     @property
     def first_ids(self) -> tuple[int, ...]:
-        """Where the numbers of each store's episodes begin, and where those of other episodes may."""
+        """The first episode id of each store, and the first one that is free for other episodes."""
         return (0, *np.cumsum([store.next_episode_id for store in self.stores]).tolist())
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        """Of the first, as they are before any transform."""
+        """The cameras of the first store, before any transform."""
         return self.stores[0].cameras
 
     @property
@@ -112,12 +112,12 @@ class Mixture:
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of pictures that were in memory already, of the sets whose rows are read; None where none are."""
+        """The share of pictures found in memory, averaged over the sets whose rows are read; None if there are none."""
         rates = [store.reader.hit_rate for store in self.stores if store.reader is not None]
         return sum(rates) / len(rates) if rates else None
 
     def close(self) -> None:
-        """Stops the processes that read rows."""
+        """Stop the processes that read rows."""
         for store in self.stores:
             if store.reader is not None:
                 store.reader.close()
@@ -125,7 +125,7 @@ class Mixture:
     def start_rows(
         self, rng: np.random.Generator, batch_size: int, horizon: int, sequence_ratio: float
     ) -> list[Int[np.ndarray, " n"]]:
-        """Rows of each store at which chunks start, ``batch_size`` together; see ``chunks.start_rows``."""
+        """Draw the rows of each store at which chunks start, ``batch_size`` in total; see ``chunks.start_rows``."""
         if len(self.stores) == 1:
             return [chunks.start_rows(self.stores[0], rng, batch_size, horizon, sequence_ratio)]
         num_full = round(sequence_ratio * batch_size)
@@ -136,7 +136,7 @@ class Mixture:
         ]
 
     def contents(self) -> dict[str, Any]:
-        """``episodes`` and ``steps`` used, those ``skipped``, and of several ``sets`` what each of them gives."""
+        """Return the ``episodes`` and ``steps`` used, the ones ``skipped``, and if there are several ``sets``, each."""
         sets = [
             {"name": name, "share": share, "episodes": store.num_episodes, "steps": store.num_rows}
             for name, share, store in zip(self.names, self.shares, self.stores, strict=True)

@@ -1,4 +1,4 @@
-"""What may be said about how to read recorded episodes: the one table that runs, commands and readers share."""
+"""The options for reading recorded episodes, in one table that runs, commands and readers share."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ HDF5 = ("acrlpd", "aloha", "robomimic", "libero", "droid")
 
 
 def _of(default: Any, *formats: str) -> Any:
-    """A field that means something to these formats alone."""
+    """Return a field that applies only to these formats."""
     return dataclasses.field(default=default, metadata={"formats": formats})
 
 
 @dataclasses.dataclass(frozen=True)
 class ReaderOptions:
-    """How to read a data set. A reader refuses what means nothing to its format."""
+    """The options for reading a data set. A reader refuses options that do not apply to its format."""
 
     # the format's names of the cameras to use; empty: all
     cameras: tuple[str, ...] = _of((), *HDF5, "lerobot")
-    # the format's names of what makes the state, put side by side; empty: the usual ones
+    # the format's names of the keys that are put side by side as the state; empty: the usual ones
     state_keys: tuple[str, ...] = _of((), "aloha", "robomimic", "libero", "droid", "lerobot", "minari")
     # likewise for the actions
     action_keys: tuple[str, ...] = _of((), "aloha", "robomimic", "libero", "droid", "lerobot")
     # the instruction of episodes that have none
     default_task: str = _of("", *HDF5, "lerobot", "npz", "minari")
-    # steps a second, where the format does not say or says it wrong
+    # steps per second, if the format does not state them or states them wrong
     fps: float | None = _of(None, *HDF5, "npz", "minari")
     # robomimic and LIBERO: the name of a subset of the demos
     filter_key: str | None = _of(None, "robomimic", "libero")
@@ -40,13 +40,13 @@ class ReaderOptions:
     tolerance_s: float | None = _of(None, "lerobot")
     # HDF5 and LeRobot: decode every picture when opening; None: only where bad episodes are skipped
     check_images: bool | None = _of(None, *HDF5, "lerobot")
-    # LIBERO: pair every action with what was seen before it, not after
+    # LIBERO: pair every action with the observation before it, not after it
     align_observations: bool = _of(False, "libero")
-    # ALOHA: red and blue are swapped in the JPEGs, which nothing in the files tells
+    # ALOHA: red and blue are swapped in the JPEGs; the files do not say so
     jpeg_bgr: bool = _of(False, "aloha")
     # DROID: leave out the steps at which the operator was not driving
     drop_idle: bool = _of(False, "droid")
-    # OGBench: keep actions from -1 and 1 by 1e-5, as QC does
+    # OGBench: clip actions to at least 1e-5 from -1 and 1, as QC does
     clip_actions: bool = _of(False, "npz")
     # OGBench play data: where each cube should be, in m
     cube_goal: tuple[tuple[float, float, float], ...] = _of((), "npz")
@@ -54,7 +54,7 @@ class ReaderOptions:
     button_goal: tuple[int, ...] = _of((), "npz")
 
     def check(self) -> None:
-        """Refuse values that no reader could make sense of."""
+        """Refuse values that no reader can use."""
         check_fps(self.fps)
         if self.tolerance_s is not None and not 0 <= self.tolerance_s < math.inf:
             raise OptionError(f"tolerance_s must be finite and not negative, got {self.tolerance_s}")
@@ -64,12 +64,12 @@ class ReaderOptions:
             raise OptionError("cube_goal and button_goal exclude each other")
 
     def said(self) -> dict[str, Any]:
-        """The options that differ from their defaults, by name."""
+        """Return the options that differ from their defaults, by name."""
         fields = dataclasses.fields(ReaderOptions)
         return {field.name: value for field in fields if (value := getattr(self, field.name)) != field.default}
 
     def for_reader(self) -> dict[str, Any]:
-        """What was said, as arguments of a reader."""
+        """Return the options that differ from their defaults, as arguments of a reader."""
         self.check()
         found = self.said()
         for name, goal in (("cube_goal", CubeGoal), ("button_goal", ButtonGoal)):
@@ -80,15 +80,15 @@ class ReaderOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DataSource(ReaderOptions):
-    """One of the data sets of a run. What it leaves out of its options is as the run's ``data`` has it."""
+    """One of the data sets of a run. Options that are not set here are taken from the run's ``data``."""
 
-    path: str = ""  # of episodes in any format we read
-    weight: float | None = None  # how often it is drawn from, beside the others; None: every step is as likely
+    path: str = ""  # episodes in any supported format
+    weight: float | None = None  # relative share of the drawn chunks; None: every step of all sets is equally likely
     frame_cache: str | None = None  # folder that `acrlpd data cache` filled at policy.image_size
-    rewards: RewardConfig | None = None  # which rewards its episodes get
+    rewards: RewardConfig | None = None  # how rewards are assigned to its episodes
 
     def over(self, data: Any) -> DataSource:
-        """With the options of ``data``, a configuration's, where this one says nothing."""
+        """Return this source; options that are not set are taken from ``data``, which is part of a configuration."""
         options = (field for field in dataclasses.fields(self) if field.name not in ("path", "weight"))
         unsaid = {each.name for each in options if getattr(self, each.name) == each.default}
         return dataclasses.replace(self, **{name: getattr(data, name) for name in unsaid})
@@ -97,11 +97,11 @@ class DataSource(ReaderOptions):
 FORMATS: dict[str, tuple[str, ...]] = {
     field.name: field.metadata["formats"] for field in dataclasses.fields(ReaderOptions)
 }
-"""The formats that each option means something to; ``npz`` is OGBench's."""
+"""The formats to which each option applies; ``npz`` is OGBench's."""
 
 
 def check_format(name: str, layout: str) -> None:
-    """Refuses an option that means nothing to ``layout``: to ignore it would be worse."""
+    """Refuse an option that does not apply to ``layout``: ignoring it would be worse."""
     if layout not in FORMATS[name]:
         raise OptionError(
             f"{name} does not apply to the layout found here ({layout}), but to {', '.join(FORMATS[name])}. Leave it "

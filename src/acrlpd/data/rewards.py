@@ -1,17 +1,17 @@
-"""Rewards and terminals of a recorded episode, from what its format says about success.
+"""Rewards and terminals of a recorded episode, derived from what its format says about success.
 
-Three things are kept apart: where an episode ends (its bounds, never a ``done`` column), whether it succeeded (true,
-false, or nobody knows), and where the task ended (``terminals``). A time limit or a stopped recording ends an episode
+Three facts are kept separate: where an episode ends (its bounds, never a ``done`` column), whether it succeeded (true,
+false, or unknown), and where the task ended (``terminals``). A time limit or a stopped recording ends an episode
 without a terminal.
 
-A worked example: five steps, the task is done at step 3 and the recorder runs on for one more.
+A worked example: five steps; the task is done at step 3, and the recorder runs for one more step.
 
-    stored, 0/1      0  0  0  1  1      terminals at 3 and 4: what is done after a success earns nothing more
+    stored, 0/1      0  0  0  1  1      terminals at 3 and 4: nothing after a success adds to the return
     stored, -1/0    -1 -1 -1  0  0
     sparse, 0/1      0  0  0  0  1      terminal at 4: success counts at the end of the recording, nothing is cut
     sparse, -1/0    -1 -1 -1 -1  0
 
-With the convention ``as_stored`` rewards keep their numbers: for dense or shaped ones, which have no such reading.
+With the convention ``as_stored`` rewards keep their numbers, for dense or shaped rewards without such a meaning.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from acrlpd.types import typed
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """Which rewards to give recorded episodes. A reader that is given none leaves stored rewards as they are."""
+    """The choice of rewards for recorded episodes. A reader without one keeps stored rewards as they are."""
 
-    source: Literal["stored", "sparse"] = "stored"  # sparse: always from success. stored: so where none are stored
-    # -1/0 is 0/1 minus one: every step costs, the one that succeeds is free. as_stored: dense rewards, unchanged
+    source: Literal["stored", "sparse"] = "stored"  # sparse: from success. stored: from success if none are stored
+    # -1/0 is 0/1 minus one: every step costs 1, the one that succeeds is free. as_stored: dense rewards, unchanged
     convention: Literal["0/1", "-1/0", "as_stored"] = "-1/0"
-    success: bool | None = None  # your word for the episodes of which the format does not say how they ended
+    success: bool | None = None  # the user's statement for the episodes whose success the format does not state
     terminal_on_failure: bool = (
-        False  # failing ends the task, so nothing is bootstrapped past it; a time limit does not
+        False  # a failure ends the task, so nothing is bootstrapped past it; a time limit does not
     )
-    success_reward: float | None = None  # stored reward from which on the task is done; needed for staged rewards
+    success_reward: float | None = None  # min stored reward of a step at which the task is done, for staged rewards
 
     def __post_init__(self):
         if self.source not in ("stored", "sparse"):
@@ -49,18 +49,18 @@ class RewardConfig:
 
 
 def are_known(config: RewardConfig | None, stored: Iterable[np.ndarray]) -> bool:
-    """Whether the stored rewards of a data set say anything.
+    """Return whether the stored rewards of a data set have a meaning.
 
-    Zeros throughout are what recorders and converters write that know of none; only success can then tell.
+    Recorders and converters without rewards write only zeros; then rewards can only come from success.
     """
     return (config is not None and config.convention == "as_stored") or any(np.any(rewards) for rewards in stored)
 
 
 def success_reward(config: RewardConfig | None, stored: Iterable[np.ndarray]) -> float | None:
-    """The stored reward from which on a step counts as a success; None where nobody can tell.
+    """Return the min stored reward at which a step counts as a success; None if it is unknown.
 
-    The user's word first; else 1 for rewards of 0 and 1, and 0 for rewards of -1 and 0. ``stored`` holds the rewards of
-    all episodes of a data set, for one alone would mislead: a staged episode that fails early shows only 0 and 1.
+    The user's value comes first; else it is 1 for rewards of 0 and 1, and 0 for rewards of -1 and 0. ``stored`` holds
+    the rewards of all episodes of a data set: one alone could mislead, as a staged one that fails early has only 0, 1.
     """
     if config is not None and config.success_reward is not None:
         return config.success_reward
@@ -77,9 +77,9 @@ def success_reward(config: RewardConfig | None, stored: Iterable[np.ndarray]) ->
 def success_of(
     config: RewardConfig | None, recorded: bool | None, stored: np.ndarray | None = None, threshold: float | None = None
 ) -> bool | None:
-    """Whether an episode succeeded, from the first source that knows; None where nobody does.
+    """Return whether an episode succeeded, from the first source that knows; None if none does.
 
-    Sources: what the format says (``recorded``), its rewards reaching ``threshold`` (see ``success_reward``), the user.
+    Sources: the format (``recorded``), its rewards reaching ``threshold`` (see ``success_reward``), the user.
     """
     if recorded is not None:
         return recorded
@@ -89,7 +89,7 @@ def success_of(
 
 
 def believes_terminals(config: RewardConfig | None) -> bool:
-    """Whether stored terminals decide, so that nothing is guessed from rewards; the user's ``success_reward`` wins."""
+    """Return whether stored terminals decide, with no guess from rewards; the user's ``success_reward`` wins."""
     return config is None or config.success_reward is None
 
 
@@ -104,18 +104,18 @@ def label(
     threshold: float | None = None,
     where: str,
 ) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-    """Rewards and terminals of an episode of ``length`` steps.
+    """Return the rewards and the terminals of an episode of ``length`` steps.
 
     Args:
-        config: None leaves rewards as they are stored, and 0 where none are: good for imitation only.
-        success: as ``success_of`` found it.
-        stored: the rewards the format holds for the episode, if it does; see ``are_known``.
-        terminals: where the format itself says the task ended, if it does; see ``believes_terminals``.
-        threshold: as ``success_reward`` found it for the data set.
+        config: None keeps rewards as stored, and 0 if there are none: good for imitation only.
+        success: the result of ``success_of``.
+        stored: the rewards that the format holds for the episode, if any; see ``are_known``.
+        terminals: the format's own statement of where the task ended, if any; see ``believes_terminals``.
+        threshold: the result of ``success_reward`` for the data set.
         where: the episode (and file), for messages.
 
     Raises:
-        ValueError: rewards are asked for, and nobody says whether the episode succeeded, or what its rewards mean.
+        ValueError: rewards are requested, but the success of the episode or the meaning of its rewards is unknown.
     """
     last = np.arange(length) == length - 1
     kept, own = (stored, terminals) if config is None or config.source == "stored" else (None, None)

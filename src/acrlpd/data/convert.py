@@ -113,8 +113,8 @@ def to_lerobot(
     check_videos(dataset)
     if num_finals := int(has_final(dataset, dataset.num_episodes).sum()):
         logger.warning(
-            "%s: LeRobot cannot hold what was seen after the last action (%d of %d episodes have it): the last window "
-            "of an episode that was cut will stay out of the TD loss. --to hdf5 keeps it.",
+            "%s: LeRobot cannot hold the observation after the last action (%d of %d episodes have it): the last "
+            "window of an episode that was cut will stay out of the TD loss. --to hdf5 keeps it.",
             *(folder, num_finals, dataset.num_episodes),
         )
     with _new_folder(Path(folder)) as temporary:

@@ -7,7 +7,7 @@ import dataclasses
 from acrlpd.data.episodes import task_runs
 from acrlpd.data.sources import Dataset
 
-CURE = "say it with default_task (--data.default_task TEXT in a run, --default-task TEXT in acrlpd data)"
+CURE = "set it with default_task (--data.default_task TEXT in a run, --default-task TEXT in acrlpd data)"
 SHOWN = 4  # max number of tasks in a message
 
 
@@ -33,7 +33,7 @@ class Untold:
             else (f"{self.episodes} of {self.total} episodes have no instruction, {self.example} among them")
         )
         if not self.is_shared:
-            return f"{some}: a policy that reads language (pi0, pi05) is told nothing by an empty text; {CURE}."
+            return f"{some}: an empty text tells a policy that reads language (pi0, pi05) nothing; {CURE}."
         shown = ", ".join(self.tasks[:SHOWN]) + (", ..." if len(self.tasks) > SHOWN else "")
         return (
             f"{some}, and they are of {len(self.tasks)} tasks ({shown}): a policy that reads language (pi0, pi05) "

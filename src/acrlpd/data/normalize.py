@@ -322,7 +322,7 @@ def with_floor(
     if narrow.any():
         warnings.warn(
             f"{key}: {_named(narrow)} hardly or rarely move; their statistics were widened to min_std={min_std:g}, and "
-            f"so that no value is normalized to more than {MAX_NORMALIZED:g}. Check that they are meant to.",
+            f"so that no value is normalized to more than {MAX_NORMALIZED:g}. Check that this is intended.",
             stacklevel=2,
         )
     if faulty.any():

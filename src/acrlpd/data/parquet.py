@@ -152,7 +152,7 @@ def checked(metadata: Any, path: Path) -> Any:
     """
     if metadata.num_rows * metadata.num_columns > MAX_VALUES_A_BYTE * path.stat().st_size:
         raise DataError(f"expected fewer rows in a file of this size, found {metadata.num_rows}. Is it damaged?")
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]  # a column's could crash Python
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]  # .column() could abort Python
     nbytes = sum(max(group.total_byte_size, group.num_rows * group.num_columns) for group in groups)
     check_memory("columns", nbytes, DataError)
     return metadata

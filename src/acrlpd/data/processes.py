@@ -39,6 +39,6 @@ def explained(num_workers: int) -> Iterator[None]:
         yield
     except BrokenProcessPool as error:
         raise RuntimeError(
-            f"one of {num_workers} reading processes died: for want of memory, or because the script that started them "
+            f"one of {num_workers} reading processes died: for lack of memory, or because the script that started them "
             "has no `if __name__ == '__main__':` around its code. Use fewer of them, or none."
         ) from error

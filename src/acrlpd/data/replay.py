@@ -148,7 +148,7 @@ class ReplayJournal:
         if adopted:
             warnings.warn(
                 f"{self._index}: no line for {_shown([entry.file for entry in adopted])}: made anew from those files. "
-                "Whether a number in them changed since they were written, nobody can tell any more.",
+                "Changes of their numbers since they were written can no longer be detected.",
                 stacklevel=3,
             )
         return entries
@@ -198,7 +198,7 @@ class ReplayJournal:
         source, target = self.directory / name, self._free_name(name)
         if source.is_file():
             os.replace(source, target)
-        warnings.warn(f"{source}: {reason}. Left out; what there is of it lies in {target.parent}.", stacklevel=2)
+        warnings.warn(f"{source}: {reason}. Left out; its file, if any, is now in {target.parent}.", stacklevel=2)
 
     def _free_name(self, name: str, folder_name: str = "damaged") -> Path:
         """Return a path in that folder that does not exist yet."""

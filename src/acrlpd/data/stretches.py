@@ -67,7 +67,7 @@ class Partition:
         doubtful = {every[number][0]: number for number in reversed(found)}
         return {
             number: found.get(number)
-            or f"nothing tells its frames from those of episode {doubtful[path]}, which is not "
+            or f"its frames cannot be told apart from those of episode {doubtful[path]}, which is not "
             f"where the table says: {found[doubtful[path]]}"
             for number, (path, each) in every.items()
             if path in doubtful and each.length

@@ -248,10 +248,10 @@ def _open(av: Any, path: Path) -> Any:
     stream = container.streams.video[0]
     if stream.codec_context is None:
         container.close()
-        raise VideoError("the video is coded in a way that is not known here; the mp4 is damaged, or FFmpeg lacks it")
+        raise VideoError("the video has an unknown codec; the mp4 is damaged, or FFmpeg lacks the codec")
     if not 0 < stream.height * stream.width <= MAX_PIXELS:
         container.close()
-        raise VideoError(f"the video says to have {stream.width}x{stream.height} pixels: it is damaged, or a trap")
+        raise VideoError(f"the video claims {stream.width}x{stream.height} pixels: it is damaged or malicious")
     return container
 
 

@@ -149,7 +149,7 @@ class Reading:
             raise self._damaged(error) from error
         if isinstance(error, LookupError | TypeError | AttributeError):  # raised for objects of an unexpected kind
             raise ValueError(
-                f"{self.path}: expected another content: something in it has a type or shape that its layout does not "
+                f"{self.path}: expected other content: something in it has a type or shape that its layout does not "
                 f"have ({error})"
             ) from error
 

@@ -78,7 +78,7 @@ class Inspection:
 
     @property
     def usable(self) -> bool:
-        """Whether the data set can be used as it is, without leaving anything out."""
+        """Return whether the data set can be used as it is, without leaving anything out."""
         return self.contents is not None and all(problem.level != "error" for problem in self.problems)
 
 

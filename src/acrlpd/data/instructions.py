@@ -22,7 +22,7 @@ class Untold:
 
     @property
     def is_shared(self) -> bool:
-        """Whether several tasks would have the same empty text."""
+        """Return whether several tasks would have the same empty text."""
         return len(self.tasks) > 1
 
     @property

@@ -316,7 +316,7 @@ class Rows:
 
     @property
     def is_aligned(self) -> bool:
-        """Whether the numbers can be used in place when the file is mapped into memory."""
+        """Return whether the numbers can be used in place when the file is mapped into memory."""
         return self.offset is not None and self.offset % self.dtype.itemsize == 0
 
     def __len__(self) -> int:
@@ -430,7 +430,7 @@ class Pictures:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the stored rows are the pictures without any conversion."""
+        """Return whether the stored rows are the pictures without any conversion."""
         return isinstance(self.rows, Rows) and not self.flip and self.rows.row_shape == self.row_shape
 
     def __len__(self) -> int:

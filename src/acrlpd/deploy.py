@@ -60,8 +60,8 @@ class ActingOptions:
     num_steps: int | None = None  # Euler steps of the flow; None: as trained, 10 for openpi's models
     real_time: bool = False  # chunks may continue the one being executed, if a client sends it
     latency_budget_ms: float | None = None  # compute as many candidates and flow steps as fit; None: always all
-    default_prompt: str | None = None  # for observations without a prompt
-    seed: int = 0  # for requests that bring no seed of their own
+    default_prompt: str | None = None  # the prompt for observations without one
+    seed: int = 0  # the seed for requests that bring none of their own
 
     def __post_init__(self):
         if self.latency_budget_ms is not None and not 0 < self.latency_budget_ms < math.inf:
@@ -81,17 +81,17 @@ class ActingOptions:
 class OpenPIOptions:
     """Settings that openpi keeps in its configurations and not in its checkpoints."""
 
-    robot: Robot | None = None  # whose observations and actions the checkpoint has
-    action_horizon: int = 50  # as trained; the parameters do not show it
+    robot: Robot | None = None  # the robot whose observations and actions the checkpoint has
+    action_horizon: int = 50  # as trained; it cannot be read from the parameters
     asset_id: str | None = None  # which statistics, if the checkpoint has several; None: the only ones
     tokenizer: str | None = None  # PaliGemma's paligemma_tokenizer.model; None: the one for nano models
     fast_tokenizer: str | None = None  # folder of the FAST tokenizer, for a pi0-FAST checkpoint
-    temperature: float = 0.0  # for sampling pi0-FAST's tokens; 0: the most likely
+    temperature: float = 0.0  # temperature for sampling pi0-FAST's tokens; 0: the most likely
     delta_mask: tuple[int, ...] | None = None  # 6 -1: six joints relative to the state, one not; None: the robot's
     max_token_len: int | None = None  # None: 48 for pi0, 200 for pi0.5, 250 for pi0-FAST
     discrete_state_input: bool | None = None  # write the state into the prompt; None: for pi0.5 only
     quantiles: bool | None = None  # normalize state and actions by quantiles; None: for all but pi0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of parameters and computation; openpi serves bfloat16
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # dtype of parameters and computation; openpi serves bfloat16
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
@@ -262,7 +262,7 @@ OptimizationLevel = Literal["fast", "standard", "accurate"]
 LEVELS: dict[str, tuple[int | None, int | None]] = {"fast": (3, 10), "standard": (None, None), "accurate": (None, 50)}
 """Numbers of critics to keep and of Euler steps; None: as trained."""
 
-TD_BATCHES = 8  # over which the critics' errors are averaged
+TD_BATCHES = 8  # number of batches over which the critics' errors are averaged
 
 
 def export_acrlpd_model(

@@ -29,7 +29,7 @@ class Check:
 
     name: str
     ok: bool
-    text: str  # what was found, or what is missing and how to get it
+    text: str  # the finding, or what is missing and how to get it
     optional: bool = False
 
 

@@ -30,10 +30,10 @@ import numpy as np
 import yaml
 from PIL import Image, UnidentifiedImageError
 
-MAX_TEXT_BYTES = 64 << 20  # of a JSON file; the annotations of all of DROID take 20 MB
+MAX_TEXT_BYTES = 64 << 20  # limit for a JSON file; the annotations of all of DROID take 20 MB
 MAX_YAML_BYTES = 1 << 20
 MAX_YAML_NODES = 100_000  # including what its aliases stand for
-MAX_DIGITS = 64  # of a number; no value of ours has more
+MAX_DIGITS = 64  # digits of one number; no value of ours has more
 MAX_LISTED = 30  # names in an error
 MAX_TOLD = 400  # characters of a library's message
 MAX_NAME = 1024  # characters of a name below a folder

@@ -14,8 +14,8 @@ import yaml
 from acrlpd import files
 from acrlpd.config import ConfigError, TrainConfig, from_dict, to_dict
 
-SECTIONS = ("training", "model", "optimization")  # of a YAML file: they only group fields
-BASE_KEYS = ("base_config", "platform")  # of a YAML file: they name the preset it changes
+SECTIONS = ("training", "model", "optimization")  # keys of a YAML file that only group fields
+BASE_KEYS = ("base_config", "platform")  # keys of a YAML file that name the preset it changes
 
 _SCHEDULES = {
     "pi0_lr_schedule": ("optimizers.policy.schedule",),

@@ -56,7 +56,7 @@ class ChunkBatch:
     sequence_mask: Float[AnyArray, " b"]  # 1 where the chunk may be used for the TD loss
     episode_id: Int[AnyArray, " b"]
     step_id: Int[AnyArray, " b"]
-    next_actions: Float[AnyArray, "b h a"] | None = None  # of the data, at next_observations; only critics use them
+    next_actions: Float[AnyArray, "b h a"] | None = None  # the data's, at next_observations; only critics use them
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,9 +24,9 @@ class CollectArguments:
     env: EnvConfig = dataclasses.field(default_factory=EnvConfig)  # with a checkpoint: that of its run
     episodes: int = 100
     policy: Literal["expert", "random", "checkpoint"] = "expert"
-    noise_range: tuple[float, float] | None = None  # of the expert's smooth noise, action units; None: 0 to 0.8
+    noise_range: tuple[float, float] | None = None  # range of the expert's smooth noise, action units; None: 0 to 0.8
     checkpoint: str | None = None  # a run or the folder of one step
-    mode: ActingMode = "explore"  # of a checkpoint. explore: as online; greedy: the best by its critic; bc: imitation
+    mode: ActingMode = "explore"  # for a checkpoint; explore: as online; greedy: the best by its critic; bc: imitation
     num_envs: int = 8  # with a checkpoint: environments that share one policy call
     num_workers: int = 1  # processes
     seed: int = 0

@@ -29,7 +29,7 @@ class EvalArguments:
     checkpoint: str  # a run (runs/demo), its checkpoints folder, or the folder of one step
     compare: str | None = None  # a second checkpoint: paired difference, bootstrap interval, McNemar's test
     tasks: tuple[str, ...] = ()  # environments of the same robot; none: the run's own
-    episodes: int | None = None  # for each task; None: as in the run's own final evaluations
+    episodes: int | None = None  # number for each task; None: as in the run's own final evaluations
     first_seed: int | None = None  # None: the run's own, so results can be compared seed by seed
     mode: ActingMode = "greedy"  # bc: one sample of the flow, without the critic
     num_envs: int | None = None

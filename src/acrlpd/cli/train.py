@@ -75,7 +75,7 @@ GO_ON = {
     "early_stopping_patience": ", unless --early_stopping_patience is raised",
     "early_stopping_success": ", unless --early_stopping_success is raised, or None",
 }
-"""How to let a finished run continue, by the rule that ended it."""
+"""The ways to let a finished run continue, by the rule that ended it."""
 
 LR_FIELDS = ("optimizers.*.schedule.*",)
 

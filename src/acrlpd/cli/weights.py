@@ -51,10 +51,10 @@ class InspectArguments:
 class ConvertArguments:
     """Copy weights into another layout; from a training checkpoint, their moving average if it has one."""
 
-    source: Source  # as for inspect
+    source: Source  # the weights to copy, named as for inspect
     target: Target  # NAME.npz, NAME.safetensors, or a folder for openpi's own layout
     layout: Layout | None = None  # None: by the target's name; orbax-bare has no level "value", like released weights
-    dtype: Literal["keep", "float32", "bfloat16"] = "keep"  # of all floating-point arrays
+    dtype: Literal["keep", "float32", "bfloat16"] = "keep"  # the dtype of all floating-point arrays
     variant: str | None = None  # refuse weights that are not exactly this model; as for inspect
     merge_adapters: bool = False  # add LoRA adapters to the weights they adapt, and write a model without them
     adapter_scaling: float | None = None  # alpha / rank of attention layers; None: that of the variant with these sizes

@@ -18,8 +18,8 @@ NUM_BINS = 10
 class Choice:
     """The value of one chosen chunk among its candidates."""
 
-    q: float  # of the chosen chunk
-    q_mean: float  # over the candidates
+    q: float  # Q of the chosen chunk
+    q_mean: float  # mean over the candidates
     q_std: float
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_POINTS = 500  # of one curve
+MAX_POINTS = 500  # points of one curve
 
 POLICIES = {
     "bc": ("imitation", "the flow alone, one sample a chunk"),
@@ -51,7 +51,7 @@ class Panel:
     label: str
     metrics: Mapping[str, str]
     log: bool = False  # if all values are positive and span two decades
-    hide_zero: bool = False  # for a loss that may not be in use
+    hide_zero: bool = False  # hide a loss that is not in use
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ from acrlpd.training.metrics import write_json
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-FORMAT_VERSION = 1  # of the JSON beside the arrays; JSON without a version is 0, from before there were any
+FORMAT_VERSION = 1  # version of the JSON beside the arrays; JSON without one is 0, from before there were any
 WRITTEN_HERE = ("step", "versions", "structure", "checksums", "format_version")  # the rest comes from the run
 SHOWN = 20  # arrays in a message
 DAMAGED = "damaged"  # folder for checkpoints that could not be read when a run was resumed
@@ -417,7 +417,7 @@ def _sums_found(run: Mapping[str, Any], policy: Params, rest: Mapping[str, Any])
     if "format_version" in run:
         return checksum.of_arrays(_groups(policy, rest))
     sums = {"params": checksum.of_format_0(policy)}
-    return sums | ({"acrlpd": checksum.of_format_0(rest)} if "opt_state" in rest else {})  # in the same sum
+    return sums | ({"acrlpd": checksum.of_format_0(rest)} if "opt_state" in rest else {})  # opt_state is in that sum
 
 
 def _sealed(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -462,7 +462,7 @@ def _join(template: ACRLPDAgent, policy: Params, rest: Mapping[str, Any]) -> ACR
     acting = {"policy": unflatten_dict({path: array for path, array in arrays.items() if path in trainable})}
     return dataclasses.replace(
         template,
-        params=acting | rest["params"],  # with an average, its source replaces it here
+        params=acting | rest["params"],  # beside an average, use its source
         frozen=unflatten_dict({path: array for path, array in arrays.items() if path not in trainable}),
         target_critic=rest["target_critic"],
         opt_state=rest["opt_state"] if template.opt_state else {},

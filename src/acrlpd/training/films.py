@@ -14,7 +14,7 @@ from PIL import Image
 from acrlpd.envs.env import Environment, PhysicsError
 from acrlpd.files import NPZ_DAMAGE, npz_outline, one_line
 
-NUM_FRAMES = 8  # of one filmstrip
+NUM_FRAMES = 8  # frames of one filmstrip
 FRAME_SIZE = 192  # pixels
 
 

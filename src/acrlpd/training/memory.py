@@ -27,7 +27,7 @@ from acrlpd.training.sharding import BATCH_AXIS, FSDP_AXIS, parameter_sharding
 from acrlpd.types import ChunkBatch, Observation
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # of openpi's models
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # the cameras of openpi's models
 _BYTES = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 QUICKLY: dict[str, str | bool] = {
     "xla_backend_optimization_level": "0",
@@ -52,15 +52,15 @@ class Machine:
 class Plan:
     """Sizes of a run; bytes are those on one device unless stated otherwise."""
 
-    parameters: int  # of the policy
-    trainable: int  # of those, the ones that training changes
+    parameters: int  # number of parameters of the policy
+    trainable: int  # those of them that training changes
     critic_parameters: int
     parameter_bytes: int  # policy, critics, targets, temperature
     optimizer_bytes: int
     batch_bytes: int
     gradient_bytes: int
-    activation_bytes: int  # what the compiled update keeps beside its arguments and the gradients
-    checkpoint_bytes: int  # on disk, one checkpoint
+    activation_bytes: int  # kept by the compiled update beside its arguments and the gradients
+    checkpoint_bytes: int  # size of one checkpoint on disk
     local_batch: int  # observations on one device
     machine: Machine
 

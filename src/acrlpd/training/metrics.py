@@ -44,7 +44,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     ]
 
 
-COUNTERS = ("step", "env_steps", "wall_s")  # in every line that a run writes
+COUNTERS = ("step", "env_steps", "wall_s")  # names in every line that a run writes
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ class MetricAverage:
         self._records.append(metrics)
 
     def fetch(self) -> dict[str, float]:
-        """Wait for the device once, return the means, and start anew. Skipped updates (values not finite) are left out."""
+        """Wait for the device once, return the means, and start anew. Values of skipped updates are left out."""
         values: dict[str, list[float]] = {}
         for record in jax.device_get(self._records):
             for name, value in record.items():

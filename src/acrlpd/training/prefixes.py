@@ -49,7 +49,7 @@ from acrlpd.types import Observation
 logger = logging.getLogger(__name__)
 
 INDEX = "arrays.json"
-VERSION = 2  # of the files' layout and of what ``encode`` means; raise it when either changes
+VERSION = 2  # version of the files' layout and of what ``encode`` means; raise it when either changes
 
 
 @dataclasses.dataclass(frozen=True)

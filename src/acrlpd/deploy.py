@@ -310,7 +310,7 @@ def export_acrlpd_model(
 
 
 def best_critics(trained: Trained, count: int, data: str | Path | None) -> np.ndarray | None:
-    """Return the ``count`` critics of smallest TD error on episodes of ``data``; None if there are no more critics."""
+    """Return the ``count`` critics of smallest TD error on episodes of ``data``; None if there are no others."""
     config = trained.config
     if count >= config.agent.critic.num_critics:
         return None

@@ -61,7 +61,7 @@ def _whole_levels(picture: np.ndarray, where: str) -> UInt8[np.ndarray, "..."]:
 
 @typed
 def resize_with_pad(images: UInt8[np.ndarray, "*batch h w 3"], height: int, width: int) -> UInt8[np.ndarray, "..."]:
-    """Resize with Pillow's bilinear filter to the largest size that fits, centred on black, smaller rim first.
+    """Resize with Pillow's bilinear filter to the largest size that fits, centred on black (the smaller rim first).
 
     The width is resized first, then the height, in two calls: in a single call newer Pillow chooses the order, and
     levels differ by one.

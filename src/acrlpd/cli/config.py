@@ -1,4 +1,4 @@
-"""``acrlpd config show | diff | save``: configurations before they are runs."""
+"""``acrlpd config show | diff | save``: look at configurations without a run."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _keep_compiled_programs() -> None:
-    """Keep them on disk, so that later runs do not recompile; ``JAX_COMPILATION_CACHE_DIR=`` switches this off."""
+    """Keep compiled programs on disk for later commands. ``JAX_COMPILATION_CACHE_DIR=`` switches this off."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acrlpd" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -398,7 +398,7 @@ class ACRLPDCheckpointManager:
 
 @functools.cache  # it looks at each package's files, and no update can run meanwhile
 def versions() -> dict[str, str]:
-    """Return the versions of the libraries whose changes can change numbers."""
+    """Return the versions of the libraries whose changes can change results."""
     return {name: importlib.metadata.version(name) for name in ("acrlpd", "jax", "jaxlib", "flax", "optax", "numpy")}
 
 

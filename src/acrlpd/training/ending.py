@@ -47,7 +47,7 @@ def online_is_over(config: TrainConfig, progress: Progress) -> bool:
 
 
 def is_over(config: TrainConfig, progress: Progress, updates: int) -> Ended | None:
-    """Return why a run of this configuration has nothing left to do; None if it has."""
+    """Return why a run of this configuration has nothing left to do; None if something is left."""
     if config.offline_steps and not ("offline" in progress.finished and updates >= config.offline_steps):
         return None
     if config.env is None or not config.online_steps:

@@ -45,7 +45,7 @@ class Outcomes:
 
 
 RENDERING_ERRORS = (RuntimeError, ImportError, ValueError, AttributeError)
-"""Errors without a renderer or the run's simulator. PyOpenGL raises AttributeError if its library is missing."""
+"""Errors if the renderer or the run's simulator is missing. PyOpenGL raises AttributeError without its library."""
 
 
 def load_outcomes(path: Path) -> Outcomes:
@@ -63,7 +63,7 @@ def improved_seed(before: Outcomes, after: Outcomes) -> int | None:
 
 
 def film(environment: Environment, seed: int, actions: Float[np.ndarray, "t a"]) -> tuple[dict[int, np.ndarray], bool]:
-    """Execute recorded actions again; return pictures by the number of steps before them, and if they succeed.
+    """Execute recorded actions; return pictures by the number of steps before them, and whether the task was solved.
 
     Only the ``NUM_FRAMES`` moments that are shown are rendered, including the start and the end.
     """

@@ -1,4 +1,4 @@
-"""Fingerprints of prior data, so that a resumed run notices when its data was exchanged."""
+"""Fingerprints of prior data, so that a resumed run notices if its data was exchanged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Fingerprint:
 
 
 def fingerprint(stores: Sequence[EpisodeStore]) -> Fingerprint:
-    """Return the same value for the same episodes, wherever their files are and however they are read."""
+    """Return the fingerprint of all data sets, which does not depend on where files are or how they are read."""
     total = 0
     for store in stores:
         total = _sum(store, total)

@@ -32,7 +32,7 @@ LOCK_FILE = "lock"
 
 
 class RunLock:
-    """The lock that allows one process per run folder. The system frees it when the process ends, in any way."""
+    """The lock that allows one process per run folder. The system frees it when the process ends, however it ends."""
 
     def __init__(self, directory: Path):
         directory.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def lighter(config: AgentConfig, batch_size: int, num_devices: int) -> AgentConf
 
 
 class SkippedUpdates:
-    """The updates that the agent refused, and their rows. It is read at log points, so that nothing waits for it."""
+    """Record of the updates that the agent refused and their rows; read only at log points, so nothing waits for it."""
 
     def __init__(self, file: Path, *, limit: int):
         self._file = file

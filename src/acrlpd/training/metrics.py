@@ -89,7 +89,7 @@ class MetricAverage:
         self._records.append(metrics)
 
     def fetch(self) -> dict[str, float]:
-        """Wait for the device once, return the means, and start anew. Values of skipped updates are left out."""
+        """Wait for the device once, return means, start anew. Values not finite (of skipped updates) are left out."""
         values: dict[str, list[float]] = {}
         for record in jax.device_get(self._records):
             for name, value in record.items():

@@ -152,7 +152,7 @@ class TrackioWriter:
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return what can be drawn of a record: finite numbers under a group's name."""
+    """Return what can be drawn from a record: finite numbers under a group's name."""
     drawn = {name: value for name, value in record.items() if "/" in name and isinstance(value, (int, float))}
     return {name: float(value) for name, value in drawn.items() if math.isfinite(value)}
 

@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to a policy that answers: what ``acrlpd serve`` and ``acrlpd export`` put together."""
+"""Load a checkpoint as a policy that answers requests, for ``acrlpd serve``, or export it, for ``acrlpd export``."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ActingOptions:
-    """How a trained agent chooses."""
+    """Options for how a trained agent chooses its actions."""
 
     mode: Literal["greedy", "bc"] = "greedy"  # bc: one sample of the flow, without the critic
     num_samples: int | None = None  # candidates; None: as trained
     num_steps: int | None = None  # Euler steps of the flow; None: as trained, 10 for openpi's models
     real_time: bool = False  # chunks may continue the one being executed, if a client sends it
     latency_budget_ms: float | None = None  # compute as many candidates and flow steps as fit; None: always all
-    default_prompt: str | None = None  # for observations without a prompt
-    seed: int = 0  # of the draws for requests that name no seed of their own
+    default_prompt: str | None = None  # the prompt for observations without one
+    seed: int = 0  # the seed for requests that bring none of their own
 
     def __post_init__(self):
         if self.latency_budget_ms is not None and not 0 < self.latency_budget_ms < math.inf:
@@ -79,19 +79,19 @@ class ActingOptions:
 
 @dataclasses.dataclass(frozen=True)
 class OpenPIOptions:
-    """What openpi keeps in its configurations and not in its checkpoints."""
+    """Settings that openpi keeps in its configurations and not in its checkpoints."""
 
-    robot: Robot | None = None  # whose observations and actions
-    action_horizon: int = 50  # as trained; the parameters do not tell
-    asset_id: str | None = None  # whose statistics, where the checkpoint has several; None: the only ones
-    tokenizer: str | None = None  # PaliGemma's paligemma_tokenizer.model; None: of a nano model
-    fast_tokenizer: str | None = None  # folder of the FAST tokenizer: the checkpoint is pi0-FAST's
-    temperature: float = 0.0  # of pi0-FAST's tokens; 0 takes the likeliest
+    robot: Robot | None = None  # the robot whose observations and actions the checkpoint has
+    action_horizon: int = 50  # as trained; it cannot be read from the parameters
+    asset_id: str | None = None  # which statistics, if the checkpoint has several; None: the only ones
+    tokenizer: str | None = None  # PaliGemma's paligemma_tokenizer.model; None: the one for nano models
+    fast_tokenizer: str | None = None  # folder of the FAST tokenizer, for a pi0-FAST checkpoint
+    temperature: float = 0.0  # temperature for sampling pi0-FAST's tokens; 0: the most likely
     delta_mask: tuple[int, ...] | None = None  # 6 -1: six joints relative to the state, one not; None: the robot's
     max_token_len: int | None = None  # None: 48 for pi0, 200 for pi0.5, 250 for pi0-FAST
-    discrete_state_input: bool | None = None  # the state written into the prompt; None: for pi0.5
-    quantiles: bool | None = None  # how state and actions are normalized; None: quantiles for all but pi0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of parameters and computation; openpi serves bfloat16
+    discrete_state_input: bool | None = None  # write the state into the prompt; None: for pi0.5 only
+    quantiles: bool | None = None  # normalize state and actions by quantiles; None: for all but pi0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # dtype of parameters and computation; openpi serves bfloat16
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
@@ -103,9 +103,9 @@ class OpenPIOptions:
 
 
 class ActionsOnly:
-    """First in a list: the answer is the actions alone, as openpi's robots give it.
+    """The transform that reduces an answer to its actions, as for openpi's robots; it comes first in a list.
 
-    openpi's chunk broker cuts every array of an answer into steps, and a state has none.
+    openpi's chunk broker cuts every array of an answer into steps, and a state has no steps.
     """
 
     def __call__(self, data: Data) -> Data:
@@ -116,7 +116,7 @@ class ActionsOnly:
 
 
 def is_ours(path: str | Path) -> bool:
-    """Whether ``path`` leads to a run of this project's trainer, its checkpoints, or one of them."""
+    """Return whether ``path`` is a run of this project's trainer, its checkpoints folder, or one checkpoint."""
     if setup.is_best(Path(path)):
         return True
     if not Path(path).is_dir():
@@ -128,7 +128,7 @@ def is_ours(path: str | Path) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A trained agent without optimiser state, and what belongs to it."""
+    """A trained agent without optimiser state, with its configuration, statistics and cameras."""
 
     agent: ACRLPDAgent
     config: TrainConfig
@@ -143,7 +143,7 @@ class Trained:
 
 
 def load_trained(path: str | Path) -> Trained:
-    """The agent of a checkpoint, ready to act; ``path`` as in ``training.setup.load_checkpoint``.
+    """Load the agent of a checkpoint, ready to act; ``path`` as in ``training.setup.load_checkpoint``.
 
     Optimiser state, twice the size of what it optimises, is never read.
     """
@@ -161,7 +161,7 @@ def _load_trained(manager: ACRLPDCheckpointManager, step: int) -> Trained:
 
 
 def reload(trained: Trained, step: int) -> Trained:
-    """The same agent at another step. What is compiled for the one fits the other."""
+    """Load the same agent at another step. Programs that were compiled for one step fit the other."""
     restored = trained.manager.restore(trained.agent, step)
     return dataclasses.replace(trained, agent=restored.agent, step=restored.step)
 
@@ -178,7 +178,7 @@ def _abstract_agent(config: TrainConfig, stats: Mapping[str, NormStats], cameras
 
 
 def trained_policy(trained: Trained, options: ActingOptions) -> Policy:
-    """The policy that a server answers with."""
+    """Return the policy that a server answers with."""
     config = trained.config
     if options.real_time and config.agent.algorithm == "rlpd_ac":
         raise ValueError("real_time guides the steps of a flow, and rlpd_ac's policy has none: leave it off")
@@ -204,14 +204,14 @@ def trained_policy(trained: Trained, options: ActingOptions) -> Policy:
 
 
 def _default_prompt(prompt: str | None, *, needed: bool) -> list[Transform]:
-    """A policy that reads no prompt does not ask for one."""
+    """Return the transform that fills in a missing prompt; a policy that reads no prompt does not ask for one."""
     if prompt is None and needed:
         return []
     return [DefaultPrompt(prompt or "")]
 
 
 def _read_cameras(trained: Trained) -> tuple[str, ...]:
-    """Return the data's cameras that the policy reads: of a client's others nothing is asked."""
+    """Return the data's cameras that the policy reads; clients need not send the others."""
     return () if trained.config.policy.kind == "mlp_flow" else trained.cameras
 
 
@@ -234,7 +234,7 @@ def _observation_spec(state_dim: int, cameras: tuple[str, ...], image_size: int,
 
 
 class Follower:
-    """A run that may still be training: its policy, and a newer one when there is one."""
+    """The policy of a run that may still be training; ``refresh`` returns a newer one when there is one."""
 
     def __init__(self, path: str | Path, options: ActingOptions):
         self._options = options
@@ -246,7 +246,7 @@ class Follower:
         return trained_policy(self._trained, self._options)
 
     def refresh(self) -> Policy | None:
-        """The policy of a checkpoint newer than the last one given, if the path did not name one step for good."""
+        """Return the policy of a newer checkpoint; None if there is none, or if the path named one step."""
         if self._fixed:
             return None
         manager, served = self._trained.manager, self._trained.step
@@ -260,9 +260,9 @@ class Follower:
 
 OptimizationLevel = Literal["fast", "standard", "accurate"]
 LEVELS: dict[str, tuple[int | None, int | None]] = {"fast": (3, 10), "standard": (None, None), "accurate": (None, 50)}
-"""Critics to keep and Euler steps; None: as trained."""
+"""Numbers of critics to keep and of Euler steps; None: as trained."""
 
-TD_BATCHES = 8  # from which the critics' errors are taken
+TD_BATCHES = 8  # number of batches over which the critics' errors are averaged
 
 
 def export_acrlpd_model(
@@ -273,17 +273,17 @@ def export_acrlpd_model(
     platform: Platform | None = None,
     data: str | Path | None = None,
 ) -> str:
-    """Writes a trained agent for production and returns the folder.
+    """Write a trained agent for production and return the folder.
 
     ``OUT/<step>/`` is a checkpoint that ``acrlpd serve`` and openpi's own server read, without optimiser state;
-    ``OUT/stablehlo/`` the whole inference function (``serving.export``); ``OUT/pytorch/`` the policy for openpi's
+    ``OUT/stablehlo/`` is the whole inference function (``serving.export``); ``OUT/pytorch/`` is the policy for openpi's
     PyTorch port, if it is a pi0.
 
     Args:
-        optimization_level: fast keeps the 3 critics of least TD error and takes 10 flow steps; accurate takes 50;
+        optimization_level: fast keeps the 3 critics of smallest TD error and takes 10 flow steps; accurate takes 50;
             standard leaves the agent as it was trained.
-        platform: numbers of the production table instead of the level's.
-        data: episodes for the TD error, best some that were not trained on. None: those of the run.
+        platform: use the numbers of the production table instead of the level's.
+        data: episodes for the TD error, preferably not trained on. None: the run's own.
     """
     output = Path(output_dir).absolute()
     if output.exists():
@@ -310,7 +310,7 @@ def export_acrlpd_model(
 
 
 def best_critics(trained: Trained, count: int, data: str | Path | None) -> np.ndarray | None:
-    """The critics whose TD error is smallest on episodes of ``data``; None if there are no more than ``count``."""
+    """Return the ``count`` critics of smallest TD error on episodes of ``data``; None if there are no others."""
     config = trained.config
     if count >= config.agent.critic.num_critics:
         return None
@@ -335,7 +335,7 @@ def best_critics(trained: Trained, count: int, data: str | Path | None) -> np.nd
 
 
 def _with_critics(trained: Trained, agent_config: AgentConfig, members: np.ndarray | None) -> Trained:
-    """The agent under another configuration, with some of its critics; None: with all."""
+    """Return the agent under another configuration, with the critics ``members`` only; None: with all."""
     agent = trained.agent
     if members is not None:
         critic = dataclasses.replace(agent_config.critic, num_critics=len(members))
@@ -357,10 +357,10 @@ def _write_checkpoint(folder: Path, trained: Trained) -> None:
 
 
 def _write_pytorch(folder: Path, trained: Trained) -> None:
-    """As openpi's converter leaves it: the model, its statistics and its sizes; nothing for what the port is not."""
+    """Write the model, its statistics and its sizes as openpi's converter does; nothing if it is no pi0."""
     model = nnx.merge(trained.agent.nets.policy_def, trained.agent.acting_policy)
     if not isinstance(model, Pi0):
-        logger.info("nothing for PyTorch: openpi's port knows pi0 and pi0.5 alone")
+        logger.info("nothing written for PyTorch: openpi's port knows only pi0 and pi0.5")
         return
     stacks = (model.config.paligemma, model.config.action_expert)
     flat = lora.merge(weights.flatten(model), (stacks[0].adapter_scaling, stacks[1].adapter_scaling))
@@ -406,12 +406,12 @@ def openpi_policy(
     *,
     model: Pi0Config | Pi0FastConfig | None = None,
 ) -> Policy:
-    """A checkpoint of openpi's: ``params`` and ``assets``; there is no critic, so each answer is one sample.
+    """Return the policy of an openpi checkpoint (``params``, ``assets``). Without a critic, each answer is one sample.
 
-    ``model`` is read off the arrays if it is one of the named variants.
+    Without ``model``, it is recognized from the arrays, which works for the named variants.
 
     Raises:
-        ValueError: something of the checkpoint is missing or unknown, or an option does not fit its model.
+        ValueError: a part of the checkpoint is missing or unknown, or an option does not fit its model.
     """
     if openpi.robot is None:
         raise ValueError(
@@ -429,7 +429,7 @@ def openpi_policy(
         cameras=None,
         prefix="",
     )
-    parameters = weights.locate(path)  # once: a run that goes on writes newer ones
+    parameters = weights.locate(path)  # only once: a run that is still training writes newer ones
     model = model or _recognized(parameters, weights.inspect(parameters), openpi)
     tokenize = _tokenize(openpi, model)
     stats = _stats(parameters.parent / "assets", openpi.robot, openpi.asset_id)
@@ -475,11 +475,11 @@ def _sampler(policy: Pi0 | Pi0Fast, openpi: OpenPIOptions, options: ActingOption
 def _tokenize(openpi: OpenPIOptions, model: Pi0Config | Pi0FastConfig) -> Transform:
     text = PromptTokenizer(openpi.tokenizer, max_length=model.max_token_len, vocab_size=model.vocab_size)
     has_own_vocabulary = isinstance(model, Pi0FastConfig) and model.vocab_size != paligemma.VOCAB_SIZE
-    if not has_own_vocabulary:  # a small pi0-FAST has room for action tokens behind the text's
+    if not has_own_vocabulary:  # a small pi0-FAST has room for action tokens after the text's
         text.check_trained(model.vocab_size)
     if isinstance(model, Pi0Config):
         return TokenizePrompt(text, model.discrete_state_input)
-    assert openpi.fast_tokenizer is not None  # or the model was not recognized
+    assert openpi.fast_tokenizer is not None  # else the model would not have been recognized
     return TokenizeFast(
         FastPromptTokenizer(
             FastTokenizer.load(openpi.fast_tokenizer),
@@ -509,7 +509,7 @@ def _recognized(path: Path, arrays: Mapping[str, Any], openpi: OpenPIOptions) ->
             f"{path} looks like {kind}, but it is incomplete: arrays that tell the model's sizes are not as expected. "
             "Copy it anew.\n  " + "\n  ".join(problems)
         )
-    assert openpi.robot is not None  # was asked for
+    assert openpi.robot is not None  # openpi_policy has checked it
     sizes: dict[str, Any] = {
         "action_horizon": openpi.action_horizon,
         "paligemma_variant": found["paligemma_variant"],
@@ -528,13 +528,13 @@ def _recognized(path: Path, arrays: Mapping[str, Any], openpi: OpenPIOptions) ->
         **sizes,
         pi05=kind == "pi05",
         action_dim=int(found["action_dim"]),
-        discrete_state_input=openpi.discrete_state_input,  # type: ignore[arg-type]  # None: as the model has it
+        discrete_state_input=openpi.discrete_state_input,  # type: ignore[arg-type]  # None: the model's default
         action_expert_variant=found["action_expert_variant"],
     )
 
 
 def _stats(assets: Path, robot: Robot, asset_id: str | None) -> dict[str, NormStats]:
-    """Statistics in ``assets``, of at least as many dimensions as the robot has."""
+    """Read the statistics in ``assets``, which must have at least as many dimensions as the robot."""
     if not assets.is_dir():
         raise ValueError(f"{assets}: expected a folder of normalization statistics beside the parameters")
     stats = read_norm_stats(assets, asset_id)

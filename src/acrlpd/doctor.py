@@ -1,4 +1,4 @@
-"""Does everything a run needs work here? Each check does the thing itself, in small."""
+"""Check that everything a run needs works on this machine. Each check tries the thing itself on a small scale."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ EXTRAS = {"metaworld": "metaworld", "ogbench": "ogbench", "report": "matplotlib"
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One thing that was tried. ``optional``: a run may do without it."""
+    """The result of one check. ``optional``: a run can do without it."""
 
     name: str
     ok: bool
-    text: str  # what was found, or what is missing and how to get it
+    text: str  # the finding, or what is missing and how to get it
     optional: bool = False
 
 
 def validate_installation() -> list[Check]:
-    """All checks; none raises. Takes about a minute, most of it the compiler's."""
+    """Run all checks and return their results; none raises. It takes about a minute, mostly compilation."""
     return [
         _tried("versions", _versions),
         _tried("devices", _devices),
@@ -47,7 +47,7 @@ def validate_installation() -> list[Check]:
 def _tried(name: str, check: Callable[[], str], *, optional: bool = False) -> Check:
     try:
         return Check(name, True, check(), optional)
-    except Exception as error:  # noqa: BLE001 (whatever it is, it is the finding)
+    except Exception as error:  # noqa: BLE001 (any error is the finding)
         return Check(name, False, f"{type(error).__name__}: {error}", optional)
 
 
@@ -75,7 +75,7 @@ def _rendering() -> str:
 
 
 def _training() -> list[Check]:
-    """A small pi0 and its critics on made-up episodes: each check goes on from the one before."""
+    """Check a small pi0 and its critics on made-up episodes; each check continues from the one before."""
     checks = []
     with tempfile.TemporaryDirectory() as folder:
         made: dict[str, setup.ACRLPDTrainer] = {}

@@ -1,8 +1,8 @@
-"""Files that came from outside, opened and parsed in one guarded way; and our own, written whole or not at all.
+"""Guarded opening and parsing of files from outside, and whole-or-nothing writing of our own files.
 
-Data sets, checkpoints and configurations are made by others. Whatever they hold, reading one ends soon, within bounded
-memory, with its content or with an error of one line that names the file: a pipe is not waited for, a name does not
-lead out of its folder, a text that is too long, too deep or not what was expected is refused.
+Data sets, checkpoints and configurations are made by others. Whatever they hold, reading ends soon and within bounded
+memory, with the content or with a one-line error that names the file: a pipe is not waited for, a name does not lead
+out of its folder, and a text that is too long, too deeply nested or not what was expected is refused.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ import numpy as np
 import yaml
 from PIL import Image, UnidentifiedImageError
 
-MAX_TEXT_BYTES = 64 << 20  # of a JSON file: the annotations of all of DROID take 20 MB
+MAX_TEXT_BYTES = 64 << 20  # limit for a JSON file; the annotations of all of DROID take 20 MB
 MAX_YAML_BYTES = 1 << 20
-MAX_YAML_NODES = 100_000  # with what its aliases stand for
-MAX_DIGITS = 64  # of a number: no value of ours has more
+MAX_YAML_NODES = 100_000  # including what its aliases stand for
+MAX_DIGITS = 64  # digits of one number; no value of ours has more
 MAX_LISTED = 30  # names in an error
-MAX_TOLD = 400  # characters of what a library says
+MAX_TOLD = 400  # characters of a library's message
 MAX_NAME = 1024  # characters of a name below a folder
 
-# what acts on a terminal instead of being seen on it: controls, changes of direction, halves of characters
+# characters that act on a terminal instead of being seen: controls, changes of direction, halves of characters
 UNSEEN = "\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
 
 
@@ -49,12 +49,12 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading. A pipe, a device or a socket is refused without waiting for it.
 
     Raises:
-        FileNotFoundError: nothing is there, or a link that leads nowhere.
-        ValueError: it is no regular file.
+        FileNotFoundError: nothing is there, or a link to nothing.
+        ValueError: it is not a regular file.
     """
     check_file(path)
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # exchanged meanwhile
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # it was replaced meanwhile
         file.close()
         raise ValueError(f"{path}: expected a file, found something else. Move it away.")
     return file
@@ -82,14 +82,14 @@ def _kind_of_file(mode: int) -> str:
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:
-    """Raise as ``check_file`` does for the first file below a folder that is none. For libraries that read folders."""
+    """Raise as ``check_file`` does if a file below a folder is not regular. For libraries that read folders."""
     for folder, _, names in os.walk(path):
         for name in names:
             check_file(os.path.join(folder, name))
 
 
 def read_bytes(path: str | os.PathLike[str], *, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
-    """Return what a regular file holds; refuse one that is larger than ``max_bytes``."""
+    """Return the content of a regular file; refuse one that is larger than ``max_bytes``."""
     with open_file(path) as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
@@ -103,7 +103,7 @@ def read_text(path: str | os.PathLike[str], *, max_bytes: int = MAX_TEXT_BYTES) 
 
 
 def read_lines(path: str | os.PathLike[str], *, max_bytes: int = MAX_TEXT_BYTES) -> Iterator[tuple[str, str]]:
-    """Give each line of a file that may be long, with its end, and how to name its place in an error.
+    """Yield for each line of a file, which may be long, its place for error messages, and its text with the line end.
 
     ``max_bytes`` is the limit of one line.
     """
@@ -133,21 +133,21 @@ def read_json(path: str | os.PathLike[str], kind: type = dict, *, allow_nan: boo
 
 
 def parse_json(text: str | bytes, where: str, kind: type = dict, *, allow_nan: bool = False) -> Any:
-    """Return what a JSON text says; ``where`` names its place in errors.
+    """Return the value of a JSON text; ``where`` names its place in errors.
 
-    Refused are a name that occurs twice in an object, a number that no float holds, and unless ``allow_nan``, NaN and
-    Infinity, which Python writes and JSON does not know.
+    A name that occurs twice in an object is refused. Unless ``allow_nan``, so are numbers that no float holds, NaN and
+    Infinity; Python writes the latter two, but JSON does not know them.
 
     Raises:
-        ValueError: it is no such text, or its outermost value is not of this ``kind``.
+        ValueError: it is not such a text, or its outermost value is not of this ``kind``.
     """
     text = _decoded(where, text) if isinstance(text, bytes) else text
     hooks: dict[str, Any] = {} if allow_nan else {"parse_constant": _refuse_constant, "parse_float": _finite}
     try:
         content = json.loads(text, object_pairs_hook=_unique, parse_int=_whole, **hooks)
         if "\\u" in text:
-            json.dumps(content, ensure_ascii=False).encode()  # half a character is a text that nobody can write
-    except (ValueError, RecursionError) as error:  # not JSON, what the hooks refuse; too many brackets
+            json.dumps(content, ensure_ascii=False).encode()  # half a character cannot be written to a file
+    except (ValueError, RecursionError) as error:  # not JSON, or refused by a hook; too many brackets
         raise ValueError(f"{where}: expected JSON, found {error}") from error
     if not isinstance(content, kind):
         told = "a JSON object" if kind is dict else f"a JSON {kind.__name__}"
@@ -191,19 +191,19 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     Aliases may be used, as long as all that they stand for stays small.
 
     Raises:
-        ValueError: it is no such file; in one line, which names it.
+        ValueError: it is not such a file; the message is one line that names it.
     """
     return parse_yaml(read_text(path, max_bytes=MAX_YAML_BYTES), str(path))
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
-    """Return what a YAML text says; ``where`` names its place in errors. See ``read_yaml``."""
+    """Return the content of a YAML text; ``where`` names its place in errors. See ``read_yaml``."""
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         _check_nodes(node)
         content = None if node is None else loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that is none, or ours
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date, or ours
         raise ValueError(f"{where}: expected YAML, found {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected names with values, found {_told_kind(content)}")
@@ -211,7 +211,7 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
 
 
 def _check_nodes(root: yaml.Node | None) -> None:
-    """Refuse what would take long or change its meaning, before values are made of it."""
+    """Refuse content that would take long to read or is ambiguous, before values are made of it."""
     waiting = [] if root is None else [root]
     count = 0
     while waiting:
@@ -232,17 +232,17 @@ def _check_nodes(root: yaml.Node | None) -> None:
             raise ValueError(f"a number of {len(node.value)} digits {place}")
 
 
-# -- names and sizes that data tell ------------------------------------------------------------------------------------
+# -- names and sizes that come from data -------------------------------------------------------------------------------
 
 
 def inside(folder: str | os.PathLike[str], name: object, where: str) -> Path:
     """Return the path of ``name`` below ``folder``. The name came from data, and must not lead anywhere else.
 
-    Folders inside ``folder`` may be named too. ``where`` says in errors who named it.
+    The name may contain subfolders. ``where`` says in errors where the name came from.
 
     Raises:
         ValueError: the name is empty or absolute, leads upwards or to another drive, is too long, or holds characters
-            that nobody can see.
+            that cannot be seen.
     """
     text = check_name(name, where)
     both = (PurePosixPath(text), PureWindowsPath(text))
@@ -254,7 +254,7 @@ def inside(folder: str | os.PathLike[str], name: object, where: str) -> Path:
 
 
 def check_name(name: object, where: str) -> str:
-    """Return a name that came from data, if it is a text that can be seen as a whole; raise ValueError otherwise."""
+    """Return a name that came from data if it is a text without invisible characters; raise ValueError otherwise."""
     if not isinstance(name, str):
         raise ValueError(f"{where}: expected a name, found {type(name).__name__}")
     if len(name) > MAX_NAME:
@@ -265,23 +265,23 @@ def check_name(name: object, where: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text that is safe to print: what would act on a terminal is escaped, but for line breaks and tabs."""
+    """Return a text that is safe to print: characters that act on a terminal are escaped, except breaks and tabs."""
     return re.sub(f"[{UNSEEN}]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def listed(names: Iterable[object]) -> str:
-    """Return names that data tell, as errors list them: what is too long or too much is cut."""
+    """Return names from data as errors list them: long names and long lists are cut."""
     found = [printable(f"{name:.60}") for name in itertools.islice(map(str, names), MAX_LISTED + 1)]
     return ", ".join(found[:MAX_LISTED]) + (", ..." if len(found) > MAX_LISTED else "")
 
 
 def one_line(error: object) -> str:
-    """Return what a library says, which may be long and of several lines, for the middle of a sentence."""
+    """Return a library's message, which may be long and of several lines, in a form that fits into a sentence."""
     return printable(" ".join(str(error)[:MAX_TOLD].split()))
 
 
 def check_memory(where: str, nbytes: int, error: type[ValueError] = ValueError) -> None:
-    """Raise ``error`` if an array that a file tells of is larger than this machine's memory."""
+    """Raise ``error`` if an array that a file announces is larger than this machine's memory."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if nbytes > memory:
         raise error(
@@ -290,19 +290,19 @@ def check_memory(where: str, nbytes: int, error: type[ValueError] = ValueError) 
         )
 
 
-# what zipfile and numpy raise for one wrong byte, be it in the directory, an array's header or its numbers
+# the errors of zipfile and numpy for one wrong byte, in the directory, an array's header or its numbers
 NPZ_DAMAGE = (
     *(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError, RuntimeError),
     *(SyntaxError, LookupError, ArithmeticError, RecursionError, MemoryError, tokenize.TokenError),
 )
-MAX_RATIO = 1100  # by which deflate makes bytes fewer at most, with a margin
+MAX_RATIO = 1100  # the highest compression ratio of deflate, with a margin
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def npz_outline(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Return shape and dtype of each array in an ``.npz`` file, from headers that agree with the file's size.
 
-    What this accepts, ``numpy.load`` may read: it takes no more memory than the headers say. Damage raises one of
+    ``numpy.load`` may read a file that passes: it then takes no more memory than the headers say. Damage raises one of
     ``NPZ_DAMAGE``.
     """
     size = check_file(path).st_size
@@ -313,7 +313,7 @@ def npz_outline(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...]
             if name in found:
                 raise ValueError(f"{name} occurs twice")
             if member.file_size > MAX_RATIO * min(member.compress_size, size):
-                raise ValueError(f"{name} says to hold {member.file_size} bytes, more than the file can")
+                raise ValueError(f"{name} claims {member.file_size} bytes, more than the file can hold")
             found[name] = _npy_header(file, member, name)
     return found
 
@@ -339,10 +339,10 @@ JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 
 
 def open_picture(content: bytes) -> Image.Image:
-    """Return a picture of which only the header is read: it decodes when it is used, and may be damaged.
+    """Return a picture after reading only its header: it is decoded when it is used, and may turn out damaged.
 
     Raises:
-        ValueError: it is neither PNG nor JPEG nor WebP, its header is damaged, or it is larger than any camera's.
+        ValueError: it is neither PNG nor JPEG nor WebP, its header is damaged, or it is larger than any camera gives.
     """
     try:
         picture = Image.open(io.BytesIO(content), formats=PICTURES)
@@ -351,9 +351,9 @@ def open_picture(content: bytes) -> Image.Image:
     except (OSError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"the picture is damaged: {error}") from error
     if picture.width * picture.height > MAX_PIXELS:
-        raise ValueError(f"the picture says to have {picture.width}x{picture.height} pixels: it is damaged, or a trap")
+        raise ValueError(f"the picture claims {picture.width}x{picture.height} pixels: it is damaged, or a trap")
     if content.startswith(b"\xff\xd8") and content.rfind(JPEG_END) < content.rfind(JPEG_SCAN):
-        raise ValueError("the picture is cut: a JPEG without its end")  # which decodes, with grey where it is missing
+        raise ValueError("the picture is cut: a JPEG without its end")  # it would decode, with grey for what is missing
     return picture
 
 
@@ -365,9 +365,9 @@ NAME = re.compile(rf"\..+\.{re.escape(HOST)}-(\d+)\.tmp")
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a path beside ``path`` to write a file to, which takes its place once it lies on the disk as a whole.
+    """Yield a path beside ``path`` to write a file to; it replaces ``path`` once it is completely on disk.
 
-    A reader sees the old file or the new one, even after a loss of power. Where the block raises, nothing is left.
+    A reader sees the old file or the new one, even after a loss of power. If the block raises, nothing is left.
     """
     path = Path(path)
     temporary = temporary_path(path)
@@ -390,7 +390,7 @@ def sync(path: str | os.PathLike[str]) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Return where this process writes what will be ``path``. Readers pass over hidden files.
+    """Return the hidden path where this process writes what will become ``path``. Readers skip hidden files.
 
     A process that is killed meanwhile leaves it behind.
     """
@@ -398,7 +398,7 @@ def temporary_path(path: Path) -> Path:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what killed processes of this machine left in ``folder``; other files, and other machines', stay."""
+    """Remove what killed processes of this machine left in ``folder``; other machines' and other files stay."""
     if not folder.is_dir():
         return
     for path in folder.glob(".*.tmp"):
@@ -415,6 +415,6 @@ def _is_running(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):  # somebody else's; no process id at all
+    except (PermissionError, OverflowError):  # another user's process; not a process id
         return True
     return True

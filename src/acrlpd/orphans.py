@@ -1,4 +1,4 @@
-"""Worker processes end with the process that started them, however that ends."""
+"""Worker processes end with the process that started them, however that process ends."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 import threading
 from multiprocessing import connection
 
-EXIT_ORPHANED = 1  # nobody is left to read it
+EXIT_ORPHANED = 1  # no parent is left to read it
 
 
 def end_with_parent() -> None:
-    """Call first in a worker of ``multiprocessing``: the process ends as soon as its parent has.
+    """Let this worker of ``multiprocessing`` end as soon as its parent has ended; call it first in the worker.
 
-    A thread waits for the end of a pipe that the parent alone holds open: the system closes it with the parent, killed
-    or not. What the worker was doing is dropped, so it must leave no files of its own. In a process that
+    A thread waits for the end of a pipe that only the parent holds open: the system closes it when the parent ends,
+    killed or not. The worker's current work is dropped, so it must leave no files of its own. In a process that
     ``multiprocessing`` did not start, nothing happens.
     """
     parent = multiprocessing.parent_process()

@@ -14,8 +14,8 @@ import yaml
 from acrlpd import files
 from acrlpd.config import ConfigError, TrainConfig, from_dict, to_dict
 
-SECTIONS = ("training", "model", "optimization")  # of a YAML file: they group fields and name none
-BASE_KEYS = ("base_config", "platform")  # of a YAML file: which preset it changes
+SECTIONS = ("training", "model", "optimization")  # keys of a YAML file that only group fields
+BASE_KEYS = ("base_config", "platform")  # keys of a YAML file that name the preset it changes
 
 _SCHEDULES = {
     "pi0_lr_schedule": ("optimizers.policy.schedule",),
@@ -38,7 +38,7 @@ _FIELDS = {
     "data_dir": ("data.path",),
     "diffusion_steps": ("agent.flow_steps",),
     "pi0_config.diffusion_steps": ("agent.flow_steps",),
-    "pi0_config.action_dim": ("data.action_dim",),  # the robot's; the model's own width stays
+    "pi0_config.action_dim": ("data.action_dim",),  # the robot's; the model's own width stays as it is
     "freeze_pi0_backbone": ("policy.freeze_pi0_backbone",),
     "eval_frequency": ("eval.frequency",),
     "num_eval_episodes": ("eval.episodes",),
@@ -50,16 +50,16 @@ _FIELDS = {
     "max_grad_norm": tuple(f"optimizers.{group}.clip_gradient_norm" for group in ("policy", "critic", "temperature")),
 }
 ALIASES: dict[str, tuple[str, ...]] = {**_SCHEDULES, **_GROUPS, **_FIELDS}
-"""The founding design's names, whole or as the beginning of a path, and the fields they stand for."""
+"""Names of the founding design, complete or as the beginning of a path, and the fields they stand for."""
 
 
 def apply_config_overrides(config: TrainConfig, overrides: Mapping[str, Any], *, judge: bool = True) -> TrainConfig:
-    """The configuration with values by dotted name or nested, ours or the founding design's.
+    """Return the configuration with new values, by dotted name or nested, under our or the founding design's names.
 
-    Without ``judge`` they need not be right together yet, see ``from_dict``.
+    Without ``judge`` the values need not fit together yet, see ``from_dict``.
 
     Raises:
-        ConfigError: every unknown name and every refused value, all at once.
+        ConfigError: lists every unknown name and every refused value at once.
     """
     nested: dict[str, Any] = {}
     problems = [problem for path, value in _flat(overrides) for problem in _put(nested, fields_of(path), value)]
@@ -68,14 +68,14 @@ def apply_config_overrides(config: TrainConfig, overrides: Mapping[str, Any], *,
     return from_dict(TrainConfig, nested, base=config, judge=judge)
 
 
-merge_configurations = apply_config_overrides  # its name in the founding design, for one set of changes
+merge_configurations = apply_config_overrides  # the founding design's name, for one set of changes
 
 
 def fields_of(path: str) -> tuple[str, ...]:
-    """The configuration's own dotted names for ``path``; an unknown one is returned for the error message."""
+    """Return the configuration's own dotted names for ``path``; an unknown one as it is, for the error message."""
     for section in SECTIONS:
         path = path.removeprefix(f"{section}.")
-    for end in range(path.count("."), -1, -1):  # the longest beginning that has a name of its own
+    for end in range(path.count("."), -1, -1):  # the longest beginning that is an alias
         head = ".".join(path.split(".")[: end + 1])
         if head in ALIASES:
             return tuple(target + path[len(head) :] for target in ALIASES[head])
@@ -83,7 +83,7 @@ def fields_of(path: str) -> tuple[str, ...]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file's content: a mapping, or an error that names the file."""
+    """Return the content of a YAML file, which must be a mapping; an error names the file."""
     try:
         return files.read_yaml(path)
     except ValueError as error:
@@ -91,7 +91,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def read_mapping(text: str) -> dict[str, Any]:
-    """Names with values, as they stand in a YAML file."""
+    """Read names with values, written as in a YAML file."""
     try:
         return files.parse_yaml(text, repr(text))
     except ValueError as error:
@@ -101,9 +101,9 @@ def read_mapping(text: str) -> dict[str, Any]:
 def load_yaml(
     path: str | Path, preset: Callable[[str], TrainConfig], base: TrainConfig | None = None, *, judge: bool = True
 ) -> TrainConfig:
-    """The preset that the file names (``base_config`` or ``platform``) with its changes, or ``base`` with them.
+    """Return the preset that the file names (``base_config`` or ``platform``), or ``base``, with the file's changes.
 
-    Without ``judge`` the values need not be right together yet: flags may come over them.
+    Without ``judge`` the values need not fit together yet: flags may still replace them.
     """
     content = read_yaml(path)
     names = [content.pop(key) for key in BASE_KEYS if key in content]
@@ -127,13 +127,13 @@ def read_config(path: str | Path) -> TrainConfig:
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """The whole configuration; ``load_yaml`` of it gives the same one, whatever becomes of the preset."""
+    """Return the whole configuration; ``load_yaml`` reads the same one from it even if the preset changes."""
     values = to_dict(config)
     return yaml.safe_dump({"base_config": values.pop("preset"), **values}, sort_keys=False)
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> list[str]:
-    """One line for each field of two nested mappings that differs."""
+    """Return one line for each field that differs between two nested mappings."""
     lines = []
     for name in sorted(before.keys() | after.keys()):
         old, new = before.get(name), after.get(name)

@@ -1,6 +1,6 @@
-"""Pictures as the whole project has them: uint8 RGB [h w 3], brought to a size with their aspect kept.
+"""Pictures in the form that the whole project uses: uint8 RGB [h w 3], resized with their aspect ratio kept.
 
-Recorded data, simulators, robots and a server's clients all come through here, so a round ball is round everywhere.
+Pictures of data, simulators, robots and a server's clients all pass through here, so a round ball stays round.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from acrlpd.types import typed
 
 
 def fit(picture: Any, height: int, width: int, where: str) -> UInt8[np.ndarray, "*batch h w 3"]:
-    """Read a camera's picture and bring it to a size; one of that size is not touched."""
+    """Read a camera's picture and resize it; a picture of that size is not changed."""
     rgb = to_rgb(picture, where)
     return rgb if rgb.shape[-3:-1] == (height, width) else resize_with_pad(rgb, height, width)
 
 
 def to_rgb(picture: Any, where: str) -> UInt8[np.ndarray, "*batch h w 3"]:
-    """Read a camera's picture, or a batch of colour pictures: the channels last or first, or grey; uint8 or 0 to 1.
+    """Read a camera's picture, or a batch of colour pictures: channels last or first, or grey; uint8 or 0 to 1.
 
     >>> to_rgb(np.ones((3, 48, 96), np.float32), "top").shape
     (48, 96, 3)
 
     Raises:
-        ValueError: it can be read in several ways, or in none. ``where`` names the camera.
+        ValueError: the shape can be read in several ways, or in none. ``where`` names the camera.
     """
     levels = _whole_levels(np.asarray(picture), where)
     shape = levels.shape
@@ -45,7 +45,7 @@ def to_rgb(picture: Any, where: str) -> UInt8[np.ndarray, "*batch h w 3"]:
 
 
 def _whole_levels(picture: np.ndarray, where: str) -> UInt8[np.ndarray, "..."]:
-    """Return levels from 0 to 255. Floats are cut to them, not rounded, as openpi does it."""
+    """Return levels from 0 to 255. Floats are truncated, not rounded, as in openpi."""
     if not picture.size or picture.dtype.kind not in "fiu":
         raise ValueError(f"{where} is no picture: {picture.dtype} of shape {picture.shape}. Expected uint8 RGB.")
     if picture.dtype == np.uint8:
@@ -61,10 +61,10 @@ def _whole_levels(picture: np.ndarray, where: str) -> UInt8[np.ndarray, "..."]:
 
 @typed
 def resize_with_pad(images: UInt8[np.ndarray, "*batch h w 3"], height: int, width: int) -> UInt8[np.ndarray, "..."]:
-    """Resize by Pillow's bilinear filter to the largest size that fits, centred on black, the rim's smaller half first.
+    """Resize with Pillow's bilinear filter to the largest size that fits, centred on black (the smaller rim first).
 
-    Rows come first, then columns, in two calls: left to itself, newer Pillow chooses the order, and levels differ
-    by one.
+    The width is resized first, then the height, in two calls: in a single call newer Pillow chooses the order, and
+    levels differ by one.
     """
     old_height, old_width = images.shape[-3:-1]
     scale = max(old_width / width, old_height / height)

@@ -1,16 +1,16 @@
 """The three robot platforms of the founding design: their tables, and configurations for a platform and an environment.
 
 A table is a rule of thumb. What a configuration really needs is computed (``training/memory.py``); the tables say what
-is usual, and ``ConfigValidator`` compares the two. Columns that the presets have in a field of another name, or not:
+is usual, and ``ConfigValidator`` compares the two. These columns have a field of another name in the presets, or none:
 
     large_N            agent.best_of_n_strategy: "parallel", or for "adaptive" our "auto" (as many at a time as fit)
-    warmup_ratio       schedule.warmup_steps, which the founding presets give beside it, and which hold: 5 % of droid's
+    warmup_ratio       schedule.warmup_steps, which the founding presets give as well, and which is used: 5 % of droid's
                        decay_steps as here, but 7 % of aloha's and 6 % of libero's
     decay_profile      the schedule's kind: cosine, unless schedule.rsqrt_timescale is set
     cache_size         data.memory_bytes: bytes, not episodes; small data is copied into memory, large data is mapped
     shuffle_buffer     no effect: each batch is drawn evenly from all rows, which shuffles more than any buffer
-    data_augmentation  no effect: the critics see the policy's features, so Q would have to hold for every crop, and the
-                       stored prefixes of a frozen backbone would not; the update draws none (``training/prefixes.py``)
+    data_augmentation  no effect: the critics read the policy's features, so Q would have to hold for every crop, and
+                       stored prefixes of a frozen backbone would not fit; no update augments (``training/prefixes.py``)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PLATFORM_MEMORY_REQUIREMENTS: dict[str, dict[str, str]] = {
     "aloha": {"inference": "~10GB", "training": "~24GB", "large_N": "parallel"},
     "libero": {"inference": "~8GB", "training": "~32GB", "large_N": "parallel"},
 }
-"""Memory of one device that is usual. Training the whole of pi0 in float32 with Adam needs more than one device's."""
+"""Usual memory of one device. Training all of pi0 in float32 with Adam needs more than one device has."""
 
 PLATFORM_LR_SCHEDULES: dict[str, dict[str, Any]] = {
     "droid": {"pi0_peak_lr": 3e-5, "critic_peak_lr": 5e-4, "warmup_ratio": 0.05, "decay_profile": "cosine"},
@@ -59,7 +59,7 @@ ENVIRONMENTS = ("production", "development", "debug")
 
 
 def environment_overrides(config: TrainConfig, environment: str) -> dict[str, Any]:
-    """What a deployment environment changes: shorter phases and more frequent looks."""
+    """Return the changes of a deployment environment: shorter phases, and more frequent evaluation or logging."""
     if environment not in ENVIRONMENTS:
         near = difflib.get_close_matches(environment, ENVIRONMENTS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -85,10 +85,10 @@ def environment_overrides(config: TrainConfig, environment: str) -> dict[str, An
 def load_training_config(
     platform: str, environment: str = "production", custom_overrides: Mapping[str, Any] | None = None
 ) -> TrainConfig:
-    """The configuration of a platform ("droid", "aloha", "libero", or any preset) for an environment, with changes.
+    """Return the configuration of a platform ("droid", "aloha", "libero", any preset) for an environment, with changes.
 
     Raises:
-        ValueError: an unknown platform or environment, or everything that is wrong with the changes.
+        ValueError: the platform or environment is unknown, or the changes are wrong (all mistakes are listed).
     """
     config = presets.get_preset(platform)
     config = apply_config_overrides(config, environment_overrides(config, environment))
@@ -96,7 +96,7 @@ def load_training_config(
 
 
 def tuning_runs(config: TrainConfig, phase: str) -> list[TrainConfig]:
-    """One run for each combination of a phase's values, named after it and as long as the protocol says."""
+    """Return one run for each combination of a phase's values, named after the phase, of the protocol's length."""
     if phase not in HYPERPARAMETER_TUNING_PROTOCOL:
         raise ValueError(f"unknown phase {phase!r}: there are {', '.join(HYPERPARAMETER_TUNING_PROTOCOL)}")
     protocol = HYPERPARAMETER_TUNING_PROTOCOL[phase]
@@ -113,18 +113,18 @@ def tuning_runs(config: TrainConfig, phase: str) -> list[TrainConfig]:
 
 
 class ConfigValidator:
-    """Compares a configuration with what is usual on a platform."""
+    """Comparison of a configuration with what is usual on a platform."""
 
     @staticmethod
     def estimate_memory_usage(config: TrainConfig, devices: int = 1) -> float:
-        """GB on each device while training, from the compiled update: seconds to minutes for a full-size policy."""
+        """Return GB per device while training. It compiles the update: seconds to minutes for a full-size policy."""
         return memory.plan(config, memory.Machine(devices)).total_bytes / 1e9
 
     @staticmethod
     def validate_config(
         config: TrainConfig, platform: str, *, devices: int = 1, check_memory: bool = True
     ) -> list[str]:
-        """Warnings, each with the value that is usual; an empty list if there is nothing to say.
+        """Return warnings, each with the usual value; an empty list if there is nothing to say.
 
         It takes as long as ``estimate_memory_usage``, unless ``check_memory`` is False.
         """
@@ -159,5 +159,5 @@ class ConfigValidator:
 
 
 def validate_config_compatibility(config: TrainConfig) -> TrainConfig:
-    """The configuration, if it can be built again from its own values; a contradiction is refused."""
+    """Return the configuration if it can be built again from its own values; refuse contradictions."""
     return apply_config_overrides(config, {})

@@ -1,4 +1,4 @@
-"""Whether a checkpoint still does what it did: for an update of this package, or of what it stands on."""
+"""Checks that a checkpoint behaves as before, after an update of this package or of its dependencies."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from acrlpd.training.setup import Dims
 
 @dataclasses.dataclass(frozen=True)
 class ACRLPDRegressionTester:
-    """Checks by name; ``performance_regression`` only for runs that have an environment and a recorded evaluation."""
+    """Named checks of a checkpoint; ``performance_regression`` needs an environment and a recorded evaluation."""
 
     episodes: int = 50
-    env_name: str | None = None  # of an environment of your own (custom/...), which a checkpoint names and may not run
+    env_name: str | None = None  # names your own environment (custom/...), whose code a checkpoint alone may not run
 
     def run_regression_suite(self, checkpoint_path: str | Path) -> dict[str, bool]:
         results = {
@@ -36,11 +36,11 @@ class ACRLPDRegressionTester:
         return results
 
     def test_api_compatibility(self) -> bool:
-        """Every public name can be imported."""
+        """Return whether every public name can be imported."""
         return all(getattr(acrlpd, name) is not None for name in acrlpd.__all__)
 
     def test_numerical_stability(self, checkpoint_path: str | Path) -> bool:
-        """The same observation and key give the same finite chunk twice."""
+        """Return whether the same observation and key give the same finite chunk twice."""
         loaded = setup.load_stored(_exactly(checkpoint_path))
         stats = _norm_stats(checkpoint_path)
         dims = Dims(len(stats["state"].mean), len(stats["actions"].mean))
@@ -52,7 +52,7 @@ class ACRLPDRegressionTester:
         return bool(np.isfinite(one).all() and (one == other).all())
 
     def test_openpi_compatibility(self, checkpoint_path: str | Path) -> bool:
-        """The policy and its statistics lie where openpi's tools look for them, and every number is finite."""
+        """Return whether policy and statistics are where openpi's tools look for them, with finite numbers only."""
         manager, step = _manager(checkpoint_path)
         step = manager.steps()[-1] if step is None else step
         arrays = weights.read_params(str(manager.directory / str(step) / "params"))
@@ -60,7 +60,7 @@ class ACRLPDRegressionTester:
         return bool(finite and set(_norm_stats(checkpoint_path)) >= {"state", "actions"})
 
     def test_performance_metrics(self, checkpoint_path: str | Path) -> bool:
-        """Success on the run's own seeds does not lie below the interval that was recorded."""
+        """Return whether the success interval on the run's own seeds does not lie below the recorded one."""
         loaded = setup.load_stored(_exactly(checkpoint_path))
         config, recorded = loaded.config, self._recorded(checkpoint_path)
         if self.env_name is not None:
@@ -87,7 +87,7 @@ class ACRLPDRegressionTester:
 
 
 def _exactly(checkpoint_path: str | Path) -> Path:
-    """Return the folder of the step that a path names, a run's newest: what is damaged must not be passed over."""
+    """Return the folder of the step that a path names, or of a run's newest; a damaged one must not be skipped."""
     manager, step = _manager(checkpoint_path)
     return manager.directory / str(manager.steps()[-1] if step is None else step)
 

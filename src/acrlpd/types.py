@@ -16,18 +16,18 @@ from flax import struct
 from jaxtyping import Bool, Float, Int, UInt8, jaxtyped
 
 typed = jaxtyped(typechecker=beartype)
-"""Checks the array shapes and dtypes that a function declares, at every call outside a compiled program."""
+"""Decorator that checks the declared array shapes and dtypes, at every call outside a compiled program."""
 
 AnyArray: TypeAlias = Any
-"""A batch is numpy until it is placed on a device, and holds whatever JAX rebuilds its pytree with."""
+"""A batch holds numpy arrays until it is placed on a device; JAX may rebuild its pytree with other objects."""
 
 Metrics = Mapping[str, Any]
-"""Scalars by name, on the device until someone logs them."""
+"""Scalars by name; they stay on the device until they are logged."""
 
 
 @struct.dataclass
 class Observation:
-    """What a policy sees at one step, with openpi's field names.
+    """The input of a policy at one step, with openpi's field names.
 
     Images stay uint8 until they are on the device; a model maps them to [-1, 1]. A state is normalized.
     """
@@ -39,7 +39,7 @@ class Observation:
     tokenized_prompt_mask: Bool[AnyArray, "b l"] | None = None
     token_ar_mask: Int[AnyArray, "b l"] | None = None  # pi0-FAST only
     token_loss_mask: Bool[AnyArray, "b l"] | None = None  # pi0-FAST only
-    prefix: Any = None  # what a frozen policy made of the rest before, batch first; images are then left out
+    prefix: Any = None  # computed earlier by a frozen policy, batch first; images are then left out
 
 
 @struct.dataclass
@@ -51,17 +51,17 @@ class ChunkBatch:
     rewards: Float[AnyArray, "b h"]  # per step, undiscounted; 0 past the end
     terminals: Float[AnyArray, "b h"]  # the task truly ended here (success or failure); a time limit does not count
     valid: Float[AnyArray, "b h"]  # 1 where the step is real and no terminal came before it in the window
-    next_observations: Observation  # at t+h; s_T if the window ends with the episode, the last real step past it
+    next_observations: Observation  # at t+h; s_T if the window ends with the episode; beyond its end the last real step
     bootstrap_mask: Float[AnyArray, " b"]  # 0 if the task terminated inside the window, else 1
     sequence_mask: Float[AnyArray, " b"]  # 1 where the chunk may be used for the TD loss
     episode_id: Int[AnyArray, " b"]
     step_id: Int[AnyArray, " b"]
-    next_actions: Float[AnyArray, "b h a"] | None = None  # the data's own at next_observations, for critics alone
+    next_actions: Float[AnyArray, "b h a"] | None = None  # the data's, at next_observations; only critics use them
 
 
 @dataclasses.dataclass(frozen=True)
 class FinalObservation:
-    """What was seen after the last action of an episode: s_T, which no row of it holds."""
+    """The observation after the last action of an episode (s_T); no row of the episode holds it."""
 
     state: Float[np.ndarray, " s"]
     images: dict[str, UInt8[np.ndarray, "_ _ 3"]] = dataclasses.field(default_factory=dict)
@@ -69,18 +69,18 @@ class FinalObservation:
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
-    """One rollout in time order, as it lies on disk: raw units, numpy, nothing padded."""
+    """One rollout in time order, as it is stored on disk: raw units, numpy, no padding."""
 
     state: Float[np.ndarray, "t s"]
     actions: Float[np.ndarray, "t a"]
     rewards: Float[np.ndarray, " t"]
     terminals: Bool[np.ndarray, " t"]  # true where the task ended; a time limit leaves it false
-    task: str  # the instruction, of its first step
+    task: str  # the instruction at the first step
     images: dict[str, UInt8[np.ndarray, "t _ _ 3"]] = dataclasses.field(default_factory=dict)
-    success: bool | None = None  # None: nobody knows
+    success: bool | None = None  # None: unknown
     source: str = ""  # the file (and group) it came from, for messages
-    task_changes: tuple[tuple[int, str], ...] = ()  # where it changes inside: each later one, behind its first step
-    final: FinalObservation | None = None  # None: it was not recorded
+    task_changes: tuple[tuple[int, str], ...] = ()  # later instructions, each after its first step
+    final: FinalObservation | None = None  # None: not recorded
 
     def __len__(self) -> int:
         return len(self.actions)

@@ -1,8 +1,8 @@
-"""How a file or folder comes to its place whole, and what becomes of what it replaces and of writers that were killed.
+"""Whole-or-nothing writing of files and folders, safe replacement of old ones, and removal of what killed writers left.
 
-What must be there whole or not at all is written beside its place and moved there; a process that is killed meanwhile
-leaves it behind under a hidden name, which the next one removes. What is replaced is set aside under a name that can be
-seen, and deleted last.
+What must be complete or absent is written beside its place and then moved there. A process that is killed meanwhile
+leaves a hidden file or folder, which the next writer removes. What is replaced is first set aside under a visible name
+and deleted last.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ ASIDE = "overwritten"  # NAME.overwritten, NAME.overwritten-2, ...
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether some process writes or wrote what is not complete there."""
+    """Return whether ``path`` has the name of unfinished work of a process, running or killed."""
     return re.fullmatch(r"\..+\.tmp", path.name) is not None
 
 
 def remove(path: Path) -> None:
-    """Deletes a file, a link or a folder with all that is in it, if it is there and can be deleted."""
+    """Delete a file, a link or a folder with its content, if it exists and can be deleted."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -35,9 +35,9 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Give a path of the same name, in a hidden folder beside ``path``, to write a file or folder to.
+    """Yield a path of the same name, in a hidden folder beside ``path``, to write a file or folder to.
 
-    When the block ends, that takes the place of ``path``; in an error it vanishes, and ``path`` is as it was.
+    When the block ends, the new content replaces ``path``; on an error it is deleted, and ``path`` is unchanged.
     """
     remove_abandoned(path.parent)
     temporary = temporary_path(path)
@@ -51,9 +51,9 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def replace(new: Path, path: Path) -> None:
-    """Moves ``new`` to ``path``. A folder that is there is set aside first, and deleted last."""
+    """Move ``new`` to ``path``. A folder that is already there is set aside first and deleted last."""
     if path.is_symlink() or not path.is_dir():
-        new.rename(path)  # takes a file's place at once
+        new.rename(path)  # replaces a file atomically
         return
     aside = set_aside(path)
     try:
@@ -65,7 +65,7 @@ def replace(new: Path, path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames ``path`` to a free name beside it and returns that."""
+    """Rename ``path`` to a free name beside it, and return the new path."""
     names = (path.with_name(f"{path.name}.{ASIDE}{'' if count == 1 else f'-{count}'}") for count in itertools.count(1))
     aside = next(name for name in names if not os.path.lexists(name))
     path.rename(aside)
@@ -73,7 +73,7 @@ def set_aside(path: Path) -> Path:
 
 
 def those_set_aside(path: Path) -> list[Path]:
-    """What was set aside in favour of ``path`` and is still there, by name."""
+    """Return what was set aside in favour of ``path`` and still exists, sorted by name."""
     pattern = re.compile(rf"{re.escape(path.name)}\.{ASIDE}(-\d+)?")
     if not path.parent.is_dir():
         return []
@@ -81,7 +81,7 @@ def those_set_aside(path: Path) -> list[Path]:
 
 
 def discard(path: Path) -> None:
-    """Deletes a folder so that no half of it is ever seen under its name, whenever the process is killed."""
+    """Delete a folder so that it is never seen half deleted under its name, even if the process is killed."""
     doomed = temporary_path(path)
     remove(doomed)
     path.rename(doomed)

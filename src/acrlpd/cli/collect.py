@@ -18,16 +18,16 @@ from acrlpd.training.collection import collect_by_agent, collect_prior
 
 @dataclasses.dataclass(frozen=True)
 class CollectArguments:
-    """Episodes, successes and failures, into one HDF5 file each. Those already in the folder are kept."""
+    """Collect episodes, successes and failures, into one HDF5 file each. Those already in the folder are kept."""
 
     output: str  # the folder
     env: EnvConfig = dataclasses.field(default_factory=EnvConfig)  # with a checkpoint: that of its run
     episodes: int = 100
     policy: Literal["expert", "random", "checkpoint"] = "expert"
-    noise_range: tuple[float, float] | None = None  # of the expert's smooth noise, in action units; None: 0 to 0.8
+    noise_range: tuple[float, float] | None = None  # range of the expert's smooth noise, action units; None: 0 to 0.8
     checkpoint: str | None = None  # a run or the folder of one step
-    mode: ActingMode = "explore"  # of a checkpoint: as online; greedy: the best by its critic; bc: imitation
-    num_envs: int = 8  # of a checkpoint: environments with one policy call
+    mode: ActingMode = "explore"  # for a checkpoint; explore: as online; greedy: the best by its critic; bc: imitation
+    num_envs: int = 8  # with a checkpoint: environments that share one policy call
     num_workers: int = 1  # processes
     seed: int = 0
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         return _by_script(arguments)
     loaded = setup.load_stored(arguments.checkpoint)
     config = loaded.config
-    if config.env is not None:  # the run's environment, with what was said on the command line changed
+    if config.env is not None:  # the run's environment, changed by the flags
         arguments = _parse(argv, default=CollectArguments(arguments.output, env=config.env))
     collect_by_agent(
         loaded.agent,

@@ -1,4 +1,4 @@
-"""``acrlpd config show | diff | save``: a run's description before it is a run."""
+"""``acrlpd config show | diff | save``: look at configurations without a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Flags are those of acrlpd train: any field, --algorithm NAME, --config FILE.yaml
 
 @dataclasses.dataclass(frozen=True)
 class ShowArguments:
-    """Every field of a configuration."""
+    """Show every field of a configuration."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     json: bool = False  # one JSON object instead of YAML

@@ -1,4 +1,4 @@
-"""What commands about a run have in common: a preset or YAML file, then flags; later wins."""
+"""The arguments that commands about a run share: a preset or YAML file, then flags; the later value wins."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ YAML_SUFFIXES = (".yaml", ".yml")
 
 
 def take(flags: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """The value behind ``--name`` (or ``--name=``), and the flags without it."""
+    """Return the value after ``--name`` (or ``--name=``), and the flags without it."""
     rest, value = list(flags), None
     for place, flag in enumerate(flags):
         if flag.split("=")[0].replace("-", "_") != f"__{name}":
@@ -39,23 +39,23 @@ def take(flags: Sequence[str], name: str) -> tuple[str | None, list[str]]:
 
 
 def starting_point(word: str, flags: Sequence[str]) -> tuple[TrainConfig, list[str]]:
-    """The configuration that ``word`` names, changed as those flags of ``changed`` ask; the other flags."""
+    """Return the configuration that ``word`` names, changed by the flags of ``changed``, and the other flags."""
     return changed(named(word), flags)
 
 
 def named(word: str) -> TrainConfig:
-    """The configuration of a preset or a YAML file; what the file says is judged when all flags are known."""
+    """Return the configuration of a preset or a YAML file; its values are checked when all flags are known."""
     return load_yaml(word, presets.get_preset, judge=False) if is_yaml(word) else presets.get_preset(word)
 
 
 def changed(
     config: TrainConfig, flags: Sequence[str], *, preset: TrainConfig | None = None
 ) -> tuple[TrainConfig, list[str]]:
-    """``config`` changed by ``--algorithm NAME``, ``--environment NAME`` and ``--config FILE``, and the other flags.
+    """Return ``config`` changed by ``--algorithm``, ``--environment`` and ``--config``, and the other flags.
 
-    The values need not be right together before ``parse`` has seen those flags, too.
+    The values need not fit together before ``parse`` has read the other flags, too.
 
-    ``preset``: what an environment takes parts of; None: ``config`` itself, which a stored one, already cut, is not.
+    ``preset``: what an environment shortens; None: ``config``. A stored configuration may be shortened already.
     """
     algorithm, rest = take(flags, "algorithm")
     environment, rest = take(rest, "environment")
@@ -71,9 +71,9 @@ def changed(
 
 
 def _with_parts(config: TrainConfig, flags: Sequence[str]) -> tuple[TrainConfig, list[str]]:
-    """``config`` with the parts that it may lack (``env``, ``online_loss_weights``) as the flags want them.
+    """Return ``config`` with its optional parts (``env``, ``online_loss_weights``) as flags ask, and the other flags.
 
-    A part is there with its defaults if a flag speaks of it (``--env.name``), and absent after ``--env None``.
+    A part is added with its defaults if a flag names a field of it (``--env.name``), and removed by ``--env None``.
     """
     rest = list(flags)
     parts: dict[str, Any] = {}
@@ -95,14 +95,14 @@ OPTIONAL_PARTS = {"env": "name", "online_loss_weights": "bc_weight"}  # each wit
 
 
 def warn_of_the_unusual(config: TrainConfig) -> None:
-    """Prints what ``ConfigValidator`` says of a run with a platform's preset, but of memory, which takes a plan."""
+    """Print the warnings of ``ConfigValidator`` for a platform's preset, without memory, which takes a plan."""
     if config.preset in platforms.PLATFORM_MAX_LR:
         for line in platforms.ConfigValidator.validate_config(config, config.preset, check_memory=False):
             print(f"warning: {line}", file=sys.stderr)
 
 
 class _RefusedError(Exception):
-    """An error that the parser does not put into words of its own."""
+    """An error whose message the parser must not rephrase."""
 
 
 SOURCES = ConstructorRegistry()
@@ -110,7 +110,7 @@ SOURCES = ConstructorRegistry()
 
 @SOURCES.primitive_rule
 def _source(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[DataSource] | None:
-    """A data set is one word: its fields as a YAML file has them, ``{path: data/a, weight: 0.7}``."""
+    """Read a data set from one word: its fields as in a YAML file, ``{path: data/a, weight: 0.7}``."""
     if info.type is not DataSource:
         return None
 
@@ -137,12 +137,12 @@ class Configured(Protocol):
 
 
 def parse(kind: type[T], default: T, flags: Sequence[str], prog: str, *, stored: TrainConfig | None = None) -> T:
-    """``default`` as the flags have it; what is wrong is told at once, each flag's fault by itself.
+    """Return ``default`` changed by the flags. All mistakes are reported at once, each flag's separately.
 
-    ``stored``: what a run was started with, which is not asked for its effects again.
+    ``stored``: what a run was started with; these values are not checked for being without effect.
 
     Raises:
-        ConfigError: values that do not go with the others; tyro prints the rest itself and exits.
+        ConfigError: values do not fit together; tyro prints other mistakes itself and exits.
     """
 
     def attempt(words: Sequence[str], *, tell: bool) -> T:
@@ -156,7 +156,7 @@ def parse(kind: type[T], default: T, flags: Sequence[str], prog: str, *, stored:
         return found
 
     def fault(words: Sequence[str], *, tell: bool = False) -> str | None:
-        """A message; an empty one if tyro prints it."""
+        """Return an error message; an empty one if tyro prints it; None if there is no error."""
         try:
             attempt(words, tell=tell)
         except SystemExit:
@@ -192,7 +192,7 @@ def _silence() -> Iterator[None]:
 
 
 def _apart(flags: Sequence[str]) -> list[list[str]]:
-    """Each flag with its values."""
+    """Return each flag with its values."""
     groups: list[list[str]] = []
     for word in flags:
         if word.startswith("--") or not groups:

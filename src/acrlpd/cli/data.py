@@ -28,9 +28,9 @@ EXIT_UNUSABLE = 1
 
 @dataclasses.dataclass(frozen=True)
 class ReadArguments(ReaderOptions):
-    """How to read the format; what is left out is found in the files."""
+    """Options for reading the format; those left out are found in the files."""
 
-    num_workers: int = os.cpu_count() or 1  # processes that read many HDF5 episodes; 0: this one alone
+    num_workers: int = os.cpu_count() or 1  # processes that read many HDF5 episodes; 0: only this one
 
     def options(self) -> dict[str, Any]:
         return self.for_reader() | {"num_workers": self.num_workers}
@@ -38,41 +38,41 @@ class ReadArguments(ReaderOptions):
 
 @dataclasses.dataclass(frozen=True)
 class InspectArguments:
-    """Episodes, steps, tasks, cameras, ranges, success rate, and episodes that cannot be used. Exit code 1 if any."""
+    """Show episodes, steps, tasks, cameras, ranges, success rate and unusable episodes. Exit code 1 if any."""
 
-    path: tyro.conf.Positional[tuple[str, ...]]  # folders or files of episodes; several are to go together
+    path: tyro.conf.Positional[tuple[str, ...]]  # folders or files of episodes; several must fit together
     read: ReadArguments = dataclasses.field(default_factory=ReadArguments)
     json: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class ValidateArguments:
-    """As inspect, and every picture, constant dimensions, clipped actions, episodes that occur twice."""
+    """Inspect, and check every picture; find constant dimensions, clipped actions and duplicate episodes."""
 
-    path: tyro.conf.Positional[tuple[str, ...]]  # folders or files of episodes; several are to go together
+    path: tyro.conf.Positional[tuple[str, ...]]  # folders or files of episodes; several must fit together
     read: ReadArguments = dataclasses.field(default_factory=ReadArguments)
-    decode: bool = True  # read every picture, which takes long where they are many
+    decode: bool = True  # read every picture, which takes long if there are many
     json: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertArguments:
-    """Into our own HDF5 layout, or into LeRobot v3.0 with its videos."""
+    """Convert to our own HDF5 layout, or to LeRobot v3.0 with its videos."""
 
     path: tyro.conf.Positional[str]  # a folder or file of episodes, in any format
     output: tyro.conf.Positional[str]  # the new folder
     to: Literal["hdf5", "lerobot"] = "lerobot"
-    pictures: Pictures | None = None  # LeRobot: how they are stored, av1 if left out; png alone loses nothing
-    compression: Literal["gzip", "lzf"] | None = None  # HDF5: of pictures
+    pictures: Pictures | None = None  # LeRobot: how they are stored, av1 if left out; only png is lossless
+    compression: Literal["gzip", "lzf"] | None = None  # HDF5: for pictures
     robot_type: str | None = None  # LeRobot: a label
-    success: bool | None = None  # of the episodes of which nothing says how they ended
+    success: bool | None = None  # outcome of the episodes whose data does not say it
     on_bad_episode: Literal["error", "skip"] = "error"
     read: ReadArguments = dataclasses.field(default_factory=ReadArguments)
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheArguments:
-    """Decode all pictures once, to the model's resolution; the size is told before anything is written."""
+    """Decode all pictures once, to the model's resolution; the size is printed before anything is written."""
 
     path: tyro.conf.Positional[str]  # a folder or file of episodes with videos or pictures
     output: tyro.conf.Positional[str]  # the cache's folder, one for each data set
@@ -106,7 +106,7 @@ def _validate(arguments: ValidateArguments) -> int:
 
 
 def _look(paths: Sequence[str], *, as_json: bool, **options: Any) -> int:
-    """Show what each of the data sets holds, and whether several go together in one run."""
+    """Show what each of the data sets holds, and whether several fit together in one run."""
     if not paths:
         raise ValueError("name a folder or file of episodes, or several")
     found = {path: inspection.inspect(path, **options) for path in dict.fromkeys(paths)}
@@ -184,7 +184,7 @@ def _as_json(path: str, found: Inspection) -> dict[str, Any]:
 
 
 def _finite(content: Any) -> Any:
-    """JSON has no NaN and no infinity: null in their place."""
+    """Return the content with null instead of NaN and infinity, which JSON does not have."""
     if isinstance(content, dict):
         return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -196,7 +196,7 @@ def _table(path: str, contents: Contents) -> list[str]:
     least, mean, most = contents.lengths
     rate = "rate unknown" if contents.fps is None else f"{contents.fps:g} fps"
     known = contents.successes + contents.failures
-    success = f"{contents.successes} of {known} ({contents.success_rate:.0%})" if known else "nobody knows"
+    success = f"{contents.successes} of {known} ({contents.success_rate:.0%})" if known else "unknown"
     unknown = contents.episodes - known if known else 0
     low, high = contents.rewards
     tasks = [f"  {count:>6}  {task or '(no text)'}" for task, count in list(contents.tasks.items())[:SHOWN]]
@@ -218,7 +218,7 @@ def _table(path: str, contents: Contents) -> list[str]:
 
 
 def _ranges(name: str, found: Range) -> list[str]:
-    head = f"{name:<10}{'least':>12}{'most':>12}{'mean':>12}{'std':>12}"
+    head = f"{name:<10}{'min':>12}{'max':>12}{'mean':>12}{'std':>12}"
     rows = zip(found.low, found.high, found.mean, found.std, strict=True)
     return [head, *(f"  {dim:<8}" + "".join(f"{number:>12.4g}" for number in row) for dim, row in enumerate(rows))]
 
@@ -231,5 +231,5 @@ def _problems(found: Sequence[Problem]) -> list[str]:
 
 
 def _told(episode: str, text: str) -> str:
-    """Most texts name the episode themselves."""
+    """Return the text with its episode; most texts name the episode themselves."""
     return text if not episode or episode in text else f"{episode}: {text}"

@@ -1,4 +1,4 @@
-"""``acrlpd doctor``: whether everything a run needs is there and works."""
+"""``acrlpd doctor``: check that everything a run needs is installed and works."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from acrlpd.doctor import validate_installation
 
 @dataclasses.dataclass(frozen=True)
 class DoctorArguments:
-    """Versions, devices, a forward pass of a small pi0 and of a critic, a batch, a checkpoint, rendering."""
+    """Check versions, devices, a forward pass of a small pi0 and of a critic, a batch, a checkpoint, rendering."""
 
     json: bool = False
 

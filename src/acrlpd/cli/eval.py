@@ -24,20 +24,20 @@ from acrlpd.training.videos import save_videos
 
 @dataclasses.dataclass(frozen=True)
 class EvalArguments:
-    """Success rate of a checkpoint in its simulator, alone or against a second one on the same seeds."""
+    """Measure the success rate of a checkpoint in its simulator, alone or against a second one on the same seeds."""
 
     checkpoint: str  # a run (runs/demo), its checkpoints folder, or the folder of one step
     compare: str | None = None  # a second checkpoint: paired difference, bootstrap interval, McNemar's test
     tasks: tuple[str, ...] = ()  # environments of the same robot; none: the run's own
-    episodes: int | None = None  # of each task; None: as the run's own final evaluations
-    first_seed: int | None = None  # None: the run's own, so results compare seed by seed
+    episodes: int | None = None  # number for each task; None: as in the run's own final evaluations
+    first_seed: int | None = None  # None: the run's own, so results can be compared seed by seed
     mode: ActingMode = "greedy"  # bc: one sample of the flow, without the critic
     num_envs: int | None = None
-    seed: int = 0  # of the policy's noise
-    full: bool = False  # also noise, best of N, and whether Q foretells the outcome; shown by acrlpd report
-    protocol: ProtocolConfig = dataclasses.field(default_factory=ProtocolConfig)  # what --full tries
-    videos: int = 0  # mp4 files of so many successes and as many failures of each task
-    output: str | None = None  # a file for the JSON; None: evaluations/full.json of the run under --full
+    seed: int = 0  # seeds the policy's noise
+    full: bool = False  # also test noise, best of N, and whether Q predicts the outcome; shown by acrlpd report
+    protocol: ProtocolConfig = dataclasses.field(default_factory=ProtocolConfig)  # the trials of --full
+    videos: int = 0  # number of successes and of failures of each task to save as mp4 files
+    output: str | None = None  # a file for the JSON; None: with --full, evaluations/full.json of the run
     json: bool = False  # print the JSON instead of sentences
 
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _evaluate(loaded: Loaded, task: str, arguments: EvalArguments) -> Findings:
-    """The task alone, or under ``--full`` every trial."""
+    """Evaluate the task alone, or with ``--full`` every trial."""
     config = setup.with_task(loaded.config, task)
     first = config.eval.first_seed if arguments.first_seed is None else arguments.first_seed
     episodes = arguments.episodes or config.eval.episodes
@@ -100,7 +100,7 @@ def _evaluate(loaded: Loaded, task: str, arguments: EvalArguments) -> Findings:
 
 
 def _run_files(checkpoint: str) -> RunFiles:
-    """Of the run that a checkpoint belongs to."""
+    """Return the files of the run that a checkpoint belongs to."""
     checkpoints, _ = setup.locate_checkpoint(Path(checkpoint))
     return RunFiles(checkpoints.parent)
 

@@ -13,13 +13,13 @@ from acrlpd.serving.production import Platform
 
 @dataclasses.dataclass(frozen=True)
 class ExportArguments:
-    """A trained agent for production: a checkpoint to serve, a function for XLA, weights for openpi's PyTorch port."""
+    """Export a trained agent: a checkpoint to serve, a function for XLA, weights for openpi's PyTorch port."""
 
     checkpoint: str  # a run (runs/demo), its checkpoints folder, or one step
     output_dir: str  # a new folder
-    optimization_level: OptimizationLevel = "standard"  # fast: 3 critics, 10 flow steps; accurate: all, 50
-    platform: Platform | None = None  # flow steps, candidates and critics of the production table instead
-    data: str | None = None  # episodes to compare critics on, best some that were not trained on; None: the run's
+    optimization_level: OptimizationLevel = "standard"  # fast: 3 critics, 10 flow steps; accurate: all critics, 50
+    platform: Platform | None = None  # use flow steps, candidates and critics of the production table
+    data: str | None = None  # episodes to compare critics on, preferably not trained on; None: the run's
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""Values that somebody chose and that would have no effect beside others: said, rather than ignored."""
+"""Refuse values that somebody chose and that would have no effect with the others, instead of ignoring them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from acrlpd.config import ConfigError, TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Fields that mean something only where the others are so."""
+    """Fields that have an effect only if ``holds`` is true of the configuration; ``needs`` says the same in words."""
 
     needs: str
     holds: Callable[[TrainConfig], bool]
@@ -96,12 +96,12 @@ RULES = (
 
 
 def refuse_idle(config: TrainConfig, start: TrainConfig | None = None) -> None:
-    """Refuse a value that is neither that of ``start`` nor the default, and that nothing reads as the others are.
+    """Refuse a value that is neither that of ``start`` nor the default, and has no effect with the others.
 
-    ``start``: what nobody chose here; None: the preset.
+    ``start``: the configuration before anybody chose values; None: the preset.
 
     Raises:
-        ConfigError: for each such field, what it would need.
+        ConfigError: lists for each such field what it would need.
     """
     if start is None and config.preset not in presets.PRESETS:
         return

@@ -1,4 +1,4 @@
-"""``acrlpd COMMAND``: finds the command's module and turns user mistakes into one clear line."""
+"""``acrlpd COMMAND``: find the command's module and turn user mistakes into one clear line."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ COMMANDS = {
     "train": "train a preset offline, then online; resume an interrupted run",
     "serve": "answer openpi's clients over a websocket with a checkpoint's policy",
     "export": "write a trained agent for production: to serve, for XLA, for openpi's PyTorch port",
-    "eval": "success rate of a checkpoint, with its interval",
+    "eval": "measure the success rate of a checkpoint, with its interval",
     "collect": "make prior data with a scripted expert",
-    "report": "one self-contained HTML page about a run",
-    "weights": "what arrays a checkpoint holds; convert between openpi's layout, PaliGemma, safetensors and npz",
-    "data": "what a data set holds, what is wrong with it; convert it; decode its pictures once",
+    "report": "write one self-contained HTML page about a run",
+    "weights": "list a checkpoint's arrays; convert between openpi's layout, PaliGemma, safetensors and npz",
+    "data": "show what a data set holds and what is wrong with it; convert it; decode its pictures once",
     "config": "show, compare and save configurations",
-    "doctor": "whether everything a run needs is there and works",
-    "plan": "parameters, memory and checkpoint size of a run, before it starts",
-    "norm-stats": "normalization statistics of a data set, in openpi's file",
+    "doctor": "check that everything a run needs is installed and works",
+    "plan": "compute parameters, memory and checkpoint size of a run before it starts",
+    "norm-stats": "compute normalization statistics of a data set, in openpi's file",
 }
 
 USAGE = "usage: acrlpd COMMAND ...\n\n" + "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code.
+    """Run a command and return the exit code.
 
-    0 done, 2 the user's mistake, 70 the run cannot go on, 75 interrupted and saved, 130 interrupted where there was
-    nothing to save.
+    0: done; 2: the user's mistake; 70: the run cannot go on; 75: interrupted and saved; 130: interrupted when there
+    was nothing to save.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _print_safely()
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _keep_compiled_programs() -> None:
-    """On disk, so that resuming and evaluating do not compile again. ``JAX_COMPILATION_CACHE_DIR=`` switches it off."""
+    """Keep compiled programs on disk for later commands. ``JAX_COMPILATION_CACHE_DIR=`` switches this off."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acrlpd" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -74,7 +74,7 @@ class _PrintableFormatter(logging.Formatter):
 
 
 def _print_safely() -> None:
-    """Escape what acts on a terminal in logs and warnings, which repeat names and texts of data sets."""
+    """Escape characters that act on a terminal in logs and warnings, which repeat names and texts of data sets."""
     handler = logging.StreamHandler()
     handler.setFormatter(_PrintableFormatter("%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

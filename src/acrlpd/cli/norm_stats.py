@@ -29,19 +29,19 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class NormStatsArguments:
-    """Mean, standard deviation, 1 % and 99 % quantile of state and actions; no picture is decoded."""
+    """Compute mean, standard deviation, 1 % and 99 % quantile of state and actions; no picture is decoded."""
 
     data_path: tyro.conf.Positional[tuple[str, ...]]  # any data set we read, or several that are trained on together
     out: str | None = None  # folder for openpi's norm_stats.json; None: print only
     json: bool = False  # print one JSON object instead of a table
-    weights: tuple[float, ...] = ()  # of several data sets: how often each is drawn from; empty: by their steps
-    horizon: int = 1  # statistics are taken over all steps of the chunk at every row; give the policy's
-    robot: Robot | None = None  # as a run with data.robot has it: its numbers in openpi's conventions
+    weights: tuple[float, ...] = ()  # for several data sets: how often each is drawn from; empty: by their steps
+    horizon: int = 1  # steps of the chunk at every row that statistics cover; give the policy's horizon
+    robot: Robot | None = None  # as data.robot of a run: its numbers in openpi's conventions
     delta_mask: Annotated[tuple[int, ...] | None, tyro.conf.arg(aliases=("--delta",))] = None
     """6 -1: six actions relative to the state, one not; None: the robot's"""
-    pi05: bool = False  # the robot's relative actions as pi0.5 has them: none in LIBERO
-    num_episodes: int | None = None  # only so many, evenly spread
-    min_std: float = normalize.MIN_STD  # floor where a dimension hardly moves, in raw units; 0: openpi's bare numbers
+    pi05: bool = False  # the robot's relative actions as for pi0.5: none in LIBERO
+    num_episodes: int | None = None  # use only this many, evenly spread
+    min_std: float = normalize.MIN_STD  # floor for dimensions that hardly move, in raw units; 0: no floor, as in openpi
     on_bad_episode: Literal["error", "skip"] = "error"
     read: ReaderOptions = dataclasses.field(default_factory=ReaderOptions)
 
@@ -89,12 +89,12 @@ def main(argv: Sequence[str]) -> int:
 def _opened(arguments: NormStatsArguments, path: str) -> Dataset:
     options = arguments.read.for_reader()
     if identify(path) in ("hdf5", "lerobot"):
-        options.setdefault("cameras", ())  # no picture is opened, and none can be found damaged
+        options.setdefault("cameras", ())  # no picture is opened, so none can be found damaged
     return open_episodes(path, on_bad_episode=arguments.on_bad_episode, **options)
 
 
 def _before_normalization(arguments: NormStatsArguments, source: EpisodeSource, path: str) -> Transform:
-    """What a run with these options has there."""
+    """Return the transform that a run with these options applies before normalization."""
     robot, deltas, pi05 = arguments.robot, arguments.delta_mask, arguments.pi05
     state_dim, action_dim = (source.window(0, key, 0, 1).shape[1] for key in ("state", "actions"))
     mask = mapping.delta_mask(robot, deltas, pi05=pi05)

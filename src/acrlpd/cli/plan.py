@@ -18,12 +18,12 @@ EXIT_DOES_NOT_FIT = 1
 
 @dataclasses.dataclass(frozen=True)
 class PlanArguments:
-    """Parameters, memory of each device and size of a checkpoint, before a run; nothing is allocated."""
+    """Compute parameters, memory of each device and size of a checkpoint before a run; nothing is allocated."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    devices: int = 1  # of the machine that is meant
-    device_memory: str | None = None  # of one device, such as 80GB; None: only the sizes are told
-    fsdp: int | None = None  # over how many devices large arrays are split; None: as --fsdp_devices
+    devices: int = 1  # number of devices of the machine that the run is for
+    device_memory: str | None = None  # memory of one device, such as 80GB; None: only print the sizes
+    fsdp: int | None = None  # number of devices that share large arrays; None: as --fsdp_devices
     json: bool = False
 
 

@@ -13,10 +13,10 @@ from acrlpd.training.report import write_report
 
 @dataclasses.dataclass(frozen=True)
 class ReportArguments:
-    """One self-contained HTML page: results, curves, a filmstrip before and after, the configuration."""
+    """Write one self-contained HTML page: results, curves, a filmstrip before and after, the configuration."""
 
     run: Annotated[str, tyro.conf.Positional]  # the run's folder, such as runs/demo
-    env_name: Annotated[str | None, tyro.conf.arg(name="env.name")] = None  # custom/...: film the run's own code
+    env_name: Annotated[str | None, tyro.conf.arg(name="env.name")] = None  # custom/...: film with the run's own code
 
 
 def main(argv: Sequence[str]) -> int:

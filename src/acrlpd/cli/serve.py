@@ -22,7 +22,7 @@ API_KEY_VARIABLE = "ACRLPD_API_KEY"
 
 @dataclasses.dataclass(frozen=True)
 class ServeArguments:
-    """Answers openpi's clients over a websocket until SIGTERM, then finishes what it has begun."""
+    """Answer openpi's clients over a websocket until SIGTERM, then finish the requests in progress."""
 
     checkpoint: str  # a run (runs/demo), its checkpoints folder, one step; or a checkpoint of openpi's, also a URL
     server: Annotated[ServerConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ServerConfig)
@@ -34,7 +34,7 @@ class ServeArguments:
 
 def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv, None)
-    if arguments.platform is not None:  # its numbers are defaults: what stands on the command line wins
+    if arguments.platform is not None:  # its numbers are defaults: flags win over them
         arguments = _parse(argv, arguments.platform)
     config, api_keys = arguments.server, _api_keys(arguments.api_key_file)
     door = open_door(config, api_keys)
@@ -68,7 +68,7 @@ def _parse(argv: Sequence[str], platform: Platform | None) -> ServeArguments:
 
 
 def _refuse_unused(checkpoint: str, openpi: OpenPIOptions) -> None:
-    """A checkpoint of ours holds its whole configuration."""
+    """Refuse openpi's options for a checkpoint of ours, which holds its whole configuration."""
     given = [f.name for f in dataclasses.fields(openpi) if getattr(openpi, f.name) != f.default]
     if given:
         raise ValueError(
@@ -78,7 +78,7 @@ def _refuse_unused(checkpoint: str, openpi: OpenPIOptions) -> None:
 
 
 def _api_keys(path: str | None) -> tuple[str, ...]:
-    """Keys never stand on the command line, which every user of a machine can read."""
+    """Return the keys; they are never on the command line, which every user of a machine can read."""
     if path is not None:
         text = Path(path).read_bytes().decode("utf-8", errors="replace")
         keys = tuple(line.strip() for line in text.splitlines() if line.strip())

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     path, words = _resumed_path(argv)
     if path is not None:
         found, step = locate_run(path)
-        flags = words if words[:1] and words[0].startswith("-") else words[1:]  # the preset need not be said again
+        flags = words if words[:1] and words[0].startswith("-") else words[1:]  # the preset need not be named again
         begun = stored_config(found)
         config, rest = changed(begun, flags)
         arguments = _parse(config, str(path), ["--resume", *rest], begun)
@@ -47,8 +47,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(config, name, rest)
     directory = setup.run_files(arguments.config).directory
     stored = resuming.started_with(directory) if arguments.resume else None
-    if stored is not None:  # what the run was started with need not be said again
-        said = arguments.config  # by the YAML file, perhaps
+    if stored is not None:  # the values that the run was started with need not be given again
+        said = arguments.config  # perhaps by the YAML file
         begun = _placed(stored, directory)
         config, rest = changed(begun, flags, preset=named(name))
         arguments = _parse(config, name, rest, begun)
@@ -63,8 +63,8 @@ class TrainArguments:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     resume: bool = False  # go on where the run of this name stopped; --resume RUN names the run's folder, or a step's
     overwrite: bool = False  # replace the run of this name: it is deleted when the new one has its first checkpoint
-    override: bool = False  # resume although values differ from those the run was started with
-    override_lr_schedule: bool = False  # the same for learning rates alone
+    override: bool = False  # resume even if values differ from those the run was started with
+    override_lr_schedule: bool = False  # the same, but only for learning rates
 
     def may_differ(self) -> tuple[str, ...]:
         return ("*",) if self.override else LR_FIELDS if self.override_lr_schedule else ()
@@ -75,13 +75,13 @@ GO_ON = {
     "early_stopping_patience": ", unless --early_stopping_patience is raised",
     "early_stopping_success": ", unless --early_stopping_success is raised, or None",
 }
-"""How a run that is over is made to go on, by the rule that ended it."""
+"""The ways to let a finished run continue, by the rule that ended it."""
 
 LR_FIELDS = ("optimizers.*.schedule.*",)
 
 
 def _resumed_path(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """What ``--resume PATH`` names, if a path stands there, and the other words."""
+    """Return the path of ``--resume PATH``, if there is one, and the other words."""
     for place, word in enumerate(argv[:-1]):
         if word == "--resume" and not argv[place + 1].startswith("-"):
             return Path(argv[place + 1]), [*argv[:place], *argv[place + 2 :]]
@@ -89,7 +89,7 @@ def _resumed_path(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def locate_run(path: Path) -> tuple[Path, int | None]:
-    """A run's folder, and the step if ``path`` names that of one of its checkpoints."""
+    """Return a run's folder, and the step if ``path`` is one of its checkpoints."""
     is_step = path.name.isdigit() and path.parent.name == "checkpoints"
     run = path.parent.parent if is_step else path
     if not (run / "config.json").is_file() and not (run / "checkpoints").is_dir():
@@ -99,7 +99,7 @@ def locate_run(path: Path) -> tuple[Path, int | None]:
 
 
 def stored_config(run: Path) -> TrainConfig:
-    """What the run was started with, wherever its folder lies now."""
+    """Return the configuration that the run was started with, for the place where its folder is now."""
     config = resuming.started_with(run)
     if config is None:
         raise ValueError(
@@ -115,7 +115,7 @@ def _placed(config: TrainConfig, run: Path) -> TrainConfig:
 
 
 def as_named(stored: TrainConfig, said: TrainConfig) -> TrainConfig:
-    """A stored configuration that may run its environment's code, if the command's own configuration names that."""
+    """Return ``stored``, allowed to run its environment's code if the command's own configuration names it."""
     if stored.env is None or said.env is None or said.env.name != stored.env.name:
         return stored
     return setup.with_task(stored, said.env.name)
@@ -138,7 +138,7 @@ def _train(arguments: TrainArguments, name: str, flags: Sequence[str], step: int
 
 
 def run(config: TrainConfig, *, again: str, **how: Any) -> int:
-    """Trains to the end and writes the report. ``again``: the words that resume it; ``how``: see ``make_trainer``."""
+    """Train to the end and write the report. ``again``: the words that resume it; ``how``: see ``make_trainer``."""
     warn_of_the_unusual(config)
     if how["resume"] and how["from_step"] is None:
         ended = nothing_left(config, override=how["override"])

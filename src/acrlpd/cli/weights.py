@@ -40,24 +40,24 @@ Target: TypeAlias = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="
 
 @dataclasses.dataclass(frozen=True)
 class InspectArguments:
-    """Path, shape and dtype of every array, the totals, and the model they look like; no array is read."""
+    """Show path, shape and dtype of every array, the totals, and the model they look like; no array is read."""
 
     path: Source  # a params folder, checkpoint, run, .npz, .safetensors, or a URL (gs://, hf://)
-    variant: str | None = None  # list what differs from pi0, pi05, pi0_fast, each with _lora, paligemma or a preset
+    variant: str | None = None  # list what differs from pi0, pi05, pi0_fast (or with _lora), paligemma, or a preset
     json: bool = False  # print one JSON object instead of a table
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertArguments:
-    """Copies weights into another layout; of a training checkpoint the average, if it keeps one."""
+    """Copy weights into another layout; from a training checkpoint, their moving average if it has one."""
 
-    source: Source  # as for inspect
+    source: Source  # the weights to copy, named as for inspect
     target: Target  # NAME.npz, NAME.safetensors, or a folder for openpi's own layout
-    layout: Layout | None = None  # None: by the target's name; orbax-bare lacks the level "value", as released weights
-    dtype: Literal["keep", "float32", "bfloat16"] = "keep"  # of all floating-point arrays
+    layout: Layout | None = None  # None: by the target's name; orbax-bare has no level "value", like released weights
+    dtype: Literal["keep", "float32", "bfloat16"] = "keep"  # the dtype of all floating-point arrays
     variant: str | None = None  # refuse weights that are not exactly this model; as for inspect
-    merge_adapters: bool = False  # add LoRA adapters to what they adapt, and write a model without
-    adapter_scaling: float | None = None  # alpha / rank of attention layers; None: of the variant that the sizes tell
+    merge_adapters: bool = False  # add LoRA adapters to the weights they adapt, and write a model without them
+    adapter_scaling: float | None = None  # alpha / rank of attention layers; None: that of the variant with these sizes
     overwrite: bool = False  # replace weights at the target
 
 
@@ -107,14 +107,14 @@ def _convert(arguments: ConvertArguments) -> int:
 
 
 def _merged(arrays: Mapping[str, Any], found: Mapping[str, str], scaling: float | None) -> dict[str, Any]:
-    """The arrays with their adapters added; ``found`` is the model they are of."""
+    """Return the arrays with their adapters added; ``found`` describes their model."""
     if not any("lora" in path for path in arrays):
         raise ValueError("--merge_adapters: these weights have no adapters")
     variants = [found.get(f"{part}_variant", "none") for part in ("paligemma", "action_expert")]
     unknown = [name for name in variants if name not in gemma.VARIANTS and "attention_lora" in name]
     if unknown and scaling is None:
         raise ValueError(
-            "the weights do not tell by what their adapters are scaled, and these sizes have no name here: "
+            "the weights do not say how their adapters are scaled, and no variant is known with these sizes: "
             f"{unknown[0]}. Give --adapter_scaling, which is alpha / rank of the attention layers"
         )
     own = [gemma.VARIANTS[name].adapter_scaling if name in gemma.VARIANTS else 1.0 for name in variants]
@@ -127,7 +127,7 @@ def _mismatches(variant: str | None, arrays: Mapping[str, Any]) -> list[str] | N
 
 
 def _expected(variant: str) -> dict[str, Any]:
-    """Shape and dtype of every parameter of a variant; none is allocated."""
+    """Return shape and dtype of every parameter of a variant; none is allocated."""
     if variant in VARIANTS:
         config = VARIANTS[variant]
     elif variant in presets.PRESETS:

@@ -1,4 +1,4 @@
-"""Does the critic know what the policy will achieve? Q of the chosen chunks against what came of them."""
+"""Agreement of the critic with the outcome: Q of the chosen chunks against the returns that followed them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ NUM_BINS = 10
 class Choice:
     """The value of one chosen chunk among its candidates."""
 
-    q: float  # of the chosen chunk
-    q_mean: float  # over the candidates
+    q: float  # Q of the chosen chunk
+    q_mean: float  # mean over the candidates
     q_std: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Bin:
-    """Chunks of similar Q, and the discounted return that followed them on average."""
+    """Chunks of similar Q: their mean Q, and the mean discounted return that followed them."""
 
     q: float
     returns: float
@@ -34,9 +34,9 @@ class Bin:
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """Q of every executed chunk against the discounted return from its start to the end of the episode.
+    """Agreement between Q of every executed chunk and the discounted return from its start to the end of the episode.
 
-    The return is cut at the time limit, where the critic is not: with rewards of -1 and 0 an unsolved episode's true
+    The return is cut at the time limit, but Q is not: with rewards of -1 and 0 an unsolved episode's true
     return is lower than the one used here, so ``overestimation`` is a lower bound. A number that the episodes do not
     determine (all solved, or none) is None.
     """
@@ -63,7 +63,7 @@ def agreement(
     discount: float,
     execute_horizon: int,
 ) -> Agreement:
-    """``choices`` has the chunks of each episode in order, by the episode's number."""
+    """Compare Q with returns. ``choices`` holds the chunks of each episode in order, by the episode's number."""
     returns = [discounted_returns(each.episode.rewards, discount)[::execute_horizon] for each in rollouts]
     chosen = [choices[each.number] for each in rollouts]
     q = np.array([choice.q for episode in chosen for choice in episode])
@@ -89,7 +89,7 @@ def agreement(
 
 
 def discounted_returns(rewards: Float[np.ndarray, " t"], discount: float) -> Float[np.ndarray, " t"]:
-    """From each step to the end.
+    """Return the discounted return from each step to the end.
 
     >>> discounted_returns(np.array([-1.0, -1.0, 0.0]), 0.5)
     array([-1.5, -1. ,  0. ])
@@ -103,14 +103,14 @@ def discounted_returns(rewards: Float[np.ndarray, " t"], discount: float) -> Flo
 
 
 def calibration(q: Float[np.ndarray, " n"], returns: Float[np.ndarray, " n"]) -> tuple[Bin, ...]:
-    """Bins of equally many chunks, by rising Q."""
+    """Return bins of equally many chunks, by increasing Q."""
     order = np.argsort(q, kind="stable")
     parts = [part for part in np.array_split(order, NUM_BINS) if len(part)]
     return tuple(Bin(float(q[part].mean()), float(returns[part].mean()), len(part)) for part in parts)
 
 
 def auc(positive: Float[np.ndarray, " p"], negative: Float[np.ndarray, " n"]) -> float | None:
-    """Area under the ROC curve: the Mann-Whitney statistic, a tie counting half. None where one side is empty."""
+    """Return the area under the ROC curve (Mann-Whitney statistic, ties count half); None if one side is empty."""
     if not len(positive) or not len(negative):
         return None
     of_positive = ranks(np.concatenate([positive, negative]))[: len(positive)]
@@ -119,14 +119,14 @@ def auc(positive: Float[np.ndarray, " p"], negative: Float[np.ndarray, " n"]) ->
 
 
 def spearman(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float | None:
-    """Correlation of the ranks (Spearman 1904), ties sharing their mean rank. None where either is constant."""
+    """Return the correlation of the ranks (Spearman 1904); ties share their mean rank. None if either is constant."""
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
 
 
 def ranks(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """From 1; equal values share the mean of their places.
+    """Return the ranks, from 1; equal values share their mean rank.
 
     >>> ranks(np.array([10.0, 30.0, 10.0]))
     array([1.5, 3. , 1.5])

@@ -12,21 +12,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_POINTS = 500  # of one curve
+MAX_POINTS = 500  # points of one curve
 
 POLICIES = {
     "bc": ("imitation", "the flow alone, one sample a chunk"),
     "offline": ("offline", "the trained policy, after updates on prior data"),
     "online": ("online", "the trained policy, after its own episodes too"),
 }
-"""What an evaluation is of: its name on the page, and what acted."""
+"""The evaluated policies: their name on the page, and what acted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
     """Result of one evaluation, with its Wilson 95 % interval."""
 
-    step: int | None  # updates before it; None where only the summary is left
+    step: int | None  # updates before it; None if only the summary is left
     env_steps: int | None
     success: float
     low: float
@@ -41,22 +41,22 @@ class Evaluated:
 class Chart(NamedTuple):
     title: str
     caption: str
-    svg: str  # an element without addresses, its ids unlike those of other titles
+    svg: str  # an element without URLs; its ids differ from those of other titles
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One pair of axes: its quantity with the unit, and metrics with what they are called there."""
+    """One pair of axes: the quantity with its unit, and the metrics with their labels."""
 
     label: str
     metrics: Mapping[str, str]
-    log: bool = False  # where all values are positive and span two decades
-    hide_zero: bool = False  # a loss that is not in use
+    log: bool = False  # if all values are positive and span two decades
+    hide_zero: bool = False  # hide a loss that is not in use
 
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """Panels one below the other that share the updates."""
+    """A chart of panels, one below the other, over the same updates."""
 
     title: str
     caption: str
@@ -100,10 +100,10 @@ CURVES = (
 
 INK, FAINT, ORANGE, PURPLE, BLUE = "#010203", "#040506", "#0a0b01", "#0a0b02", "#0a0b03"
 CSS_COLOURS = {INK: "ink", FAINT: "faint", ORANGE: "orange", PURPLE: "purple", BLUE: "blue"}
-"""Stand-ins that matplotlib writes, and the variables of the page's style that take their place."""
+"""Placeholder colours that matplotlib writes, and the variables of the page's style that replace them."""
 
 POLICY_STYLES = {"bc": ("D", ORANGE), "offline": ("s", PURPLE), "online": ("o", BLUE)}
-"""Marker and colour: policies can be told apart without colours too."""
+"""Markers and colours: policies can be told apart without colours, too."""
 
 CHART_WIDTH = 5.0  # inches of 72 units, so that text keeps its size in one column of a phone and two of a laptop
 CHART_STYLE = {
@@ -133,7 +133,7 @@ CHART_STYLE = {
 
 
 def results(last: Mapping[str, Evaluated]) -> Chart:
-    """The last evaluation of every policy."""
+    """Draw the last evaluation of every policy."""
     return _chart(
         "Success by policy",
         "Points are success rates, bars Wilson 95 % intervals. Every policy met the same seeds.",
@@ -143,7 +143,7 @@ def results(last: Mapping[str, Evaluated]) -> Chart:
 
 
 def learning(evaluations: Mapping[str, Sequence[Evaluated]], boundary: int | None) -> Chart:
-    """Success over updates; ``boundary`` is the update at which online training began."""
+    """Draw success over updates; ``boundary`` is the update at which online training began."""
     caption = "Each point is one evaluation, its bar the Wilson 95 % interval."
     if "bc" in evaluations:
         caption += " Imitation is drawn a little to the left of its update."
@@ -153,7 +153,7 @@ def learning(evaluations: Mapping[str, Sequence[Evaluated]], boundary: int | Non
 
 
 def calibration(bins: Sequence[Mapping[str, float]]) -> Chart:
-    """Achieved return over Q, in bins of equally many chunks."""
+    """Draw achieved return over Q, in bins of equally many chunks."""
     return _chart(
         "Calibration of Q",
         "Each point is a tenth of the executed chunks, by rising Q: their mean Q, and the discounted return that "
@@ -163,7 +163,7 @@ def calibration(bins: Sequence[Mapping[str, float]]) -> Chart:
 
 
 def curves(what: Curves, records: Sequence[Mapping[str, Any]], boundary: int | None) -> Chart | None:
-    """``train/`` metrics over updates; None where the records hold nothing of them."""
+    """Draw ``train/`` metrics over updates; None if the records hold none of them."""
     panels = [(panel, series) for panel in what.panels if (series := _panel_series(panel, records))]
     if not panels:
         return None
@@ -185,7 +185,7 @@ def curves(what: Curves, records: Sequence[Mapping[str, Any]], boundary: int | N
 
 
 def _chart(title: str, caption: str, draw: Callable[[Any], None], *, height: float = 2.9) -> Chart:
-    """``draw`` gets an empty matplotlib figure, ``height`` inches high."""
+    """Return a chart; ``draw`` gets an empty matplotlib figure, ``height`` inches high."""
     try:
         from matplotlib import style
         from matplotlib.figure import Figure
@@ -200,7 +200,7 @@ def _chart(title: str, caption: str, draw: Callable[[Any], None], *, height: flo
 
 
 def _inline_svg(text: str, label: str) -> str:
-    """matplotlib's file as an element of a page: no header, no addresses, no ids that repeat, the page's colours."""
+    """Return matplotlib's file as an element of a page: no header, no URLs, no repeated ids, the page's colours."""
     box = re.search(r'viewBox="[^"]*"', text)
     assert box is not None, "matplotlib writes a viewBox"
     inner = text[text.index(">", box.end()) + 1 :]
@@ -258,7 +258,7 @@ Series = tuple[list[int], list[float]]  # updates, values
 
 
 def _panel_series(panel: Panel, records: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
-    """Thinned curves by label; a value that is not finite is NaN."""
+    """Return thinned curves by label; a value that is not finite becomes NaN."""
     series: dict[str, Series] = {}
     for metric, label in panel.metrics.items():
         points = [(record["step"], record.get(f"train/{metric}")) for record in records]
@@ -270,7 +270,7 @@ def _panel_series(panel: Panel, records: Sequence[Mapping[str, Any]]) -> dict[st
 
 
 def thin(points: Sequence[Any], limit: int) -> list[Any]:
-    """At most ``limit`` of the points, evenly spaced, first and last among them."""
+    """Return at most ``limit`` of the points, evenly spaced, including the first and the last."""
     if len(points) <= limit:
         return list(points)
     return [points[index] for index in np.linspace(0, len(points) - 1, limit).round().astype(int)]
@@ -290,7 +290,7 @@ def _draw_panel(axes: Any, panel: Panel, series: Mapping[str, Series]) -> None:
 
 
 def _finish_updates(axes: Any, boundary: int | None, *, label: bool = True) -> None:
-    """The horizontal axis of everything over updates."""
+    """Set up the horizontal axis of a chart over updates."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     if boundary is not None:

@@ -1,8 +1,8 @@
 """Checkpoints: the policy as openpi writes it, everything else beside it, one atomic commit for all.
 
-checkpoints/<step>/params/      the policy's parameters in openpi's layout; their moving average where there is one
+checkpoints/<step>/params/      the policy's parameters in openpi's layout; their moving average if there is one
                   /assets/<asset id>/norm_stats.json
-                  /acrlpd/      critics, targets, temperature, student, optimisers, step; beside an average, its source
+                  /acrlpd/      critics, targets, temperature, student, optimisers, step; the source of an average
                   /run/         JSON: the configuration, counters of the run, library versions, checksums of all this
 """
 
@@ -36,14 +36,14 @@ from acrlpd.training.metrics import write_json
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-FORMAT_VERSION = 1  # of the JSON beside the arrays; 0, without one, is what was written before there were versions
-WRITTEN_HERE = ("step", "versions", "structure", "checksums", "format_version")  # the rest is the run's
+FORMAT_VERSION = 1  # version of the JSON beside the arrays; JSON without one is 0, from before there were any
+WRITTEN_HERE = ("step", "versions", "structure", "checksums", "format_version")  # the rest comes from the run
 SHOWN = 20  # arrays in a message
-DAMAGED = "damaged"  # below the checkpoints: what could not be read when a run was resumed
+DAMAGED = "damaged"  # folder for checkpoints that could not be read when a run was resumed
 
 
 class AssetsHandler(ocp.CheckpointHandler):
-    """Normalization statistics in the file where openpi looks for them."""
+    """Orbax's handler for normalization statistics: it writes the file where openpi looks for them."""
 
     def save(self, directory: os.PathLike[str], args: AssetsSave) -> None:
         if jax.process_index() == 0:
@@ -61,7 +61,7 @@ class AssetsSave(ocp.args.CheckpointArgs):
 
 
 def read_norm_stats(assets: Path, asset_id: str | None = None) -> dict[str, NormStats]:
-    """The statistics of an asset id under an ``assets`` folder; None: of the only one there."""
+    """Read the statistics of an asset id under an ``assets`` folder; None: of the only one there."""
     files = {file.parent.relative_to(assets).as_posix(): file for file in sorted(assets.rglob(normalize.FILE_NAME))}
     if not files:
         raise ValueError(f"{assets} holds no {normalize.FILE_NAME}: expected <asset id>/{normalize.FILE_NAME} there")
@@ -85,16 +85,16 @@ class Restored:
 
 
 class DamagedCheckpoint(ValueError):  # noqa: N818 (an error all the same)
-    """A checkpoint's files are missing, cut short, or hold something else than was saved."""
+    """A checkpoint's files are missing, cut short, or hold something other than what was saved."""
 
 
 class LaterVersion(ValueError):  # noqa: N818 (an error all the same)
-    """A whole checkpoint that a later version of this project has written."""
+    """An intact checkpoint that a later version of this project has written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Named(ocp.checkpoint_managers.PreservationPolicy):
-    """Keeps the steps of a set that may grow and shrink meanwhile."""
+    """Orbax's policy that keeps the steps of a set, which may grow and shrink meanwhile."""
 
     steps: set[int]
 
@@ -103,9 +103,9 @@ class _Named(ocp.checkpoint_managers.PreservationPolicy):
 
 
 class ACRLPDCheckpointManager:
-    """Asynchronous saves. The newest few are kept, one every ``keep_period`` steps, and those in the set ``keep``.
+    """Manager of asynchronous saves. It keeps the newest few, one every ``keep_period`` steps, and the set ``keep``.
 
-    ``writer``: of the process that trains; what a killed one left half written is removed, which a reader must not do.
+    ``writer``: the process trains; it removes what a killed process left half written, which a reader must not do.
     """
 
     def __init__(
@@ -127,13 +127,13 @@ class ACRLPDCheckpointManager:
             self._policies.append(ocp.checkpoint_managers.EveryNSteps(keep_period))
         self._arrays = ocp.PyTreeCheckpointHandler(
             use_compression=False
-        )  # floats hardly shrink, updates want the cores
+        )  # floats hardly compress, and updates need the cores
         if writer:
-            self._manager.reload()  # makes it, which removes what a killed process left half written
+            self._manager.reload()  # creates it, which removes what a killed process left half written
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
-        """Orbax's own, which writes. What is read is read file by file, whatever became of those beside it."""
+        """Orbax's own manager, which writes. Reading goes file by file without it, whatever happened to other files."""
         return ocp.CheckpointManager(
             self.directory,
             item_handlers={
@@ -151,7 +151,7 @@ class ACRLPDCheckpointManager:
 
     @property
     def _begun(self) -> list[int]:
-        """The steps that Orbax knows, with those that are still being written."""
+        """The steps that Orbax knows, including those that are still being written."""
         return list(self._manager.all_steps()) if "_manager" in vars(self) else []
 
     def steps(self) -> list[int]:
@@ -162,10 +162,10 @@ class ACRLPDCheckpointManager:
     def save(
         self, agent: ACRLPDAgent, *, asset_id: str, norm_stats: Mapping[str, NormStats], run: Mapping[str, Any]
     ) -> int:
-        """Starts a save under the agent's step and returns that step. An existing one is left as it is.
+        """Start a save under the agent's step and return that step. An existing checkpoint is left as it is.
 
         Raises:
-            RunFault: this save or the one before could not be written; complete checkpoints are as they were.
+            RunFault: this save or the one before could not be written; complete checkpoints are unchanged.
         """
         step = int(agent.step)
         if step in self._manager.all_steps():
@@ -192,7 +192,7 @@ class ACRLPDCheckpointManager:
         return step
 
     def replace_run(self, step: int, run: Mapping[str, Any]) -> None:
-        """Other JSON beside the arrays of a checkpoint, all at once; waits until that lies on disk."""
+        """Replace the JSON beside the arrays of a checkpoint atomically, and wait until it is on disk."""
         self.wait()
         if jax.process_index() == 0:
             kept = {name: value for name, value in self.read_run(step).items() if name in WRITTEN_HERE}
@@ -200,17 +200,17 @@ class ACRLPDCheckpointManager:
             write_json(self._run_file(step), _sealed(content) if "format_version" in kept else content)
 
     def restore_newest(self, template: ACRLPDAgent, *, before: int | None = None) -> Restored:
-        """The newest checkpoint that is whole, not later than ``before``. Damaged ones are moved away, loudly."""
+        """Restore the newest intact checkpoint, not later than ``before``. Damaged ones are logged and moved away."""
         return self.newest(functools.partial(self.restore, template), before=before)
 
     def newest(self, read: Callable[[int], T], *, after: int = -1, before: int | None = None) -> T:
-        """Return what ``read`` finds in the newest checkpoint, or where that is damaged, in the one before it.
+        """Return what ``read`` finds in the newest checkpoint, or if that is damaged, in the one before it.
 
-        Steps are later than ``after`` and not later than ``before``. Each damaged one is told; the process that trains
-        moves it away.
+        Steps are later than ``after`` and not later than ``before``. Each damaged one is logged; the process that
+        trains also moves it away.
 
         Raises:
-            ValueError: there is none that can be read.
+            ValueError: no checkpoint can be read.
             LaterVersion: the newest was written by a later version; nothing was changed.
         """
         told = ""
@@ -233,19 +233,19 @@ class ACRLPDCheckpointManager:
         )
 
     def damaged(self) -> list[str]:
-        """Names of the checkpoints that were set aside."""
+        """Return the names of the checkpoints that were set aside."""
         folder = self.directory / DAMAGED
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
     def restore(self, template: ACRLPDAgent, step: int | None = None) -> Restored:
-        """The checkpoint of ``step`` (the newest by default) in the template's shapes and shardings.
+        """Restore the checkpoint of ``step`` (the newest by default) in the template's shapes and shardings.
 
-        A template without optimiser state is an agent that only acts: the checkpoint's, its larger part, is not read,
-        and the checksum of the policy alone is compared.
+        A template without optimiser state is an agent that only acts: the checkpoint's optimiser state, its larger
+        part, is not read, and only checksums of what is read are compared.
 
         Raises:
             DamagedCheckpoint: it cannot be read, or its numbers are not those that were saved.
-            ValueError: it is whole, but of an agent of another structure.
+            ValueError: it is intact, but its agent has another structure.
         """
         step = self._resolve(step)
         policy, rest = (jax.tree.map(ocp.utils.to_shape_dtype_struct, tree) for tree in _split(template))
@@ -262,22 +262,22 @@ class ACRLPDCheckpointManager:
         return Restored(_join(template, policy, rest), self.read_norm_stats(step), run, step)
 
     def release(self, step: int | None) -> None:
-        """No longer kept, but for those that were named at the start."""
+        """Stop keeping ``step``, unless it was named at the start."""
         if step is not None and step not in self._always:
             self.keep.discard(step)
 
     def discard_after(self, step: int) -> None:
-        """Deletes later checkpoints: the run goes another way from here."""
+        """Delete later checkpoints: the run takes another way from here."""
         for later in self.steps():
             if later > step:
                 self._manager.delete(later)
 
     def read_run(self, step: int | None = None) -> dict[str, Any]:
-        """The JSON of a checkpoint: its configuration and counters.
+        """Return the JSON of a checkpoint: its configuration and counters.
 
         Raises:
-            DamagedCheckpoint: it cannot be read, or does not say what was saved.
-            LaterVersion: it is whole, and says what this version does not know.
+            DamagedCheckpoint: it cannot be read, or is not what was saved.
+            LaterVersion: it is intact, but in a format that this version does not know.
         """
         step = self._resolve(step)
         file = self._run_file(step)
@@ -303,13 +303,13 @@ class ACRLPDCheckpointManager:
         assets = self.directory / str(step) / "assets"
         with self._naming(step, assets):
             found = read_norm_stats(assets)
-        saved = self.read_run(step)["checksums"].get("norm_stats")  # the first versions have saved none
+        saved = self.read_run(step)["checksums"].get("norm_stats")  # the first versions saved none
         if saved is not None and saved != checksum.of_norm_stats(found):
             raise self._damaged(step, f"{assets}: the statistics are not those that were saved")
         return found
 
     def wait(self) -> None:
-        """Until all started saves lie on disk."""
+        """Wait until all started saves are on disk."""
         if "_manager" not in vars(self):
             return
         try:
@@ -335,23 +335,23 @@ class ACRLPDCheckpointManager:
 
     @contextlib.contextmanager
     def _naming(self, step: int, path: Path) -> Iterator[None]:
-        """Around what reads ``path``: whatever is wrong with it is a damage of its checkpoint.
+        """Report any error of the block, which reads ``path``, as damage of its checkpoint.
 
-        Not so what is wrong with this machine: its memory, or its user's rights.
+        Errors of this machine (its memory, its user's rights) are raised as they are.
         """
         try:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError, PermissionError):
             raise
-        except Exception as error:  # of as many kinds as there are files to damage; some of Orbax's have no class
+        except Exception as error:  # each kind of file has its own errors; some of Orbax's have no class
             reason = next(iter(str(error).splitlines()), type(error).__name__).partition(" [tensorstore_spec=")[0]
             told = reason if str(path) in reason else f"{path}: {reason}"
             raise self._damaged(step, told) from error
 
     def _check_structure(self, step: int, expected: dict[str, Any], saved: int | None, *, unread: str) -> None:
-        """Raises where the arrays that are there are not those that were saved, or not those of this agent.
+        """Raise if the stored arrays are not those that were saved, or not those of this agent.
 
-        ``unread``: what is not read of it may differ from the agent's.
+        ``unread``: the part that is not read, which may differ from the agent's.
         """
         stored: dict[str, tuple[int, ...]] = {}
         for item in expected:
@@ -396,14 +396,14 @@ class ACRLPDCheckpointManager:
         return steps[-1] if step is None else step
 
 
-@functools.cache  # a look at each package's files, while no update can run
+@functools.cache  # it looks at each package's files, and no update can run meanwhile
 def versions() -> dict[str, str]:
-    """Of the libraries whose change can change numbers."""
+    """Return the versions of the libraries whose changes can change results."""
     return {name: importlib.metadata.version(name) for name in ("acrlpd", "jax", "jaxlib", "flax", "optax", "numpy")}
 
 
 def checksums(agent: ACRLPDAgent) -> dict[str, int]:
-    """Of the parts of a checkpoint that hold arrays. The first call for an agent of its shapes compiles."""
+    """Return a checksum for each part of a checkpoint that holds arrays. The first call for new shapes compiles."""
     policy, rest = _split(agent)
     return checksum.of_arrays(_groups(policy, rest))
 
@@ -413,15 +413,15 @@ def _groups(policy: Params, rest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sums_found(run: Mapping[str, Any], policy: Params, rest: Mapping[str, Any]) -> dict[str, int]:
-    """The checksums of the arrays that were read, as the version that wrote them took them."""
+    """Return the checksums of the arrays that were read, computed as the version that wrote them did."""
     if "format_version" in run:
         return checksum.of_arrays(_groups(policy, rest))
     sums = {"params": checksum.of_format_0(policy)}
-    return sums | ({"acrlpd": checksum.of_format_0(rest)} if "opt_state" in rest else {})  # which is in the same sum
+    return sums | ({"acrlpd": checksum.of_format_0(rest)} if "opt_state" in rest else {})  # opt_state is in that sum
 
 
 def _sealed(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON with the version of its form, if it says none yet, and the checksum of everything else in it."""
+    """Return the JSON with its format version, if it has none yet, and the checksum of everything else in it."""
     content = {"format_version": FORMAT_VERSION, **run}
     content.pop("checksum", None)
     return {**content, "checksum": checksum.of_text(content)}
@@ -443,7 +443,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _split(agent: ACRLPDAgent) -> tuple[Params, dict[str, Any]]:
-    """The whole policy that acts (trainable and frozen) as openpi stores it, and everything else."""
+    """Return the whole policy that acts (trainable and frozen) as openpi stores it, and everything else."""
     policy = agent.acting_policy
     averages = {group: value for group, value in agent.ema.items() if group != "policy"}
     rest: dict[str, Any] = {
@@ -462,7 +462,7 @@ def _join(template: ACRLPDAgent, policy: Params, rest: Mapping[str, Any]) -> ACR
     acting = {"policy": unflatten_dict({path: array for path, array in arrays.items() if path in trainable})}
     return dataclasses.replace(
         template,
-        params=acting | rest["params"],  # beside an average lies its source
+        params=acting | rest["params"],  # beside an average, use its source
         frozen=unflatten_dict({path: array for path, array in arrays.items() if path not in trainable}),
         target_critic=rest["target_critic"],
         opt_state=rest["opt_state"] if template.opt_state else {},

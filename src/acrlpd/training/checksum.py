@@ -1,4 +1,4 @@
-"""Checksums of what a checkpoint holds: of arrays where they lie, of statistics and JSON as text."""
+"""Checksums of a checkpoint's content: of arrays on their devices, of statistics and JSON as text."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 def of_arrays(groups: Mapping[str, Any]) -> dict[str, int]:
-    """Return one number for each group: another one if a bit is another, or if arrays, rows or elements change places.
+    """Return one number for each group; it changes if any bit changes, or if arrays, rows or elements change places.
 
-    It does not depend on how the arrays are spread over devices. The first call for arrays of their shapes compiles.
+    It does not depend on how the arrays are spread over devices. The first call for new shapes compiles.
     """
     sums = {
         name: [_placed_sum(array, _place(path)) for path, array in paths(tree).items()] for name, tree in groups.items()
@@ -30,34 +30,34 @@ def of_arrays(groups: Mapping[str, Any]) -> dict[str, int]:
 
 
 def of_text(value: Any) -> int:
-    """Return the checksum of what JSON can hold, however it is laid out in a file."""
+    """Return the checksum of a value for JSON, whatever its layout in a file."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def of_norm_stats(norm_stats: Mapping[str, NormStats]) -> int:
-    """Return the checksum of the statistics as they are written down, in which every number keeps its value."""
+    """Return the checksum of the statistics as they are written to a file, where every number keeps its value."""
     return of_text(normalize.to_dict(norm_stats))
 
 
 def paths(tree: Any) -> dict[str, Any]:
-    """Return every array of a tree by its path, whatever kinds of containers hold it."""
+    """Return every array of a tree by its path, whatever kind of container holds it."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {"".join(f"/{_key(key)}" for key in path): leaf for path, leaf in leaves}
 
 
 def _key(key: Any) -> Any:
-    """A key of a path; dataclasses and tuples are stored as dictionaries."""
+    """Return one key of a path as text or a number; dataclasses and tuples are stored as dictionaries."""
     return next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name))
 
 
 def _place(path: str) -> np.uint32:
-    """Where the elements of an array begin to be counted: its name in numbers."""
+    """Return the number from which an array's elements are counted: a hash of its name."""
     return np.uint32(zlib.crc32(path.encode()))
 
 
-@jax.jit  # by itself, so that arrays of one shape, of which optimisers have many, share a program
+@jax.jit  # compiled alone, so that arrays of one shape, of which optimisers have many, share a program
 def _placed_sum(array: Array, place: UInt32[Array, ""]) -> UInt32[Array, ""]:
-    """The sum of a hash of each element's bits and its place."""
+    """Return the sum of a hash of each element's bits and its place."""
     stride = 1
     for axis in reversed(range(array.ndim)):
         steps = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
@@ -67,7 +67,7 @@ def _placed_sum(array: Array, place: UInt32[Array, ""]) -> UInt32[Array, ""]:
 
 
 def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """A permutation of the numbers below 2^32 in which every bit depends on every other (Wellons' lowbias32)."""
+    """Apply a permutation of the numbers below 2^32 in which every bit depends on every other (Wellons' lowbias32)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)

@@ -1,4 +1,4 @@
-"""Prior data made on the spot: one HDF5 file an episode, successes and failures alike, as far as they are missing."""
+"""Collection of prior data: one HDF5 file per episode, success or failure; only missing episodes are made."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from acrlpd.training.evaluate import EpisodeDraws, chunk_policy
 
 
 def collect_prior(env: EnvConfig, wanted: CollectConfig, directory: Path, *, seed: int) -> None:
-    """By a scripted expert or at random. Episode k depends on the seed and k alone."""
+    """Collect with a scripted expert or at random. Episode k depends only on the seed and k."""
     noise_range = wanted.noise_range if wanted.policy == "expert" else None
     folder = _Folder(
         directory, {"env": to_dict(env), "policy": wanted.policy, "noise_range": noise_range, "seed": seed}
@@ -56,7 +56,7 @@ def collect_by_agent(
     num_workers: int,
     seed: int,
 ) -> None:
-    """By a trained policy, all environments with one call. An episode whose worker dies stays missing."""
+    """Collect with a trained policy, one call for all environments. An episode whose worker dies stays missing."""
     folder = _Folder(directory, {"env": to_dict(env), "policy": checkpoint, "mode": mode, "seed": seed})
     missing = folder.missing(episodes)
     if not missing:
@@ -84,17 +84,17 @@ def collect_by_agent(
 
 
 class _Folder:
-    """Of episodes made in one way, which each file states."""
+    """A folder of episodes that were all made in one way, which each file states."""
 
     def __init__(self, directory: Path, made_by: Mapping[str, Any]):
         self.directory = directory
         self.made_by = made_by
 
     def missing(self, episodes: int) -> list[int]:
-        """Numbers that have no file yet.
+        """Return the numbers of the episodes that have no file yet.
 
         Raises:
-            ValueError: the files that are there were made in another way.
+            ValueError: the existing files were made in another way.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         remove_abandoned(self.directory)
@@ -117,5 +117,5 @@ class _Folder:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+    """Return a value as it comes back from JSON."""
     return list(value) if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""Two policies on the same seeds: what each solved that the other did not, and how sure that makes us."""
+"""Comparison of two policies on the same seeds: what only one of them solved, and how certain the difference is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from acrlpd.envs.rollout import Rollout
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A second policy against a first. Seeds that both finished count, an episode lost by either does not."""
+    """A second policy against a first. Only seeds that both finished count; an episode lost by either does not."""
 
     episodes: int
     first_successes: int
@@ -25,7 +25,7 @@ class Comparison:
     difference: float  # success rate of the second minus that of the first
     low: float  # paired bootstrap, 95 % interval of the difference
     high: float
-    p_value: float  # exact McNemar: of only_first and only_second being this unequal by chance
+    p_value: float  # exact McNemar: that only_first and only_second are this unequal by chance
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -39,7 +39,7 @@ class Comparison:
 
 
 def compare(first: Sequence[Rollout], second: Sequence[Rollout], *, num_resamples: int = 10_000) -> Comparison:
-    """Pairs rollouts by their seed; the interval resamples pairs, which keeps what the seeds have in common."""
+    """Compare rollouts in pairs of one seed; the interval resamples pairs, which keeps the effect of the seed."""
     after = {each.seed: each.success for each in second}
     pairs = [(each.success, after[each.seed]) for each in first if each.seed in after]
     if not pairs:
@@ -61,7 +61,7 @@ def compare(first: Sequence[Rollout], second: Sequence[Rollout], *, num_resample
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p-value (McNemar 1947): where the policies differ, either should win half of the time.
+    """Return the exact two-sided p-value (McNemar 1947): where the policies differ, each should win half of the time.
 
     ``mcnemar(0, 5)`` is 2 / 2**5; without a difference it is 1.
     """
@@ -73,7 +73,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 def bootstrap_interval(
     first: Bool[np.ndarray, " n"], second: Bool[np.ndarray, " n"], *, num_resamples: int, coverage: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of second - first over resampled pairs (Efron 1979), always the same draws."""
+    """Return the percentile interval of mean(second - first) over resampled pairs (Efron 1979), with fixed draws."""
     difference = second.astype(np.int64) - first.astype(np.int64)
     n = len(difference)
     shares = [np.mean(difference == value) for value in (-1, 0, 1)]

@@ -1,4 +1,4 @@
-"""Why a run goes no further: said in the terminal, in ``summary.json`` and in the report."""
+"""The reasons why a run ended, as the terminal, ``summary.json`` and the report give them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from acrlpd.training.run import Progress, RunFiles
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """The end of a run. ``rule`` is the field of the configuration by which early stopping ended it."""
+    """The end of a run. ``rule`` is the configuration field by which early stopping ended it."""
 
     reason: Literal["finished", "early stop", "interrupted", "crashed"]
     text: str
@@ -24,7 +24,7 @@ OVER = ("finished", "early stop")  # reasons after which --resume changes nothin
 
 
 def early_stop(config: TrainConfig, progress: Progress) -> Ended | None:
-    """Whether an online run should stop early. Nothing counts before an online evaluation has succeeded once."""
+    """Return the early stop of an online run, or None. Nothing counts before an online evaluation succeeds once."""
     best, since = progress.best_success, progress.evaluations_since_best
     if best <= 0:
         return None
@@ -41,13 +41,13 @@ def early_stop(config: TrainConfig, progress: Progress) -> Ended | None:
 
 
 def online_is_over(config: TrainConfig, progress: Progress) -> bool:
-    """Whether the online phase has come to its end, evaluation included, and should not go on."""
+    """Return whether the online phase has ended, evaluation included, and should not continue."""
     is_long_enough = progress.counted_steps >= config.online_steps or early_stop(config, progress) is not None
     return "online" in progress.finished and is_long_enough
 
 
 def is_over(config: TrainConfig, progress: Progress, updates: int) -> Ended | None:
-    """Why a run of this configuration has nothing left to do, or None: it has."""
+    """Return why a run of this configuration has nothing left to do; None if something is left."""
     if config.offline_steps and not ("offline" in progress.finished and updates >= config.offline_steps):
         return None
     if config.env is None or not config.online_steps:
@@ -61,7 +61,7 @@ def is_over(config: TrainConfig, progress: Progress, updates: int) -> Ended | No
 
 
 def cut_short(error: Exception, updates: int) -> Ended:
-    """The end of a run by a signal or an error."""
+    """Return the end of a run that a signal or an error cut short."""
     if isinstance(error, Interrupted):
         return Ended("interrupted", f"was interrupted at update {updates:,}; --resume goes on")
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -69,11 +69,11 @@ def cut_short(error: Exception, updates: int) -> Ended:
 
 
 def known_summary(files: RunFiles, progress: Progress, updates: int) -> dict[str, Any] | None:
-    """The summary of a run that is over and has these counters, or None: there is none, or one that does not fit."""
+    """Return the summary of a run that is over with these counters; None if there is none or it does not fit."""
     try:
         summary = json.loads(files.summary.read_bytes())
         reason = summary["ended"]["reason"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):  # it is written again
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):  # it will be written again
         return None
     counters = {"updates": updates, "env_steps": progress.env_steps, "phases": progress.results}
     return summary if reason in OVER and all(summary.get(key) == value for key, value in counters.items()) else None

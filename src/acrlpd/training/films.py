@@ -1,4 +1,4 @@
-"""An evaluation's episodes seed by seed, and one of them filmed by executing its actions again."""
+"""Outcomes of an evaluation by seed, and films of its episodes, made by executing their actions again."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from PIL import Image
 from acrlpd.envs.env import Environment, PhysicsError
 from acrlpd.files import NPZ_DAMAGE, npz_outline, one_line
 
-NUM_FRAMES = 8  # of one filmstrip
+NUM_FRAMES = 8  # frames of one filmstrip
 FRAME_SIZE = 192  # pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcomes:
-    """An evaluation at the end of a phase, seed by seed, as ``run.save_rollouts`` leaves it."""
+    """Outcomes of an evaluation at the end of a phase, by seed, as ``run.save_rollouts`` writes them."""
 
     seed: Int[np.ndarray, " n"]
     success: Bool[np.ndarray, " n"]
@@ -45,7 +45,7 @@ class Outcomes:
 
 
 RENDERING_ERRORS = (RuntimeError, ImportError, ValueError, AttributeError)
-"""No renderer, no simulator, or not the one of the run. PyOpenGL raises AttributeError where its library is missing."""
+"""Errors if the renderer or the run's simulator is missing. PyOpenGL raises AttributeError without its library."""
 
 
 def load_outcomes(path: Path) -> Outcomes:
@@ -58,14 +58,14 @@ def load_outcomes(path: Path) -> Outcomes:
 
 
 def improved_seed(before: Outcomes, after: Outcomes) -> int | None:
-    """The first seed that failed before and succeeded after; None if there is none."""
+    """Return the first seed that failed before and succeeded after; None if there is none."""
     return next((seed for seed in before.seed.tolist() if seed in before.failed & after.solved), None)
 
 
 def film(environment: Environment, seed: int, actions: Float[np.ndarray, "t a"]) -> tuple[dict[int, np.ndarray], bool]:
-    """Executes recorded actions again: pictures by the number of steps before them, and whether the task was solved.
+    """Execute recorded actions; return pictures by the number of steps before them, and whether the task was solved.
 
-    Only the ``NUM_FRAMES`` moments that are shown are rendered, the start and the end among them.
+    Only the ``NUM_FRAMES`` moments that are shown are rendered, including the start and the end.
     """
     moments = set(np.linspace(0, len(actions), NUM_FRAMES).round().astype(int).tolist())
     environment.reset(seed, render=False)

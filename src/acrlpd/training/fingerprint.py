@@ -1,4 +1,4 @@
-"""What tells the prior data of a run from other data, so that a resumed run notices an exchange."""
+"""Fingerprints of prior data, so that a resumed run notices if its data was exchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.training import checksum
 
-SAMPLED_ROWS = 4096  # spread evenly; of fewer rows all. Of large data, reading them takes a moment
+SAMPLED_ROWS = 4096  # spread evenly, or all if there are fewer; reading them takes a moment even from large data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Fingerprint:
 
 
 def fingerprint(stores: Sequence[EpisodeStore]) -> Fingerprint:
-    """Return the same for the same episodes of all data sets, wherever their files lie and however they are read."""
+    """Return the fingerprint of all data sets, which does not depend on where files are or how they are read."""
     total = 0
     for store in stores:
         total = _sum(store, total)

@@ -1,4 +1,4 @@
-"""Whether resuming a run would change anything, found without its data or environments."""
+"""Find out whether resuming a run would change anything, without its data or environments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from acrlpd.training.run import Progress, RunFiles
 
 
 def nothing_left(config: TrainConfig, *, override: Collection[str] = ()) -> Ended | None:
-    """Why the run of ``config`` goes no further, if it is over and all it has left behind is whole; else None.
+    """Return why the run of ``config`` ended, if it is over and all that it has written is intact; else None.
 
     Raises:
         ValueError: the run cannot be resumed with this configuration.

@@ -1,6 +1,6 @@
-"""What can happen to a run from outside or inside, and how it ends without losing work.
+"""Guards against what can happen to a run, so that it ends without losing work.
 
-A signal, a second process on the same folder, a disk that takes nothing more, data that is gone, numbers that explode.
+They cover signals, a second process on the same folder, a full disk, files that are gone, and numbers that explode.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LOCK_FILE = "lock"
 
 
 class RunLock:
-    """One process a run folder. The system frees the lock with the process, however that ends."""
+    """The lock that allows one process per run folder. The system frees it when the process ends, however it ends."""
 
     def __init__(self, directory: Path):
         directory.mkdir(parents=True, exist_ok=True)
@@ -57,9 +57,9 @@ class RunLock:
 
 @contextlib.contextmanager
 def explain_storage(directory: Path) -> Iterator[None]:
-    """A write that the system refuses (disk full, quota, read-only, gone) ends the run with words on what to do.
+    """End the run with advice on what to do if the system refuses a write (disk full, quota, read-only, gone).
 
-    Other errors that the system has a number for, such as a logger's of the network, leave as they are.
+    Other errors of the system, such as a network error of a logger, are raised as they are.
     """
     try:
         yield
@@ -72,12 +72,12 @@ def explain_storage(directory: Path) -> Iterator[None]:
         ) from error
 
 
-STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # as told of a file that is open, without name
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # raised for an open file, without its name
 FILE_ERRORS = STORAGE_ERRORS | {errno.EIO, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 
 
 def is_of_storage(error: Exception, directory: Path) -> bool:
-    """Whether ``directory`` cannot be written: of an error that names a file, only if the file belongs there."""
+    """Return whether ``directory`` cannot be written. If the error names a file, the file must belong there."""
     if not isinstance(error, OSError):
         return False
     if not isinstance(error.filename, (str, os.PathLike)):
@@ -88,7 +88,7 @@ def is_of_storage(error: Exception, directory: Path) -> bool:
 
 @contextlib.contextmanager
 def if_out_of_memory(lighten: Callable[[str], None]) -> Iterator[None]:
-    """Calls ``lighten`` with the compiler's or device's words when the block needs more memory than there is."""
+    """Call ``lighten`` with the compiler's or device's message if the block needs more memory than there is."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -98,7 +98,7 @@ def if_out_of_memory(lighten: Callable[[str], None]) -> Iterator[None]:
 
 
 def lighter(config: AgentConfig, batch_size: int, num_devices: int) -> AgentConfig | None:
-    """The next thing to try: candidates in blocks, then the batch in twice as many pieces; None: nothing is left."""
+    """Return what to try next: candidates in blocks, then a batch in twice as many pieces; None: nothing is left."""
     if config.best_of_n_strategy in ("parallel", "auto") and config.candidates_in_target > config.best_of_n_block:
         return dataclasses.replace(config, best_of_n_strategy="chunked")
     parts = 2 * config.gradient_accumulation_steps
@@ -108,7 +108,7 @@ def lighter(config: AgentConfig, batch_size: int, num_devices: int) -> AgentConf
 
 
 class SkippedUpdates:
-    """Which updates the agent refused, and what was in them. Looked up at log points, so nobody waits for it."""
+    """Record of the updates that the agent refused and their rows; read only at log points, so nothing waits for it."""
 
     def __init__(self, file: Path, *, limit: int):
         self._file = file
@@ -116,12 +116,12 @@ class SkippedUpdates:
         self._recent: list[tuple[int, list[dict[str, Any]], dict[str, Any]]] = []
 
     def watch(self, step: int, batches: Sequence[ChunkBatch], metrics: Mapping[str, Any]) -> None:
-        """One call's updates from ``step`` on: batches as the host made them; only small arrays are kept."""
+        """Note one call's updates from ``step`` on, with batches as the host made them; only small arrays are kept."""
         ids = [{"episode_id": each.episode_id, "step_id": each.step_id} for each in batches]
         self._recent.append((step, ids, {name: metrics[name] for name in ("skipped", "skipped_in_a_row")}))
 
     def settle(self) -> int | None:
-        """Writes down what was skipped since the last call; the first update of a row that is too long, or None."""
+        """Write down what was skipped since the last call; return the first update of too long a series, or None."""
         recent, self._recent = self._recent, []
         start = None
         for first, ids, health in jax.device_get(recent):
@@ -144,7 +144,7 @@ HELD_BACK_S = 3.0  # a scheduler or a terminal may send a signal twice
 
 
 class StopRequest:
-    """Set by the first SIGINT or SIGTERM. Further ones change nothing, but for a Ctrl-C after ``HELD_BACK_S``."""
+    """A request that the first SIGINT or SIGTERM sets. Later ones do nothing, except Ctrl-C after ``HELD_BACK_S``."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
@@ -164,17 +164,17 @@ class StopRequest:
 
 
 def _tell(text: str) -> None:
-    """Writes to the terminal from a signal's handler, which may have interrupted another writer."""
-    with contextlib.suppress(OSError):  # nobody reads it any more
+    """Write to the terminal from a signal's handler, which may have interrupted another writer."""
+    with contextlib.suppress(OSError):  # nobody reads the terminal any more
         os.write(2, f"\n{text}\n".encode())
 
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Turns SIGINT and SIGTERM into a request that a loop can look at between two steps."""
+    """Turn SIGINT and SIGTERM into a request that a loop can check between two steps."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield request  # Python delivers signals to the main thread alone
+        yield request  # Python delivers signals only to the main thread
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

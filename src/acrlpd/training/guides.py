@@ -1,4 +1,4 @@
-"""What usually helps, as data: symptoms and remedies, where time and memory go, what to tune in which order."""
+"""Guides as data: symptoms and remedies, ways to save time and memory, and what to tune in which order."""
 
 from __future__ import annotations
 
@@ -84,4 +84,4 @@ HYPERPARAMETER_TUNING_PROTOCOL: dict[str, dict[str, Any]] = {
         "tuning_steps": 50_000,
     },
 }
-"""One phase after the other, each with the best of the one before; ``platforms.tuning_runs`` makes the runs."""
+"""Phases to run in order, each with the best values of the one before; ``platforms.tuning_runs`` makes the runs."""

@@ -1,4 +1,4 @@
-"""The report's HTML: elements, tables, figures and the page around them. What is not markup already is escaped."""
+"""The report's HTML: elements, tables, figures and the page around them. Text that is not yet markup is escaped."""
 
 from __future__ import annotations
 

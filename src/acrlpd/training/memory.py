@@ -1,4 +1,4 @@
-"""What a run needs, before it starts: bytes on each device and on disk, from shapes and the compiled program alone.
+"""The memory and disk space that a run will need, computed from shapes and the compiled program alone.
 
 Nothing is allocated: the agent and its batch are traced, and the update is compiled for one device's share of a batch.
 What the program keeps beside its arguments (activations, gradients) is the compiler's own count.
@@ -27,18 +27,18 @@ from acrlpd.training.sharding import BATCH_AXIS, FSDP_AXIS, parameter_sharding
 from acrlpd.types import ChunkBatch, Observation
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # of openpi's models
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # the cameras of openpi's models
 _BYTES = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 QUICKLY: dict[str, str | bool] = {
     "xla_backend_optimization_level": "0",
     "xla_llvm_disable_expensive_passes": True,
-}  # it is never run
-SLACK = 0.05  # of a device's memory, which the runtime keeps for itself
+}  # compile quickly: the program is never run
+SLACK = 0.05  # share of a device's memory that the runtime keeps for itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What the run should fit on. ``device_memory`` in bytes; None: not known, so everything fits."""
+    """The devices that a run should fit on. ``device_memory`` is in bytes; None: unknown, so everything fits."""
 
     devices: int = 1
     device_memory: int | None = None
@@ -50,17 +50,17 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Sizes of a run; bytes are those on one device unless they say otherwise."""
+    """Sizes of a run; bytes are those on one device unless stated otherwise."""
 
-    parameters: int  # of the policy
-    trainable: int  # of those, the ones that change
+    parameters: int  # number of parameters of the policy
+    trainable: int  # those of them that training changes
     critic_parameters: int
     parameter_bytes: int  # policy, critics, targets, temperature
     optimizer_bytes: int
     batch_bytes: int
     gradient_bytes: int
-    activation_bytes: int  # what the compiled update keeps beside its arguments and the gradients
-    checkpoint_bytes: int  # on disk, one checkpoint
+    activation_bytes: int  # kept by the compiled update beside its arguments and the gradients
+    checkpoint_bytes: int  # size of one checkpoint on disk
     local_batch: int  # observations on one device
     machine: Machine
 
@@ -85,9 +85,9 @@ def plan(
     dims: Dims | None = None,
     cameras: tuple[str, ...] | None = None,
 ) -> Plan:
-    """Sizes of ``config`` on ``machine`` (by default the devices that are here).
+    """Return the sizes of ``config`` on ``machine`` (by default the devices that are here).
 
-    ``dims`` and ``cameras`` are the data's own; None takes the configuration's, and the environment's where it has one.
+    ``dims`` and ``cameras`` are the data's; None takes them from the configuration, and its environment if it has one.
     """
     machine = Machine(jax.device_count()) if machine is None else machine
     if machine.devices % config.fsdp_devices:
@@ -119,7 +119,7 @@ def plan(
 
 
 def advice(config: TrainConfig, found: Plan) -> list[str]:
-    """What to change when it does not fit, most effective first for what is largest."""
+    """Return what to change if the run does not fit, the most effective change first."""
     if found.fits:
         return []
     lines = []
@@ -141,7 +141,7 @@ def advice(config: TrainConfig, found: Plan) -> list[str]:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of "80GB" (decimal, as device memory is sold), "24GiB" or a bare number."""
+    """Return the bytes of "80GB" (decimal, as device memory is sold), "24GiB" or a bare number."""
     match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?i?B?)\s*", text, re.IGNORECASE)
     unit = match.group(2).upper() if match else "?"
     unit = unit + "B" if unit and not unit.endswith("B") else unit
@@ -151,7 +151,7 @@ def parse_bytes(text: str) -> int:
 
 
 def batch_shapes(config: TrainConfig, dims: Dims, cameras: tuple[str, ...], size: int) -> ChunkBatch:
-    """A batch of ``size`` as the loader would make it, without its content."""
+    """Return the shapes of a batch of ``size``, as the loader would make it."""
     policy = config.policy
     horizon, width = policy.action_horizon, policy.action_dim or dims.action
 
@@ -181,7 +181,7 @@ def batch_shapes(config: TrainConfig, dims: Dims, cameras: tuple[str, ...], size
 
 
 def lower_update(agent: ACRLPDAgent, batch: ChunkBatch) -> Lowered:
-    """The agent's update for shapes alone."""
+    """Lower the agent's update for shapes alone."""
     rng = jax.eval_shape(lambda: jax.random.key(0))
     return acrlpd._update.lower(agent, batch, rng, agent.config.loss_weights)
 
@@ -204,7 +204,7 @@ def _dims(config: TrainConfig) -> Dims:
 
 
 def _compiled(agent: ACRLPDAgent, batch: ChunkBatch) -> tuple[int, int]:
-    """Bytes of temporaries of one update, and of results that take no argument's place."""
+    """Return bytes of temporaries of one update, and of results that do not replace an argument in memory."""
     program = lower_update(agent, batch).compile(QUICKLY)
     analysis = program.memory_analysis()
     if analysis is None:
@@ -214,9 +214,9 @@ def _compiled(agent: ACRLPDAgent, batch: ChunkBatch) -> tuple[int, int]:
 
 
 def _library_bytes(program: str) -> int:
-    """What the CPU's matrix library sets aside by itself, which the compiler's figure lacks.
+    """Return the bytes that the CPU's matrix library allocates by itself, which the compiler's figure lacks.
 
-    Of a product that it was given together with what follows (bias, norm, activation): three results, as measured.
+    By measurement, a product fused with what follows (bias, norm, activation) takes three times its result.
     """
     found = re.findall(r"= (\w+)\[([\d,]+)\]\S* fusion\(([^)]*)\).*__ynn_fusion", program)
     joined = [(dtype, shape) for dtype, shape, operands in found if operands.count("%") > 2]
@@ -225,7 +225,7 @@ def _library_bytes(program: str) -> int:
 
 
 def _local_bytes(config: TrainConfig, machine: Machine, tree: Any) -> int:
-    """Bytes on one device, with large arrays split over the fsdp axis."""
+    """Return bytes on one device, with large arrays split over the fsdp axis."""
     axes = (machine.devices // config.fsdp_devices, config.fsdp_devices)
     mesh = AbstractMesh(axes, (BATCH_AXIS, FSDP_AXIS))
     placed = parameter_sharding(mesh, tree)

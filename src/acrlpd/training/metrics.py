@@ -1,4 +1,4 @@
-"""What a run writes down: one JSON object a line, and where the wall time went."""
+"""Records of a run: one JSON object per line, and where the wall time went."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from acrlpd import files
 
 
 class JsonlWriter:
-    """Appends one JSON object a line; a line is flushed when written, so a killed run keeps its curve."""
+    """A file with one JSON object per line. Each line is flushed when written, so a killed run keeps its curve."""
 
     def __init__(self, path: str | os.PathLike[str]):
         path = Path(path)
@@ -38,13 +38,13 @@ class JsonlWriter:
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All complete records; half a line at the end, left by a kill, is dropped."""
+    """Return all complete records; half a line at the end, left by a kill, is dropped."""
     return [
         files.parse_json(line, where, allow_nan=True) for where, line in files.read_lines(path) if line.endswith("\n")
     ]
 
 
-COUNTERS = ("step", "env_steps", "wall_s")  # of every line that a run writes
+COUNTERS = ("step", "env_steps", "wall_s")  # names in every line that a run writes
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -62,7 +62,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes beside the target and renames: a reader sees the old file or the new one, even after a loss of power."""
+    """Write beside the target and rename: a reader sees the old file or the new one, even after a loss of power."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.remove_abandoned(path.parent)
@@ -77,7 +77,7 @@ def _plain(value: Any) -> Any:
 
 
 class MetricAverage:
-    """Means of device scalars, or of arrays of several updates', between two log points.
+    """Means of device scalars, or of arrays of them for several updates, between two log points.
 
     Nothing is computed or fetched before ``fetch``.
     """
@@ -89,7 +89,7 @@ class MetricAverage:
         self._records.append(metrics)
 
     def fetch(self) -> dict[str, float]:
-        """Waits for the device once, and starts anew. What is not finite belongs to a skipped update: left out."""
+        """Wait for the device once, return means, start anew. Values not finite (of skipped updates) are left out."""
         values: dict[str, list[float]] = {}
         for record in jax.device_get(self._records):
             for name, value in record.items():
@@ -100,7 +100,7 @@ class MetricAverage:
 
 
 class Stopwatch:
-    """Seconds of wall time by name; time in an inner span counts there alone."""
+    """Seconds of wall time by name; time in an inner span counts only there."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[str, float] = {}
@@ -109,8 +109,8 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def span(self, name: str, *, behind: str | None = None, busy: Callable[[], bool] = bool) -> Iterator[None]:
-        """Counts the block's time as ``name``; or as ``behind``, if at its end the device is still ``busy`` with that:
-        what the host did meanwhile made nobody wait."""
+        """Count the block's time as ``name``, or as ``behind`` if the device is still ``busy`` with that at the end:
+        nothing then had to wait for what the host did."""
         start = self._clock()
         self._inner.append(0.0)
         try:
@@ -124,13 +124,13 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def move(self, source: str, target: str, seconds: float) -> None:
-        """Books part of a span elsewhere: of a call whose inside someone else has measured."""
+        """Move part of a span to another one, for a call whose parts were measured elsewhere."""
         self.add(source, -seconds)
         self.add(target, seconds)
 
 
 def breakdown(seconds: Mapping[str, float], wall_s: float) -> dict[str, float]:
-    """Seconds by what they were spent on, and the share of training time outside the update and the simulator.
+    """Return seconds by what they were spent on, and the share of training time outside the update and the simulator.
 
     Training time is everything but evaluation and the compiler; ``other`` is what no span measured.
     """

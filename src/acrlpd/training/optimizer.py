@@ -11,7 +11,7 @@ from acrlpd.config import CosineDecaySchedule, OptimizerConfig, OptimizersConfig
 
 
 def make_schedule(config: CosineDecaySchedule) -> optax.Schedule:
-    """openpi's: the warm-up begins at peak / (warmup + 1) instead of 0, so that no step is wasted."""
+    """Return openpi's schedule: the warm-up begins at peak / (warmup + 1) instead of 0, so that no step is wasted."""
     start, peak = config.peak_lr / (config.warmup_steps + 1), config.peak_lr
     if config.rsqrt_timescale is None:
         return optax.warmup_cosine_decay_schedule(
@@ -27,9 +27,9 @@ def make_schedule(config: CosineDecaySchedule) -> optax.Schedule:
     )
 
 
-@functools.cache  # equal configurations, the same functions: agents made of them share their compiled programs
+@functools.cache  # equal configurations give the same functions, so that agents share compiled programs
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW with decoupled decay on everything."""
+    """Return global-norm clipping followed by AdamW, with decoupled decay on everything."""
     adamw = optax.adamw(
         make_schedule(config.schedule), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay
     )
@@ -37,7 +37,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def make_optimizers(config: OptimizersConfig) -> dict[str, optax.GradientTransformation]:
-    """One for each group of parameters, by the group's name."""
+    """Return one optimiser for each group of parameters, by the group's name."""
     return {
         "policy": make_optimizer(config.policy),
         "critic": make_optimizer(config.critic),

@@ -1,7 +1,7 @@
-"""``--overwrite``: the old run is set aside first, and deleted last: when the new one's first checkpoint is on disk.
+"""``--overwrite``: the old run is set aside first, and deleted when the new one's first checkpoint is on disk.
 
 If the new run does not start, the old one gets its name back. A process that is killed in between leaves the old one as
-``NAME.overwritten``, and the next command on that run says so. Only runs are set aside, and nothing that the new run
+``NAME.overwritten``, and the next command on that run says so. Only runs are set aside, and never what the new run
 reads.
 """
 
@@ -25,10 +25,10 @@ OURS = {
     *("config.json", "metrics.jsonl", "skipped_updates.jsonl", "summary.json", "best.json", "report.html", LOCK_FILE),
     *("checkpoints", "replay", "prior", "evaluations", "videos", "tensorboard", "wandb", "wandb.json"),
 }
-"""What a run's folder may hold. Anything else is somebody's own, and the folder is not deleted."""
+"""Names that a run's folder may hold. Any other name is somebody's own, and then the folder is not deleted."""
 
 READ = ("data.path", "data.norm_stats", "data.frame_cache", "policy.weights", "policy.tokenizer")
-"""Fields that name files or folders which a run reads; beside them, an environment's name may hold a file's."""
+"""Fields that name files or folders which a run reads; an environment's name may name a file, too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Replaced:
 
     directory: Path
     aside: Path
-    lock: RunLock  # the old run's: nobody goes on with it meanwhile
+    lock: RunLock  # the old run's, so that nobody resumes it meanwhile
 
     def put_back(self) -> None:
-        """Gives the old run its name again, in the place of what there is of the new one."""
+        """Give the old run its name back; what exists of the new run is deleted."""
         if os.path.lexists(self.directory):
             unfinished.discard(self.directory)
         self.aside.rename(self.directory)
@@ -52,17 +52,17 @@ class Replaced:
         self.lock.release()
 
     def say_if_kept(self) -> None:
-        """Tells where the old run lies, if the new one has come to no checkpoint."""
+        """Log where the old run is, if the new one has no checkpoint yet."""
         if self.aside.exists():
             logger.warning("the new run has no checkpoint yet, so the old one is kept: %s", self.aside)
         self.lock.release()
 
 
 def set_aside(config: TrainConfig, files: RunFiles) -> Replaced | None:
-    """Moves the run in the way of a new one to a name beside it; None: there is none.
+    """Move the run that is in the way of a new one to a name beside it; return None if there is none.
 
     Raises:
-        ValueError: it is no run, in use, or the new run reads from it. Nothing was changed.
+        ValueError: it is not a run, it is in use, or the new run reads from it. Nothing was changed.
     """
     directory = files.directory
     if not os.path.lexists(directory):
@@ -83,7 +83,7 @@ def set_aside(config: TrainConfig, files: RunFiles) -> Replaced | None:
 
 
 def tell_of_set_aside(path: Path) -> None:
-    """Warns of runs that were set aside for one in ``path``, or in a folder that ``path`` is a part of."""
+    """Warn of runs that were set aside for one in ``path``, or in a folder that contains ``path``."""
     path = Path(os.path.abspath(path))
     for folder in (path, *path.parents[:2]):
         for aside in unfinished.those_set_aside(folder):
@@ -96,33 +96,33 @@ def tell_of_set_aside(path: Path) -> None:
 def _checked_names(directory: Path) -> set[str]:
     if directory.is_symlink() or not directory.is_dir():
         kind = f"a link to {os.readlink(directory)}" if directory.is_symlink() else "no folder"
-        raise ValueError(f"{directory} is {kind}, and --overwrite deletes runs alone: choose another --name")
+        raise ValueError(f"{directory} is {kind}, and --overwrite deletes only runs: choose another --name")
     names = {path.name for path in directory.iterdir() if not unfinished.is_temporary(path)}
     foreign = sorted(names - OURS)
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise ValueError(
-            f"{directory} holds {', '.join(foreign[:3])}{more}, which no run makes, and --overwrite deletes runs "
-            "alone: move that away, or choose another --name"
+            f"{directory} holds {', '.join(foreign[:3])}{more}, which no run makes, and --overwrite deletes only "
+            "runs: move that away, or choose another --name"
         )
     return names
 
 
 def _check_config(files: RunFiles) -> None:
-    """Refuses a folder whose ``config.json`` says that it belongs to another program; a damaged one says nothing."""
+    """Refuse a folder whose ``config.json`` belongs to another program; a damaged file is not a reason."""
     try:
         stored = json.loads(files.config.read_bytes())
     except (OSError, ValueError, RecursionError):
         return
     if stored and not (isinstance(stored, dict) and {"policy", "agent", "data"} <= stored.keys()):
         raise ValueError(
-            f"{files.config} is not the configuration of a run, and --overwrite deletes runs alone: choose another "
+            f"{files.config} is not the configuration of a run, and --overwrite deletes only runs: choose another "
             "--name"
         )
 
 
 def _read_inside(config: TrainConfig, directory: Path) -> Iterator[tuple[str, str]]:
-    """Fields of ``config`` that name something in ``directory``, and what they name."""
+    """Yield the fields of ``config`` that name something in ``directory``, and what they name."""
     folder = directory.resolve()
     for field in READ:
         part, name = field.split(".")

@@ -1,16 +1,16 @@
-"""What the policy makes of each row of the prior data, computed once and mapped from disk ever after.
+"""Prefixes that the policy computes from each row of the prior data: computed once, then mapped from disk.
 
-Pooled features, mask, keys and values of a row are all that an update reads of its images and prompt, so a batch that
-brings them along needs no pass of the image tower and the vision-language expert, forward or backward. Only where
-those do not change (``policy.freeze_pi0_backbone``) and pictures are not augmented, which training here never does; and
-only within ``data.prefix_bytes``, which a full-size pi0's keys and values soon exceed (19 MB a row).
+An update reads the images and prompt of a row only as pooled features, mask, keys and values, so a batch that brings
+them along needs no forward or backward pass of the image tower and the vision-language expert. This holds only if both
+are frozen (``policy.freeze_pi0_backbone``) and pictures are not augmented, which training here never does. The store
+must fit into ``data.prefix_bytes``, which a full-size pi0's keys and values soon exceed (19 MB per row).
 
-Pooled features alone are small (8 KB a row of a full-size pi0). They are all that critics read, so the first updates
-of a run, which train nothing else (``critic_alone_steps``), read them back whatever the backbone does later.
+Pooled features alone are small (8 KB per row of a full-size pi0). Critics read nothing else, so the first updates of a
+run, which train only critics (``critic_alone_steps``), read them back, whatever happens to the backbone later.
 
     <folder>/<key>/arrays.json    shape of a row and dtype of each array
-                  /0.bin, ...     features, mask, then the cache's arrays; a row of the data set is a row of each, and
-                                  behind them, where final observations are known, every episode has one
+                  /0.bin, ...     features, mask, then the cache's arrays; each has one row per row of the data set,
+                                  and then one per episode, if final observations are known
 
 The key is a digest of the weights, the data and all that happens to an observation on its way to the model.
 """
@@ -49,28 +49,28 @@ from acrlpd.types import Observation
 logger = logging.getLogger(__name__)
 
 INDEX = "arrays.json"
-VERSION = 2  # of the files' layout and of what ``encode`` means; raise it when either changes
+VERSION = 2  # version of the files' layout and of what ``encode`` means; raise it when either changes
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredPrefixes:
-    """Rows of ``flow.portable`` prefixes."""
+    """The ``flow.portable`` prefixes of a data set's rows, on disk."""
 
     arrays: Sequence[np.ndarray]
     structure: Any  # a pytree's definition
 
     def take(self, rows: Int[np.ndarray, " b"]) -> Any:
-        """Of these rows of the data set, in memory."""
+        """Return the prefixes of these rows of the data set, in memory."""
         return jax.tree.unflatten(self.structure, [np.array(each[rows]) for each in self.arrays])
 
 
 def is_legal(config: TrainConfig) -> bool:
-    """Whether a run may read its prefixes back. Hosts of a larger run would each need a store of their own."""
+    """Return whether a run may read its prefixes back. With several hosts, each would need a store of its own."""
     return config.policy.freeze_pi0_backbone and config.data.prefix_bytes > 0 and jax.process_count() == 1
 
 
 def are_features_of_use(config: TrainConfig, agent: ACRLPDAgent) -> bool:
-    """Whether updates of critics alone are still to come, and read of a row what takes a pass to compute."""
+    """Return whether updates of critics alone are still to come, and read features that take a pass to compute."""
     reads = agent.config.critic.use_pi0_features and config.policy.kind in ("pi0", "pi05")
     return reads and int(agent.step) < config.critic_alone_steps and jax.process_count() == 1
 
@@ -86,10 +86,10 @@ def open_rows(
     folder: Path,
     features_alone: bool = False,
 ) -> list[StoredPrefixes] | None:
-    """The rows of each store of this run, made if they are not there; None where they exceed ``data.prefix_bytes``.
+    """Open the rows of each store of this run, computed if missing; None if they exceed ``data.prefix_bytes``.
 
     ``data`` are the files that each of the stores was read from, ``stats`` what ``transform`` normalizes with.
-    ``features_alone`` stores what critics read, of any backbone and whatever its size.
+    ``features_alone`` stores only what critics read, for any backbone and of any size.
     """
     encode, policy = _encoder(agent, features_alone)
     sizes = [store.num_rows + (store.num_episodes if store.has_final.any() else 0) for store in prior.stores]
@@ -122,9 +122,9 @@ def key(
     features_alone: bool = False,
     number: int = 0,
 ) -> str:
-    """Changes with any weight that is used, any file of the data, and any option of either.
+    """Return the name of a store, which changes with any weight used, any file of the data, and any option of either.
 
-    ``number``: of the data set among those of the configuration, which may read the same files otherwise.
+    ``number``: place of the data set in the configuration, where several may read the same files differently.
     """
     digest = hashlib.sha256(f"{VERSION} {fingerprint(data)} {features_alone} {number}".encode())
     weights = (agent.frozen, agent.params["policy"] if features_alone else ())
@@ -135,7 +135,7 @@ def key(
 
 
 def _encoder(agent: ACRLPDAgent, features_alone: bool) -> tuple[Any, Any]:
-    """A compiled function of the policy's parameters and an observation, and those parameters."""
+    """Return a compiled function of the policy's parameters and an observation, and those parameters."""
 
     @jax.jit
     def encode(params: Params, observation: Observation) -> Any:
@@ -149,7 +149,7 @@ def _encoder(agent: ACRLPDAgent, features_alone: bool) -> tuple[Any, Any]:
 def _computed(
     config: TrainConfig, encode: Any, policy: Any, store: EpisodeStore, transform: Transform, num_rows: int
 ) -> Iterator[list[np.ndarray]]:
-    """Arrays of some rows at a time, in order; all calls have one shape, so the last rows are repeated."""
+    """Yield the arrays of some rows at a time, in order; all calls have one shape, so the last row is repeated."""
     size = min(config.data.batch_size, num_rows)
     for start in range(0, num_rows, size):
         rows = np.minimum(np.arange(start, start + size), num_rows - 1)
@@ -158,7 +158,7 @@ def _computed(
 
 
 def _write(target: Path, like: list[Any], blocks: Iterator[list[np.ndarray]], num_rows: int) -> None:
-    """Under another name until it is complete."""
+    """Write the arrays, under another name until they are complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with unfinished.whole(target) as temporary:
         temporary.mkdir()

@@ -1,4 +1,4 @@
-"""The full evaluation of a policy: how well, how robustly, what best of N adds, and whether the critic knows it."""
+"""The full evaluation of a policy: success, robustness, what best of N adds, and whether the critic is right."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from acrlpd.training.evaluate import Evaluation, evaluate
 
 @dataclasses.dataclass(frozen=True)
 class ProtocolConfig:
-    """What is tried beside the task itself.
+    """The trials beside the task itself.
 
-    Every trial meets the same seeds, with the same draws for each of them, so trials compare episode by episode.
+    Every trial uses the same seeds, with the same draws for each, so trials can be compared episode by episode.
     """
 
-    observation_noise: tuple[float, ...] = (0.01, 0.05, 0.1)  # deviations in normalized units: of state and pictures
+    observation_noise: tuple[float, ...] = (0.01, 0.05, 0.1)  # deviations in normalized units, on state and pictures
     action_noise: tuple[float, ...] = (0.01, 0.05, 0.1)  # likewise, on every executed action
-    best_of_n: tuple[int, ...] = (1, 4, 16, 32)  # candidates
+    best_of_n: tuple[int, ...] = (1, 4, 16, 32)  # numbers of candidates
 
     def __post_init__(self) -> None:
         if any(deviation <= 0 for deviation in (*self.observation_noise, *self.action_noise)):
@@ -39,7 +39,7 @@ class ProtocolConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One run over all seeds."""
+    """One evaluation over all seeds."""
 
     evaluation: Evaluation
     rollouts: Sequence[Rollout]
@@ -47,7 +47,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """All trials of one policy. ``against_task`` of a disturbed trial compares it with the undisturbed one."""
+    """All trials of one policy. ``against_task`` compares a disturbed trial with the undisturbed one."""
 
     task: Trial
     observation_noise: Mapping[float, Trial]
@@ -59,7 +59,7 @@ class Findings:
         return compare(self.task.rollouts, trial.rollouts)
 
     def metrics(self) -> dict[str, float]:
-        """Flat, with the names of the founding design; numbers that the episodes do not determine are left out."""
+        """Return flat metrics with the founding design's names; what the episodes do not determine is left out."""
         named = {f"robustness/obs_noise_{level}": trial for level, trial in self.observation_noise.items()}
         named |= {f"robustness/action_noise_{level}": trial for level, trial in self.action_noise.items()}
         named |= {f"robustness/best_of_{n}": trial for n, trial in self.best_of_n.items()}
@@ -70,7 +70,7 @@ class Findings:
         return self.task.evaluation.metrics() | found
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: each trial with its interval, disturbed ones with their paired difference, and every episode."""
+        """Return for JSON each trial with its interval, disturbed ones with a paired difference, and every episode."""
         disturbed: dict[str, Mapping[Any, Trial]] = {
             "observation_noise": self.observation_noise,
             "action_noise": self.action_noise,
@@ -94,9 +94,9 @@ class Findings:
 
 
 class ACRLPDEvaluationProtocol:
-    """Evaluates agents on one task, always on the same seeds.
+    """Evaluation of agents on one task, always on the same seeds.
 
-    ``run`` is everything; its parts can be called alone. ``evaluation_history`` keeps the metrics of every
+    ``run`` does everything; its parts can be called alone. ``evaluation_history`` keeps the metrics of every
     ``run_comprehensive_evaluation``, by the step it was given.
     """
 
@@ -137,7 +137,7 @@ class ACRLPDEvaluationProtocol:
         )
 
     def evaluate_task_performance(self, agent: ACRLPDAgent) -> tuple[Trial, dict[int, list[Choice]]]:
-        """The task as it is, and the values of all chosen chunks by the number of their episode."""
+        """Evaluate the task as it is; return also the values of all chosen chunks by the number of their episode."""
         choices: dict[int, list[Choice]] = {}
 
         def note(numbers: Int[np.ndarray, " n"], values: Mapping[str, Float[np.ndarray, " n"]]) -> None:
@@ -149,14 +149,14 @@ class ACRLPDEvaluationProtocol:
         return self._trial(agent, on_choice=note), choices
 
     def evaluate_robustness(self, agent: ACRLPDAgent) -> tuple[dict[float, Trial], dict[float, Trial]]:
-        """With noise on what the policy sees, and on what it does."""
+        """Evaluate with noise on what the policy sees, and with noise on what it does."""
         observation_noise = {
             level: self._trial(agent, observation_noise=level) for level in self.config.observation_noise
         }
         return observation_noise, {level: self._trial(agent, action_noise=level) for level in self.config.action_noise}
 
     def analyze_best_of_n_performance(self, agent: ACRLPDAgent) -> dict[int, Trial]:
-        """The best of more and more candidates by the critic; 1 is the policy without it."""
+        """Evaluate the best of more and more candidates by the critic; 1 is the policy without the critic."""
         return {n: self._trial(agent, mode="greedy", num_samples=n) for n in self.config.best_of_n}
 
     def check_pi0_critic_consistency(

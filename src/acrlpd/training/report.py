@@ -1,7 +1,7 @@
 """One page about a run: what it reached, how it got there, what it cost, and how to go on.
 
 The page is a single HTML file that needs no network: charts are inline SVG, whose colours follow the reader's light or
-dark setting, and film frames are data URIs. It can be written at any time, also of a run that is still going.
+dark setting, and film frames are data URIs. It can be written at any time, also while the run is going.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ SHOWN_FAULTS = 5  # episodes that were left out, with the reason
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What lies in a run's folder."""
+    """The content of a run's folder."""
 
     files: RunFiles
     config: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]]  # metrics.jsonl
-    summary: Mapping[str, Any] | None  # None: not finished, or gone on since
-    named_env: str | None = None  # the environment that the command names, and so may be run
+    summary: Mapping[str, Any] | None  # None: not finished, or continued since
+    named_env: str | None = None  # the environment that the command names, so its code may run
 
     @property
     def ended(self) -> Mapping[str, Any] | None:
-        """Why the run goes no further; None: that was not written down."""
+        """The reason why the run ended; None: it was not written down."""
         return (self.summary or {}).get("ended")
 
     @property
     def is_over(self) -> bool:
-        """Summaries of older versions give no reason: runs that had ended wrote them."""
+        """True if the run is over. Summaries of older versions give no reason: only finished runs wrote them."""
         return self.summary is not None and (self.ended is None or self.ended["reason"] in OVER)
 
     @property
@@ -59,13 +59,13 @@ class Run:
 
     @functools.cached_property
     def training(self) -> list[Mapping[str, Any]]:
-        """Records of updates by step; of a step that a resumed run made again, the later record."""
+        """Records of updates by step; if a resumed run repeated a step, the later record."""
         by_step = {record["step"]: record for record in self.records if "train/total_loss" in record}
         return [by_step[step] for step in sorted(by_step)]
 
     @functools.cached_property
     def evaluations(self) -> dict[str, list[Evaluated]]:
-        """By policy, in the order of steps; of a step that was evaluated twice, the one with more episodes."""
+        """Evaluations by policy, ordered by step; if a step was evaluated twice, the one with more episodes."""
         found: dict[str, dict[int, Evaluated]] = {name: {} for name in POLICIES}
         for record in self.records:
             if "eval/success_rate" not in record or record["phase"] not in found:
@@ -78,7 +78,7 @@ class Run:
 
     @functools.cached_property
     def results(self) -> dict[str, Evaluated]:
-        """The last word on each policy: the summary's, or the newest evaluation of a run without one."""
+        """The final result of each policy: the summary's, or the newest evaluation if there is no summary."""
         newest = {name: evaluations[-1] for name, evaluations in self.evaluations.items()}
         for name, result in (self.summary or {}).get("phases", {}).items():
             known = newest.get(name)
@@ -88,12 +88,12 @@ class Run:
 
     @property
     def boundary(self) -> int | None:
-        """The update at which the online phase began, if it has."""
+        """The update at which the online phase began; None if it has not begun."""
         begun = any(record.get("phase") == "online" for record in self.records)
         return self.config.get("offline_steps") if begun else None
 
     def total(self, name: str) -> Any:
-        """``updates``, ``env_steps`` or ``wall_s`` of the run so far."""
+        """Return ``updates``, ``env_steps`` or ``wall_s`` of the run so far."""
         if self.summary is not None:
             return self.summary[name]
         key = "step" if name == "updates" else name
@@ -101,10 +101,10 @@ class Run:
 
 
 def write_report(run: str | Path, named_env: str | None = None) -> Path:
-    """Writes ``report.html`` into a run's folder and returns its path.
+    """Write ``report.html`` into a run's folder and return its path.
 
-    For films of an environment that is code of the user's own (``custom/...``), ``named_env`` names it. A missing
-    summary, evaluation or renderer leaves a remark where its content would be.
+    To film an environment that is the user's own code (``custom/...``), ``named_env`` must name it. A missing summary,
+    evaluation or renderer leaves a remark where its content would be.
 
     Raises:
         ValueError: the folder has no ``config.json``.
@@ -135,7 +135,7 @@ def read_run(directory: Path) -> Run:
     if summary is not None and not isinstance(summary.get("updates"), int):
         raise ValueError(f"{files.summary}: expected the number of updates, found {summary.get('updates')!r:.100}")
     if summary is not None and any(record["step"] > summary["updates"] for record in records):
-        summary = None  # of an earlier stretch of a run that was resumed
+        summary = None  # it belongs to an earlier part of a resumed run
     return Run(files, config, records, summary)
 
 
@@ -188,7 +188,7 @@ def _overview(run: Run) -> str:
 
 
 def _left_out(data: Mapping[str, Any]) -> str:
-    """Which episodes of the prior data were not used, and why."""
+    """Return which episodes of the prior data were not used, and why."""
     faults, total = data["skipped"], data["episodes"] + len(data["skipped"])
     more = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
     told = "; ".join(fault for _, fault in faults[:SHOWN_FAULTS])
@@ -196,7 +196,7 @@ def _left_out(data: Mapping[str, Any]) -> str:
 
 
 def headline(run: Run) -> str:
-    """What happened, in one sentence.
+    """Return what happened, in one sentence.
 
     >>> headline(read_run(Path("runs/demo")))
     'Imitation solved 15 of 50 episodes; after 4,000 online steps the policy solves 49 of 50.'
@@ -237,7 +237,7 @@ def _results(run: Run) -> str:
 
 
 def _paired(run: Run) -> str:
-    """Seed by seed, which says more than two intervals that overlap."""
+    """Compare seed by seed, which says more than two intervals that overlap."""
     pair = _before_and_after(run)
     if pair is None:
         return ""
@@ -251,7 +251,7 @@ def _paired(run: Run) -> str:
 
 
 def _full_evaluation(run: Run) -> str:
-    """What ``acrlpd eval --full`` found, task by task; nothing where it has not been run."""
+    """Return the results of ``acrlpd eval --full`` by task; an empty text if it has not been run."""
     if not run.files.full_evaluation.is_file():
         return ""
     found = read_json(run.files.full_evaluation, allow_nan=True)
@@ -303,7 +303,7 @@ def _comparison(found: Mapping[str, Any], paired: Mapping[str, Any]) -> str:
 
 
 def _agreement(facts: Mapping[str, Any]) -> str:
-    """In words; what the episodes do not determine is left out."""
+    """Return the agreement in words; what the episodes do not determine is left out."""
     said = [f"Q lies {facts['overestimation']:+.2f} from the return, counted to the time limit"]
     if facts["overestimation_solved"] is not None:
         said.append(f"{facts['overestimation_solved']:+.2f} in solved episodes, where the return is exact")
@@ -376,14 +376,14 @@ def _configuration(run: Run) -> str:
 
 
 def _go_on(run: Run) -> str:
-    """Commands, with this folder's own place and name: a run may have been moved since it was configured."""
+    """Return commands with the folder's present place and name: a run may have been moved since it was configured."""
     folder = run.files.directory.resolve()
     shown = shlex.quote(str(run.files.directory))
     train = ["acrlpd train", shlex.quote(str(run.config.get("preset") or "PRESET"))]
     if run.files.directory.parent != Path(TrainConfig.run_dir):
         train.append(f"--run_dir {shlex.quote(str(folder.parent))}")
     train += [f"--name {shlex.quote(folder.name)}", "--resume"]
-    code = shlex.quote(run.task) if run.task.startswith("custom/") else None  # is run where a command names it
+    code = shlex.quote(run.task) if run.task.startswith("custom/") else None  # it only runs if a command names it
     tasks, env = (f" {flag} {code}" if code else "" for flag in ("--tasks", "--env.name"))
     commands = [("write this page again", f"acrlpd report {shown}{env}")]
     if run.config.get("env") and run.results:
@@ -399,7 +399,7 @@ def _go_on(run: Run) -> str:
 
 
 def _longer(run: Run) -> str:
-    """The flag that lets a run which is over go on."""
+    """Return the flag that lets a finished run continue."""
     rule = (run.ended or {}).get("rule")
     if rule == "early_stopping_success":
         return "--early_stopping_success None"
@@ -411,7 +411,7 @@ def _longer(run: Run) -> str:
 
 
 def _before_and_after(run: Run) -> tuple[str, films.Outcomes, films.Outcomes] | None:
-    """Imitation, and the last policy trained on from it, which is named."""
+    """Return the name of the last policy trained on from imitation, and the outcomes of imitation and of it."""
     kept = [name for name in POLICIES if run.files.evaluation(name).is_file()]
     if len(kept) < 2 or kept[0] != "bc":
         return None
@@ -462,12 +462,12 @@ SPANS = {
     "evaluation": "evaluations, policy and simulator",
     "checkpoint": "saving",
     "log": "writing metrics",
-    "other": "what nobody measured: loading, imports, the bar",
+    "other": "not measured: loading, imports, the progress bar",
 }
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Fields by dotted name, as the command line has them."""
+    """Yield fields by dotted name, as on the command line."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""Whether a run may use its folder, and where in it it goes on: nothing is mixed, and nothing is lost unasked."""
+"""Checks whether a run may use its folder, and where it continues: no runs are mixed, and nothing is lost unasked."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ CHANGEABLE = (
     "updates_per_call",
     "fsdp_devices",
 )
-"""Fields that say how long a run goes, where and what it reports, not what it computes."""
+"""Fields that say how long a run lasts, where it runs and what it reports, but not what it computes."""
 SHOWN = 5  # damaged files in a message
-LIGHTENED = ("agent.gradient_accumulation_steps", "agent.best_of_n_strategy")  # by a run that was short of memory
+LIGHTENED = ("agent.gradient_accumulation_steps", "agent.best_of_n_strategy")  # changed by a run short of memory
 
 
 def started_with(directory: Path) -> TrainConfig | None:
     """Return the configuration of the run in this folder; None if there is no run.
 
-    It is that of ``config.json``. Where that file is gone or damaged, the newest checkpoint's is taken, and said.
+    It is read from ``config.json``. If that file is gone or damaged, the newest checkpoint's is taken, with a warning.
 
     Raises:
         ValueError: ``config.json`` is damaged, and there is no checkpoint whose configuration could be taken.
@@ -73,7 +73,7 @@ def _config_of(values: Mapping[str, Any], file: Path) -> TrainConfig:
 
 
 def _saved_configs(files: RunFiles) -> dict[int, TrainConfig]:
-    """The configurations of checkpoints by step, the newest first. What is damaged is told when it is restored."""
+    """Return the configurations of checkpoints by step, newest first. Damaged ones are reported when restored."""
     checkpoints = ACRLPDCheckpointManager(files.checkpoints)
     found = {}
     for step in reversed(checkpoints.steps()):
@@ -83,7 +83,7 @@ def _saved_configs(files: RunFiles) -> dict[int, TrainConfig]:
 
 
 def claim_directory(config: TrainConfig, files: RunFiles, *, resume: bool, override: Collection[str] = ()) -> None:
-    """Refuses to mix two runs in one folder, and to resume one with other values where ``override`` names no such."""
+    """Refuse to mix two runs in one folder, and to resume one with other values that ``override`` does not name."""
     saved = _saved_configs(files)
     if not files.config.exists() and not saved:
         return
@@ -111,7 +111,7 @@ def claim_directory(config: TrainConfig, files: RunFiles, *, resume: bool, overr
 def _check_same_run(
     saved: Mapping[int, TrainConfig], config: TrainConfig, files: RunFiles, override: Collection[str]
 ) -> None:
-    """Refuses a ``config.json`` with which none of these checkpoints was trained: another run's, or changed by hand."""
+    """Refuse a ``config.json`` with which no checkpoint was trained: it is another run's, or was changed by hand."""
     foreign = {step: _unlike(each, config, (*LIGHTENED, *override)) for step, each in saved.items()}
     if foreign and all(foreign.values()):
         step, lines = next(iter(foreign.items()))
@@ -123,7 +123,7 @@ def _check_same_run(
 
 
 def _unlike(before: TrainConfig, after: TrainConfig, allowed: Collection[str]) -> list[str]:
-    """One line for each field that may not differ, and does."""
+    """Return one line for each field that differs and may not."""
     lines = differences(to_dict(before), to_dict(after))
     return [line for line in lines if not _may_change(line.split(":")[0], (*CHANGEABLE, *allowed))]
 
@@ -142,9 +142,9 @@ def resume_from(
     prior: tuple[str, Fingerprint],
     override: Collection[str] = (),
 ) -> tuple[ACRLPDAgent, Progress, dict[str, NormStats]]:
-    """What the newest whole checkpoint holds, or exactly that of ``from_step``.
+    """Restore the newest intact checkpoint, or exactly that of ``from_step``.
 
-    Only then are later ones deleted, and episodes that were made after that step set aside.
+    With ``from_step``, later checkpoints are then deleted, and episodes that were made after that step are set aside.
     """
     if from_step is None:
         restored = checkpoints.restore_newest(template)
@@ -167,8 +167,8 @@ def resume_from(
 
 
 def check_prior(restored: Restored, where: str, found: Fingerprint, files: RunFiles, override: Collection[str]) -> None:
-    """Refuses prior data that is not what the checkpoint was trained on, unless ``override`` allows other data."""
-    known = restored.run.get("prior")  # not told by checkpoints of format 0
+    """Refuse prior data that is not what the checkpoint was trained on, unless ``override`` allows other data."""
+    known = restored.run.get("prior")  # missing in checkpoints of format 0
     before = Fingerprint(**known) if known else found
     if before == found:
         return
@@ -187,8 +187,8 @@ def check_journal(
     progress: Progress,
     override: Collection[str],
 ) -> None:
-    """Refuses a journal that holds fewer episodes than when the checkpoint was saved, unless ``override`` allows it."""
-    known = progress.journal_episodes or min(1, progress.next_episode)  # format 0 does not tell how many they were
+    """Refuse a journal that holds fewer episodes than when the checkpoint was saved, unless ``override`` allows it."""
+    known = progress.journal_episodes or min(1, progress.next_episode)  # format 0 does not say how many they were
     whole = [number for number in journal.numbers() if number not in {entry.number for entry in damaged}]
     found = sum(number < progress.next_episode for number in whole)
     if found >= known:
@@ -203,8 +203,8 @@ def check_journal(
 
 
 def check_nothing_was_learned(config: TrainConfig, files: RunFiles, checkpoints: ACRLPDCheckpointManager) -> None:
-    """Refuses to start at step 0 in the folder of a run that had come further. One killed before its first checkpoint
-    starts over; if it has no offline phase, with the episodes it has made."""
+    """Refuse to start at step 0 in the folder of a run that had come further. A run killed before its first checkpoint
+    starts over; if it has no offline phase, it keeps the episodes it has made."""
     damaged, episodes = checkpoints.damaged(), len(ReplayJournal(files.replay)) if files.replay.is_dir() else 0
     if not damaged and episodes and not config.offline_steps:
         logger.warning("no checkpoint yet: starting at step 0 with the %d episodes of %s", episodes, files.replay)

@@ -1,4 +1,4 @@
-"""Where arrays live: batches split over all devices, large parameters over the fsdp axis (openpi's rule)."""
+"""Placement of arrays: batches are split over all devices, large parameters over the fsdp axis (openpi's rule)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIN_SHARDED_BYTES = 4 * 1024**2  # smaller arrays cost more to gather than to ke
 
 
 def make_mesh(fsdp_devices: int) -> Mesh:
-    """A (batch, fsdp) mesh over all devices."""
+    """Return a (batch, fsdp) mesh over all devices."""
     count = jax.device_count()
     if fsdp_devices < 1 or count % fsdp_devices:
         raise ValueError(f"fsdp_devices ({fsdp_devices}) must divide the number of devices ({count})")
@@ -29,12 +29,12 @@ def make_mesh(fsdp_devices: int) -> Mesh:
 
 
 def batch_sharding(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
-    """The batch axis over every device."""
+    """Return a sharding of the batch axis over every device."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, (BATCH_AXIS, FSDP_AXIS)))
 
 
 def parameter_sharding(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
-    """A sharding for each leaf: its largest axis that divides by the fsdp size, if the array is large."""
+    """Return a sharding for each leaf: a large array is split on its largest axis that the fsdp size divides."""
 
     def place(leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         size = mesh.shape[FSDP_AXIS]
@@ -48,9 +48,9 @@ def parameter_sharding(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
 
 
 def put_batch(batches: Sequence[ChunkBatch], mesh: Mesh) -> ChunkBatch:
-    """A host's share of a batch as global arrays, transferred without waiting; several are stacked ahead of that.
+    """Return a host's share of a batch as global arrays, transferred without waiting; several are stacked first.
 
-    For one device the arrays stay the host's: a compiled call takes them over several times faster than one by one.
+    For one device the arrays stay on the host: a compiled call transfers them several times faster than one by one.
     """
     several = len(batches) > 1
     batch = jax.tree.map(lambda *x: np.stack(x), *batches) if several else batches[0]

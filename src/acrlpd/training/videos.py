@@ -17,9 +17,9 @@ from acrlpd.files import written_whole
 def save_videos(
     environment: Environment, rollouts: Sequence[Rollout], directory: Path, *, count: int, size: int = 256
 ) -> list[Path]:
-    """The first ``count`` successes and the first ``count`` failures: ``success-SEED.mp4``, ``failure-SEED.mp4``.
+    """Film the first ``count`` successes and failures, as ``success-SEED.mp4`` and ``failure-SEED.mp4``.
 
-    An episode that the simulation gave up on is left out: it does not play again to its end.
+    An episode in which the simulation failed is left out: it cannot be executed again to its end.
     """
     paths = []
     for solved, name in ((True, "success"), (False, "failure")):
@@ -32,7 +32,7 @@ def save_videos(
 
 
 def write_mp4(path: Path, frames: UInt8[np.ndarray, "t h w 3"], *, fps: float) -> None:
-    """H.264 in the pixel format that every browser plays; height and width must be even."""
+    """Write H.264 in the pixel format that every browser plays; height and width must be even."""
     try:
         import av
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: JSON lines always, and beside them TensorBoard, Weights & Biases, or Trackio.
+"""Writers of a run's numbers: JSON lines always, and beside them TensorBoard, Weights & Biases, or Trackio.
 
 A writer has ``write(record)`` and ``close()``. A record is flat: "step", "phase", and numbers by name.
 """
@@ -39,7 +39,7 @@ WANDB_METRIC_GROUPS: dict[str, list[str]] = {
         *("eval/success_rate", "eval/episode_length_mean"),
     ],
 }
-"""Which chart a metric belongs to. ``memory/gpu_usage`` exists on devices that count their bytes."""
+"""The metrics of each chart. ``memory/gpu_usage`` exists on devices that count their bytes."""
 
 
 class Writer(Protocol):
@@ -49,7 +49,7 @@ class Writer(Protocol):
 
 
 class Writers:
-    """Several writers as one. The first is the run's own file; what another one cannot do ends the run loudly."""
+    """Several writers as one. The first is the run's own file; an error of another one ends the run loudly."""
 
     def __init__(self, writers: Sequence[Writer]):
         self._writers = writers
@@ -65,10 +65,10 @@ class Writers:
 
 
 def make_writers(path: Path, config: LoggerConfig, *, name: str, run_config: Mapping[str, Any]) -> Writers:
-    """The JSON lines of ``path``, and the loggers of ``config`` beside it.
+    """Return a writer of JSON lines to ``path``, and of the loggers of ``config`` beside it.
 
     Raises:
-        ImportError: a logger's package is missing; names the extra that has it.
+        ImportError: a logger's package is missing; the message names the extra that has it.
     """
     makers: dict[LoggerKind, Any] = {"tensorboard": TensorBoardWriter, "wandb": WandbWriter, "trackio": TrackioWriter}
     others = [makers[kind](path.parent, config, name, run_config) for kind in config.kinds]
@@ -76,7 +76,7 @@ def make_writers(path: Path, config: LoggerConfig, *, name: str, run_config: Map
 
 
 class TensorBoardWriter:
-    """Event files under the run's ``tensorboard`` folder."""
+    """Writer of event files to the run's ``tensorboard`` folder."""
 
     def __init__(self, directory: Path, config: LoggerConfig, name: str, run_config: Mapping[str, Any]):
         try:
@@ -99,7 +99,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Weights & Biases; "offline" writes below the run's folder, to be synchronised later."""
+    """Writer to Weights & Biases; "offline" writes below the run's folder, to be synchronised later."""
 
     def __init__(self, directory: Path, config: LoggerConfig, name: str, run_config: Mapping[str, Any]):
         try:
@@ -127,14 +127,14 @@ class WandbWriter:
 
 
 def _stored_id(file: Path, name: str) -> str:
-    """Made once for a run's folder: a resumed run goes on under it, one that starts anew there has another."""
+    """Return the id of a run's folder, made once: a resumed run keeps it, one that starts anew there has another."""
     if not file.exists():
         write_json(file, {"id": f"{name}-{secrets.token_hex(4)}"})
     return read_json(file)["id"]
 
 
 class TrackioWriter:
-    """Trackio's local data base."""
+    """Writer to Trackio's local database."""
 
     def __init__(self, directory: Path, config: LoggerConfig, name: str, run_config: Mapping[str, Any]):
         try:
@@ -152,7 +152,7 @@ class TrackioWriter:
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """What of a record can be drawn: finite numbers under a group's name."""
+    """Return what can be drawn from a record: finite numbers under a group's name."""
     drawn = {name: value for name, value in record.items() if "/" in name and isinstance(value, (int, float))}
     return {name: float(value) for name, value in drawn.items() if math.isfinite(value)}
 

@@ -237,7 +237,7 @@ class Attention(nnx.Module):
             einsums: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
                 "q_einsum": ("TD,NDH->TNH", (n, d, h), {"in_axis": -2, "batch_axis": (0,)}),
                 "kv_einsum": ("SD,CKDH->CSKH", (2, k, d, h), {"in_axis": -2, "batch_axis": (0, 1)}),
-                # Heads are named A: einsum sums in alphabetical order, which then is the memory order of rows and weight
+                # Heads are A: einsum sums in alphabetical order, which then is the memory order of rows and weight.
                 "attn_vec_einsum": ("TAH,AHD->TD", (n, h, d), {"in_axis": (-3, -2)}),
             }
             for name, (equation, shape, fans) in einsums.items():

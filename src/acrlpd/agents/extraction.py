@@ -46,7 +46,7 @@ class Extraction(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class BestOfN:
-    """Rejection sampling: the policy only imitates, and the critic chooses among its samples (QC)."""
+    """Best-of-N sampling: the policy only imitates, and the critic chooses among its samples (QC)."""
 
     num_steps: int
     action_clip: float | None

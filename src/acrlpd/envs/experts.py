@@ -107,7 +107,7 @@ class SmoothNoise:
     ):
         low, high = noise_range
         if not 0 <= low <= high:
-            raise ValueError(f"noise_range must rise from a number that is not negative, got {noise_range}")
+            raise ValueError(f"noise_range must be two numbers with 0 <= low <= high, got {noise_range}")
         self.strength = float(rng.uniform(low, high))
         self._rng = rng
         self._correlation = correlation

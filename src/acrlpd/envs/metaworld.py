@@ -18,7 +18,7 @@ def task_names() -> tuple[str, ...]:
 
 
 class MetaWorld:
-    """The simulator of one MetaWorld task; every reset draws goal and objects from its seed.
+    """The simulator of one MetaWorld task; every reset draws its variation of the task from the seed.
 
     The goal is part of the state (its last three numbers), so that every task can be solved from the observation.
     """

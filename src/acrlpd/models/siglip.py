@@ -181,7 +181,7 @@ class Encoder(nnx.Module):
 
 
 class SigLIP(nnx.Module):
-    """The tower: images in [-1, 1] in, tokens of the language stack's width out. The head starts at zero (openpi)."""
+    """The tower from images in [-1, 1] to tokens of the language stack's width. Initially all are 0 (openpi's head)."""
 
     def __init__(
         self,

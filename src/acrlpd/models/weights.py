@@ -381,7 +381,7 @@ def _naming(path: Path) -> Iterator[None]:
     except (*files.NPZ_DAMAGE, SafetensorError) as error:
         reason = files.one_line(error)
         raise ValueError(
-            f"{path}: expected a complete {path.suffix} file with arrays; it is truncated or another ({reason})"
+            f"{path}: expected a complete {path.suffix} file with arrays; it is truncated or of another kind ({reason})"
         ) from error
 
 

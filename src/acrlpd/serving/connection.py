@@ -47,7 +47,7 @@ class Visitor(socket.socket):
         """End the connection while it has no transport, or before TLS has begun."""
         try:
             self.shutdown(socket.SHUT_RDWR)
-        except OSError:  # the peer was faster
+        except OSError:  # the peer has closed it already
             return
 
     def close(self) -> None:
@@ -80,7 +80,7 @@ class Listener(socket.socket):
 
 
 class Lobby:
-    """The connections whose handshake is not finished. If there are too many, the oldest one is closed.
+    """The connections whose handshake is not finished. If there are too many, the oldest of the busiest address closes.
 
     So silent connections keep nobody out: a client that makes its request at once is served.
     """

@@ -240,7 +240,7 @@ class Policy:
         self._budget = None if budget_s is None else Budget(smaller_plans(self._sampler.plan))
         self._keys = _drawing_keys(jax.random.key(0) if rng is None else rng)
         self._keys_lock = threading.Lock()
-        self._sizes: tuple[int, ...] = ()  # of the batches that are compiled
+        self._sizes: tuple[int, ...] = ()  # of the compiled batches
         self._told_unguided = False
         self.metadata = dict(metadata or {})
 

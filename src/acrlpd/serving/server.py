@@ -50,7 +50,7 @@ LARGE_MESSAGE_BYTES = 2**20  # larger messages have threads of their own, so tha
 MAX_HELD_MESSAGES = 16  # of the max. size, received but not answered, over all connections
 RECENT_S = 5.0  # a client without a request for so long is not expected to send one now
 SWITCH_S = 0.0005  # the interpreter's switch interval: the event loop waits so long for each busy thread
-MAX_COMPLAINT = 1000  # characters of a TEXT frame
+MAX_COMPLAINT = 1000  # max. characters of an error in a TEXT frame
 INTERNAL_ERROR = 1011
 
 
@@ -221,7 +221,7 @@ class PolicyServer:
             await asyncio.to_thread(policy.warm_up, self.batcher.sizes)
         except Exception:
             self.metrics.reloads.labels("error").inc()
-            logger.exception("a newer checkpoint could not be loaded; the old one is served on")
+            logger.exception("a newer checkpoint could not be loaded; the old one is still served")
             return
         self.batcher.policy = policy
         self.metrics.reloads.labels("ok").inc()

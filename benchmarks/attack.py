@@ -1,12 +1,12 @@
-"""How much hostile clients slow the others down, what the server's memory does, and whether anyone stays locked out.
+"""Measure how much hostile clients slow others down, the server's memory, and whether anyone stays locked out.
 
     python benchmarks/attack.py [--kinds silent fragments] [--seconds 3] [--rounds 3] [--attackers 8] [--json]
 
-The checkpoint and server of ``benchmarks/serving.py`` (an untrained nano pi0) on 127.0.0.1, with the default limits and
-no key. Two good clients ask again as soon as they have their answer. Each round measures them undisturbed and then
-under the attack, so that whatever else the machine does weighs on both. Attackers run in a process of their own; they
-have the address of the good clients, where only limits of a connection help, but for ``many_requests``: who sends sound
-requests is a client, and clients are told apart by their addresses. ``--attacker_address`` names one for all kinds.
+The checkpoint and server are those of ``benchmarks/serving.py`` (an untrained nano pi0) on 127.0.0.1, with the default
+limits and no key. Two good clients send the next request as soon as they have an answer. Each round measures them
+undisturbed and then under the attack, so that other load of the machine affects both. Attackers run in a separate
+process. They use the good clients' address, so that only limits per connection help; except for ``many_requests``,
+whose requests are valid, because clients are distinguished by address. ``--attacker_address`` sets one for all kinds.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from acrlpd.serving import codec
 CAMERAS, GOOD_CLIENTS = ("camera_0",), 2
 MAX_RATIO = 3.0
 OTHER_HOST = "127.0.0.2"  # this machine too
-PICTURES = {"large_pictures": (2360, 2360), "allowed_pictures": (1080, 1920)}  # of the others: 64 x 64
+PICTURES = {"large_pictures": (2360, 2360), "allowed_pictures": (1080, 1920)}  # other kinds: 64 x 64
 
 
 # -- good clients ------------------------------------------------------------------------------------------------------
 
 
 async def latencies(port: int, seconds: float) -> list[float]:
-    """Milliseconds of each answer to the good clients."""
+    """Return the milliseconds of each answer to the good clients."""
     message = codec.pack(observation(CAMERAS))
     found: list[float] = []
     end = time.perf_counter() + seconds
@@ -64,7 +64,7 @@ async def latencies(port: int, seconds: float) -> list[float]:
 
 
 async def new_client_ms(port: int) -> float:
-    """Until a client that comes now has its first answer."""
+    """Return the milliseconds until a client that connects now has its first answer."""
     start = time.perf_counter()
     async with connect(f"ws://{HOST}:{port}", compression=None, max_size=None, open_timeout=60) as connection:
         await connection.recv()
@@ -79,7 +79,7 @@ async def new_client_ms(port: int) -> float:
 
 
 class Memory(threading.Thread):
-    """The largest resident memory of a process while this runs."""
+    """A thread that records the maximal resident memory of a process while it runs."""
 
     def __init__(self, pid: int):
         super().__init__(daemon=True)
@@ -97,7 +97,7 @@ def resident_mb(pid: int) -> float:
 
 @contextlib.contextmanager
 def served(folder: str) -> Iterator[tuple[int, int]]:
-    """Process and port of ``acrlpd serve`` with its defaults."""
+    """Run ``acrlpd serve`` with its defaults; yield its process id and port."""
     flags = ["--checkpoint", folder, "--port", "0", "--num_samples", "1"]
     command = [sys.executable, "-m", "acrlpd.cli.main", "serve", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -111,7 +111,7 @@ def served(folder: str) -> Iterator[tuple[int, int]]:
 
 @contextlib.contextmanager
 def attack(kind: str, port: int, arguments: argparse.Namespace) -> Iterator[dict[str, float]]:
-    """While this is open, the attack goes on; at its end the dictionary has what the attackers have done."""
+    """Attack while this is open; at its end, the yielded dictionary holds what the attackers have sent."""
     script = Path(__file__).with_name("attackers.py")
     address = arguments.attacker_address or (OTHER_HOST if kind == "many_requests" else HOST)
     words = (kind, port, address, arguments.attackers, arguments.seconds + 1.5)
@@ -123,7 +123,7 @@ def attack(kind: str, port: int, arguments: argparse.Namespace) -> Iterator[dict
     process.stdin.write(codec.pack(observation(()) | picture))
     process.stdin.close()
     assert process.stdout.readline() == b"begins\n"
-    time.sleep(0.5)  # the attack is in full swing
+    time.sleep(0.5)  # until the attack is in full swing
     counted: dict[str, float] = {}
     yield counted
     counted |= json.loads(process.stdout.readline())
@@ -190,7 +190,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=3.0, help="duration of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--attackers", type=int, default=8)
     parser.add_argument("--attacker_address")

@@ -1,9 +1,9 @@
-"""The hostile clients of ``attack.py``, in a process of their own that imports nothing large.
+"""The hostile clients of ``attack.py``, in a separate process that imports nothing large.
 
     python benchmarks/attackers.py KIND PORT ADDRESS NUMBER SECONDS < MESSAGE
 
-MESSAGE is a request that some kinds send. Prints a line when the attack begins, and at its end how many connections
-were opened and how many megabytes sent.
+MESSAGE is a request that some kinds send. The script prints a line when the attack begins, and at its end how many
+connections were opened and how many megabytes sent.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ BINARY, PING, CONTINUED, LAST, MASKED = 0x02, 0x09, 0x00, 0x80, 0x80
 
 @dataclasses.dataclass
 class Attacker:
-    """What all attackers do until ``end``, each in a thread of its own."""
+    """The shared state of all attackers, each of which runs in its own thread until ``end``."""
 
     port: int
     address: str
     end: float
     message: bytes
-    connections: int = 0  # how many all attackers have opened
-    megabytes: float = 0.0  # what they have sent
+    connections: int = 0  # opened by all attackers
+    megabytes: float = 0.0  # sent by all attackers
 
     def going_on(self) -> bool:
         return time.monotonic() < self.end
@@ -51,7 +51,7 @@ class Attacker:
         self.megabytes += len(data) / 1e6
 
     def websocket(self) -> socket.socket:
-        """After the handshake and the metadata."""
+        """Return a connection after the handshake and the metadata."""
         connection = self.tcp()
         connection.sendall(HANDSHAKE)
         received = b""
@@ -64,7 +64,7 @@ class Attacker:
 
 
 def frame(opcode: int, payload: bytes) -> bytes:
-    """A masked frame; the mask is zero, which costs its sender nothing."""
+    """Return a masked frame; the mask is zero, which costs its sender nothing."""
     size = len(payload)
     if size < 126:
         length = struct.pack("!B", MASKED | size)
@@ -76,7 +76,7 @@ def frame(opcode: int, payload: bytes) -> bytes:
 
 
 def silent(attacker: Attacker) -> None:
-    """Connects and says nothing, as often as it gets a connection."""
+    """Connect and send nothing, as often as possible."""
     held: list[socket.socket] = []
     while attacker.going_on():
         held.append(attacker.tcp())
@@ -85,7 +85,7 @@ def silent(attacker: Attacker) -> None:
 
 
 def half_requests(attacker: Attacker) -> None:
-    """Sends half of a request for a websocket, and then a byte now and then."""
+    """Send half of a websocket request, and then single bytes from time to time."""
     held: list[socket.socket] = []
     while attacker.going_on():
         held.append(attacker.tcp())
@@ -98,18 +98,18 @@ def half_requests(attacker: Attacker) -> None:
 
 
 def reconnects(attacker: Attacker) -> None:
-    """Finishes the handshake, leaves, and comes back."""
+    """Finish the handshake, disconnect, and reconnect."""
     while attacker.going_on():
         attacker.websocket().close()
 
 
 def pings_unread(attacker: Attacker) -> None:
-    """Pings as fast as the server takes it and reads nothing."""
+    """Send pings as fast as the server takes them, and read nothing."""
     flood(attacker, frame(LAST | PING, b"x" * 125) * 500)
 
 
 def slow_pings_unread(attacker: Attacker) -> None:
-    """Pings as often as is allowed and reads nothing."""
+    """Send pings as often as is allowed, and read nothing."""
     connection, ping = attacker.websocket(), frame(LAST | PING, b"x" * 125)
     while attacker.going_on():
         attacker.send(connection, ping)
@@ -117,37 +117,37 @@ def slow_pings_unread(attacker: Attacker) -> None:
 
 
 def requests_unread(attacker: Attacker) -> None:
-    """Sends sound requests as fast as the server takes them and reads no answer."""
+    """Send valid requests as fast as the server takes them, and read no answer."""
     flood(attacker, frame(LAST | BINARY, attacker.message))
 
 
 def fragments(attacker: Attacker) -> None:
-    """Sends one message in fragments of two bytes."""
+    """Send one message in fragments of two bytes."""
     flood(attacker, frame(CONTINUED, b"xx") * 2000, first=frame(BINARY, b"xx"))
 
 
 def large_pictures(attacker: Attacker) -> None:
-    """Sends pictures of almost 16 MiB, which are refused."""
+    """Send pictures of almost 16 MiB, which are refused."""
     flood(attacker, frame(LAST | BINARY, attacker.message))
 
 
 def allowed_pictures(attacker: Attacker) -> None:
-    """Sends the largest pictures that are allowed and waits for each answer."""
+    """Send the largest allowed pictures and wait for each answer."""
     ask(attacker, frame(LAST | BINARY, attacker.message))
 
 
 def half_messages(attacker: Attacker) -> None:
-    """Sends all of a message of 16 MiB but its end."""
+    """Send a message of 16 MiB without its end."""
     flood(attacker, frame(LAST | BINARY, bytes(16 * 2**20 - 2000))[:-1])
 
 
 def many_requests(attacker: Attacker) -> None:
-    """Sends sound requests, one after the other."""
+    """Send valid requests, one after the other."""
     ask(attacker, frame(LAST | BINARY, attacker.message))
 
 
 def flood(attacker: Attacker, data: bytes, *, first: bytes = b"") -> None:
-    """Sends again and again, without reading; whenever it is thrown out, it comes back."""
+    """Send again and again without reading; reconnect whenever the server closes the connection."""
     while attacker.going_on():
         with contextlib.suppress(OSError), attacker.websocket() as connection:
             attacker.send(connection, first)
@@ -183,7 +183,7 @@ KINDS: dict[str, Callable[[Attacker], None]] = {
 
 
 def attack(kind: str, attacker: Attacker, number: int) -> None:
-    """Run the attackers of a kind; one that the server no longer lets in tries again."""
+    """Run the attackers of a kind; one that the server refuses tries again."""
 
     def persist() -> None:
         while attacker.going_on():

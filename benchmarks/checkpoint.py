@@ -1,12 +1,12 @@
-"""What an asynchronous checkpoint adds to the updates around it.
+"""Measure the time that an asynchronous checkpoint adds to the updates around it.
 
     python benchmarks/checkpoint.py [--size nano|mid] [--updates 100] [--repeats 20] [--json]
 
-Pairs of windows of as many updates, one after the other: in one of the two a checkpoint starts before the first update,
-and its files are written beside the others. The window ends with its last update, or when the files lie on disk, if
-that is later. The share is what the window with the checkpoint takes longer; which of a pair comes first alternates.
-``blocked`` is the part of it in which no update could run. "nano" is the demo's agent on its batch of 64; "mid" has a
-pi0 of half a gigabyte with its optimiser.
+The benchmark runs pairs of windows with equally many updates, one after the other. In one of the two, a checkpoint
+starts before the first update, and its files are written during the others. A window ends with its last update, or when
+the files are on disk, if that is later. The share is how much longer the window with the checkpoint takes; the order in
+a pair alternates. ``blocked`` is the part in which no update could run. "nano" is the demo's agent on its batch of 64;
+"mid" has a pi0 of half a gigabyte with its optimiser.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def configuration(size: str) -> TrainConfig:
 
 
 class Windows:
-    """An agent that learns from one batch, and a folder for its checkpoints."""
+    """An agent that learns from one batch, with a folder for its checkpoints."""
 
     def __init__(self, config: TrainConfig, folder: Path):
         self.agent: ACRLPDAgent = setup.make_agent(config, DIMS, ())
         shapes = memory.batch_shapes(config, DIMS, (), config.data.batch_size)
-        rng = np.random.default_rng(0)  # of zeros little would be learned, and little were to be written
+        rng = np.random.default_rng(0)  # from zeros it would learn little, and there would be little to write
         self._batch: ChunkBatch = jax.tree.map(lambda x: (rng.random(x.shape) * 2).astype(x.dtype), shapes)
         self._manager = ACRLPDCheckpointManager(folder, max_to_keep=1, writer=True)
         self.update()
@@ -75,7 +75,7 @@ class Windows:
         self._manager.save(self.agent, asset_id="benchmark", norm_stats=STATS, run={})
 
     def seconds(self, updates: int, *, saving: bool) -> tuple[float, float, float]:
-        """Of the window, of the call that saves, and from its last update until all is on disk."""
+        """Return the seconds of the window, of the call that saves, and from the last update until all is on disk."""
         start = time.perf_counter()
         if saving:
             self.save()
@@ -91,7 +91,7 @@ class Windows:
 def measure(size: str, updates: int, repeats: int) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp())
     windows = Windows(configuration(size), folder)
-    windows.seconds(updates, saving=True)  # not counted: the first files of a folder
+    windows.seconds(updates, saving=True)  # not counted: it writes the first files of the folder
     rows = []
     for repeat in range(repeats):
         pair = {saving: windows.seconds(updates, saving=saving) for saving in (bool(repeat % 2), not repeat % 2)}
@@ -128,7 +128,7 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("nano", "mid"), default="nano")
-    parser.add_argument("--updates", type=int, default=100, help="in a window")
+    parser.add_argument("--updates", type=int, default=100, help="updates per window")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

@@ -1,15 +1,15 @@
-"""How fast batches are made: from mapped files, compressed files, and videos with and without the frame cache; how long
-opening takes; and what share of its time a training run waits for data.
+"""Measure the speed of batches from mapped files, compressed files, and videos with and without the frame cache; the
+time to open data; and the share of its time that a training run waits for data.
 
     python benchmarks/data.py [--cases state-1M state-10M] [--seconds 5] [--folder data-bench] [--json]
 
-Every case runs in a process of its own, whose memory is told three times (workers of its own are not in it):
+Every case runs in its own process, whose memory is reported as three numbers (without its worker processes):
 
-    private_at_end_mb      what it alone has and nobody can take back, when it is done: this is what must fit
-    mapped_at_end_mb       pages of the data's files on top, which the kernel takes back when others need the room
-    peak_resident_mb       the most that both were together at any moment: grows with the data that is touched
+    private_at_end_mb      memory at the end that only it has and that cannot be reclaimed: this must fit
+    mapped_at_end_mb       pages of the data's files in addition, which the kernel reclaims when others need memory
+    peak_resident_mb       the maximum of both together at any moment: it grows with the data that is read
 
-Data is made up, in ``--folder``, and made once; without a folder it is thrown away (all of it takes 4 GB).
+Synthetic data is generated once, in ``--folder``; without a folder it is deleted afterwards (all of it takes 4 GB).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from acrlpd.types import Episode
 
 BATCH_SIZE, HORIZON = 256, 5
 IMAGE_BATCH_SIZE = 32
-WARM_UP, WARM_UP_ROWS = 5, 1 << 18  # batches; rows at once
+WARM_UP, WARM_UP_ROWS = 5, 1 << 18  # batches; rows per read
 STATE_DIM, ACTION_DIM, EPISODE_STEPS = 32, 8, 1000
 CAMERAS, SIZE = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"), 224
 VIDEO_SIZE, VIDEO_STEPS, FPS = (240, 320), 250, 25.0
@@ -77,7 +77,7 @@ CASES: dict[str, Callable[[Path, float], dict[str, Any]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of each measurement")
     parser.add_argument("--folder")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
@@ -109,14 +109,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 MEMORY = {
-    "private_at_end_mb": "of the process alone, without pages of files, when the case is done",
-    "mapped_at_end_mb": "pages of files in memory then, which the kernel can take back",
-    "peak_resident_mb": "the most of both together at any moment of the case",
+    "private_at_end_mb": "memory of the process alone, without pages of files, at the end of the case",
+    "mapped_at_end_mb": "pages of files in memory at that time, which the kernel can reclaim",
+    "peak_resident_mb": "the maximum of both together at any moment of the case",
 }
 
 
 def memory() -> dict[str, int]:
-    """In MB, by the names of ``MEMORY``; the first two on Linux alone."""
+    """Return the process's memory in MB, by the names of ``MEMORY``; the first two only on Linux."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KB on Linux
     found = {"peak_resident_mb": round(peak / 1e6)}
     status = Path("/proc/self/status")
@@ -131,7 +131,7 @@ def memory() -> dict[str, int]:
 
 
 def opening(folder: Path, seconds: float) -> dict[str, Any]:
-    """10,000 short episodes for the first time, in one process and in as many as there are processors, and again."""
+    """Open 10,000 short episodes for the first time, in one process and in one per processor, and then again."""
     root = folder / "many"
     make(root, 1, lambda number: episode(number, 10))
     for number in missing(root, OPENED_EPISODES):
@@ -148,7 +148,7 @@ def opening(folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def opening_lerobot(folder: Path, seconds: float) -> dict[str, Any]:
-    """The same episodes as a LeRobot v3.0 data set."""
+    """Open the same episodes as a LeRobot v3.0 data set."""
     root, raw = folder / "many-lerobot", folder / "many"
     if not root.exists():
         opening(folder, 0.0)
@@ -163,7 +163,7 @@ def opening_lerobot(folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def statistics(folder: Path, seconds: float) -> dict[str, Any]:
-    """Of the chunks of 100 episodes with video, opening included. Empty files stand for the videos: none is read."""
+    """Compute statistics of chunks of 100 episodes, including opening. The videos are empty files: none is read."""
     root = folder / "statistics"
     if not root.exists():
         raw = folder / "statistics-raw"
@@ -181,13 +181,13 @@ def statistics(folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def states(folder: Path, seconds: float, *, num_episodes: int) -> dict[str, Any]:
-    """Batches without pictures."""
+    """Make batches without pictures."""
     store, found = open_states(folder, num_episodes)
     return found | batches(store, BATCH_SIZE, seconds)
 
 
 def states_in_turn(folder: Path, seconds: float, *, rounds: int = 9) -> dict[str, Any]:
-    """Both sizes in one process, one behind the other: what else the machine does meanwhile slows either."""
+    """Measure both sizes in one process, one after the other, so that other load of the machine slows both."""
     small, large = (open_states(folder, num_episodes)[0] for num_episodes in (1000, 10_000))
     if not seconds:
         return {}
@@ -202,13 +202,13 @@ def open_states(folder: Path, num_episodes: int) -> tuple[EpisodeStore, dict[str
     cache = MetadataCache(folder / "metadata")
     source, open_s = timed(lambda: H5DatasetReader(root, metadata_cache=cache))
     store, map_s = timed(lambda: open_store(source))
-    for first in range(0, store.num_rows, WARM_UP_ROWS):  # into the page cache: what is measured is no disk
+    for first in range(0, store.num_rows, WARM_UP_ROWS):  # into the page cache, so that the disk is not measured
         store.state[np.arange(first, min(first + WARM_UP_ROWS, store.num_rows), 8)]
     return store, {"open_again_s": open_s, "map_s": map_s}
 
 
 def images(folder: Path, seconds: float, *, compression: str | None = None, num_workers: int = 0) -> dict[str, Any]:
-    """Batches with three cameras at the model's resolution; compressed ones with room for a few of them in memory."""
+    """Make batches with three cameras at the model's resolution; only a few compressed ones fit into memory."""
     root = folder / f"images-{compression}"
     make(root, 10, lambda number: episode(number, 100, {camera: noise(number, 100) for camera in CAMERAS}), compression)
     memory_bytes = None if compression is None else 64 << 20
@@ -218,7 +218,7 @@ def images(folder: Path, seconds: float, *, compression: str | None = None, num_
 
 
 def demo_waiting(folder: Path, seconds: float) -> dict[str, Any]:
-    """The offline phase of the demo, on as many episodes of its shape, for about ``seconds`` after compilation."""
+    """Run the demo's offline phase on equally many episodes of its shape, for about ``seconds`` after compilation."""
     demo = get_preset("demo")
     root = folder / "demo"
     make(root, demo.data.collect.episodes, lambda number: episode(number, DEMO_STEPS, sizes=DEMO_SIZES))
@@ -239,7 +239,7 @@ def demo_waiting(folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def video(folder: Path, seconds: float) -> dict[str, Any]:
-    """Random frames of a LeRobot data set (AV1, 240x320) at 224x224, a frame at a time."""
+    """Read random frames of a LeRobot data set (AV1, 240x320) at 224x224, one at a time."""
     root = make_video(folder)
     source = LeRobotSource(root)
     shutil.rmtree(folder / "frames", ignore_errors=True)
@@ -260,7 +260,7 @@ def video(folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def video_batches(folder: Path, seconds: float, *, num_workers: int = 0, cached: bool = False) -> dict[str, Any]:
-    """Batches from the videos of the case above, hardly any frame of which is kept in memory."""
+    """Make batches from the videos of the case above; hardly any of their frames is kept in memory."""
     root = make_video(folder)
     cache = FrameCache(folder / "frames", SIZE, SIZE) if cached else None
     source = LeRobotSource(root, frame_cache=cache)
@@ -280,7 +280,7 @@ def make_video(folder: Path) -> Path:
 
 
 def decoded_alone(source: LeRobotSource, number: int, step: int) -> np.ndarray:
-    """What a data set does that opens the video for every sample."""
+    """Read a frame as a data set does that opens the video for every sample."""
     span = source.meta.episodes[number].videos["observation.images.top"]
     wanted = span.start_s + step / source.fps
     with av.open(str(span.path)) as container:
@@ -310,20 +310,20 @@ def batches(store: EpisodeStore, batch_size: int, seconds: float) -> dict[str, A
     }
     normalize = Compose((Normalize(stats), DropPrompt()))
     loader = ChunkLoader(store, normalize, batch_size=batch_size, horizon=HORIZON, sequence_ratio=0.5, seed=0)
-    for step in range(WARM_UP):  # starts processes, too
+    for step in range(WARM_UP):  # this also starts processes
         loader.batch(step)
     started, count = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - started) < seconds:
         loader.batch(WARM_UP + count)
         count += 1
     found = {name: round(value, 4) for name, value in loader.stats().items() if name != "batches_per_s"}
-    found |= memory()  # while all is mapped
+    found |= memory()  # while everything is mapped
     loader.close()
     return {"batches_per_s": round(count / max(elapsed, 1e-9), 1)} | found
 
 
 class DropPrompt:
-    """In the place of the tokenizer, whose cost is another matter."""
+    """A replacement for the tokenizer, whose cost is not measured here."""
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in data.items() if key != "prompt"}
@@ -366,7 +366,7 @@ def noise(seed: int, length: int) -> np.ndarray:
 
 
 def moving(seed: int) -> np.ndarray:
-    """A textured picture that drifts; noise would not be a video."""
+    """Return a video of a textured picture that drifts; noise would not compress like a video."""
     height, width = VIDEO_SIZE
     texture = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
     picture = texture.repeat(8, axis=0).repeat(8, axis=1)

@@ -1,4 +1,4 @@
-"""Floating-point operations of a program's matrix products and convolutions, loops multiplied out."""
+"""Count the floating-point operations of a program's matrix products and convolutions, including loop iterations."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from jax.extend import core
 
 
 def of(function: Callable[..., Any], *arguments: Any) -> float:
-    """Of a function as JAX traces it; two for each multiply-add. Arguments may be shapes."""
+    """Return the FLOPs of a function as JAX traces it; two for each multiply-add. Arguments may be shapes."""
     return _of_program(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def of_compiled(function: Callable[..., Any], *arguments: Any) -> float:
-    """The compiler's own count of everything, after its simplifications. It counts the body of a loop once."""
+    """Return the compiler's count of all operations, after its simplifications. It counts a loop's body only once."""
     cost = jax.jit(function).lower(*arguments).compile().cost_analysis()
     assert cost is not None
     return float(cost["flops"])

@@ -1,9 +1,9 @@
-"""The real pi0 (3.24 billion parameters) in bfloat16 on this machine: built, and one chunk sampled.
+"""Build the real pi0 (3.24 billion parameters) in bfloat16 on this machine and sample one chunk.
 
     python benchmarks/full_size.py [--pi05] [--steps 10] [--json]
 
-Random weights: time and memory do not depend on them. They are never held in float32, so the peak is their 6.5 GB and
-little more. Takes some minutes on two cores.
+The weights are random, since time and memory do not depend on them. They are never held in float32, so the peak memory
+is only slightly more than their 6.5 GB. The script takes some minutes on two cores.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import resource
 import time
 from typing import Any
 
-# A CPU computes bfloat16 in float32. Layer by layer that is cheap; but XLA would take it out of the loop over layers
-# and widen all of them at once, 11 GB.
+# A CPU computes bfloat16 in float32. Layer by layer, the conversion is cheap; but XLA would move it out of the loop
+# over layers and convert all of them at once, which takes 11 GB.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_disable_hlo_passes=while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion"
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def build(config: Pi0Config) -> Pi0:
-    """A model whose arrays repeat one draw of small normal values, each made in its own dtype at once."""
+    """Build a model whose arrays repeat one draw of small normal values, each created directly in its own dtype."""
     policy = nnx.eval_shape(lambda: config.create(nnx.Rngs(0)))
     values = jnp.asarray(np.random.default_rng(0).normal(0, 0.02, 2**20 + 7), config.param_dtype)
     params = nnx.to_flat_state(nnx.state(policy))
@@ -70,7 +70,7 @@ def repeat(values: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def sample(policy: Pi0, steps: int) -> dict[str, Any]:
-    """Times of one chunk, and what the compiled program allocates beside the weights."""
+    """Return the times of one chunk, and the memory that the compiled program allocates in addition to the weights."""
     graphdef, state = nnx.split(policy)
     seen, noise = sampling.observation(1, policy.config), sampling.noise_of(1, config=policy.config)
 

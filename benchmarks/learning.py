@@ -1,12 +1,12 @@
-"""docs/results.md: what each method learns at equal data and updates, and what each choice of ours is worth.
+"""Compare what each method learns with equal data and updates, and the effect of each of our choices (docs/results.md).
 
     python benchmarks/learning.py [--tasks single double] [--methods bc qc ...] [--seeds 0 1 2] [--jobs 2]
 
-Every task, method and seed is a run of its own under ``--run_dir``, on one core. A finished one is read, one that was
-stopped goes on, so the work can be done in pieces; the table is written from whatever is finished. All methods of one
-task and seed learn from the same episodes, which are collected first: ``demo-cube``'s expert with strong smooth noise.
-Flow MLP and critics of 2 x 256; a run takes two to four minutes. ``--episodes``, ``--offline_steps``,
-``--online_steps`` and ``--eval_episodes`` shrink it.
+Every combination of task, method and seed is a separate run under ``--run_dir``, on one core. Finished runs are read
+and stopped runs are resumed, so the work can be done in pieces; the table is made from the finished runs. All methods
+of one task and seed learn from the same episodes, which are collected first: ``demo-cube``'s expert with strong smooth
+noise. Flow MLP and critics are 2 x 256; a run takes two to four minutes. ``--episodes``, ``--offline_steps``,
+``--online_steps`` and ``--eval_episodes`` make it shorter.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from acrlpd.training.evaluate import wilson
 @dataclasses.dataclass(frozen=True)
 class Task:
     env: str
-    noise: tuple[float, float]  # of the expert, drawn for each episode
+    noise: tuple[float, float]  # range of the expert's noise strength, drawn for each episode
 
 
 TASKS = {
@@ -43,7 +43,7 @@ TASKS = {
 COMMON = {
     "policy.hidden_dims": "256 256",
     "agent.critic.hidden_dims": "256 256",
-    "eval.frequency": "1000000",  # at the end of each phase alone
+    "eval.frequency": "1000000",  # only at the end of each phase
 }
 MLP = {"policy.kind": "mlp_flow"}
 METHODS: dict[str, dict[str, str]] = {
@@ -74,8 +74,8 @@ def main() -> None:
     parser.add_argument("--eval_episodes", type=int, default=50)
     parser.add_argument("--run_dir", type=Path, default=Path("runs/learning"))
     parser.add_argument("--results", type=Path, default=Path("docs/results.md"))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on a core of its own")
-    parser.add_argument("--table_only", action="store_true", help="of the runs that are finished; none is begun")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its own core")
+    parser.add_argument("--table_only", action="store_true", help="only make the table of finished runs")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     about = machine.describe()
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def _each(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
-    """Seeds outermost: after the first pieces every method has been seen once."""
+    """Yield all runs, with seeds as the outermost loop, so that every method is run once early on."""
     for seed in arguments.seeds:
         for task in arguments.tasks:
             for method in arguments.methods:
@@ -102,7 +102,7 @@ def folder(task: str, method: str, seed: int, arguments: argparse.Namespace) -> 
 
 
 def command(task: str, method: str, seed: int, arguments: argparse.Namespace) -> list[str]:
-    """Of one run, whose prior data is there when this returns."""
+    """Return the command of one run; collect its prior data first if it is missing."""
     data = arguments.run_dir / f"prior-{task}-seed{seed}"
     collect = CollectConfig(episodes=arguments.episodes, noise_range=TASKS[task].noise)
     setup.collect_prior(EnvConfig(TASKS[task].env), collect, data, seed=seed)
@@ -116,7 +116,7 @@ def command(task: str, method: str, seed: int, arguments: argparse.Namespace) ->
 
 
 def _row(task: str, method: str, arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """All finished seeds of one method together."""
+    """Return the results of all finished seeds of one method, or None without any."""
     directories = [folder(task, method, seed, arguments) for seed in arguments.seeds]
     finished = [each for each in directories if pinned.is_finished(each)]
     if not finished:
@@ -134,7 +134,7 @@ def _row(task: str, method: str, arguments: argparse.Namespace) -> dict[str, Any
 
 
 def pooled(summaries: list[dict[str, Any]], phase: str) -> dict[str, float] | None:
-    """Success over the episodes of all seeds, with Wilson's interval."""
+    """Return the success rate over the episodes of all seeds, with Wilson's interval."""
     found = [summary["phases"][phase] for summary in summaries if phase in summary["phases"]]
     if not found:
         return None

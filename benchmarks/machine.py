@@ -1,4 +1,4 @@
-"""What every benchmark prints about where and how it ran."""
+"""Information on the machine, and timing and output, for all benchmarks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import jax
 
 
 def describe() -> dict[str, Any]:
-    """The command, the machine and its load, which other programs may cause."""
+    """Return the command, the machine and its load, which other programs may cause."""
     return {
         "command": " ".join(["python", *sys.argv]),
         "cpu_count": os.cpu_count(),
@@ -36,14 +36,14 @@ def _processor() -> str:
 
 
 def seconds(call: Callable[[], Any]) -> tuple[float, float]:
-    """Wall and CPU time until the arrays that ``call`` returns are there."""
+    """Return wall and CPU time until the arrays that ``call`` returns are ready."""
     wall, cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(call())
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median over the repeats, and the range."""
+    """Return the median over the repeats, and the range."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "repeats": len(values)}
 
 

@@ -1,10 +1,10 @@
-"""What ``acrlpd plan`` says against what a run really takes, for three small configurations on this machine's CPU.
+"""Compare the memory that ``acrlpd plan`` predicts with what a run needs, for three small configurations on the CPU.
 
     python benchmarks/memory.py [--json]
 
-Each runs in a process of its own: a fresh agent and a few updates of the program as a run compiles it, and by how much
-the peak of resident memory rose above what it was before. The same has run once by then, for compilers need memory of
-their own, and what that left is given back to the system, for memory that is used again would not show.
+Each configuration runs in its own process: a new agent does a few updates of the program as a run compiles it, and the
+rise of the peak resident memory is measured. The same has been run once before, because compilers need memory
+themselves. What that run left is returned to the system, because memory that is reused would not be measured.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def resident_bytes() -> int:
 def measure(name: str) -> dict[str, float]:
     config = CONFIGURATIONS[name]
     library = ctypes.CDLL("libc.so.6")
-    library.mallopt(M_MMAP_THRESHOLD, 64 * 1024)  # every array a mapping of its own, which ends when it is freed
+    library.mallopt(M_MMAP_THRESHOLD, 64 * 1024)  # every array gets its own mapping, which ends when it is freed
     library.mallopt(M_ARENA_MAX, 1)
     cameras = config.data.cameras
     planned = memory.plan(config, memory.Machine(1), dims=DIMS, cameras=cameras).total_bytes
@@ -86,7 +86,7 @@ def measure(name: str) -> dict[str, float]:
 
 
 def run(config: TrainConfig, program: Compiled, *, updates: int) -> None:
-    """A fresh agent and its updates, all of which is let go again."""
+    """Create an agent and update it; nothing is kept."""
     cameras = config.data.cameras
     agent = setup.make_agent(config, DIMS, cameras)
     batch = jax.tree.map(_ones, memory.batch_shapes(config, DIMS, cameras, config.data.batch_size))
@@ -96,7 +96,7 @@ def run(config: TrainConfig, program: Compiled, *, updates: int) -> None:
 
 
 def compiled(config: TrainConfig) -> Compiled:
-    """The update as a run compiles it."""
+    """Compile the update as a run does."""
     cameras = config.data.cameras
     agent = jax.eval_shape(lambda: setup.create_agent(config, DIMS, cameras))
     batch = memory.batch_shapes(config, DIMS, cameras, config.data.batch_size)
@@ -104,7 +104,7 @@ def compiled(config: TrainConfig) -> Compiled:
 
 
 def _ones(shape: jax.ShapeDtypeStruct) -> np.ndarray:
-    """Not zeros, for which the system sets no memory aside."""
+    """Return ones: for zeros, the system would not allocate memory."""
     return np.ones(shape.shape, shape.dtype)
 
 

@@ -1,4 +1,4 @@
-"""An environment that keeps real time and leaves the processor alone, as a robot does: 20 steps a second."""
+"""An environment in real time that uses no processor time, like a robot: 20 steps per second."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PERIOD_S = 0.05
 
 
 class Paced:
-    state_dim = 39  # as the demo's
+    state_dim = 39  # as in the demo
     action_low = -np.ones(4, np.float32)
     action_high = np.ones(4, np.float32)
     instruction = "drawer open"

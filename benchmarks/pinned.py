@@ -1,4 +1,4 @@
-"""Training runs side by side, each on a core of its own, so that one's CPU seconds do not depend on the other."""
+"""Parallel training runs, each on its own core, so that the CPU seconds of one do not depend on the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from acrlpd.training.ending import OVER
 
 
 def command(preset: str, directory: Path, options: dict[str, str]) -> list[str]:
-    """``acrlpd train`` into that directory; one that was begun goes on where it was stopped. Values as for a shell."""
+    """Return the ``acrlpd train`` command of a run; an existing run is resumed. Options are quoted as in a shell."""
     options = options | {"run_dir": shlex.quote(str(directory.parent)), "name": shlex.quote(directory.name)}
     words = [sys.executable, "-m", "acrlpd.cli.main", "train", preset]
     for option, value in options.items():
@@ -25,7 +25,7 @@ def command(preset: str, directory: Path, options: dict[str, str]) -> list[str]:
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether the run is over. One that was interrupted has a summary too, which says so."""
+    """Return whether the run is over. An interrupted run has a summary, too, which says so."""
     summary = directory / "summary.json"
     if not summary.exists():
         return False
@@ -34,7 +34,7 @@ def is_finished(directory: Path) -> bool:
 
 
 def run(commands: Sequence[list[str]], jobs: int) -> None:
-    """All commands, ``jobs`` at a time. An interrupt reaches each of them: it saves, and the next call goes on."""
+    """Run all commands, ``jobs`` at a time. An interrupt reaches each one: it saves, and the next call resumes it."""
     waiting = collections.deque(commands)
     running: dict[int, subprocess.Popen[bytes]] = {}
     cores = sorted(os.sched_getaffinity(0))[:jobs]
@@ -47,7 +47,7 @@ def run(commands: Sequence[list[str]], jobs: int) -> None:
                     del running[core]
                 if core not in running and waiting:
                     running[core] = subprocess.Popen(waiting.popleft(), stdout=sys.stderr)
-                    os.sched_setaffinity(running[core].pid, {core})  # before it counts the cores for its threads
+                    os.sched_setaffinity(running[core].pid, {core})  # before it counts cores to size its thread pools
             time.sleep(0.5)
     finally:
         for process in running.values():

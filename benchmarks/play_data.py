@@ -1,9 +1,9 @@
-"""Play data by OGBench's own protocol: what ``cube-single-play`` holds, as many episodes as wanted, without a download.
+"""Generate play data with OGBench's protocol for ``cube-single-play``: any number of episodes, without a download.
 
     python benchmarks/play_data.py OUT.npz [--episodes 100] [--seed 101]
 
-The planning oracle moves the cube to one random target after the other for 1001 steps an episode, its plans blurred by
-smooth noise of 0.1. Equal seeds and versions of MuJoCo give equal files, bit for bit. About 2.5 s an episode.
+The planning oracle moves the cube to one random target after the other for 1001 steps per episode, with smooth noise of
+0.1 on its plans. Equal seeds and versions of MuJoCo give identical files, bit for bit. An episode takes about 2.5 s.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def main() -> None:
 
 
 def write(path: Path, episodes: int, seed: int) -> None:
-    """A file in OGBench's format, complete or not there."""
+    """Write a file in OGBench's format atomically."""
     arrays = play(episodes, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.stem}.tmp.npz")
-    np.savez_compressed(unfinished, **arrays)  # type: ignore[arg-type]  # for numpy any name could be allow_pickle
+    np.savez_compressed(unfinished, **arrays)  # type: ignore[arg-type]  # to the stubs, any name could be allow_pickle
     unfinished.replace(path)
 
 

@@ -1,10 +1,10 @@
-"""Milliseconds per update with Q-chunking's networks, to be set beside its own code on the same machine.
+"""Measure milliseconds per update with Q-chunking's networks, to compare with its own code on the same machine.
 
     python benchmarks/qc_speed.py [--widths 512 256] [--batch 256] [--repeats 10] [--json]
 
-Its networks: flow MLP and two critics of 4 x 512 (or 2 x 256), horizon 5, 10 Euler steps, batch 256; cube-single's 28
-state and 5 action dimensions. Best of N with 32 samples, and distillation; below each what less work in the target
-costs. FLOPs are counted from the traced update; the rate stands beside that of a plain matrix product.
+It uses a flow MLP and two critics of 4 x 512 (or 2 x 256), horizon 5, 10 Euler steps, batch 256, and cube-single's 28
+state and 5 action dimensions; best of N with 32 samples, and distillation, each followed by versions with less work in
+the target. FLOPs are counted from the traced update; the rate is compared with that of a plain matrix product.
 """
 
 from __future__ import annotations

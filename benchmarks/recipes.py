@@ -1,8 +1,8 @@
-"""What "ours" means where methods are compared: the same in every benchmark, as options of ``acrlpd train``.
+"""Our recipe ("ours") in comparisons of methods: the same in every benchmark, as options of ``acrlpd train``.
 
-Beside Q-chunking's recipe: half of each online batch from replay, chunks that a success cuts short kept (both the
-framework's defaults), a moving average of the policy acts, and several updates in one compiled call. With the cheap
-target, its value is the best of two candidates by three Euler steps, instead of as many as while acting.
+It adds to Q-chunking's recipe: half of each online batch comes from replay, chunks that a success cuts short are kept
+(both are the framework's defaults), a moving average of the policy acts, and one compiled call does several updates.
+The cheap target uses the best of two candidates with three Euler steps, instead of as many as for acting.
 """
 
 OURS = {

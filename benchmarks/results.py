@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_section(path: Path, heading: str, text: str) -> None:
-    """Puts ``text`` under ``## heading``, in place of what stood there, or at the end."""
+    """Write ``text`` under ``## heading``: replace that section, or append it at the end."""
     before = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
     section = f"## {heading}\n\n{text.strip()}\n"
     found = re.search(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", before, flags=re.MULTILINE | re.DOTALL)

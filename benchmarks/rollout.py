@@ -1,11 +1,11 @@
-"""Environment steps a second: with worker processes, with one policy call for all environments, during updates.
+"""Measure environment steps per second: with worker processes, with batched policy calls, and during updates.
 
     python benchmarks/rollout.py [--workers 0 1 2 4] [--steps 2000] [--preset demo-vision] [--paced] [--json]
 
-The policy is the demo's (nano pi0, best of 16), the task MetaWorld's drawer. Three comparisons: environments in this
-process or in workers, with actions that cost nothing; N environments with one policy call, or with N calls; and an
-online phase in step with its updates, or overlapping with them. Workers and overlap need cores to pay off, unless, as
-a robot does, the environment takes time and no processor: ``--paced`` has one environment of 20 steps a second.
+The policy is the demo's (nano pi0, best of 16), the task MetaWorld's drawer. There are three comparisons: environments
+in this process or in workers, with actions that cost nothing; N environments with one policy call, or with N calls; and
+an online phase in step with its updates, or overlapping with them. Workers and overlap need cores to pay off, unless
+the environment takes time but no processor, as a robot does: ``--paced`` uses one environment with 20 steps per second.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2, 4], help="0: in this process")
     parser.add_argument("--num_envs", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2000, help="environment steps of each measurement")
-    parser.add_argument("--online_steps", type=int, default=1000, help="of each online phase; 0: none")
-    parser.add_argument("--preset", default="demo", help="whose environment is stepped, and of the online phase")
-    parser.add_argument("--paced", action="store_true", help="online in real time, by an environment that only waits")
+    parser.add_argument("--online_steps", type=int, default=1000, help="length of each online phase; 0: none")
+    parser.add_argument("--preset", default="demo", help="its environment is stepped; also used for the online phase")
+    parser.add_argument("--paced", action="store_true", help="online phase in real time, in an environment that waits")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     about = machine.describe()
@@ -68,7 +68,7 @@ def main() -> None:
         speeds["online, overlapping"], still_waited = training(online, True, arguments)
         result |= {
             "overlap_gain": speeds["online, overlapping"] / speeds["online, in step"],
-            "share_waiting_in_step": waited,  # for the simulator
+            "share_waiting_in_step": waited,  # share of time spent waiting for the simulator
             "share_waiting_overlapping": still_waited,
         }
     result["load_after"] = machine.describe()["load_average"]
@@ -93,7 +93,7 @@ def _steps_per_s(config: TrainConfig, act: Act, arguments: argparse.Namespace, r
     assert config.env is not None, "the demo has an environment"
     environments = make_vector(config.env, arguments.num_envs, rollout)
     collector = OnlineCollector(environments, seed=0, execute_horizon=HORIZON)
-    collector.collect(act)  # compiles, and brings every worker up
+    collector.collect(act)  # compiles, and starts every worker
     steps, start = 0, time.perf_counter()
     while steps < arguments.steps:
         steps += collector.collect(act).num_steps
@@ -117,8 +117,8 @@ def one_by_one(act: Act) -> Act:
 
 
 def training(config: TrainConfig, overlap: bool, arguments: argparse.Namespace) -> tuple[float, float]:
-    """Steps a second of the online phase as the run's own clocks have it: updates, choices and waiting for the
-    simulator, without compilation; and the share of that waiting."""
+    """Return the online phase's steps per second by the run's own clocks (updates, action choice and waiting for the
+    simulator, without compilation), and the share of that waiting."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):  # the run reports to stdout
         config = dataclasses.replace(
             config,

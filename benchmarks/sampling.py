@@ -1,15 +1,15 @@
-"""Best of N on one prefix pass, beside N tiled observations, and the gradient of the imitation loss.
+"""Measure best of N on one prefix pass, against N tiled observations, and the gradient of the imitation loss.
 
     python benchmarks/sampling.py [--candidates 1 8 32] [--steps 10] [--repeats 5] [--json]
 
-A mid-size pi0 (image tower 384x6, first expert 512x6, action expert 256), three 224 px cameras, horizon 50, float32,
-candidates in the blocks that ``best_of_n_strategy="auto"`` makes of them. Layers run one after the other, as is fastest
-for so few (``policy.unroll``); to sample, they are kept apart as a server keeps them.
-FLOPs are counted from the sizes (two per multiply-add of every matrix product), those done and those of the model as
-openpi computes it: the last prefix layer whole, of which keys and values are all that anyone reads. The rate of each is
-set beside that of plain 1024 x 1024 matrix products before and after each call, in the same process; ratios take those
-done. Shares and ratios are medians over the repeats, by wall time and by CPU time: the latter says more on a machine
-that others use as well.
+The model is a mid-size pi0 (image tower 384x6, first expert 512x6, action expert 256) with three 224 px cameras,
+horizon 50 and float32; candidates run in the blocks that ``best_of_n_strategy="auto"`` chooses. Layers are written out
+one by one, which is fastest for so few (``policy.unroll``); for sampling, they are separate modules as in a server.
+FLOPs are counted from the sizes (two per multiply-add of every matrix product): those computed, and those of the model
+as openpi computes it, with the whole last prefix layer, of which only keys and values are needed. Each rate is compared
+with that of plain 1024 x 1024 matrix products before and after each call, in the same process; ratios use the computed
+FLOPs. Shares and ratios are medians over the repeats, by wall time and by CPU time; on a shared machine, CPU time says
+more.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CONFIG = Pi0Config(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--candidates", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--batches", type=int, nargs="*", default=[4, 8], help="of the gradient")
+    parser.add_argument("--batches", type=int, nargs="*", default=[4, 8], help="batch sizes of the gradient")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
@@ -53,7 +53,7 @@ def main() -> None:
     policy, steps = CONFIG.create(nnx.Rngs(0)), arguments.steps
     served = stacked.unrolled(policy)
     calls: dict[str, tuple[Callable[[], Any], float]] = {}
-    prefixes: dict[str, int] = {}  # how many passes of the observation's tokens a call makes
+    prefixes: dict[str, int] = {}  # number of passes over the observation's tokens in a call
     for n in arguments.candidates:
         calls[f"best of {n}"] = best_of(served, n, steps), sampling_flops(n, steps)
         calls[f"{n} tiled"] = tiled_samples(served, n, steps), n * sampling_flops(1, steps)
@@ -72,16 +72,16 @@ def main() -> None:
 
 
 class Timer:
-    """Times calls in turn, each between plain matrix products, so that all of them meet the same machine."""
+    """A timer that runs calls in turn, each between plain matrix products, so that all see the same load."""
 
     def __init__(self, repeats: int):
         self._repeats = repeats
         self._square = jnp.asarray(np.random.default_rng(0).normal(size=(1024, 1024)), jnp.float32)
-        self._product = jax.jit(lambda a, b: a @ b)  # arguments: a constant product would be computed by the compiler
+        self._product = jax.jit(lambda a, b: a @ b)  # arguments: a constant product would be computed at compilation
         self._matmul_rate()
 
     def rows(self, calls: dict[str, tuple[Callable[[], Any], float]]) -> list[dict[str, Any]]:
-        """A row for each name's call and its FLOPs."""
+        """Return a row for each name's call and FLOPs."""
         first = {name: machine.seconds(call)[0] for name, (call, _) in calls.items()}
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
         shares: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
@@ -96,7 +96,7 @@ class Timer:
         return [self._row(name, flops, first[name], seconds[name], shares[name]) for name, (_, flops) in calls.items()]
 
     def row(self, name: str, call: Callable[[], Any], flops: float) -> dict[str, Any]:
-        """The row of one call alone."""
+        """Return the row of a single call."""
         return self.rows({name: (call, flops)})[0]
 
     @staticmethod
@@ -116,7 +116,7 @@ class Timer:
         }
 
     def _matmul_rate(self, count: int = 20) -> tuple[float, float]:
-        """FLOPs per second of wall and of CPU time."""
+        """Return the FLOPs per second of wall and of CPU time."""
 
         def products() -> jax.Array:
             for _ in range(count):
@@ -133,7 +133,7 @@ def _spreads(pairs: list[tuple[float, float]]) -> tuple[dict[str, float], dict[s
 
 
 def observation(batch: int, config: Pi0Config = CONFIG) -> Observation:
-    """Random pictures and prompts, nothing masked."""
+    """Return random pictures and prompts without masks."""
     rng = np.random.default_rng(0)
     side = config.image_size
     images = {name: rng.random((batch, side, side, 3), np.float32) * 2 - 1 for name in config.cameras}
@@ -195,7 +195,7 @@ def loss_gradient(policy: Pi0, batch: int) -> Callable[[], Any]:
 
 
 def prefix_flops() -> float:
-    """Image tower and first expert, one observation; of the last layer, keys and values alone."""
+    """Count the image tower and the first expert for one observation; for the last layer, only keys and values."""
     vision, expert = CONFIG.vision, CONFIG.paligemma
     patches, width = vision.num_tokens, vision.width
     tower = patches * vision.patch_size**2 * 3 * width + patches * width * expert.width
@@ -206,7 +206,7 @@ def prefix_flops() -> float:
 
 
 def last_layer_flops() -> float:
-    """What else there is to a layer of the first expert beside keys and values; nobody reads it of the last one."""
+    """Count a layer of the first expert without keys and values; for the last layer, this part is never needed."""
     expert = CONFIG.paligemma
     tokens = len(CONFIG.cameras) * CONFIG.vision.num_tokens + CONFIG.max_token_len
     heads = expert.num_heads * expert.head_dim
@@ -214,9 +214,9 @@ def last_layer_flops() -> float:
 
 
 def suffix_flops() -> float:
-    """One evaluation of the velocity, one candidate."""
+    """Count one evaluation of the velocity for one candidate."""
     expert, horizon = CONFIG.action_expert, CONFIG.action_horizon
-    tokens = horizon + 1  # the state's
+    tokens = horizon + 1  # 1 for the state
     seen = len(CONFIG.cameras) * CONFIG.vision.num_tokens + CONFIG.max_token_len + tokens
     heads, keys = expert.num_heads * expert.head_dim, expert.num_kv_heads * expert.head_dim
     layer = tokens * expert.width * (2 * heads + 2 * keys + 3 * expert.mlp_dim) + 2 * tokens * seen * heads
@@ -233,7 +233,7 @@ def loss_flops() -> float:
 
 
 def ratios(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the claims are about: growth of time against growth of FLOPs, and one prefix pass against n."""
+    """Return the ratios of our claims: growth of time over growth of FLOPs, and one prefix pass against n."""
     by_name = {row["name"]: row for row in rows}
     first = by_name[f"best of {arguments.candidates[0]}"]
     found: dict[str, dict[str, float]] = {}

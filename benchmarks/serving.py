@@ -1,11 +1,11 @@
-"""Latency and throughput of the policy server for many clients, batched and one at a time; best of 8 beside best of 1.
+"""Measure latency and throughput of the policy server for many clients, with and without batching, best of 8 and of 1.
 
     python benchmarks/serving.py [--clients 1 8 32] [--seconds 5] [--cameras 0] [--json]
 
-An untrained nano pi0 is written to a checkpoint and served by ``acrlpd serve`` in a process of its own; the clients
-share this one. Each asks again as soon as it has its answer. The bare call is the compiled model for one observation
-and for a batch of 8, without transforms or network, in this process; eight calls for one over one for eight is about
-what batching can gain. A request with 8 candidates is a batch already, so it gains less than one with a single sample.
+An untrained nano pi0 is written to a checkpoint and served by ``acrlpd serve`` in its own process; all clients share
+this process. Each sends the next request as soon as it has an answer. The bare call is the compiled model for one
+observation and for a batch of 8, without transforms or network, in this process; the time of eight single calls over
+that of one batch is about what batching can gain. A request with 8 candidates is already a batch, so it gains less.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 
 STATE_DIM, ACTION_DIM = 39, 4  # as in MetaWorld
 STATS = {"state": NormStats(np.zeros(STATE_DIM), np.ones(STATE_DIM)), "actions": NormStats(np.zeros(4), np.ones(4))}
-BATCHED, SINGLE = 8, 1  # requests in a call
+BATCHED, SINGLE = 8, 1  # requests per call
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each row")
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of each row's measurement")
     parser.add_argument("--cameras", type=int, default=0, help="pictures of 64 x 64 in an observation")
     parser.add_argument("--samples", type=int, default=8, help="candidates of the throughput rows")
     parser.add_argument("--json", action="store_true")
@@ -90,7 +90,7 @@ def observation(cameras: tuple[str, ...]) -> dict[str, Any]:
 
 
 def bare_call_ms(folder: str, samples: int, cameras: tuple[str, ...]) -> dict[int, float]:
-    """Of one observation and of a batch, by their number."""
+    """Return the milliseconds of a call for one observation and for a batch, by batch size."""
     policy = deploy.trained_policy(deploy.load_trained(folder), deploy.ActingOptions(num_samples=samples))
     request = policy.prepare(observation(cameras))
     medians = {}
@@ -114,7 +114,7 @@ def served(folder: str, samples: int, batch: int) -> Iterator[int]:
 
 
 async def measure(port: int, clients: int, seconds: float, cameras: tuple[str, ...]) -> dict[str, float]:
-    """Latency of each answer and answers a second, after a second of warming up."""
+    """Return quantiles of the latency and answers per second, after a warm-up of one second."""
     message = codec.pack(observation(cameras))
     latencies: list[float] = []
     begin = time.perf_counter() + 1.0
@@ -136,7 +136,7 @@ async def measure(port: int, clients: int, seconds: float, cameras: tuple[str, .
 
 
 def ratios(rows: list[dict[str, Any]], bare: dict[int, dict[int, float]]) -> dict[str, Any]:
-    """Batched against one at a time, by candidates and clients; best of N against best of 1, by clients."""
+    """Return the gain of batching, by candidates and clients, and best of N over best of 1, by clients."""
     rate = {(row["samples"], row["max_batch"], row["clients"]): row["answers_per_s"] for row in rows}
     p50 = {(row["samples"], row["max_batch"], row["clients"]): row["p50_ms"] for row in rows}
     clients = sorted({row["clients"] for row in rows})

@@ -1,14 +1,14 @@
-"""CPU seconds to 80 % success on OGBench's play data: Q-chunking's recipe, and ours in the same framework.
+"""Measure CPU seconds to 80 % success on OGBench's play data, with Q-chunking's recipe and ours in one framework.
 
     python benchmarks/time_to_success.py [--methods qc ours] [--seeds 0 1 2] [--jobs 2] [--json]
 
-``cube-single``, task 1: 100 episodes of play (100,000 transitions, made first by ``play_data.py``), then online,
-one update a step; networks of 2 x 256. Each run has one core. Online, 50 episodes are evaluated every 2000 updates; the
-first evaluation of at least 80 % ends the run. CPU seconds are of the whole process, compilation and simulator
-included, without the evaluations. A finished run is read; the section of docs/results.md is written from all of them.
+The task is ``cube-single``, task 1: 100 episodes of play (100,000 transitions, generated first by ``play_data.py``),
+then an online phase with one update per step; networks are 2 x 256. Each run has one core. Online, 50 episodes are
+evaluated every 2000 updates; the first evaluation with at least 80 % ends the run. CPU seconds include compilation and
+simulator, but not the evaluations. Finished runs are read; the section of docs/results.md is written from all of them.
 
-qc: best of 8 by five Euler steps, in the target too, batch 128, learning rate 1e-3, tau 0.02, all rows drawn alike,
-chunks that an episode's end cuts short dropped, 12,000 updates offline. ours: ``recipes.OURS`` with the cheap
+qc: best of 8 with five Euler steps, also in the target, batch 128, learning rate 1e-3, tau 0.02, uniform sampling of
+rows, without chunks that an episode's end cuts short, 12,000 updates offline. ours: ``recipes.OURS`` with the cheap
 target at the same sizes and rates, 8000 updates offline; it was chosen on seed 0 of this task.
 """
 
@@ -30,10 +30,10 @@ import results
 from acrlpd.training.metrics import read_jsonl
 
 SUCCESS = 0.8
-EQUAL_UPDATES = 8000  # offline, evaluated of both
+EQUAL_UPDATES = 8000  # offline updates after which both methods are evaluated
 COMMON = {
     "env.name": "ogbench/cube-single-play-singletask-task1-v0",
-    "data.cube_goal": "0.425 -0.1 0.02",  # of task 1, in m
+    "data.cube_goal": "0.425 -0.1 0.02",  # task 1's goal in m
     "policy.kind": "mlp_flow",
     "policy.hidden_dims": "256 256",
     "agent.critic.hidden_dims": "256 256",
@@ -44,7 +44,7 @@ COMMON = {
     "online_steps": "30000",
     "utd_ratio": "1",
     "online_envs": "1",
-    "eval.frequency": "4000",  # online twice as frequent
+    "eval.frequency": "4000",  # online, evaluations are twice as frequent
     "eval.progress_episodes": "50",
     "early_stopping_success": str(SUCCESS),
     "early_stopping_patience": "1000",
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on a core of its own")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its own core")
     parser.add_argument("--run_dir", type=Path, default=Path("runs/time_to_success"))
     parser.add_argument("--results", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--json", action="store_true")
@@ -88,7 +88,7 @@ def folder(run_dir: Path, method: str, seed: int) -> Path:
 
 
 def row(directory: Path, method: str, seed: int) -> dict[str, Any]:
-    """What one run's evaluations say, evaluations themselves not counted."""
+    """Return the results of one run's evaluations; their own CPU time is not counted."""
     evaluating = 0.0
     found: dict[str, Any] = {"method": method, "seed": seed, "offline": None, "cpu_s": None}
     for record in read_jsonl(directory / "metrics.jsonl"):
@@ -108,7 +108,7 @@ def row(directory: Path, method: str, seed: int) -> dict[str, Any]:
 
 
 def ratio(rows: list[dict[str, Any]]) -> float | None:
-    """Mean CPU seconds of ours over those of QC's recipe; None unless every run arrived."""
+    """Return our mean CPU seconds over those of QC's recipe; None unless every run reached the success rate."""
     means = {}
     for method in METHODS:
         seconds = [each["cpu_s"] for each in rows if each["method"] == method]

@@ -1,18 +1,18 @@
-"""What one update costs: passes through the policy, and time beside a supervised step, the literal recipe, stored
-prefixes, and the critic alone.
+"""Measure the cost of one update: passes through the policy, and its time compared with a supervised step, the literal
+recipe, stored prefixes, and the critic alone.
 
     python benchmarks/update.py [--size mid|nano] [--batch 4] [--candidates 8] [--steps 10] [--critics 2 10] [--json]
 
-Passes: FLOPs of the whole update as traced, loops multiplied out, beside those of the passes that the table in
-``docs/algorithm.md``, section 6, allows; a pass too many shows as the difference. The compiler's own count stands
-beside them for one candidate and one Euler step with unrolled layers, where its program has no loop: a loop it counts
-once.
+Passes: the FLOPs of the whole traced update, with all loop iterations, are compared with those of the passes that the
+table in ``docs/algorithm.md``, section 6, allows; an extra pass shows as a difference. The compiler's own count is
+given for one candidate and one Euler step with unrolled layers, where its program has no loop, because it counts a loop
+only once.
 
-The literal recipe is the founding design's step as it stands there: nothing compiles it as a whole, so each call of the
-policy is a program by itself, which is compiled here. The critic encodes s and s' and takes the best of N at s', each
-candidate by its own call; imitation encodes s again, and so does the entropy with N samples of its own. (Its actor term
-is left out, as best of N has none.) Beside it stands the kinder reading, where N samples are one vmapped call that
-encodes once. Critics alone learn as in the first ``critic_alone_steps`` of a run, from stored features.
+The literal recipe is the founding design's step as written: it is not compiled as a whole, so each call of the policy
+is a separate program, which is compiled here. The critic encodes s and s' and takes the best of N at s', with one call
+per candidate; imitation encodes s again, and so does the entropy, with N samples of its own. (Its actor term is left
+out, as best of N has none.) A more favourable reading is measured, too: N samples are one vmapped call that encodes
+once. The critic alone learns as in the first ``critic_alone_steps`` of a run, from stored features.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from acrlpd.models.pi0 import Pi0, Pi0Config
 from acrlpd.types import ChunkBatch, Observation
 
 ROBOT_DIM = 7
-ENTROPY_STEPS = 5  # Euler steps of the samples from which the founding design takes the entropy
-MID = dataclasses.replace(sampling.CONFIG, unroll=False)  # in a loop, as is the default
+ENTROPY_STEPS = 5  # Euler steps of the samples from which the founding design estimates the entropy
+MID = dataclasses.replace(sampling.CONFIG, unroll=False)  # layers in a loop, which is the default
 NANO = dataclasses.replace(
     MID,
     action_dim=8,
@@ -139,7 +139,7 @@ class Setting:
 
 
 def passes(setting: Setting) -> dict[str, Any]:
-    """FLOPs of an update, and of what section 6 allows, for each extraction; the compiler's where it can count."""
+    """Return FLOPs of an update and of the allowed passes for each extraction, and the compiler's where possible."""
     found = {name: accounts(setting, name, flops.of) for name in ("best_of_n", "q_gradient", "distill")}
     small = dataclasses.replace(setting, policy=dataclasses.replace(setting.policy, unroll=True), candidates=1, steps=1)
     found["best_of_n, N=K=1, compiled"] = accounts(small, "best_of_n", flops.of_compiled)
@@ -223,7 +223,7 @@ def update(agent: ACRLPDAgent, batch: ChunkBatch) -> Call:
 
 
 def with_prefixes(setting: Setting) -> ChunkBatch:
-    """The batch as a frozen run reads it."""
+    """Return the batch as a run with a frozen backbone reads it."""
     batch = setting.data()
     policy = setting.policy.create(nnx.Rngs(0))
 
@@ -236,7 +236,7 @@ def with_prefixes(setting: Setting) -> ChunkBatch:
 
 
 def supervised(setting: Setting) -> Call:
-    """openpi's training step: the flow loss alone, its gradient, AdamW."""
+    """Make openpi's training step: only the flow loss, its gradient and AdamW."""
     graph, params = nnx.split(setting.policy.create(nnx.Rngs(0)))
     optimizer, batch = optax.adamw(1e-4), setting.data()
     state = (params, optimizer.init(params))
@@ -254,7 +254,7 @@ def supervised(setting: Setting) -> Call:
 
 
 def literal(setting: Setting, *, one_by_one: bool = True) -> Call:
-    """Each term by itself, as the founding design's four loss computers have it, with the same optimisers."""
+    """Make a step that computes each term separately, like the founding design's four loss computers."""
     agent, batch = setting.agent(), setting.data()
     nets, config, weights = agent.nets, agent.config, agent.config.loss_weights
     rngs = jax.random.split(jax.random.key(0), setting.candidates)
@@ -333,7 +333,7 @@ def literal(setting: Setting, *, one_by_one: bool = True) -> Call:
 
 
 def critic_alone(setting: Setting) -> Call:
-    """The critics' own update on stored features: no pass through the policy at all."""
+    """Make the critics' own update on stored features, without any pass through the policy."""
     agent, batch = setting.agent(), with_prefixes(setting)
     batch = dataclasses.replace(batch, next_actions=batch.actions)  # any chunk costs the same
 

@@ -1,9 +1,9 @@
-"""A client of the policy server in forty lines: no acrlpd, no jax. openpi's own client works as well.
+"""A client of the policy server in forty lines, without acrlpd or jax. openpi's own client works as well.
 
     acrlpd serve --checkpoint runs/demo                 # in one terminal
     python examples/client.py --state-dim 39            # in another; needs numpy, msgpack, websockets
 
-Prints what the server says of itself, and how long each chunk of actions takes.
+It prints the server's metadata, and how long each chunk of actions takes.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from websockets.sync.client import connect
 
 
 def encode(value):
-    """openpi's form of an array: a map with bytes as keys."""
+    """Encode an array in openpi's form: a map with bytes as keys."""
     array = np.asarray(value)
     return {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": array.dtype.str, b"shape": array.shape}
 
@@ -28,7 +28,7 @@ def decode(entry):
 
 
 def ask(connection, observation):
-    """One observation to one answer; an error of the server comes as text."""
+    """Send one observation and return the answer; an error of the server comes as text."""
     connection.send(msgpack.packb(observation, default=encode))
     answer = connection.recv()
     if isinstance(answer, str):

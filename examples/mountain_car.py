@@ -1,4 +1,4 @@
-"""Any Gymnasium environment: this file is all that MountainCarContinuous needs.
+"""Use any Gymnasium environment: this file is all that MountainCarContinuous needs.
 
     acrlpd collect --output data/car --name custom/examples/mountain_car.py:mountain_car --policy random --episodes 20
     acrlpd train debug --name car --env.name custom/examples/mountain_car.py:mountain_car --env.max_episode_steps 300 \\

@@ -1,10 +1,10 @@
-"""A simulated robot in this process, its policy in another: what a real robot's control loop looks like.
+"""A simulated robot in this process with its policy in another, like the control loop of a real robot.
 
     make demo                                           # trains runs/demo
     acrlpd serve --checkpoint runs/demo                 # in one terminal
     python examples/policy_in_the_loop.py               # in another
 
-Prints success and steps of each episode, and the time an answer took.
+It prints success and steps of each episode, and the time per answer.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main():
     parser.add_argument("--env", default="metaworld/drawer-open-v3")
     parser.add_argument("--max-steps", type=int, default=150)
     parser.add_argument("--episodes", type=int, default=5)
-    parser.add_argument("--first-seed", type=int, default=1_000_000, help="as the demo's own evaluation")
+    parser.add_argument("--first-seed", type=int, default=1_000_000, help="default: as in the demo's evaluation")
     arguments = parser.parse_args()
     environment = make(EnvConfig(arguments.env, max_episode_steps=arguments.max_steps))
     with connect(arguments.url, compression=None, max_size=None) as connection:
@@ -36,7 +36,7 @@ def main():
 
 
 def run(environment, connection, seed):
-    """One episode: ask, execute the whole chunk, ask again."""
+    """Run one episode: request a chunk, execute all of it, request the next."""
     observation = environment.reset(seed)
     steps, waits = 0, []
     while True:
@@ -44,7 +44,7 @@ def run(environment, connection, seed):
         chunk = ask(connection, {**observation, "prompt": str(observation["prompt"])})["actions"]
         waits.append((time.monotonic() - start) * 1000)
         for index, action in enumerate(np.asarray(chunk, np.float32)):
-            step = environment.step(action, render=index == len(chunk) - 1)  # pictures only for the next question
+            step = environment.step(action, render=index == len(chunk) - 1)  # pictures only for the next request
             steps, observation = steps + 1, step.observation
             if step.terminated or step.truncated:
                 return step.success, steps, waits

@@ -1,4 +1,4 @@
-"""Training with the flags of the founding design; ``acrlpd train`` has every field as a flag.
+"""Train with the flags of the founding design; ``acrlpd train`` has a flag for every field.
 
 python scripts/train_acrlpd_pi0.py --config droid --data_dir /path/to/droid --batch_size 64
 python scripts/train_acrlpd_pi0.py --config aloha --lerobot_repo_id lerobot/aloha_sim_insertion_human
@@ -40,28 +40,28 @@ COUNTS = (
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help=f"a preset ({', '.join(presets.PRESETS)}) or a YAML file")
-    parser.add_argument("--environment", choices=ENVIRONMENTS, help="shorter phases to try things; default: production")
-    parser.add_argument("--data_dir", help="episodes in any format that is read")
+    parser.add_argument("--environment", choices=ENVIRONMENTS, help="shorter phases for trials; default: production")
+    parser.add_argument("--data_dir", help="episodes in any supported format")
     parser.add_argument(
         "--lerobot_repo_id", help="a folder of that name, or else a LeRobot data set on the hub, which is copied"
     )
-    parser.add_argument("--checkpoint_dir", help="where runs lie; this one is its experiment_name below it")
+    parser.add_argument("--checkpoint_dir", help="folder of runs; this run is in its subfolder experiment_name")
     parser.add_argument("--experiment_name", help="the run's name")
     parser.add_argument("--pretrained_weights", help="an openpi checkpoint to start from")
     for name in NUMBERS:
         parser.add_argument(f"--{name}", type=float, help=f"sets {' and '.join(fields_of(name))}")
     for name in COUNTS:
         parser.add_argument(f"--{name}", type=int, help=f"sets {' and '.join(fields_of(name))}")
-    parser.add_argument("--freeze_pi0_backbone", action="store_true", default=None, help="train the rest alone")
+    parser.add_argument("--freeze_pi0_backbone", action="store_true", default=None, help="train only the rest")
     parser.add_argument(
         "--resume",
         nargs="?",
         const=True,
-        help="go on with the run whose folder is named (then without --config and --environment), or with the one of "
-        "this configuration's name; its stored values hold, and flags need not be said again",
+        help="continue the run in the given folder (then without --config and --environment), or the run with this "
+        "configuration's name; its stored values are used, so flags need not be repeated",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run of this name")
-    parser.add_argument("--override_lr_schedule", action="store_true", help="resume with the flags' other values")
+    parser.add_argument("--override_lr_schedule", action="store_true", help="resume with the new values of flags")
     parser.add_argument(
         "--debug_mode", action="store_true", help="log at every update, end at the first NaN, show stacks"
     )
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def configuration(arguments: argparse.Namespace, base: TrainConfig) -> TrainConfig:
-    """``base`` with every flag that was given."""
+    """Return ``base`` with the values of all flags that were given."""
     return apply_config_overrides(base, {**environment(arguments, base), **changes(arguments)})
 
 
@@ -78,7 +78,7 @@ def environment(arguments: argparse.Namespace, base: TrainConfig) -> dict[str, A
 
 
 def changes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Fields by their own dotted names."""
+    """Return the values of given flags by the dotted names of their fields."""
     given = {name: getattr(arguments, name) for name in (*NUMBERS, *COUNTS, *SOURCES, "freeze_pi0_backbone")}
     if arguments.lerobot_repo_id is not None:
         given["data_dir"] = str(lerobot_folder(arguments.lerobot_repo_id))
@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.config is not None or arguments.environment is not None:
             raise ValueError(
                 f"--resume {arguments.resume} goes on with what that run has stored: leave --config and --environment "
-                "out, and name single values by their flags"
+                "out, and set single values with their flags"
             )
         path, step = train.locate_run(Path(arguments.resume))
         config = apply_config_overrides(train.stored_config(path), changes(arguments))
@@ -139,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         override=override,
         from_step=step,
-        again=f"--resume {shlex.quote(str(run_files(config).directory))}",  # where the configuration lies
+        again=f"--resume {shlex.quote(str(run_files(config).directory))}",  # the folder with the configuration
     )
 
 

@@ -1,9 +1,9 @@
-"""Trains the small tokenizer of the nano models on robot instructions that it makes up, and writes it into the package.
+"""Train the small tokenizer of the nano models on synthetic robot instructions, and write it into the package.
 
     python scripts/train_tokenizer.py [output]
 
-The same special tokens as PaliGemma's (pad 0, EOS 1, BOS 2, unknown 3), single digits, a newline token, and bytes for
-whatever the 512 tokens lack, so that any text encodes. The text and the training are deterministic.
+It has PaliGemma's special tokens (pad 0, EOS 1, BOS 2, unknown 3), single digits, a newline token, and bytes for
+everything that the 512 tokens lack, so that any text can be encoded. Text and training are deterministic.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FIXED = (
 
 
 def sentences() -> Iterator[str]:
-    """Instructions as people write them, and the same within pi0.5's text with state numbers."""
+    """Yield instructions as people write them, and the same in pi0.5's text with state numbers."""
     texts = [*FIXED]
     for i, (verb, color, thing) in enumerate(itertools.product(VERBS, COLORS, THINGS)):
         named = " ".join(filter(None, (verb, "the", color, thing)))

@@ -1,4 +1,4 @@
-"""The chunks an agent chooses among, and the chosen one: the same for the TD target, for acting and for serving."""
+"""Propose candidate chunks and return the chosen one: the same code for the TD target, for acting and for serving."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from acrlpd.models.gaussian import ChunkGaussian
 def propose(
     modules: Modules, config: AgentConfig, prefix: Prefix, noise: Float[Array, "n b h a"], num_steps: int
 ) -> tuple[Float[Array, "n b h a"], Float[Array, "n b"]]:
-    """N candidate chunks on one prefix and their aggregated value, as the extraction makes them."""
+    """Return n candidate chunks, drawn by the extraction on one prefix, and the critic's aggregated value of each."""
     extraction = config.make_extraction(_steps_to_rank(config, noise, num_steps))
 
     def draw(noise: Float[Array, "n b h a"]) -> tuple[Float[Array, "n b h a"], Float[Array, "n b"]]:
@@ -43,8 +43,8 @@ def finish(
     best: Int[Array, " b"],
     num_steps: int,
 ) -> Float[Array, "b h a"]:
-    """The chosen candidate. One that was ranked after few Euler steps is drawn again from its noise, in all of them:
-    the same trajectory of the flow, followed more closely."""
+    """Return the chosen candidate. If candidates were ranked after fewer Euler steps, the chosen one is drawn again
+    from its own noise with all of them: the same trajectory of the flow, integrated more accurately."""
     if _steps_to_rank(config, noise, num_steps) == num_steps:
         return sampling.take(chunks, best)
     extraction = config.make_extraction(num_steps)
@@ -52,7 +52,7 @@ def finish(
 
 
 def _steps_to_rank(config: AgentConfig, noise: Float[Array, "n b h a"], num_steps: int) -> int:
-    """A single candidate needs no rank."""
+    """Return the number of Euler steps used for ranking. A single candidate is not ranked, so it gets all steps."""
     if config.candidate_flow_steps is None or noise.shape[0] == 1:
         return num_steps
     return min(config.candidate_flow_steps, num_steps)
@@ -61,7 +61,7 @@ def _steps_to_rank(config: AgentConfig, noise: Float[Array, "n b h a"], num_step
 def unchosen(
     modules: Modules, config: AgentConfig, prefix: Prefix, noise: Float[Array, "1 b h a"], num_steps: int
 ) -> Float[Array, "b h a"]:
-    """The policy's own chunk, whatever a critic would say."""
+    """Return the policy's own chunk; no critic is used."""
     if config.algorithm == "rlpd_ac":
         return cast(ChunkGaussian, modules.policy).sample(prefix, noise)[0][0]
     chunks = flow.sample(modules.policy, prefix, noise, num_steps=num_steps)

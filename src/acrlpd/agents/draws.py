@@ -1,4 +1,4 @@
-"""All that is random in one update, drawn for the whole batch, so that a part of the batch can take its part of it."""
+"""All random numbers of one update. They are drawn for the whole batch, so a micro-batch can take its own share."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from acrlpd.models import flow
 
 @struct.dataclass
 class Draws:
-    """Noise by what it is for; two keys where the numbers do not belong to single chunks."""
+    """The noise of one update, by purpose, and two keys for random numbers that do not belong to single chunks."""
 
     candidates: Float[Array, "n b h a"]  # at s', for the TD target
     flow_noise: Float[Array, "b h a"]
     flow_time: Float[Array, " b"]
     actor: Float[Array, "m b h a"]
-    pair_rng: PRNGKeyArray  # of critics, under q_aggregation="subset"
+    pair_rng: PRNGKeyArray  # chooses the pair of critics under q_aggregation="subset"
     dropout_rng: PRNGKeyArray
 
     @classmethod
     def of_update(cls, rng: PRNGKeyArray, config: AgentConfig, shape: tuple[int, int, int]) -> Draws:
-        """``shape`` is b h a, as the policy has it."""
+        """Draw the numbers of one update; ``shape`` is (b, h, a) with the policy's own h and a."""
         target_rng, pair_rng, noise_rng, time_rng, actor_rng, dropout_rng = jax.random.split(rng, 6)
         return cls(
             candidates=jax.random.normal(target_rng, (config.candidates_in_target, *shape)),
@@ -38,7 +38,7 @@ class Draws:
         )
 
     def deal(self, parts: int) -> Draws:
-        """As ``deal`` does with a batch; all parts have the pair of critics in common, each its own dropout."""
+        """Deal the draws to micro-batches like the batch itself. All share one pair of critics; dropout differs."""
         return Draws(
             candidates=deal(self.candidates, parts, axis=1),
             flow_noise=deal(self.flow_noise, parts),
@@ -50,9 +50,9 @@ class Draws:
 
 
 def deal(tree: Any, parts: int, *, axis: int = 0) -> Any:
-    """Micro-batches along a new leading axis, dealt like cards: the k-th has the rows k, k + parts, ...
+    """Return micro-batches along a new leading axis, dealt like cards: the k-th has the rows k, k + parts, ...
 
-    A batch that is split over devices in blocks of rows so gives every device its share of every micro-batch.
+    If the batch is split over devices in blocks of rows, every device then holds its share of every micro-batch.
     """
 
     def one(x: Array) -> Array:

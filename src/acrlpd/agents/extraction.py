@@ -1,6 +1,6 @@
-"""How Q improves the policy (``docs/algorithm.md``, section 3): best_of_n, q_gradient, distill.
+"""The ways in which Q improves the policy (``docs/algorithm.md``, section 3): best_of_n, q_gradient, distill.
 
-An extraction says which candidates the agent chooses among and which loss trains the policy beyond imitation.
+An extraction defines which candidates the agent chooses among and which loss trains the policy beyond imitation.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ ExtractionName = Literal["best_of_n", "q_gradient", "distill"]
 
 @dataclasses.dataclass(frozen=True)
 class Modules:
-    """The networks of one update, merged from the agent's parameters; they live inside a traced function only."""
+    """The networks of one update, merged from the agent's parameters; they exist only inside a traced function."""
 
     policy: FlowPolicy
     critic: CriticNetworks
-    student: FlowPolicy | None = None  # its own action expert on the policy's prefix; under ``distill`` alone
+    student: FlowPolicy | None = None  # has its own action expert and reads the policy's prefix; only for ``distill``
 
 
 class Extraction(Protocol):
-    """One way from a critic to a better policy."""
+    """One way to improve a policy with a critic."""
 
     def propose(self, modules: Modules, prefix: Prefix, noise: Float[Array, "n b h a"]) -> Float[Array, "n b h a"]:
-        """One candidate chunk for each noise; all read the same prefix."""
+        """Return one candidate chunk for each noise; all read the same prefix."""
         ...
 
     def actor_loss(
         self, modules: Modules, prefix: Prefix, noise: Float[Array, "m b h a"], temperature: Float[Array, ""]
     ) -> tuple[Float[Array, ""], Metrics]:
-        """The loss beyond imitation. ``modules.critic`` holds constants: no gradient reaches it."""
+        """Return the loss beyond imitation. ``modules.critic`` holds constants: no gradient reaches it."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class BestOfN:
-    """The policy stays an imitator; the critic chooses among its samples (QC)."""
+    """Best-of-N sampling: the policy only imitates, and the critic chooses among its samples (QC)."""
 
     num_steps: int
     action_clip: float | None
@@ -62,7 +62,7 @@ class BestOfN:
 
 @dataclasses.dataclass(frozen=True)
 class QGradient:
-    """Q's gradient runs back through every Euler step into the policy; each step is recomputed on the way."""
+    """Policy improvement by Q's gradient, backpropagated through every Euler step; each step is rematerialised."""
 
     num_steps: int
     action_clip: float | None
@@ -77,14 +77,14 @@ class QGradient:
         q = modules.critic.aggregate(_q(modules.critic, prefix, chunks))
         loss = losses.q_gradient_loss(q)
         if noise.shape[0] > 1:  # one chunk has no spread
-            robot_chunks = chunks[..., : modules.critic.action_dim]  # padding has no entropy worth a bonus
+            robot_chunks = chunks[..., : modules.critic.action_dim]  # no entropy bonus for padded dimensions
             loss = loss - temperature * jnp.mean(losses.gaussian_entropy(robot_chunks))
         return loss, {"actor_q_mean": q.mean()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Distill:
-    """A student jumps from noise to chunk in one step; it follows the flow and climbs Q (QC-FQL)."""
+    """A student that maps noise to a chunk in one step, trained to match the flow and to increase Q (QC-FQL)."""
 
     num_steps: int
     action_clip: float | None
@@ -96,24 +96,24 @@ class Distill:
     def actor_loss(
         self, modules: Modules, prefix: Prefix, noise: Float[Array, "m b h a"], temperature: Float[Array, ""]
     ) -> tuple[Float[Array, ""], Metrics]:
-        prefix = jax.lax.stop_gradient(prefix)  # the student trains alone: the prefix belongs to the teacher
+        prefix = jax.lax.stop_gradient(prefix)  # this loss trains the student only; the prefix belongs to the teacher
         teacher = clip(flow.sample(modules.policy, prefix, noise, num_steps=self.num_steps), self.action_clip)
         teacher = jax.lax.stop_gradient(teacher)
         student = one_step(modules.student, prefix, noise)
         distill = losses.distill_loss(student[0], teacher[0])
-        q = _q(modules.critic, prefix, clip(student, self.action_clip))  # [e 1 b]: QC-FQL climbs the members' mean
+        q = _q(modules.critic, prefix, clip(student, self.action_clip))  # [e 1 b]: QC-FQL maximizes their mean
         return self.distill_weight * distill - jnp.mean(q), {"distill_loss": distill, "actor_q_mean": q.mean()}
 
 
 def one_step(student: FlowPolicy | None, prefix: Prefix, noise: Float[Array, "n b h a"]) -> Float[Array, "n b h a"]:
-    """The student's chunk: a single Euler step over the whole of time."""
+    """Return the student's chunks: a single Euler step from time 1 to time 0."""
     if student is None:
         raise ValueError("this agent has no student: it was made with another extraction than 'distill'")
     return flow.sample(student, prefix, noise, num_steps=1)
 
 
 def clip(chunks: Float[Array, "n b h a"], limit: float | None) -> Float[Array, "n b h a"]:
-    """Chunks inside the normalized action space, as they will be executed."""
+    """Clip chunks to the normalized action space, as they will be executed. A ``limit`` of None clips nothing."""
     return chunks if limit is None else jnp.clip(chunks, -limit, limit)
 
 

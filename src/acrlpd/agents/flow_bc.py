@@ -1,4 +1,4 @@
-"""The baseline that only imitates: the flow loss alone. No critic is trained or asked, when acting least of all."""
+"""The baseline that only imitates, with the flow loss alone. No critic is trained, and acting does not use one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def joint_loss(
     params: dict[str, Any], agent: ACRLPDAgent, batch: ChunkBatch, draws: Draws, weights: LossWeights
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """One prefix pass at s, one velocity."""
+    """Return the flow loss and metrics. It takes one prefix pass at s and one velocity."""
     policy = agent.nets.modules(params, agent.frozen).policy
     prefix = flow.encode(policy, batch.observations)
     flow_loss = flow.flow_loss(policy, prefix, batch.actions, draws.flow_noise, draws.flow_time)

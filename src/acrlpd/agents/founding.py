@@ -1,7 +1,7 @@
-"""The founding design's names for the parts of the agent. Each is a call of the function that does the work here.
+"""The founding design's names for the parts of the agent. Each calls the function of this package that does the work.
 
-Where the design changes an object in place, these return the new one; where it passes model, critics and encoder apart,
-these take the agent that holds them.
+Where the design changes an object in place, these return a new one. Where it passes model, critics and encoder
+separately, these take the agent that holds them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DEFAULT_LOSS_WEIGHTS = LossWeights(critic_weight=1.0, actor_weight=1.0, bc_weigh
 
 @struct.dataclass
 class TrainState:
-    """What changes in training, without what is frozen; ``ema_params`` is empty where the agent averages nothing."""
+    """The part of an agent that training changes, without frozen parameters. Without EMA, ``ema_params`` is empty."""
 
     step: Array
     params: Any
@@ -49,7 +49,7 @@ class ACRLPDPi0Agent(ACRLPDAgent):
         return TrainState(self.step, self.params, self.opt_state, self.target_critic, self.ema)
 
     def update_from_train_state(self, state: TrainState) -> ACRLPDPi0Agent:
-        """This agent with that state; the frozen part and the choices stay."""
+        """Return this agent with ``state``; its frozen parameters and its configuration stay."""
         return dataclasses.replace(
             self,
             step=state.step,
@@ -62,7 +62,7 @@ class ACRLPDPi0Agent(ACRLPDAgent):
 
 @dataclasses.dataclass(frozen=True)
 class JointLossComputer:
-    """All terms of one update, weighed; nothing is changed."""
+    """The weighted sum of all loss terms of one update. Calling it does not change the agent."""
 
     loss_weights: LossWeights = DEFAULT_LOSS_WEIGHTS
 
@@ -71,7 +71,7 @@ class JointLossComputer:
 
 
 class CriticLossComputer:
-    """The critic's term alone, with the metrics of the update it belongs to."""
+    """The critic's loss term alone, with all metrics of the update."""
 
     TERM = "critic_loss"
 
@@ -81,13 +81,13 @@ class CriticLossComputer:
 
 
 class BCLossComputer(CriticLossComputer):
-    """The imitation term alone."""
+    """The imitation loss term alone, with all metrics of the update."""
 
     TERM = "bc_loss"
 
 
 class TemperatureModule(nnx.Module):
-    """alpha by its logarithm, so that it is always positive."""
+    """The temperature alpha, stored as its logarithm so that it is always positive."""
 
     def __init__(self, initial_temp: float = 1.0, rngs: nnx.Rngs | None = None):
         self.log_alpha = nnx.Param(jnp.log(jnp.float32(initial_temp)))
@@ -101,8 +101,8 @@ class TemperatureModule(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class EntropyEstimator:
-    """Entropy of a policy at each observation, from the spread of ``num_samples`` chunks. (An update needs no such
-    samples of its own: it takes the candidates that it has drawn anyway.)"""
+    """An estimator of a policy's entropy at each observation, from the spread of ``num_samples`` chunks.
+    (An update draws no extra samples for this: it uses the candidates that it has drawn anyway.)"""
 
     num_samples: int = 8
     num_steps: int = 5
@@ -115,7 +115,7 @@ class EntropyEstimator:
 
 
 class SingleCriticNetwork(CriticNetworks):
-    """One member on flat vectors: Q of an encoded observation and a flattened chunk."""
+    """One critic on flat vectors: Q of an encoded observation and a flattened chunk."""
 
     def __init__(self, config: CriticConfig, observation_dim: int, action_dim: int, rngs: nnx.Rngs):
         alone = dataclasses.replace(config, num_critics=1, q_aggregation="mean", use_pi0_features=False)
@@ -132,9 +132,9 @@ class SingleCriticNetwork(CriticNetworks):
 def create_observation_encoder(
     pi0_model: FlowPolicy, config: CriticConfig
 ) -> Callable[[Observation], Float[Array, "b o"]]:
-    """From an observation to what a critic reads of it: pooled prefix tokens, then the state; or the state alone.
+    """Return a function from an observation to the critic's input: pooled prefix tokens and state, or the state alone.
 
-    ``add`` and ``mlp`` join the two by learned layers, which are the critic's own (``CriticNetworks``).
+    ``add`` and ``mlp`` combine the two by learned layers, which belong to the critic (``CriticNetworks``).
     """
 
     def encode_observation(observation: Observation) -> Float[Array, "b o"]:
@@ -147,7 +147,7 @@ def create_observation_encoder(
 
 
 def soft_update_target_networks(agent: ACRLPDAgent, tau: float | None = None) -> ACRLPDAgent:
-    """The agent after one more step of Polyak's average; an update contains one already."""
+    """Return the agent after one more Polyak averaging step; an update already contains one."""
     rate = agent.config.target_update_tau if tau is None else tau
     moved = optax.incremental_update(agent.params["critic"], agent.target_critic, rate)
     return dataclasses.replace(agent, target_critic=moved)

@@ -1,4 +1,4 @@
-"""Whether an update may be applied, decided on the device: a NaN or a spike costs one update and no waiting."""
+"""Decide on the device whether an update is applied: a NaN or a spike costs one update, and the host never waits."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-MEMORY = 100  # updates that the running means look back over, and that must pass before anything counts as a spike
+MEMORY = 100  # window of the running means, in updates; before so many are applied, nothing counts as a spike
 
 
 @dataclasses.dataclass(frozen=True)
 class HealthConfig:
-    """What an update is skipped for, beside numbers that are not finite."""
+    """The limits beyond which an update is skipped. Numbers that are not finite are always a reason."""
 
-    spike_factor: float | None = 100.0  # loss or gradient norm against its running mean; None: no spikes
-    spike_floor: float = 1000.0  # below this nothing is a spike: a first success lifts sparse losses from nothing
+    spike_factor: float | None = 100.0  # largest ratio of a loss or gradient norm to its running mean; None: off
+    spike_floor: float = 1000.0  # smaller values are no spike: a first success raises sparse-reward losses from near 0
 
     def __post_init__(self):
         if self.spike_factor is not None and self.spike_factor <= 1:
@@ -39,7 +39,7 @@ class Health:
 
     @classmethod
     def create(cls, names: tuple[str, ...]) -> Health:
-        """Each leaf is an array of its own: an update gives all of them away."""
+        """Create an empty record. Each leaf is a separate array because an update donates all of them."""
         means = {name: jnp.zeros(()) for name in names}
         return cls(means, *(jnp.zeros((), jnp.int32) for _ in range(3)))
 
@@ -47,7 +47,7 @@ class Health:
 def judge(
     health: Health, magnitudes: Mapping[str, Float[Array, ""]], config: HealthConfig
 ) -> tuple[Bool[Array, ""], Health]:
-    """Whether all magnitudes are finite and none is a spike, and the health after this update."""
+    """Return whether all magnitudes are finite and none is a spike, and the health after this update."""
     ok = jnp.array(True)
     for name, value in magnitudes.items():
         ok &= jnp.isfinite(value)
@@ -66,5 +66,5 @@ def judge(
 
 
 def keep_if(ok: Bool[Array, ""], new: Any, old: Any) -> Any:
-    """``new`` where the update is applied, else ``old``, leaf by leaf."""
+    """Return ``new`` if the update is applied, else ``old``, leaf by leaf."""
     return jax.tree.map(lambda one, other: jnp.where(ok, one, other), new, old)

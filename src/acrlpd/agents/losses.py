@@ -14,7 +14,7 @@ from acrlpd.types import typed
 
 @struct.dataclass
 class LossWeights:
-    """What each term of the joint loss counts. An argument of the update, so a schedule never recompiles."""
+    """The weight of each term of the joint loss. It is an argument of the update, so a schedule never recompiles."""
 
     critic_weight: float = 1.0
     actor_weight: float = 1.0
@@ -24,7 +24,7 @@ class LossWeights:
     def __post_init__(self):
         for name in ("critic_weight", "actor_weight", "bc_weight", "alpha_weight"):
             value = getattr(self, name)
-            if isinstance(value, (int, float)) and not 0 <= value < math.inf:  # not what a trace has in its place
+            if isinstance(value, (int, float)) and not 0 <= value < math.inf:  # a traced value cannot be checked
                 raise ValueError(f"loss_weights.{name} must not be negative, got {value}")
 
 
@@ -37,7 +37,7 @@ def td_target(
     *,
     discount: float,
 ) -> Float[Array, " b"]:
-    """Discounted reward of the chunk plus the value after it (Li et al. 2025, arXiv:2507.07969, equation 5)."""
+    """Return the discounted reward of the chunk plus the value after it (Li et al. 2025, arXiv:2507.07969, eq. 5)."""
     horizon = rewards.shape[1]
     powers = discount ** jnp.arange(horizon, dtype=rewards.dtype)
     returns = jnp.sum(valid * rewards * powers[None, :], axis=1)
@@ -52,12 +52,12 @@ def critic_loss(
     *,
     huber_delta: float | None = None,
 ) -> Float[Array, ""]:
-    """TD error of every member, mean over members and the whole batch; masked chunks count as zero."""
+    """Return the penalty on the TD error, averaged over members and the whole batch; masked chunks count as zero."""
     return jnp.mean(sequence_mask[None, :] * _penalty(q - target[None, :], huber_delta))
 
 
 def _penalty(error: Float[Array, "..."], huber_delta: float | None) -> Float[Array, "..."]:
-    """Squared error, or Huber's, scaled so that both are error**2 near zero."""
+    """Return the squared or the Huber loss, scaled so that both are error**2 near zero."""
     if huber_delta is None:
         return jnp.square(error)
     size = jnp.minimum(jnp.abs(error), huber_delta)
@@ -68,13 +68,13 @@ def _penalty(error: Float[Array, "..."], huber_delta: float | None) -> Float[Arr
 def bc_loss(
     flow_loss: Float[Array, "b h"], valid: Float[Array, "b h"], sample_weights: Float[Array, " b"]
 ) -> Float[Array, ""]:
-    """pi0's flow loss on the dataset's chunk, real steps only; mean over batch and horizon."""
+    """Return pi0's flow loss on the dataset's chunk, real steps only; mean over batch and horizon."""
     return jnp.mean(sample_weights[:, None] * valid * flow_loss)
 
 
 @typed
 def bounded_weights(score: Float[Array, " b"], *, temperature: float, bound: float) -> Float[Array, " b"]:
-    """Sample weights that grow with a score, within a factor ``bound`` of each other, with mean 1.
+    """Return sample weights that grow with a score, within a factor ``bound`` of each other, with mean 1.
 
     The standardized score goes through exp, is clipped to [1/sqrt(bound), sqrt(bound)] and divided by its mean.
     """
@@ -86,21 +86,21 @@ def bounded_weights(score: Float[Array, " b"], *, temperature: float, bound: flo
 
 @typed
 def q_gradient_loss(q: Float[Array, "m b"]) -> Float[Array, ""]:
-    """-Q of the policy's own chunks, divided by its mean size so that ``actor_weight`` needs no retuning (TD3+BC)."""
+    """Return -Q of the policy's own chunks over mean |Q|, so that ``actor_weight`` needs no retuning (TD3+BC)."""
     return -jnp.mean(q) / (jax.lax.stop_gradient(jnp.mean(jnp.abs(q))) + 1e-6)
 
 
 @typed
 def distill_loss(student: Float[Array, "b h a"], teacher: Float[Array, "b h a"]) -> Float[Array, ""]:
-    """Squared error between the one-step student and the whole flow from the same noise (FQL, QC-FQL)."""
+    """Return the mean squared error between the one-step student and the full flow, from one noise (FQL, QC-FQL)."""
     return jnp.mean(jnp.square(student - jax.lax.stop_gradient(teacher)))
 
 
 @typed
 def gaussian_entropy(candidates: Float[Array, "n b h a"]) -> Float[Array, " b"]:
-    """Entropy (nats, summed over h and a) of the diagonal Gaussian with the candidates' variance.
+    """Return the entropy (nats, summed over h and a) of the diagonal Gaussian with the candidates' variance.
 
-    A single candidate has no variance: ask for at least two.
+    A single candidate has no variance: pass at least two.
     """
     variance = jnp.var(candidates, axis=0)  # [b h a]
     return 0.5 * jnp.sum(jnp.log(2 * jnp.pi * jnp.e * (variance + 1e-6)), axis=(1, 2))
@@ -110,7 +110,7 @@ def gaussian_entropy(candidates: Float[Array, "n b h a"]) -> Float[Array, " b"]:
 def temperature_loss(
     log_temperature: Float[Array, ""], entropy: Float[Array, " b"], *, target_entropy: float
 ) -> Float[Array, ""]:
-    """alpha * (entropy - target): alpha falls while the policy is more random than asked (SAC)."""
+    """Return alpha * (entropy - target): alpha falls while the policy's entropy is above the target (SAC)."""
     return jnp.exp(log_temperature) * jax.lax.stop_gradient(jnp.mean(entropy) - target_entropy)
 
 
@@ -118,5 +118,5 @@ def temperature_loss(
 def soft_actor_loss(
     log_prob: Float[Array, " b"], q: Float[Array, "e b"], temperature: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """alpha * log pi - Q of the policy's own chunk, Q being the members' mean (SAC, as RLPD has it)."""
+    """Return alpha * log pi - Q of the policy's own chunk, where Q is the members' mean (SAC as in RLPD)."""
     return jnp.mean(temperature * log_prob - q.mean(axis=0))

@@ -1,7 +1,7 @@
-"""RLPD on action chunks (the baseline RLPD-AC of Li et al. 2025, arXiv:2507.07969): soft actor-critic with prior data.
+"""RLPD on action chunks: soft actor-critic with prior data (baseline RLPD-AC of Li et al. 2025, arXiv:2507.07969).
 
 The policy is a tanh-squashed Gaussian over whole chunks (``models.gaussian``) instead of a flow. ``bc_weight`` 0 is
-RLPD-AC, 0.01 is QC-RLPD. As in Q-chunking's code, the target has no entropy bonus, and acting samples.
+RLPD-AC, 0.01 is QC-RLPD. As in Q-chunking's code, the target has no entropy bonus, and acting draws a sample.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def joint_loss(
     params: dict[str, Any], agent: ACRLPDAgent, batch: ChunkBatch, draws: Draws, weights: LossWeights
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Critic at the dataset's chunk, actor and temperature at the policy's own."""
+    """Return the loss and metrics: the critic's at the dataset's chunk, actor's and temperature's at the policy's."""
     config, nets = agent.config, agent.nets
     modules = nets.modules(params, agent.frozen)
     constant = nets.modules(jax.lax.stop_gradient(params), agent.frozen)

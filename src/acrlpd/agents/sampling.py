@@ -1,4 +1,4 @@
-"""Best of N: many candidate chunks on one prefix pass, and the choice among them (``docs/algorithm.md``, section 5)."""
+"""Best of N: draw candidate chunks on one prefix pass and choose among them (``docs/algorithm.md``, section 5)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jaxtyping import Array, Float, Int, Key
 
 from acrlpd.types import typed
 
-CPU_CACHE_BYTES = 24 * 1024**2  # one program's part of the last level on a server; blocks this large were the fastest
+CPU_CACHE_BYTES = 24 * 1024**2  # a program's share of a server's last-level cache; blocks of this size were fastest
 
 
 def in_blocks(draw: Callable[[jax.Array], Any], noise: Float[Array, "n b h a"], *, block_size: int | None) -> Any:
-    """``draw(noise)`` for all candidates at once, or in blocks of ``block_size`` to bound its activations.
+    """Run ``draw(noise)`` for all candidates at once, or in blocks of ``block_size`` to bound its activations.
 
-    ``draw`` returns a pytree whose leaves lead with n. Blocks run one after the other and give the same candidates;
-    only the finished chunks and their scores are kept, which are small beside a network's activations.
+    ``draw`` returns a pytree whose leaves have n as first axis. Blocks run one after the other and give the same
+    candidates; only the finished chunks and their scores are kept, which are small next to a network's activations.
     """
     n = noise.shape[0]
     if block_size is None or block_size >= n:
@@ -34,11 +34,11 @@ def in_blocks(draw: Callable[[jax.Array], Any], noise: Float[Array, "n b h a"], 
 
 
 def fitting_block(draw: Callable[[jax.Array], Any], noise: Float[Array, "n b h a"], max_bytes: int) -> int:
-    """How many candidates at a time ``draw`` may handle for its intermediate arrays to fit; at least one.
+    """Return how many candidates ``draw`` may handle at once so that its intermediate arrays fit; at least one.
 
-    Decided from shapes while the caller is traced: intermediates of one candidate, times their number. The compiler
-    fuses some of them away, so the true need is lower. On a CPU they are to fit into its cache too: there one
-    block after the other is much faster than all candidates at once. Blocks are as even as n allows.
+    The number follows from shapes while the caller is traced: the bytes of one candidate times their number. The
+    compiler fuses some arrays away, so the true need is lower. On a CPU they must also fit into its cache: there,
+    one block after the other is much faster than all candidates at once. Blocks are as even as n allows.
     """
     if jax.default_backend() == "cpu":
         max_bytes = min(max_bytes, CPU_CACHE_BYTES)
@@ -50,10 +50,10 @@ def fitting_block(draw: Callable[[jax.Array], Any], noise: Float[Array, "n b h a
 
 
 def intermediate_bytes(program: core.Jaxpr, varying: Sequence[bool] | None = None) -> int:
-    """Most bytes of a program's own results that are alive at once, run in the order in which it is written.
+    """Return the peak bytes of a program's own results that are alive at once, if it runs in the order it is written.
 
-    Counted is what depends on the arguments marked in ``varying`` (None: on any). The rest, such as the slices of a
-    layer's weights that the program closes over, is there once for all candidates.
+    Only results that depend on the arguments marked in ``varying`` (None: all) are counted. The others, such as
+    slices of a layer's weights that the program closes over, exist once for all candidates.
     """
     varying = [True] * len(program.invars) if varying is None else varying
     counted = {id(var) for var, varies in zip(program.invars, varying, strict=True) if varies}
@@ -68,7 +68,7 @@ def intermediate_bytes(program: core.Jaxpr, varying: Sequence[bool] | None = Non
         counted |= {id(var) for var in equation.outvars}
         alive |= {id(var): _num_bytes(var.aval) for var in equation.outvars}
         inside = max(
-            # a condition's branches lack the choice, the parts of a while loop the other's constants: all at the front
+            # inner programs lack leading operands: a branch its condition's index, a while part the other's constants
             (intermediate_bytes(inner, operands[-len(inner.invars) :]) for inner in _inner_programs(equation)),
             default=0,
         )
@@ -78,7 +78,7 @@ def intermediate_bytes(program: core.Jaxpr, varying: Sequence[bool] | None = Non
 
 
 def _inner_programs(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-    """The body of a loop, the branches of a condition, what a compiled function does."""
+    """Yield the programs inside an equation: a loop's body, a condition's branches, a compiled function's program."""
     for value in equation.params.values():
         for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, core.ClosedJaxpr):
@@ -94,9 +94,9 @@ def _num_bytes(array: Any) -> int:
 def draw(
     distribution: Callable[..., Array], rng: Key[Array, "..."], n: int, b: int, shape: tuple[int, ...] = ()
 ) -> Float[Array, "n b *shape"]:
-    """Draw numbers for n candidates of b observations, such as ``jax.random.normal``'s.
+    """Draw numbers for n candidates of b observations from ``distribution``, such as ``jax.random.normal``.
 
-    ``rng`` is one key for all, or [b] keys: then each observation has the numbers that its key has alone.
+    ``rng`` is one key for all, or [b] keys: then each observation's numbers depend on its own key alone.
     """
     if rng.ndim == 0:
         return distribution(rng, (n, b, *shape))
@@ -113,11 +113,11 @@ def select(
     top_k: int | None = None,
     diversity_bonus: float = 0.0,
 ) -> tuple[Float[Array, "b h a"], Int[Array, " b"]]:
-    """The chosen chunk of each observation and its index.
+    """Return the chosen chunk of each observation and its index.
 
-    Greedy without an ``rng``; with one (or one an observation, see ``draw``), drawn from softmax(score / temperature)
-    over the ``top_k`` best (all by default). The bonus adds to each score its weight times the candidate's mean L2
-    distance to the others.
+    The choice is greedy without ``rng`` or ``temperature``. With both (``rng`` may be one key per observation, see
+    ``draw``), it is drawn from softmax(score / temperature) over the ``top_k`` best (default: all). The bonus adds
+    ``diversity_bonus`` times the candidate's mean L2 distance to the others to each score.
     """
     if diversity_bonus:
         scores = scores + diversity_bonus * mean_distance(candidates)
@@ -132,14 +132,14 @@ def select(
 
 @typed
 def take(candidates: Float[Array, "n b *rest"], index: Int[Array, " b"]) -> Float[Array, "b *rest"]:
-    """``candidates[index[b], b]`` for every b."""
+    """Return ``candidates[index[b], b]`` for every b."""
     index = index.reshape(1, -1, *([1] * (candidates.ndim - 2)))
     return jnp.take_along_axis(candidates, index, axis=0)[0]
 
 
 @typed
 def mean_distance(candidates: Float[Array, "n b h a"]) -> Float[Array, "n b"]:
-    """Mean L2 distance of each candidate to the n - 1 others of the same observation."""
+    """Return the mean L2 distance of each candidate to the n - 1 others of the same observation."""
     n, b = candidates.shape[:2]
     flat = candidates.reshape(n, b, -1)
     gram = jnp.einsum("nbd,mbd->nmb", flat, flat)

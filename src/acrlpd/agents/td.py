@@ -1,6 +1,6 @@
-"""The critic's loss (``docs/algorithm.md``, section 2), whoever chose the next chunk: agent, baseline, or the data.
+"""The critic's loss (``docs/algorithm.md``, section 2), for a next chunk from the agent, a baseline or the data.
 
-Each equation is in ``losses.py``; here is what goes into it.
+The equations are in ``losses.py``; this file computes their inputs.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def loss_and_values(
     next_prefix: Prefix,
     next_chunk: Float[Array, "b h a"],
 ) -> tuple[Float[Array, ""], Float[Array, "e b"], Float[Array, " b"]]:
-    """Of the dataset's chunk: the TD loss, the members' values, and their target, which values ``next_chunk``."""
+    """Return the TD loss, the members' values of the dataset's chunk, and their target, which uses ``next_chunk``."""
     config = agent.config
     target = target_values(agent, batch, next_prefix, next_chunk, draws.pair_rng)
     features = jax.lax.stop_gradient(prefix.features)
     q = critic(features, prefix.state, batch.actions[None], dropout_rng=draws.dropout_rng)[:, 0]  # [e b]
     loss = losses.critic_loss(q, target, batch.sequence_mask, huber_delta=config.huber_delta)
-    if config.critic.q_aggregation == "weighted":  # the aggregate's own TD error trains the weights, members held
+    if config.critic.q_aggregation == "weighted":  # the aggregate's TD error trains its weights only
         aggregate = critic.aggregate(jax.lax.stop_gradient(q))[None]
         loss += losses.critic_loss(aggregate, target, batch.sequence_mask, huber_delta=config.huber_delta)
     return loss, q, target

@@ -1,8 +1,8 @@
 """ALOHA in simulation (gym-aloha 0.1.5): two ViperX arms hand over a cube, or put a peg into a socket.
 
 The state is 14 numbers: six joint angles (rad) and the gripper (0 closed, 1 open) of the left arm, then of the right
-one. Actions are the same 14, absolute. Neither says where the objects lie, so a policy needs a camera. The tasks pay in
-stages from 0 to 4; only the last, which ends the episode, counts as success here.
+one. Actions are 14 absolute targets in the same order. Neither shows where the objects are, so a policy needs a camera.
+The tasks give rewards from 0 to 4 by stages; only the last stage, which ends the episode, counts as success here.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def task_names() -> tuple[str, ...]:
 
 
 class Aloha:
-    """One task; the seed draws where the objects lie."""
+    """The simulator of one task; the seed draws the positions of the objects."""
 
     state_dim = STATE_DIM
     default_camera = "top"
-    time_limit = 300  # gym-aloha's own
+    time_limit = 300  # as in gym-aloha
     fps = 50.0
 
     def __init__(self, task: str):
@@ -45,18 +45,18 @@ class Aloha:
         self._physics: Any = mujoco.Physics.from_xml_path(str(path))
         tasks = {"transfer_cube": self._module.TransferCubeTask, "insertion": self._module.InsertionTask}
         self._task = tasks[task]()
-        self._task.get_observation = lambda physics: {}  # its own renders three large pictures at every step
+        self._task.get_observation = lambda physics: {}  # the original renders three large pictures at every step
         self._env: Any = control.Environment(self._physics, self._task, control_timestep=1 / self.fps)
         self._renderers = rendering.Renderers()
-        # Its action space says -1 to 1, its actions are radians: the limits are those of the motors.
+        # Its action space claims -1 to 1, but actions are in radians: use the motors' limits.
         low, high = self._physics.model.ptr.actuator_ctrlrange.astype(np.float32).T
-        joints = [*range(6), *range(8, 14)]  # of an arm's eight motors the last two are its fingers
+        joints = [*range(6), *range(8, 14)]  # the last two of an arm's eight motors are its fingers
         self.action_low, self.action_high = (_with_grippers(x[joints], end) for x, end in ((low, 0.0), (high, 1.0)))
         self.cameras = tuple(self._physics.model.ptr.camera(index).name for index in range(self._physics.model.ncam))
 
     def reset(self, seed: int) -> Float[np.ndarray, " s"]:
         sample = self._utils.sample_box_pose if self.task == "transfer_cube" else self._utils.sample_insertion_pose
-        self._module.BOX_POSE[0] = np.ravel(sample(seed))  # a global of the package, read at once
+        self._module.BOX_POSE[0] = np.ravel(sample(seed))  # a global of the package, read by the reset
         self._env.reset()
         return self._state()
 
@@ -78,7 +78,7 @@ class Aloha:
         self._env.close()
 
     def cube(self) -> Float[np.ndarray, " 7"]:
-        """Position and quaternion, which the policy does not see."""
+        """Return the cube's position and quaternion, which the policy does not see."""
         return self._physics.data.qpos[-7:].copy()
 
     def _state(self) -> Float[np.ndarray, " s"]:
@@ -86,7 +86,7 @@ class Aloha:
 
 
 class Waypoint(NamedTuple):
-    """Where a gripper is to be at ``step``, and how far open."""
+    """The target pose of a gripper at ``step``, and how far it is open."""
 
     step: int
     position: Float[np.ndarray, " 3"]
@@ -95,10 +95,10 @@ class Waypoint(NamedTuple):
 
 
 class TransferCubeExpert:
-    """The right arm lifts the cube to where the left one takes it: waypoints of both grippers, as joint angles.
+    """A scripted expert: the right arm lifts the cube and hands it to the left arm, along waypoints of both grippers.
 
-    The joint angles come from gym-aloha's second scene, in which the grippers are pulled along by welds. Made once an
-    episode, from where the cube lies at its start, and executed without looking again.
+    The joint angles come from gym-aloha's second scene, in which welds pull the grippers along the waypoints. They are
+    computed once per episode from the cube's initial pose and executed open loop.
     """
 
     def __init__(self, simulator: Aloha):
@@ -114,14 +114,14 @@ class TransferCubeExpert:
         return action
 
 
-LEFT_START = np.array([-0.31718881, 0.5, 0.29525084])  # of the grippers at the arms' start pose, in the scene's metres
+LEFT_START = np.array([-0.31718881, 0.5, 0.29525084])  # gripper position at the arms' start pose, metres in the scene
 RIGHT_START = np.array([0.31718881, 0.5, 0.29525084])
 LEVEL = np.array([1.0, 0, 0, 0])
 MEETING = np.array([0.0, 0.5, 0.25])
 
 
 def transfer_cube_waypoints(cube: Float[np.ndarray, " 3"]) -> tuple[list[Waypoint], list[Waypoint]]:
-    """Of the left and of the right gripper, over 300 steps."""
+    """Return the waypoints of the left and of the right gripper, over 300 steps."""
     down = _rotation((0, 1, 0), -60)
     sideways = _rotation((1, 0, 0), 90)
     grasp = cube + _by(0, 0, -0.015)
@@ -148,14 +148,14 @@ def transfer_cube_waypoints(cube: Float[np.ndarray, " 3"]) -> tuple[list[Waypoin
 
 
 def transfer_cube_actions(cube: Float[np.ndarray, " 7"]) -> Float[np.ndarray, "300 14"]:
-    """Joint angles and gripper commands at each step, for a cube at this pose."""
+    """Return joint angles and gripper commands at each step, for a cube at this pose."""
     gym_aloha = _import()
     import mujoco
 
     constants = gym_aloha.constants
     path = constants.ASSETS_DIR / "bimanual_viperx_end_effector_transfer_cube.xml"
     model: Any = mujoco.MjModel.from_xml_path(str(path))
-    model.eq_solimp[:, :2] = 0.9  # as they are, the welds lag centimetres behind
+    model.eq_solimp[:, :2] = 0.9  # by default, the welds lag centimetres behind
     data: Any = mujoco.MjData(model)
     data.qpos[:16] = constants.START_ARM_POSE
     data.qpos[16:] = cube
@@ -176,7 +176,7 @@ def transfer_cube_actions(cube: Float[np.ndarray, " 7"]) -> Float[np.ndarray, "3
 
 
 def _between(waypoints: list[Waypoint], step: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """On the straight line from the last waypoint to the next."""
+    """Interpolate linearly between the last waypoint and the next."""
     after = next(index for index, waypoint in enumerate(waypoints) if waypoint.step > step)
     a, b = waypoints[after - 1], waypoints[after]
     share = (step - a.step) / (b.step - a.step)
@@ -193,13 +193,13 @@ def _by(x: float, y: float, z: float) -> Float[np.ndarray, " 3"]:
 
 
 def _rotation(axis: tuple[float, float, float], degrees: float) -> Float[np.ndarray, " 4"]:
-    """Quaternion (w, x, y, z) about a unit axis."""
+    """Return the quaternion (w, x, y, z) of a rotation about a unit axis."""
     half = np.radians(degrees) / 2
     return np.array([np.cos(half), *(np.sin(half) * np.array(axis))])
 
 
 def _with_grippers(joints: np.ndarray, grippers: Any) -> np.ndarray:
-    """14 numbers from 12 joints and a gripper, or two."""
+    """Join 12 joints and one or two gripper values into 14 numbers; one value is used for both grippers."""
     left, right = np.broadcast_to(np.asarray(grippers, joints.dtype), 2)
     return np.concatenate([joints[:6], [left], joints[6:], [right]], dtype=joints.dtype)
 

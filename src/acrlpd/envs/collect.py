@@ -1,4 +1,4 @@
-"""Prior data on the spot: episodes of scripted experts or of chance, step by step, in one process or several."""
+"""Collect prior data: episodes of scripted experts or of random actions, step by step, in one process or several."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def collect(
     num_workers: int = 1,
     on_episode: Callable[[Rollout], None],
 ) -> None:
-    """Make prior data: the episodes of these numbers, successes and failures alike, given to ``on_episode`` in order.
+    """Collect the episodes with these numbers, successes and failures, and pass them to ``on_episode`` in order.
 
-    Episode k depends on ``(seed, k)`` alone, whatever the number of workers: to resume, pass the numbers still missing.
-    An expert gets ``SmoothNoise`` of a strength drawn from ``noise_range``: on drawer-open-v3 with 150 steps, the
-    default leaves it about 4 successes in 10. Pictures are recorded if cameras are configured.
+    Episode k depends only on ``(seed, k)``, not on the number of workers: to resume, pass the numbers still missing.
+    An expert gets ``SmoothNoise`` with a strength drawn from ``noise_range``: with the default, it succeeds in about 4
+    of 10 episodes on drawer-open-v3 with 150 steps. Pictures are recorded if cameras are configured.
     """
     check_named(config)
     numbers = list(episodes)
@@ -55,7 +55,7 @@ def collect(
 
 @dataclasses.dataclass(frozen=True)
 class _CollectJob:
-    """All that a worker needs to make episode k."""
+    """Everything that a worker needs to make episode k."""
 
     config: EnvConfig
     policy: PolicyKind
@@ -77,7 +77,7 @@ class _CollectJob:
                 return result
 
     def _begin(self, run: EpisodeRunner, number: int) -> None:
-        """Reset the environment; where that fails, the episode is lost and another seed gets its number."""
+        """Reset the environment; if that fails, the episode is lost and another seed is tried for its number."""
         reasons: list[str] = []
         while len(reasons) < MAX_BAD_STARTS_IN_A_ROW:
             seed = episode_seed(self.seed, number, len(reasons))
@@ -99,7 +99,7 @@ def _in_this_process(job: _CollectJob, numbers: list[int]) -> Iterator[Rollout]:
 
 
 def _in_processes(job: _CollectJob, numbers: list[int], num_workers: int) -> Iterator[Rollout]:
-    """Results in the order of ``numbers``; no more than two episodes a worker wait for their turn in memory."""
+    """Yield results in the order of ``numbers``; at most two episodes per worker are queued or held in memory."""
     main_guard.check()
     executor = concurrent.futures.ProcessPoolExecutor(
         num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(job,)
@@ -120,7 +120,7 @@ def _in_processes(job: _CollectJob, numbers: list[int], num_workers: int) -> Ite
                 "those that are missing."
             ) from error
         finally:
-            executor.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for the episodes under way alone
+            executor.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits only for the episodes in progress
 
 
 def _checked(result: Rollout | Failure) -> Rollout:
@@ -129,14 +129,14 @@ def _checked(result: Rollout | Failure) -> Rollout:
     return result
 
 
-_job: _CollectJob | None = None  # of a worker process
+_job: _CollectJob | None = None  # in a worker process
 _environment: SimulatedEnvironment | None = None  # built once, used for many episodes
 
 
 def _start_worker(job: _CollectJob) -> None:
     global _job
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles a terminal's Ctrl-C
     _job = job
 
 

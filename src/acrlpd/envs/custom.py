@@ -1,7 +1,7 @@
-"""Your own environment: a small file that says how it maps to ours. ``examples/mountain_car.py`` is one.
+"""Your own environment: a small file maps it to our interface. ``examples/mountain_car.py`` is an example.
 
-``EnvConfig.name`` is ``custom/FILE.py:FUNCTION`` (a path) or ``custom/MODULE:FUNCTION``; the function takes nothing and
-returns a ``Simulator``, for a Gymnasium environment usually a ``GymnasiumSimulator``.
+``EnvConfig.name`` is ``custom/FILE.py:FUNCTION`` (a path) or ``custom/MODULE:FUNCTION``; the function takes no argument
+and returns a ``Simulator``, for a Gymnasium environment usually a ``GymnasiumSimulator``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from acrlpd.pictures import fit
 
 
 def load(task: str) -> Simulator:
-    """The simulator that ``FILE.py:FUNCTION`` or ``MODULE:FUNCTION`` makes."""
+    """Return the simulator that ``FILE.py:FUNCTION`` or ``MODULE:FUNCTION`` makes."""
     where, _, function = task.partition(":")
     if not where or not function:
         raise ValueError(f"custom/{task}: expected custom/FILE.py:FUNCTION or custom/MODULE:FUNCTION")
@@ -34,22 +34,22 @@ def load(task: str) -> Simulator:
 
 
 class GymnasiumSimulator:
-    """A Gymnasium environment with a box of actions, behind our interface.
+    """A Gymnasium environment with a Box of actions, behind our interface.
 
-    The box may have any rank; its numbers stand in one row here. An episode ends when the environment says so: by
-    ``truncated`` as by a time limit, and by ``terminated`` as a failure, unless ``outcome`` knows better.
+    The Box may have any rank; actions are flattened here. An episode ends when the environment says so: ``truncated``
+    counts as a time limit and ``terminated`` as a failure, unless ``outcome`` returns something else.
 
     Args:
         env: the environment, made with ``render_mode="rgb_array"`` if pictures are wanted.
         instruction: the task in words.
-        outcome: from a step's (observation, reward, terminated, info) to what became of the task; ``info["truncated"]``
-            is the environment's own flag.
-        state: from an observation to the numbers that the policy sees; by default a box's, in one row.
-        cameras: by name, from an observation to its picture (see ``pictures.to_rgb``), for environments that observe
-            some.
-        time_limit: None takes the environment's own.
+        outcome: maps a step's (observation, reward, terminated, info) to the outcome for the task;
+            ``info["truncated"]`` is the environment's own flag.
+        state: maps an observation to the vector that the policy sees; by default the flattened observation.
+        cameras: functions by camera name, each from an observation to its picture (see ``pictures.to_rgb``), for
+            environments whose observations contain pictures.
+        time_limit: None uses the environment's own limit.
 
-    One more camera, ``render``, is what ``env.render()`` shows.
+    An additional camera, ``render``, shows ``env.render()``.
     """
 
     default_camera = "render"
@@ -94,7 +94,7 @@ class GymnasiumSimulator:
     def step(self, action: Float[np.ndarray, " a"]) -> tuple[Float[np.ndarray, " s"], Outcome]:
         box = self._env.action_space
         told = np.asarray(action, box.dtype).reshape(box.shape)
-        inside = np.asarray(np.clip(told, box.low, box.high))  # float32 bounds may lie a little outside of float64's
+        inside = np.asarray(np.clip(told, box.low, box.high))  # float32 bounds may lie slightly outside float64 ones
         self._observation, reward, terminated, truncated, info = self._env.step(inside)
         flags = {**info, "truncated": bool(truncated)}
         outcome = self._outcome(self._observation, float(reward), bool(terminated), flags)
@@ -121,7 +121,7 @@ def _from_file(path: Path) -> ModuleType:
         raise ValueError(
             f"custom/{path}: there is no such file; the path starts at the working directory, {Path.cwd()}"
         )
-    spec = importlib.util.spec_from_file_location(f"custom_{path.stem}", path)  # shadows no module of that name
+    spec = importlib.util.spec_from_file_location(f"custom_{path.stem}", path)  # hides no module of that name
     assert spec is not None, "a path that ends in .py has a loader"
     assert spec.loader is not None, "a path that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)

@@ -1,10 +1,10 @@
-"""One environment interface for every simulator: sparse rewards, time limits, seeds and pictures mean the same in all.
+"""One interface for all simulators: sparse rewards, time limits, seeds and pictures mean the same in each of them.
 
-An observation is one step, unbatched, in openpi's data-dictionary form::
+An observation is one step, unbatched, in the form of openpi's data dictionary::
 
     {"state": float32 [s], "image": {camera: uint8 [h, w, 3]}, "prompt": str}
 
-``image`` is empty where no cameras are configured or no picture was asked for.
+``image`` is empty if no cameras are configured or no picture was requested.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", 
 
 
 class StoredName(str):
-    """The name of an environment that a checkpoint or a run's folder states, and nobody in the command.
+    """The name of an environment that was read from a checkpoint or a run's folder, not given in the command.
 
-    As text it is like any other. But a name that is code of somebody's own (``custom/...``) is run only as plain text:
-    what a user or a script says takes the place of this one.
+    It behaves like any string. But a name of custom code (``custom/...``) is run only if it is a plain ``str``: the
+    user or a script must give the name and so replace this one.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class EnvConfig:
-    """Which environment, and how it is seen."""
+    """The choice of an environment and of its observations, rewards and time limit."""
 
     name: str = "metaworld/drawer-open-v3"  # "<simulator>/<task>"
     max_episode_steps: int | None = None  # None: the simulator's own limit
-    cameras: tuple[str, ...] = ()  # rendered into the observation; () for state only
+    cameras: tuple[str, ...] = ()  # cameras in the observation; () for state only
     image_size: int = 64  # pixels, height and width of every camera
     reward: RewardKind = "-1/0"  # -1 a step and 0 at success, or 0 a step and 1 at success
-    instruction: str | None = None  # None: the task's own words
+    instruction: str | None = None  # None: the task's own instruction
 
     def __post_init__(self) -> None:
         if self.max_episode_steps is not None and self.max_episode_steps < 1:
@@ -62,8 +62,8 @@ class EnvSpec:
     max_episode_steps: int
     cameras: tuple[str, ...]
     image_size: int
-    fps: float  # control steps a second
-    failure_reward: float  # of every step that does not reach success: -1 or 0; success pays 1 more
+    fps: float  # control steps per second
+    failure_reward: float  # reward of every step without success, -1 or 0; a step with success gets 1 more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +71,18 @@ class Step:
     observation: Obs
     reward: float
     terminated: bool  # the task was solved, or failed for good
-    truncated: bool  # the time limit was reached, or the simulator stopped the episode for no reason of the task's
+    truncated: bool  # the time limit was reached, or the simulator stopped for a reason outside the task
     success: bool
 
 
 class Outcome(enum.Enum):
-    """Of a step. What can fail for good should pay 0 and 1 (``EnvConfig.reward``): where every step costs 1, failing
-    soon is cheap."""
+    """The state of the task after a step. A task that can fail for good should use rewards of 0 and 1
+    (``EnvConfig.reward``): if every step costs 1, an early failure is cheap."""
 
     GOING_ON = "going on"
     SOLVED = "solved"
     FAILED = "failed"
-    TRUNCATED = "truncated"  # stopped, as by a time limit: the task has not ended, but the episode has
+    TRUNCATED = "truncated"  # stopped, for example by a time limit: the episode has ended, the task has not
 
     @classmethod
     def solved_if(cls, success: bool) -> Outcome:
@@ -90,29 +90,29 @@ class Outcome(enum.Enum):
 
 
 class PhysicsError(RuntimeError):
-    """The simulation diverged or was given numbers that are not finite. The episode is lost, the environment is not."""
+    """The simulation diverged or got numbers that are not finite. The episode is lost; the environment still works."""
 
 
 class Environment(Protocol):
-    """What rollouts need. The same seed at ``reset``, then the same actions, give the same trajectory, bit for bit."""
+    """The interface that rollouts need. The same seed and the same actions give the same trajectory, bit for bit."""
 
     spec: EnvSpec
 
     def reset(self, seed: int, *, render: bool = True) -> Obs: ...
 
     def step(self, action: Float[np.ndarray, " a"], *, render: bool = False) -> Step:
-        """``render``: whether the next observation gets its pictures, which cost far more than the physics."""
+        """Take a step. ``render`` adds pictures to the next observation; they cost far more than the physics."""
         ...
 
     def render(self, size: int) -> UInt8[np.ndarray, "h w 3"]:
-        """The scene as it is now, for videos; no camera needs to be configured."""
+        """Return a picture of the current scene, for videos; no camera needs to be configured."""
         ...
 
     def close(self) -> None: ...
 
 
 class Simulator(Protocol):
-    """What a simulator has to provide; ``SimulatedEnvironment`` adds what is the same for all."""
+    """The interface of a simulator; ``SimulatedEnvironment`` adds everything that is the same for all simulators."""
 
     state_dim: int
     action_low: Float[np.ndarray, " a"]
@@ -126,7 +126,7 @@ class Simulator(Protocol):
     def reset(self, seed: int) -> Float[np.ndarray, " s"]: ...
 
     def step(self, action: Float[np.ndarray, " a"]) -> tuple[Float[np.ndarray, " s"], Outcome]:
-        """Next state, and what became of the task. Raises PhysicsError when the simulation diverges."""
+        """Return the next state and the outcome. Raise PhysicsError if the simulation diverges."""
         ...
 
     def render(self, camera: str, size: int) -> UInt8[np.ndarray, "h w 3"]: ...
@@ -137,8 +137,8 @@ class Simulator(Protocol):
 class SimulatedEnvironment:
     """A simulator with sparse rewards, a time limit and cameras.
 
-    Success or final failure terminates the episode, the time limit (or a simulator of its own accord) truncates it.
-    Actions are clipped to the action space.
+    Success or final failure terminates the episode; the time limit or the simulator itself may truncate it. Actions
+    are clipped to the action space.
     """
 
     def __init__(self, simulator: Simulator, config: EnvConfig):
@@ -172,7 +172,7 @@ class SimulatedEnvironment:
             raise RuntimeError(f"{self.spec.name}: step() before reset(), or after the end of the episode")
         steps, self._num_steps = self._num_steps + 1, None
         state, outcome = self.simulator.step(self._checked(action))
-        terminated = Outcome(outcome) in (Outcome.SOLVED, Outcome.FAILED)  # refuses what is no Outcome
+        terminated = Outcome(outcome) in (Outcome.SOLVED, Outcome.FAILED)  # raises for a value that is no Outcome
         success = outcome is Outcome.SOLVED
         late = steps >= self.spec.max_episode_steps
         truncated = not terminated and (late or outcome is Outcome.TRUNCATED)
@@ -203,19 +203,19 @@ class SimulatedEnvironment:
         return {"state": state.astype(np.float32), "image": images, "prompt": self.spec.instruction}
 
 
-LARGEST_BOUND = 1e9  # a larger one stands for none, as the largest float32 does
+LARGEST_BOUND = 1e9  # a larger bound means that there is none, such as float32's maximum
 
 
 def action_bounds(where: str, low: Any, high: Any) -> tuple[Float[np.ndarray, " a"], Float[np.ndarray, " a"]]:
-    """Check the limits of an action space of any rank; return them as float32, in one row.
+    """Check the limits of an action space of any rank; return them flattened, as float32.
 
     Raises:
-        ValueError: one is missing or not finite, or none is meant; names the environment and the dimension.
+        ValueError: a limit is missing, not finite or too large. The message names the environment and the dimension.
     """
     lows, highs = (np.ravel(np.asarray(bound, np.float64)) for bound in (low, high))
     if lows.shape != highs.shape or not len(lows):
         raise ValueError(f"{where}: expected as many lower as upper action bounds, got {len(lows)} and {len(highs)}")
-    bad = np.flatnonzero(~((lows >= -LARGEST_BOUND) & (highs <= LARGEST_BOUND) & (lows < highs)))  # nan too
+    bad = np.flatnonzero(~((lows >= -LARGEST_BOUND) & (highs <= LARGEST_BOUND) & (lows < highs)))  # true for nan, too
     if len(bad):
         raise ValueError(
             f"{where}: action {bad[0]} lies between {lows[bad[0]]:g} and {highs[bad[0]]:g}: a policy needs finite "
@@ -225,12 +225,12 @@ def action_bounds(where: str, low: Any, high: Any) -> tuple[Float[np.ndarray, " 
 
 
 def clip_action(spec: EnvSpec, action: Float[np.ndarray, "*b a"]) -> Float[np.ndarray, "*b a"]:
-    """What the environment executes when told ``action``: float32, inside the action space."""
+    """Return the action that the environment executes for ``action``: float32, clipped to the action space."""
     return np.clip(np.asarray(action, np.float32), spec.action_low, spec.action_high)
 
 
 def make(config: EnvConfig) -> SimulatedEnvironment:
-    """The environment that ``config`` names.
+    """Create the environment that ``config`` names.
 
     >>> make(EnvConfig("metaworld/drawer-open-v3", max_episode_steps=150))
     """
@@ -244,7 +244,7 @@ def make(config: EnvConfig) -> SimulatedEnvironment:
 
 
 def check_named(config: EnvConfig) -> None:
-    """Refuses to run code that a stored configuration alone names."""
+    """Refuse to run code that only a stored configuration names."""
     if isinstance(config.name, StoredName) and config.name.startswith("custom/"):
         raise ValueError(
             f"the environment {config.name} is code that the stored configuration names, and a checkpoint runs no code "
@@ -254,7 +254,7 @@ def check_named(config: EnvConfig) -> None:
 
 
 def check_physics(data: Any) -> None:
-    """Raise when MuJoCo has met numbers that are not finite: it resets itself then, and merely counts a warning."""
+    """Raise if MuJoCo has found numbers that are not finite: it then resets itself and only counts a warning."""
     import mujoco
 
     for kind in (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC):
@@ -263,7 +263,7 @@ def check_physics(data: Any) -> None:
 
 
 def _metaworld(name: str, task: str) -> Simulator:
-    from acrlpd.envs import metaworld  # here, because the simulators import this module
+    from acrlpd.envs import metaworld  # imported here because the simulators import this module
 
     if task not in metaworld.task_names():
         raise ValueError(_unknown(name, [f"metaworld/{known}" for known in metaworld.task_names()]))

@@ -1,6 +1,6 @@
-"""One environment and the episode under way in it, driven by two commands: start an episode, execute a chunk.
+"""One environment and its current episode, controlled by two commands: start an episode, execute a chunk.
 
-A chunk is executed where the environment lives, be that another process or machine: one message there, one back.
+A chunk is executed where the environment is, which may be another process or machine: one message there, one back.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from acrlpd.types import Episode, FinalObservation
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """One finished episode. ``error`` says why the simulation gave up; such an episode counts as failed."""
+    """One finished episode. ``error`` says why the simulation failed; such an episode counts as failed."""
 
-    episode: Episode  # actions as executed, that is clipped; pictures only if they were recorded
-    number: int  # place in the list of seeds, or number of the episode in its run
+    episode: Episode  # actions are clipped, as executed; pictures only if they were recorded
+    number: int  # index in the list of seeds, or number of the episode in its run
     seed: int
     returns: float  # undiscounted
     length: int
@@ -30,7 +30,7 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Begin an episode. ``record_images`` renders and keeps every step's pictures, not only those the policy sees."""
+    """The command to start an episode. ``record_images`` keeps every step's pictures, not only what the policy sees."""
 
     number: int
     seed: int
@@ -39,7 +39,7 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class Execute:
-    """The whole chunk, or as much of it as the episode lasts."""
+    """The command to execute a whole chunk, or its beginning if the episode ends before."""
 
     chunk: Float[np.ndarray, "h a"]
 
@@ -49,7 +49,7 @@ Command: TypeAlias = Start | Execute
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a command came to: the observation to choose the next chunk by, or the finished episode."""
+    """The result of a command: the observation for the choice of the next chunk, or the finished episode."""
 
     observation: Obs | None
     rollout: Rollout | None
@@ -58,24 +58,24 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Lost:
-    """There is no answer: the episode could not begin, or whoever had it is gone, and the episode with it."""
+    """The answer for a lost episode: it could not start, or the worker that ran it is gone."""
 
     reason: str
 
 
 class EpisodeRunner:
-    """Carries out commands in one environment and keeps what happens in the episode."""
+    """A runner that executes commands in one environment and records the episode."""
 
     def __init__(self, environment: Environment):
         self.environment = environment
         self.observation: Obs = {}
-        self._start: Start | None = None  # of the episode under way
+        self._start: Start | None = None  # the command that started the current episode
         self._observations: list[Obs] = []
         self._actions: list[np.ndarray] = []
         self._rewards: list[float] = []
 
     def obey(self, command: Command) -> Report | Lost:
-        """Carry out a command. A reset that fails costs the episode it was to begin, as a step does its own."""
+        """Execute a command. A failed reset loses the episode that it should start, as a failed step ends its own."""
         if isinstance(command, Start):
             try:
                 return Report(self.start(command), None, 0)
@@ -117,12 +117,12 @@ class EpisodeRunner:
         self._rewards.append(reward)
 
     def _lost(self, action: Float[np.ndarray, " a"], error: str) -> Rollout:
-        """The failing step is kept, so that every episode has one: its state is good, its reward that of a failure."""
+        """End the episode with the failed step, so that it has at least one: a valid state and a failure's reward."""
         self._record(clip_action(self.environment.spec, np.nan_to_num(action)), self.environment.spec.failure_reward)
         return self._finish(False, False, error)
 
     def _finish(self, terminated: bool, success: bool, error: str | None = None) -> Rollout:
-        """Make the rollout. The last observation is the final one; where the simulation gave up, there is none."""
+        """Make the rollout. The last observation is the final one; if the simulation failed, there is none."""
         start, self._start = self._start, None
         assert start is not None, "an episode ends once"
         terminals = np.zeros(len(self._actions), np.bool_)
@@ -152,7 +152,7 @@ class EpisodeRunner:
 
 
 def replay(environment: Environment, result: Rollout, size: int) -> UInt8[np.ndarray, "frames h w 3"]:
-    """Film a rollout by executing its actions again: frame t is the scene after t actions, up to all of them."""
+    """Film a rollout by executing its actions again: frame t shows the scene after t actions, from none to all."""
     environment.reset(result.seed, render=False)
     frames = [environment.render(size)]
     for action in result.episode.actions:

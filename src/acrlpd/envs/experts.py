@@ -1,4 +1,4 @@
-"""Scripted experts, uniform actions, and the noise that makes an expert's data a mixture of success and failure."""
+"""Scripted experts, random actions, and the noise that makes an expert's data a mixture of success and failure."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PolicyKind: TypeAlias = Literal["expert", "random"]
 
 
 class Expert(Protocol):
-    """Acts for one episode. It may look into the simulator, so it must be asked once a step and in order."""
+    """A policy for one episode. It may read the simulator's state, so it must be called once per step, in order."""
 
     def __call__(self, observation: Obs) -> Float[np.ndarray, " a"]: ...
 
 
 def make_expert(environment: SimulatedEnvironment, kind: PolicyKind, rng: np.random.Generator) -> Expert:
-    """A policy for the next episode, after ``environment.reset``. All its randomness comes from ``rng``."""
+    """Return a policy for the next episode; call it after ``environment.reset``. All randomness comes from ``rng``."""
     if kind == "random":
         return RandomPolicy(environment.spec, rng)
     if kind != "expert":
@@ -48,7 +48,7 @@ def make_expert(environment: SimulatedEnvironment, kind: PolicyKind, rng: np.ran
 
 
 class RandomPolicy:
-    """Uniform over the action space, anew at every step."""
+    """A policy that draws uniformly from the action space at every step."""
 
     def __init__(self, spec: EnvSpec, rng: np.random.Generator):
         self._spec = spec
@@ -64,18 +64,18 @@ class MetaWorldExpert:
     def __init__(self, task: str):
         from metaworld.policies import ENV_POLICY_MAP
 
-        policies: Any = ENV_POLICY_MAP  # its type says the abstract base
+        policies: Any = ENV_POLICY_MAP  # its type annotation names the abstract base class
         self._policy = policies[task]()
 
     def __call__(self, observation: Obs) -> Float[np.ndarray, " a"]:
         with warnings.catch_warnings():
-            # Most of its policies ask for more than the action space holds and count on being clipped.
+            # Most of its policies return actions outside the action space and rely on clipping.
             warnings.filterwarnings("ignore", message="Constant")
             return self._policy.get_action(observation["state"].astype(np.float64))
 
 
 class CubeExpert:
-    """OGBench's Markov oracle: one cube after the other, in the order of their numbers."""
+    """OGBench's Markov oracle, which moves one cube after the other, in the order of their numbers."""
 
     def __init__(self, simulator: OGBench, rng: np.random.Generator):
         from ogbench.manipspace.oracles.markov.cube_markov import CubeMarkovOracle
@@ -95,11 +95,11 @@ class CubeExpert:
 
 
 class SmoothNoise:
-    """Gaussian noise that drifts: n_t = c n_{t-1} + sqrt(1 - c^2) strength e_t, of deviation ``strength`` throughout.
+    """Correlated Gaussian noise: n_t = c n_{t-1} + sqrt(1 - c^2) strength e_t, with constant deviation ``strength``.
 
-    The strength is drawn once, uniformly from ``noise_range`` (in units of the action); an object serves one episode.
-    White noise of the same size averages out within a few steps and an expert shrugs it off; noise that lasts makes it
-    fail.
+    The strength is drawn once, uniformly from ``noise_range`` (in units of the action); an instance serves one episode.
+    White noise of the same size averages out within a few steps, so an expert still succeeds; correlated noise makes
+    it fail.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class SmoothNoise:
     ):
         low, high = noise_range
         if not 0 <= low <= high:
-            raise ValueError(f"noise_range must rise from a number that is not negative, got {noise_range}")
+            raise ValueError(f"noise_range must be two numbers with 0 <= low <= high, got {noise_range}")
         self.strength = float(rng.uniform(low, high))
         self._rng = rng
         self._correlation = correlation
@@ -122,7 +122,7 @@ class SmoothNoise:
 
 @contextlib.contextmanager
 def _global_numpy_seed(rng: np.random.Generator) -> Iterator[None]:
-    """OGBench's oracles draw from NumPy's global generator: lend it our seed and put its state back."""
+    """Seed NumPy's global generator, from which OGBench's oracles draw, and restore its state afterwards."""
     state = np.random.get_state()  # noqa: NPY002
     np.random.seed(int(rng.integers(2**32)))  # noqa: NPY002
     try:

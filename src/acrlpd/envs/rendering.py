@@ -1,4 +1,4 @@
-"""Headless pictures from MuJoCo: which OpenGL to use, and settings that make a frame ten times cheaper."""
+"""Headless rendering with MuJoCo: the choice of OpenGL, and settings that make a frame ten times cheaper."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = {
     "egl": "libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libgles2",
     "osmesa": "libosmesa6 libgl1",
 }
-"""What each backend needs on Debian and Ubuntu."""
+"""The packages that each backend needs on Debian and Ubuntu."""
 
 
 def choose_backend() -> str:
@@ -31,14 +31,14 @@ def choose_backend() -> str:
 
 
 class Renderer:
-    """Square pictures of one model at one size. Shadows, reflections and multisampling are off: they are the cost."""
+    """A renderer of one model at one (square) size. Shadows, reflections and multisampling are off to save time."""
 
     def __init__(self, model: Any, size: int, hidden_geoms: tuple[int, ...] = ()):
         import mujoco
 
         if os.environ.get("MUJOCO_GL", "").lower() in ("disable", "disabled", "off", "false", "0"):
             raise RuntimeError(_unavailable("MUJOCO_GL turns it off"))
-        # All of this is read when the renderer is made; later changes do nothing.
+        # These settings are read when the renderer is created; later changes have no effect.
         model.vis.quality.shadowsize = 0
         model.vis.quality.offsamples = 0
         model.vis.global_.offwidth = max(model.vis.global_.offwidth, size)
@@ -62,9 +62,9 @@ class Renderer:
 
 
 class Renderers:
-    """One renderer a size, made when first asked for: policies and videos want different sizes of the same scene.
+    """One renderer per size, created on first use: policies and videos need different sizes of the same scene.
 
-    ``hidden_geoms``: groups of shapes that are not drawn, beside those that MuJoCo leaves out itself.
+    ``hidden_geoms`` are groups of geoms that are not drawn, in addition to those that MuJoCo hides by default.
     """
 
     def __init__(self, hidden_geoms: tuple[int, ...] = ()) -> None:
@@ -91,7 +91,7 @@ def _unavailable(reason: str) -> str:
 
 
 def _egl_has_device() -> bool:
-    """The library alone is not enough: in some containers it is there and finds nothing to draw with."""
+    """Return whether EGL finds a device: in some containers the library is installed, but there is no device."""
     try:
         egl = ctypes.CDLL("libEGL.so.1")
     except OSError:

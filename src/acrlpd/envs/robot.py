@@ -1,9 +1,9 @@
-"""A real robot, or anything else that speaks openpi's runtime interface, as one of our environments.
+"""A real robot, or anything else with openpi's runtime interface, as one of our environments.
 
-openpi describes a robot by four methods (``openpi_client.runtime.environment.Environment``), which is all that is asked
-of it here: the object may drive the robot itself or stand for one that is served elsewhere. Name a function of yours
-that makes a ``RobotSimulator`` of it in ``EnvConfig.name`` (``custom/my_robot.py:make``), with one environment and no
-worker processes: there is one robot.
+openpi describes a robot by four methods (``openpi_client.runtime.environment.Environment``); nothing else is needed
+here. The object may drive the robot itself or be a proxy for one that is served elsewhere. Write a function that makes
+a ``RobotSimulator`` from it, name it in ``EnvConfig.name`` (``custom/my_robot.py:make``), and use one environment and
+no worker processes, since there is one robot.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from acrlpd.pictures import fit
 
 
 class RuntimeEnvironment(Protocol):
-    """openpi's interface."""
+    """openpi's interface of a robot."""
 
     def reset(self) -> None: ...
 
@@ -32,20 +32,20 @@ class RuntimeEnvironment(Protocol):
 
 
 class RobotSimulator:
-    """The robot behind our interface.
+    """A robot behind our interface.
 
     Args:
         environment: the robot.
         instruction: the task in words.
-        state: from an observation to the numbers that the policy sees.
-        action_low, action_high: what may be commanded; actions are clipped to it.
-        outcome: from an observation and ``is_episode_complete()`` to what became of the task: a sensor, a classifier, a
-            person at a key. An episode that is complete while the task goes on is truncated.
-        cameras: by name, from an observation to its picture (see ``pictures.to_rgb``).
-        fps: control rate; a step returns no earlier than its time is over, as openpi's ``Runtime`` does it.
-        time_limit: steps of an episode.
+        state: maps an observation to the vector that the policy sees.
+        action_low, action_high: the limits of commands; actions are clipped to them.
+        outcome: maps an observation and ``is_episode_complete()`` to the outcome for the task, with a sensor, a
+            classifier or a person at a key. An episode that is complete while the task goes on is truncated.
+        cameras: functions by camera name, each from an observation to its picture (see ``pictures.to_rgb``).
+        fps: control rate; a step returns only when its period is over, as in openpi's ``Runtime``.
+        time_limit: max. steps of an episode.
 
-    A robot has no seeds: episodes differ by how the scene was laid, so two policies cannot be compared seed by seed.
+    A robot has no seeds: the scene is set up differently each time, so two policies cannot be compared seed by seed.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class RobotSimulator:
         self._outcome = outcome
         self._pictures = dict(cameras)
         self._clock, self._sleep = clock, sleep
-        self._next_step = 0.0  # when the coming step may return
+        self._next_step = 0.0  # the earliest time at which the next step may return
         self.instruction = instruction
         self.time_limit = time_limit
         self.fps = fps
@@ -89,7 +89,7 @@ class RobotSimulator:
     def step(self, action: Float[np.ndarray, " a"]) -> tuple[Float[np.ndarray, " s"], Outcome]:
         self._environment.apply_action({"actions": action})
         self._sleep(max(0.0, self._next_step - self._clock()))
-        self._next_step = max(self._next_step, self._clock()) + 1 / self.fps  # time lost to a policy is not made up for
+        self._next_step = max(self._next_step, self._clock()) + 1 / self.fps  # delays of a policy are not caught up
         self._observation = self._environment.get_observation()
         complete = self._environment.is_episode_complete()
         outcome = self._outcome(self._observation, complete)
@@ -103,7 +103,7 @@ class RobotSimulator:
         return fit(self._pictures[camera](self._observation), size, size, f"camera {camera!r}")
 
     def close(self) -> None:
-        """The robot is its owner's to switch off."""
+        """Do nothing: switching the robot off is up to its owner."""
 
     def _state(self) -> Float[np.ndarray, " s"]:
         return np.asarray(self._read_state(self._observation))

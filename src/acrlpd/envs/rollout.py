@@ -1,8 +1,8 @@
-"""Episodes by a policy: whole chunks executed open loop, in many environments with one policy call for all.
+"""Episodes of a policy: whole chunks executed open loop, in many environments with one policy call for all.
 
-A policy is a function ``act(observations, numbers) -> actions [n, h, a]`` in the environment's own units. It gets one
-row for each of the n environments, always, so that a compiled policy sees one shape: row i belongs to the episode
-``numbers[i]``, and a row whose number is -1 is padding, whose actions are ignored.
+A policy is a function ``act(observations, numbers) -> actions [n, h, a]`` in the environment's own units. It always
+gets one row for each of the n environments, so that a compiled policy sees one shape: row i belongs to the episode
+``numbers[i]``; a row whose number is -1 is padding and its actions are ignored.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from acrlpd.envs.vector import VectorEnv
 
 logger = logging.getLogger(__name__)
 
-MAX_BAD_STARTS_IN_A_ROW = 10  # of one environment: it is broken, and not an accident
+MAX_BAD_STARTS_IN_A_ROW = 10  # after so many, an environment counts as broken
 
 Act: TypeAlias = Callable[[list[Obs], Int[np.ndarray, " n"]], Float[np.ndarray, "n h a"]]
 
 
 @dataclasses.dataclass
 class Seconds:
-    """Wall time by where it went, added up."""
+    """Accumulated wall time, by what it was spent on."""
 
     simulator: float = 0.0  # waiting for environments: stepping, resetting and rendering
     act: float = 0.0  # waiting for the policy
@@ -43,7 +43,7 @@ class Collected(NamedTuple):
 
 
 def episode_seed(seed: int, number: int, attempt: int = 0) -> int:
-    """Return the seed of one episode of a run: neighbouring runs, episodes and attempts to begin one share nothing."""
+    """Return the seed of one episode; seeds of neighbouring runs, episodes and attempts to start are independent."""
     words = (seed, number, attempt) if attempt else (seed, number)
     return int(np.random.SeedSequence(words).generate_state(1)[0])
 
@@ -58,10 +58,10 @@ def rollout(
     record_images: bool = False,
     seconds: Seconds | None = None,
 ) -> list[Rollout]:
-    """Run every seed exactly once; rollouts come in the order of ``seeds``, ``on_episode`` as they finish.
+    """Run every seed exactly once; return rollouts in the order of ``seeds``; call ``on_episode`` as they finish.
 
-    Pictures are rendered where the policy looks, at the start of each chunk; ``record_images`` renders and keeps every
-    step's. An episode whose worker died or whose reset failed is missing from the result.
+    Pictures are rendered only for the policy, at the start of each chunk; ``record_images`` renders and keeps those of
+    every step. An episode whose worker died or whose reset failed is missing from the result.
     """
     jobs = iter(list(enumerate(seeds)))
     lanes = _Lanes(environments, jobs, execute_horizon, record_images, Seconds() if seconds is None else seconds)
@@ -78,12 +78,11 @@ def rollout(
 
 
 class OnlineCollector:
-    """One chunk in each environment whenever asked, so that a trainer can update in between, or meanwhile.
+    """A collector that runs one chunk per environment on request, so a trainer can update in between or meanwhile.
 
-    Episode k of the run is seeded by ``episode_seed(seed, k)``; those ``finished`` before are left out. A chunk is
-    executed open loop; what an ended episode leaves of it is dropped. ``collect`` is ``begin`` and ``finish``: between
-    the two, the chunks are chosen and the environments are at work, so whatever the caller does then costs the rollout
-    nothing.
+    Episode k of the run is seeded by ``episode_seed(seed, k)``; episodes in ``finished`` are left out. A chunk is
+    executed open loop; its rest is dropped if the episode ends. ``collect`` is ``begin`` and ``finish``: between the
+    two, the chunks are chosen and the environments are running, so the caller can work without slowing the rollout.
     """
 
     def __init__(
@@ -101,11 +100,11 @@ class OnlineCollector:
         missing = (number for number in itertools.count(first_episode) if number not in done)
         jobs = ((number, episode_seed(seed, number)) for number in missing)
         self._lanes = _Lanes(environments, jobs, execute_horizon, record_images, self.seconds)
-        self._num_lost = self._lanes.start_idle()  # since the last answer
+        self._num_lost = self._lanes.start_idle()  # since the last ``finish``
 
     @property
     def next_episode(self) -> int:
-        """The lowest number not yet finished: ``first_episode`` of a resumed run. What was under way starts again."""
+        """The lowest unfinished number: ``first_episode`` of a resumed run, which restarts the current episodes."""
         return min(self._lanes.numbers)
 
     @property
@@ -129,7 +128,7 @@ class OnlineCollector:
 
 
 class _Lanes:
-    """Which episode each environment is at, and what its policy is to see next."""
+    """The current episode of each environment, and the next observation for the policy."""
 
     def __init__(
         self,
@@ -142,7 +141,7 @@ class _Lanes:
         if execute_horizon < 1:
             raise ValueError(f"execute_horizon must be at least 1, got {execute_horizon}")
         self.environments = environments
-        self.numbers = [-1] * environments.num_envs  # of the episodes under way
+        self.numbers = [-1] * environments.num_envs  # of the current episodes; -1: none
         self.begun = False
         self._bad_starts = [0] * environments.num_envs  # in a row
         self._observations: list[Obs] = [{} for _ in self.numbers]
@@ -156,7 +155,7 @@ class _Lanes:
         return any(number >= 0 for number in self.numbers)
 
     def start_idle(self) -> int:
-        """Begins an episode wherever none is under way and there is one left; returns how many were lost at that."""
+        """Start an episode in every idle environment while any are left; return how many were lost in doing so."""
         num_lost = 0
         while True:
             idle = [lane for lane, number in enumerate(self.numbers) if number < 0]
@@ -182,7 +181,7 @@ class _Lanes:
             )
 
     def begin(self, act: Act) -> None:
-        """Asks the policy once for all active lanes, each at the end of a chunk or at a reset, and sends them off."""
+        """Call the policy once for all active lanes, each of which needs a new chunk, and send the chunks off."""
         active = [lane for lane, number in enumerate(self.numbers) if number >= 0]
         filler = self._observations[active[0]]
         observations = [self._observations[lane] if number >= 0 else filler for lane, number in enumerate(self.numbers)]

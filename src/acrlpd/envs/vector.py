@@ -1,7 +1,7 @@
-"""N environments behind one interface: in this process, or in worker processes. ``ray.py`` has them on many machines.
+"""N environments behind one interface: in this process, or in worker processes. ``ray.py`` puts them on many machines.
 
-All commands of a round are sent before the first answer is waited for, so the environments work side by side; and since
-a round ends when all have answered, what happens does not depend on which is faster.
+All commands of a round are sent before the first answer is awaited, so the environments run in parallel. A round ends
+when all have answered, so the result does not depend on which is faster.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from acrlpd.envs.failure import Failure
 from acrlpd.orphans import end_with_parent
 
 MakeEnvironment: TypeAlias = Callable[[], Environment]
-MAX_DEATHS_IN_A_ROW = 3  # of one worker, without an answer in between: a broken installation, not an accident
+MAX_DEATHS_IN_A_ROW = 3  # of one worker, without an answer in between; then the installation counts as broken
 STARTUP_TIMEOUT_S = 300.0
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """Where environments are stepped."""
+    """The place where environments run."""
 
     backend: Literal["processes", "ray"] = "processes"  # ray: actors on the cluster that RAY_ADDRESS names
     num_workers: int = 0  # 0: in this process, one environment after the other
-    timeout_s: float = 120.0  # a worker that takes longer over one chunk counts as hung and is replaced
+    timeout_s: float = 120.0  # a worker that takes longer for one chunk counts as hung and is replaced
 
     def __post_init__(self) -> None:
         if self.backend not in ("processes", "ray"):
@@ -47,7 +47,7 @@ class RolloutConfig:
 
 
 class VectorEnv(Protocol):
-    """Environments by number. Every ``send`` is followed by one ``receive``, which answers all its commands."""
+    """Numbered environments. Every ``send`` is followed by one ``receive``, which answers all its commands."""
 
     spec: EnvSpec
     num_envs: int
@@ -60,7 +60,7 @@ class VectorEnv(Protocol):
 
 
 def make_vector(config: EnvConfig, num_envs: int, rollout: RolloutConfig | None = None) -> VectorEnv:
-    """``num_envs`` environments of one kind, where ``rollout`` says; in this process by default."""
+    """Create ``num_envs`` environments of one kind in the place that ``rollout`` says; by default in this process."""
     check_named(config)
     rollout = RolloutConfig() if rollout is None else rollout
     num_workers = min(rollout.num_workers, num_envs)
@@ -75,7 +75,7 @@ def make_vector(config: EnvConfig, num_envs: int, rollout: RolloutConfig | None 
 
 
 class LocalVectorEnv:
-    """In this process, one after the other. Nothing happens before ``receive``, so a device may work meanwhile."""
+    """Environments in this process, run one by one. Only ``receive`` executes, so a device may compute before it."""
 
     def __init__(self, environments: Sequence[Environment]):
         self.spec = environments[0].spec
@@ -96,10 +96,10 @@ class LocalVectorEnv:
 
 
 class ProcessVectorEnv:
-    """In worker processes, environment i in worker i modulo ``num_workers``.
+    """Environments in worker processes: environment i is in worker i modulo ``num_workers``.
 
-    A worker that dies or takes longer than ``timeout_s`` is replaced; the episodes under way in it are lost: one, where
-    every environment has a worker of its own. An exception in a worker is raised here, in its own words.
+    A worker that dies or takes longer than ``timeout_s`` is replaced and its current episodes are lost (just one if
+    every environment has its own worker). An exception in a worker is raised here with its own message.
     """
 
     def __init__(self, make_one: MakeEnvironment, num_envs: int, *, num_workers: int, timeout_s: float = 120.0):
@@ -117,7 +117,7 @@ class ProcessVectorEnv:
 
     @property
     def pids(self) -> list[int]:
-        """Of the workers, as the system knows them."""
+        """The process ids of the workers."""
         return [worker.pid for worker in self._workers]
 
     def send(self, commands: Mapping[int, Command]) -> None:
@@ -133,14 +133,14 @@ class ProcessVectorEnv:
 
 
 class _Worker:
-    """The parent's end of one process."""
+    """The parent's side of one worker process."""
 
     def __init__(self, make_one: MakeEnvironment, indices: range, timeout_s: float):
         self.indices = indices
         self._make_one = make_one
         self._timeout_s = timeout_s
         self._deaths_in_a_row = 0
-        self._spec: EnvSpec | None = None  # None: the process has not said yet that it is ready
+        self._spec: EnvSpec | None = None  # None: the process has not reported yet that it is ready
         self._commands: dict[int, Command] = {}
         self._sent = 0.0
         self._begin()
@@ -167,7 +167,7 @@ class _Worker:
         if not self._commands:
             return {}
         try:
-            if self._spec is None:  # a new process: the commands wait until it has said that it is ready
+            if self._spec is None:  # a new process: the commands wait until it has reported that it is ready
                 self._spec = self._answer(STARTUP_TIMEOUT_S)
                 self._post()
             answers = self._answer(max(0.0, self._timeout_s - (time.monotonic() - self._sent)))
@@ -179,7 +179,7 @@ class _Worker:
         return answers
 
     def close(self) -> None:
-        self._connection.close()  # the process ends when it reads the end of its commands
+        self._connection.close()  # the process ends when it reads end-of-file
         self._process.join(timeout=5)
         self._end()
 
@@ -191,14 +191,14 @@ class _Worker:
             target=_serve, args=(theirs, self._make_one, tuple(self.indices)), name="acrlpd-rollout", daemon=True
         )
         self._process.start()
-        theirs.close()  # theirs alone: its end then means their end
+        theirs.close()  # close our copy of the worker's end, so that end-of-file means the worker died
         self._spec = None
 
     def _post(self) -> None:
         if not self._commands:
             return
         self._sent = time.monotonic()
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # gone: the answer will be missing
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the worker is gone: no answer will come
             self._connection.send(self._commands)
 
     def _answer(self, timeout_s: float) -> Any:
@@ -237,7 +237,7 @@ class _GoneError(RuntimeError):
 
 
 def _serve(connection: Connection, make_one: MakeEnvironment, indices: Sequence[int]) -> None:
-    """The worker's whole life. Ctrl-C is the parent's business."""
+    """Run the worker's loop until the parent closes its end. The parent handles Ctrl-C."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -21,41 +21,41 @@ MIN_TIME = 0.001  # openpi's floor: the loss is never taken at pure data
 
 @struct.dataclass
 class Prefix:
-    """All that a policy keeps of an observation: computed once, read by the loss, every candidate and the critic."""
+    """A policy's encoding of an observation, computed once and read by the loss, every candidate and the critic."""
 
     state: Float[Array, "b s"]
     features: Float[Array, "b f"]  # pooled prefix tokens, for the critic
-    mask: Bool[Array, "b p"]  # which prefix tokens may be looked at
-    cache: Any  # what denoising reads of it; pi0: keys (rotated) and values, each [layers b p heads d]
+    mask: Bool[Array, "b p"]  # which prefix tokens may be attended to
+    cache: Any  # input of the denoising steps; pi0: keys (rotated) and values, each [layers b p heads d]
 
 
 @runtime_checkable
 class FlowPolicy(Protocol):
-    """A velocity field over action chunks, given an observation. pi0, pi0.5 and the flow MLP are its leaves."""
+    """A velocity field over action chunks, given an observation. pi0, pi0.5 and the flow MLP implement it."""
 
     action_dim: int
     action_horizon: int
     feature_dim: int  # width of Prefix.features
-    cache_batch_axis: int  # of the arrays in Prefix.cache
+    cache_batch_axis: int  # position of the batch axis in the arrays of Prefix.cache
 
     def encode(self, observation: Observation) -> Prefix:
-        """One pass over images, prompt and whatever else does not change while an action is denoised."""
+        """Run one pass over images, prompt and everything else that does not change while an action is denoised."""
         ...
 
     def velocity(
         self, prefix: Prefix, x_t: Float[Array, "n b h a"], time: Float[Array, "n b"]
     ) -> Float[Array, "n b h a"]:
-        """The field at ``x_t``; all n candidates read the same prefix."""
+        """Return the velocity at ``x_t``; all n candidates read the same prefix."""
         ...
 
     @staticmethod
     def is_suffix_param(path: str) -> bool:
-        """Whether ``velocity`` alone reads the parameter at ``path`` (joined by '/'); ``encode`` reads the others."""
+        """Return whether only ``velocity`` reads the parameter at ``path`` (joined by '/'), and not ``encode``."""
         ...
 
 
 def encode(policy: FlowPolicy, observation: Observation) -> Prefix:
-    """``policy.encode``, or what it gave before, if the observation brings that along."""
+    """Encode the observation, or reuse the prefix that is stored in it."""
     if observation.prefix is None:
         return policy.encode(observation)
     features, mask, cache = observation.prefix
@@ -64,13 +64,13 @@ def encode(policy: FlowPolicy, observation: Observation) -> Prefix:
 
 
 def portable(policy: FlowPolicy, prefix: Prefix) -> tuple[Any, Any, Any]:
-    """A prefix as an observation carries it: all but the state, with the batch as the first axis of every array."""
+    """Return a prefix in the form that an observation stores: without the state, the batch as first axis of all."""
     cache = jax.tree.map(lambda x: jnp.moveaxis(x, policy.cache_batch_axis, 0), prefix.cache)
     return prefix.features, prefix.mask, cache
 
 
 def sample_time(rng: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Beta(1.5, 1) squeezed into [0.001, 1]: more weight on noisy times (pi0, appendix B)."""
+    """Draw times from Beta(1.5, 1), rescaled to [0.001, 1]: more weight on noisy times (pi0, appendix B)."""
     return jax.random.beta(rng, 1.5, 1.0, shape) * (1 - MIN_TIME) + MIN_TIME
 
 
@@ -82,7 +82,7 @@ def flow_loss(
     noise: Float[Array, "b h a"],
     time: Float[Array, " b"],
 ) -> Float[Array, "b h"]:
-    """Squared error of the velocity, mean over action dimensions (pi0, equation 1). Nothing is masked here."""
+    """Return the squared error of the velocity, mean over action dimensions (pi0, equation 1), without any mask."""
     t = time[:, None, None]
     x_t = t * noise + (1 - t) * actions
     v_t = policy.velocity(prefix, x_t[None], time[None])[0]
@@ -98,10 +98,10 @@ def sample(
     num_steps: int | Int[Array, ""],
     remat: bool = False,
 ) -> Float[Array, "n b h a"]:
-    """Explicit Euler from noise (time 1) to actions (time 0) in ``num_steps`` equal steps.
+    """Integrate with explicit Euler from noise (time 1) to actions (time 0) in ``num_steps`` equal steps.
 
-    A number of steps that is a value on the device needs one compilation for all numbers, but has no backward pass.
-    ``remat`` recomputes each step in a backward pass instead of keeping its activations.
+    If ``num_steps`` is an array, one compilation serves all numbers of steps, but there is no backward pass.
+    ``remat`` recomputes each step in the backward pass instead of keeping its activations.
     """
     dt = -1.0 / num_steps
 
@@ -115,20 +115,20 @@ def sample(
     return jax.lax.fori_loop(0, num_steps, step, (noise, jnp.float32(1.0)))[0]
 
 
-MAX_GUIDANCE_WEIGHT = 5.0  # beta of real-time chunking (section IV of its paper): more makes few steps unstable
+MAX_GUIDANCE_WEIGHT = 5.0  # beta of real-time chunking (its paper, section IV): with few steps, more is unstable
 
 
 @struct.dataclass
 class Guidance:
-    """A chunk that is being executed, for its successor to continue (real-time chunking, arXiv:2506.07339)."""
+    """The chunk in execution, which the next chunk must continue (real-time chunking, arXiv:2506.07339)."""
 
-    actions: Float[AnyArray, "b h a"]  # its rest, from the step of the new observation on; anything where weights are 0
+    actions: Float[AnyArray, "b h a"]  # its steps from the new observation on; arbitrary where weights are 0
     weights: Float[AnyArray, "b h"]  # how much the new chunk must agree: ``prefix_weights``, or 0 for no guidance
 
 
 @typed
 def prefix_weights(frozen: int, overlap: int, horizon: int) -> Float[np.ndarray, " h"]:
-    """1 for steps that will have been executed before the new chunk is there, then decaying, 0 past the old chunk.
+    """Return weights: 1 for steps executed before the new chunk is ready, then decaying, and 0 after the old chunk.
 
     ``prefix_weights(2, 6, 8)`` is 1 1 w(4/5) w(3/5) w(2/5) w(1/5) 0 0 with w(c) = c (e^c - 1) / (e - 1): equation 5
     of the paper.
@@ -140,10 +140,10 @@ def prefix_weights(frozen: int, overlap: int, horizon: int) -> Float[np.ndarray,
 
 
 class Guided:
-    """A policy whose every step is pulled to where the denoised chunk continues another (equations 2 to 4 there).
+    """A policy whose every step is guided towards a chunk that continues another (equations 2 to 4 of the paper).
 
-    The pull is the error at the denoised estimate, brought back through the network by a vector-Jacobian product, so a
-    step costs a backward pass more.
+    The guidance is the error of the denoised estimate, backpropagated through the network as a vector-Jacobian
+    product, so a step costs one additional backward pass.
     """
 
     def __init__(self, policy: FlowPolicy, guidance: Guidance):
@@ -170,6 +170,6 @@ class Guided:
         denoised, pull_back, v_t = jax.vjp(denoise, x_t, has_aux=True)
         error = (self.guidance.actions[None] - denoised) * self.guidance.weights[None, :, :, None]
         (pull,) = pull_back(error)
-        # The paper's (1 - tau) / (tau r^2) with tau = 1 - t; infinite at pure noise, where the bound takes over.
+        # The paper's (1 - tau) / (tau r^2) with tau = 1 - t. It is infinite at pure noise, hence the maximum.
         weight = jnp.minimum((jnp.square(1 - t) + jnp.square(t)) / (t * (1 - t)), MAX_GUIDANCE_WEIGHT)
         return v_t - weight * pull

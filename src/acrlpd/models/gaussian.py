@@ -1,4 +1,4 @@
-"""A tanh-squashed diagonal Gaussian over whole chunks, on the state alone: the policy of the RLPD-AC baseline."""
+"""A tanh-squashed diagonal Gaussian over whole chunks, given only the state: the policy of the RLPD-AC baseline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EDGE = 1 - 1e-5  # a chunk at +-1 has no finite pre-image
 
 @dataclasses.dataclass(frozen=True)
 class ChunkGaussianConfig:
-    """Sizes; hidden layers have ReLU, as in RLPD."""
+    """Sizes of the Gaussian policy; hidden layers use ReLU, as in RLPD."""
 
     state_dim: int
     action_dim: int
@@ -31,12 +31,12 @@ class ChunkGaussianConfig:
 
 
 class ChunkGaussian(nnx.Module):
-    """Chunks in [-1, 1]. Mean and log standard deviation both depend on the state."""
+    """A policy over chunks in [-1, 1]. Mean and log standard deviation both depend on the state."""
 
     def __init__(self, config: ChunkGaussianConfig, rngs: nnx.Rngs):
         self.action_dim = config.action_dim
         self.action_horizon = config.action_horizon
-        self.feature_dim = 0  # the critic reads the state alone
+        self.feature_dim = 0  # the critic reads only the state
         init = nnx.initializers.xavier_uniform()
         widths = (config.state_dim, *config.hidden_dims)
 
@@ -49,7 +49,7 @@ class ChunkGaussian(nnx.Module):
 
     @staticmethod
     def is_suffix_param(path: str) -> bool:
-        """Everything is read where a chunk is drawn."""
+        """Return True: all parameters are read when a chunk is drawn, none by ``encode``."""
         return True
 
     def encode(self, observation: Observation) -> Prefix:
@@ -60,13 +60,13 @@ class ChunkGaussian(nnx.Module):
     def sample(
         self, prefix: Prefix, noise: Float[Array, "n b h a"]
     ) -> tuple[Float[Array, "n b h a"], Float[Array, "n b"]]:
-        """tanh(mean + std * noise), and the log of its density."""
+        """Return tanh(mean + std * noise) and its log-density."""
         mean, log_std = self._parameters(prefix)
         raw = mean + jnp.exp(log_std) * noise
         return jnp.tanh(raw), _log_prob(raw, mean, log_std)
 
     def log_prob(self, prefix: Prefix, chunks: Float[Array, "b h a"]) -> Float[Array, " b"]:
-        """The log of the density at given chunks, which are pulled off the edge of [-1, 1] first."""
+        """Return the log-density of given chunks, which are first clipped to slightly inside [-1, 1]."""
         raw = jnp.arctanh(jnp.clip(chunks, -EDGE, EDGE))
         return _log_prob(raw[None], *self._parameters(prefix))[0]
 
@@ -82,7 +82,7 @@ class ChunkGaussian(nnx.Module):
 def _log_prob(
     raw: Float[Array, "n b h a"], mean: Float[Array, "1 b h a"], log_std: Float[Array, "1 b h a"]
 ) -> Float[Array, "n b"]:
-    """Of tanh(raw), where raw is Gaussian; log(1 - tanh(x)^2) as 2 (log 2 - x - softplus(-2 x)) never overflows."""
+    """Return the log-density of tanh(raw). 2 (log 2 - x - softplus(-2 x)) is log(1 - tanh(x)^2) without overflow."""
     normal = -0.5 * jnp.square((raw - mean) * jnp.exp(-log_std)) - log_std - 0.5 * jnp.log(2 * jnp.pi)
     squashed = 2 * (jnp.log(2.0) - raw - jax.nn.softplus(-2 * raw))
     return jnp.sum(normal - squashed, axis=(-2, -1))

@@ -1,6 +1,6 @@
 """Gemma language stack with two experts that share attention: the vision-language model and the action expert.
 
-Each expert has its own width and weights; queries, keys and values of both lie side by side in one attention. Parameter
+Each expert has its own width and weights; queries, keys and values of both are concatenated in one attention. Parameter
 names are openpi's: those of the second expert end in ``_1``.
 """
 
@@ -22,11 +22,11 @@ from acrlpd.models import lora, stacked
 from acrlpd.types import AnyArray, typed
 
 NORM_EPSILON = 1e-6
-MASKED_SCORE = -2.3819763e38  # finite, so that a query which may see nothing looks at everything instead of giving NaN
+MASKED_SCORE = -2.3819763e38  # finite: a query whose keys are all masked attends to all of them instead of giving NaN
 ROPE_BASE = 10_000.0
 
 Tokens: TypeAlias = Sequence[Float[Array, "b t d"] | None]
-"""One sequence per expert; ``None`` where an expert takes no part."""
+"""One token sequence per expert; ``None`` for an expert that takes no part."""
 
 KeysValues: TypeAlias = tuple[Float[Array, "*layers b s k h"], Float[Array, "*layers b s k h"]]
 """Keys (rotated) and values."""
@@ -37,7 +37,7 @@ Rotation: TypeAlias = tuple[Float[Array, "b t 1 half"], Float[Array, "b t 1 half
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of one expert. Experts of one stack agree in everything but ``width``, ``mlp_dim`` and adapters."""
+    """Sizes of one expert. Experts of one stack may differ only in ``width``, ``mlp_dim`` and LoRA adapters."""
 
     width: int
     depth: int
@@ -63,7 +63,7 @@ class Config:
 
     @property
     def adapter_scaling(self) -> float:
-        """Factor of an attention adapter's update; 1 where there is none."""
+        """The factor of an attention adapter's update; 1 without an adapter."""
         return self.attention_lora.scaling if self.attention_lora else 1.0
 
 
@@ -89,7 +89,7 @@ VARIANTS = {
 
 
 def get_config(variant: str | Config) -> Config:
-    """A named size, or the given one as it is."""
+    """Return the config of a named size; a config is returned unchanged."""
     if isinstance(variant, Config):
         return variant
     if variant not in VARIANTS:
@@ -98,13 +98,13 @@ def get_config(variant: str | Config) -> Config:
 
 
 def expert_name(name: str, expert: int) -> str:
-    """openpi's parameter name: the first expert's is plain, the others carry their number."""
+    """Return openpi's parameter name: the first expert's has no suffix, the others' end in their number."""
     return name if expert == 0 else f"{name}_{expert}"
 
 
 @typed
 def rotation(positions: Int[Array, "b t"], head_dim: int) -> Rotation:
-    """Of the rotary embedding (Su et al. 2021, arXiv:2104.09864), the same in all layers."""
+    """Return the angles of the rotary embedding (Su et al. 2021, arXiv:2104.09864), the same in all layers."""
     half = head_dim // 2
     wavelength = ROPE_BASE ** (jnp.arange(half, dtype=jnp.float32) / half)
     angle = (positions[..., None] / wavelength[None, None])[:, :, None, :]
@@ -113,7 +113,7 @@ def rotation(positions: Int[Array, "b t"], head_dim: int) -> Rotation:
 
 @typed
 def rotate(x: Float[Array, "b t n h"], rotation: Rotation) -> Float[Array, "b t n h"]:
-    """The two halves of each head, as pairs, in float32."""
+    """Rotate the two halves of each head as pairs, in float32."""
     sin, cos = rotation
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -127,10 +127,10 @@ def attend(
     mask: Bool[Array, "b t p_and_s"],
     cache: tuple[Float[Array, "b p k h"], Float[Array, "b p k h"]] | None = None,
 ) -> Float[Array, "b t n h"]:
-    """Attention over cached and new keys under one float32 softmax; n/k query heads share a key head.
+    """Attend to cached and new keys under one float32 softmax; n/k query heads share a key head.
 
-    The two parts are never joined in memory: under a ``vmap`` over candidates that does not map the cache, all of them
-    read one copy of it.
+    The two parts are never concatenated in memory: under a ``vmap`` over candidates that does not map the cache, all
+    candidates read one copy of it.
     """
     b, t, n, h = queries.shape
     k = keys.shape[2]
@@ -141,7 +141,7 @@ def attend(
         parts = [(*cache, mask[..., :num_cached]), (keys, values, mask[..., num_cached:])]
 
     def masked_scores(keys, mask):
-        # Added, not selected: beside so large a number a score vanishes, and a sum stays inside the compiler's product.
+        # Add a large negative bias instead of selecting: same result, and XLA fuses a sum into the matrix product.
         bias = jnp.repeat(jnp.where(mask, 0.0, MASKED_SCORE), n // k, axis=1)[:, None]
         return jnp.einsum("bkqh,bskh->bkqs", rows, keys, preferred_element_type=jnp.float32) + bias
 
@@ -149,7 +149,7 @@ def attend(
     highest = functools.reduce(jnp.maximum, [part.max(axis=-1, keepdims=True) for part in scores])
     weights = [jnp.exp(part - jax.lax.stop_gradient(highest)) for part in scores]
     total = sum(part.sum(axis=-1, keepdims=True) for part in weights)
-    # Dividing the attended values, which are few, is cheaper; but openpi rounds weights that are divided already.
+    # Dividing the attended values is cheaper (they are fewer), but openpi rounds the weights after the division.
     divides_weights = values.dtype != jnp.float32
     if divides_weights:
         weights = [part / total for part in weights]
@@ -170,8 +170,8 @@ def attend(
 class RMSNorm(nnx.Module):
     """Root-mean-square norm, plain or adaptive; returns the result and the gate of the residual branch it feeds.
 
-    Plain: times ``1 + scale``, no gate. Adaptive (pi0.5): scale, shift and gate come from a condition, and start at
-    zero, so the branch is closed at first.
+    Plain: the result is multiplied by ``1 + scale``; no gate. Adaptive (pi0.5): scale, shift and gate come from a
+    condition and are zero at initialization, so the branch is closed at first.
     """
 
     def __init__(self, width: int, *, adaptive: bool, dtype: str, param_dtype: str, rngs: nnx.Rngs):
@@ -194,8 +194,8 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         normed = wide * jnp.reciprocal(jnp.sqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + NORM_EPSILON))
         if not self.adaptive:
-            # openpi writes the sum in the parameter's dtype, but compiled it stays in float32 (XLA's excess precision):
-            # its numbers with bfloat16 weights come out only this way.
+            # openpi's code sums in the parameter's dtype, but compiled, the sum stays in float32 (XLA's excess
+            # precision): only float32 reproduces openpi's numbers with bfloat16 weights.
             scale = 1 + self.scale[...].astype(jnp.float32)
             return (normed * scale[None, None]).astype(x.dtype), None
         if condition is None:
@@ -207,14 +207,14 @@ class RMSNorm(nnx.Module):
 def add_residual(
     x: Float[Array, "b t d"] | None, update: Float[Array, "b t d"] | None, gate: Float[Array, "b 1 d"] | None
 ) -> Float[Array, "b t d"] | None:
-    """``x + update``, through the gate of an adaptive norm if there is one; ``None`` for an absent expert."""
+    """Return ``x + update``, times the gate of an adaptive norm if there is one; ``None`` for an absent expert."""
     if x is None or update is None:
         return None
     return x + update if gate is None else x + update * gate
 
 
 class Embedder(nnx.Module):
-    """Text tokens to vectors, times the square root of the width (formed in the table's dtype)."""
+    """Embedding of text tokens, scaled by the square root of the width (computed in the table's dtype)."""
 
     def __init__(self, vocab_size: int, width: int, *, param_dtype: str, rngs: nnx.Rngs):
         init = nnx.initializers.normal(stddev=0.01)
@@ -226,7 +226,7 @@ class Embedder(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """The projections of all experts around one shared attention."""
+    """The projections of all experts and the attention they share."""
 
     def __init__(self, configs: Sequence[Config], *, float32_queries: bool, param_dtype: str, rngs: nnx.Rngs):
         self.num_experts, self.num_heads, self.head_dim = len(configs), configs[0].num_heads, configs[0].head_dim
@@ -237,7 +237,7 @@ class Attention(nnx.Module):
             einsums: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
                 "q_einsum": ("TD,NDH->TNH", (n, d, h), {"in_axis": -2, "batch_axis": (0,)}),
                 "kv_einsum": ("SD,CKDH->CSKH", (2, k, d, h), {"in_axis": -2, "batch_axis": (0, 1)}),
-                # A for heads: einsum sums in alphabetical order, here that in which rows and weight lie in memory.
+                # Heads are A: einsum sums in alphabetical order, which then is the memory order of rows and weight.
                 "attn_vec_einsum": ("TAH,AHD->TD", (n, h, d), {"in_axis": (-3, -2)}),
             }
             for name, (equation, shape, fans) in einsums.items():
@@ -246,9 +246,9 @@ class Attention(nnx.Module):
                 setattr(self, expert_name(name, i), layer)
 
     def fuse(self) -> None:
-        """Makes queries, keys and values heads of one product, whose weight leads with what is summed over.
+        """Join queries, keys and values into one product, whose weight has the axis that is summed over first.
 
-        An expert with adapters has a rule for each of the three, so with any everything stays as it is.
+        LoRA adapters have a separate rule for each of the three, so with any adapter nothing is changed.
         """
         experts = range(self.num_experts)
         if any(getattr(self, expert_name("q_einsum", i)).adapter for i in experts):
@@ -262,7 +262,7 @@ class Attention(nnx.Module):
         self.is_fused = True
 
     def queries_keys_values(self, xs: Tokens, rotation: Rotation) -> tuple[Float[Array, "b t n h"], KeysValues]:
-        """Of all present experts, side by side."""
+        """Return queries, keys and values of all present experts, concatenated."""
         if not self.is_fused:
             return self.queries(xs, rotation), self.keys_values(xs, rotation)
         heads = self._project_heads(xs, slice(None))
@@ -271,11 +271,11 @@ class Attention(nnx.Module):
         return self._rotate_queries(queries, rotation), (rotate(keys, rotation), values)
 
     def queries(self, xs: Tokens, rotation: Rotation) -> Float[Array, "b t n h"]:
-        """Queries alone, of layers that are not fused."""
+        """Return only the queries, of a layer that is not fused."""
         return self._rotate_queries(jnp.concatenate(self._project("q_einsum", xs, token_axis=0), axis=1), rotation)
 
     def keys_values(self, xs: Tokens, rotation: Rotation) -> KeysValues:
-        """Keys and values alone."""
+        """Return only the keys and values."""
         if self.is_fused:
             keys, values = jnp.split(self._project_heads(xs, slice(self.num_heads, None)), 2, axis=2)
         else:
@@ -290,7 +290,7 @@ class Attention(nnx.Module):
         mask: Bool[Array, "b t p_and_s"],
         cache: KeysValues | None,
     ) -> list[Float[Array, "b t d"] | None]:
-        """What the tokens ``xs`` attend to, in each expert's own width."""
+        """Return the attention output for the tokens ``xs``, in each expert's own width."""
         return self._project_back(attend(queries, *new, mask, cache), xs)
 
     def _rotate_queries(self, queries: Float[Array, "b t n h"], rotation: Rotation) -> Float[Array, "b t n h"]:
@@ -299,7 +299,7 @@ class Attention(nnx.Module):
         return rotate(queries, rotation) * self.head_dim**-0.5
 
     def _project_heads(self, xs: Tokens, chosen: slice) -> Float[Array, "b t n h"]:
-        """The chosen ones of the fused heads. Tokens as in ``_project``."""
+        """Compute the chosen ones of the fused heads; tokens are reshaped as in ``_project``."""
         outputs = []
         for i, x in enumerate(xs):
             if x is not None:
@@ -309,7 +309,7 @@ class Attention(nnx.Module):
         return jnp.concatenate(outputs, axis=1)
 
     def _project(self, name: str, xs: Tokens, *, token_axis: int) -> list[jax.Array]:
-        """Of all present experts. The layer sees the tokens of the whole batch as the rows of one matrix."""
+        """Apply the layers ``name`` of all present experts, each to its whole batch's tokens as rows of one matrix."""
 
         def project(layer: lora.Einsum, x: Float[Array, "b t d"]) -> jax.Array:
             y = layer(x.reshape(-1, x.shape[-1]))
@@ -361,9 +361,9 @@ class Block(nnx.Module):
         cache: KeysValues | None,
         keys_values_only: Bool[AnyArray, ""] | bool = False,
     ) -> tuple[list[Float[Array, "b t d"] | None], KeysValues]:
-        """The tokens after this layer, and their keys and values in it.
+        """Return the tokens after this layer, and their keys and values in it.
 
-        Where ``keys_values_only`` is true, on the device or before, the tokens come back as they were.
+        If ``keys_values_only`` (a bool, or an array on the device) is true, the tokens are returned unchanged.
         """
         normed, gates = self._norm("pre_attention_norm", xs, conditions)
 
@@ -395,9 +395,9 @@ class Block(nnx.Module):
 
 
 class Gemma(nnx.Module):
-    """The stack: text embedding of the first expert, all layers, final norms. There is no head of its own.
+    """The stack: text embedding of the first expert, all layers, final norms. It has no separate output head.
 
-    ``float32_queries`` keeps queries in float32 after their rotation (pi0-FAST), where others go back to ``dtype``.
+    ``float32_queries`` keeps queries in float32 after their rotation (pi0-FAST); other models cast back to ``dtype``.
     """
 
     stack = "layers"  # see stacked.unrolled
@@ -441,7 +441,7 @@ class Gemma(nnx.Module):
         return self.embedder(tokens).astype(self.dtype)
 
     def logits(self, outputs: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
-        """Scores of the next token against the embedding table, in the wider dtype of the two."""
+        """Return next-token scores against the embedding table, in the wider dtype of the two."""
         return jnp.einsum("btd,vd->btv", outputs, self.embedder.input_embedding[...])
 
     def __call__(
@@ -452,10 +452,10 @@ class Gemma(nnx.Module):
         conditions: Sequence[Float[Array, "b d"] | None] = (None, None),
         cache: KeysValues | None = None,
     ) -> tuple[list[Float[Array, "b t d"] | None], KeysValues]:
-        """Outputs of every expert after its final norm, and the keys and values of the given (not the cached) tokens.
+        """Return each expert's outputs after its final norm, and keys and values of the given (not cached) tokens.
 
-        ``positions`` and ``mask`` run over the present experts' tokens side by side; in the mask's last axis the
-        cached tokens come first.
+        ``positions`` and ``mask`` run over the concatenated tokens of the present experts; in the mask's last axis
+        the cached tokens come first.
         """
         rotated_by = rotation(positions, self.head_dim)
 
@@ -472,9 +472,9 @@ class Gemma(nnx.Module):
     def encode(
         self, tokens: Float[Array, "b p d"], positions: Int[Array, "b p"], mask: Bool[Array, "b p p"]
     ) -> KeysValues:
-        """Keys and values of the first expert's tokens in every layer, each [depth b p k h].
+        """Return keys and values of the first expert's tokens in every layer, each [depth b p k h].
 
-        Nobody reads the tokens behind the last layer, so of that one only keys and values are computed.
+        The tokens after the last layer are never read, so for that layer only keys and values are computed.
         """
         rotated_by = rotation(positions, self.head_dim)
 

@@ -1,4 +1,4 @@
-"""Camera images on the way into a model: value range, resizing with padding, augmentation while training."""
+"""Preprocessing of a model's camera images: value range, resizing with padding, augmentation in training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ JITTER_PROBABILITY = 0.5
 
 @typed
 def to_float(images: UInt8[Array, "b y x 3"] | Float[Array, "b y x 3"]) -> Float[Array, "b y x 3"]:
-    """uint8 to [-1, 1]; float images are taken to be there already."""
+    """Convert uint8 images to floats in [-1, 1]; float images are assumed to be in that range already."""
     if images.dtype != jnp.uint8:
         return images
     return images.astype(jnp.float32) / 255.0 * 2.0 - 1.0
@@ -30,10 +30,10 @@ def to_float(images: UInt8[Array, "b y x 3"] | Float[Array, "b y x 3"]) -> Float
 def resize_with_pad(
     images: UInt8[Array, "b y x 3"] | Float[Array, "b y x 3"], height: int, width: int
 ) -> UInt8[Array, "b height width 3"] | Float[Array, "b height width 3"]:
-    """Scales to fit, keeping the aspect ratio, and pads with black; the smaller half of an odd padding is top and left.
+    """Scale images to fit, keeping the aspect ratio, and pad with black; odd padding has its smaller half top and left.
 
-    Linear with antialiasing. Float images are expected, and clipped, to [-1, 1]. Images that fit are returned as they
-    are.
+    Interpolation is linear with antialiasing. Float images are expected in [-1, 1] and clipped to it. Images that have
+    the right size are returned unchanged.
     """
     b, old_height, old_width, channels = images.shape
     if (old_height, old_width) == (height, width):
@@ -50,10 +50,10 @@ def resize_with_pad(
 
 @typed
 def augment(rng: PRNGKeyArray, images: dict[str, Float[Array, "b y x 3"]]) -> dict[str, Float[Array, "b y x 3"]]:
-    """openpi's training augmentation of images in [-1, 1], with the draws of augmax 0.4.1 for the same key.
+    """Augment images in [-1, 1] as openpi does in training, with augmax 0.4.1's random numbers for the same key.
 
-    Cameras without "wrist" in their name are cropped, scaled back and rotated; all are jittered in colour. Every camera
-    of a sample starts from the same key, so wrist cameras share their jitter. Nothing is clipped afterwards.
+    Cameras without "wrist" in their name are cropped, scaled back and rotated; all get colour jitter. Every camera of
+    a sample starts from the same key, so wrist cameras share their jitter. Nothing is clipped afterwards.
     """
 
     def augment_camera(name: str, camera: jax.Array) -> jax.Array:
@@ -65,7 +65,7 @@ def augment(rng: PRNGKeyArray, images: dict[str, Float[Array, "b y x 3"]]) -> di
 
 @typed
 def jitter_only(rng: PRNGKeyArray, image: Float[Array, "y x 3"]) -> Float[Array, "y x 3"]:
-    """Colour jitter of one image in [0, 1], with the keys of a chain of one."""
+    """Apply colour jitter to one image in [0, 1]; keys are split as augmax does for a chain of one transformation."""
     (chain_rng,) = jax.random.split(rng, 1)
     (jitter_rng,) = jax.random.split(chain_rng, 1)
     return color_jitter(jitter_rng, image)
@@ -73,7 +73,7 @@ def jitter_only(rng: PRNGKeyArray, image: Float[Array, "y x 3"]) -> Float[Array,
 
 @typed
 def crop_rotate_jitter(rng: PRNGKeyArray, image: Float[Array, "y x 3"]) -> Float[Array, "y x 3"]:
-    """Random crop, resize back, rotation, sampled once, then colour jitter; one image in [0, 1]."""
+    """Crop, resize back and rotate one image in [0, 1] at random, interpolating only once, then apply colour jitter."""
     geometry_rng, chain_rng = jax.random.split(rng, 2)
     crop_rng, _, rotate_rng = jax.random.split(geometry_rng, 3)
     (jitter_rng,) = jax.random.split(chain_rng, 1)
@@ -83,7 +83,7 @@ def crop_rotate_jitter(rng: PRNGKeyArray, image: Float[Array, "y x 3"]) -> Float
 def crop_rotate(
     crop_rng: PRNGKeyArray, rotate_rng: PRNGKeyArray, image: Float[Array, "y x 3"]
 ) -> Float[Array, "y x 3"]:
-    """Where each output pixel lies in the input, read off linearly; black outside the image."""
+    """Map each output pixel to its place in the input and interpolate linearly there; black outside the image."""
     size = jnp.array(image.shape[:2], jnp.float32)
     cropped = jnp.array([int(CROP_SHARE * side) for side in image.shape[:2]], jnp.float32)
     limit = (size - cropped) / 2
@@ -102,9 +102,9 @@ def crop_rotate(
 
 
 def color_jitter(rng: PRNGKeyArray, image: Float[Array, "y x 3"]) -> Float[Array, "y x 3"]:
-    """Brightness, contrast and hue of one image in [0, 1], all or nothing.
+    """Change brightness, contrast and hue of one image in [0, 1], either all of them or none.
 
-    augmax 0.4.1 draws a change of saturation too and drops it; its key is split off only to keep the others' draws.
+    augmax 0.4.1 also draws a change of saturation and discards it; its key is split only to reproduce the others.
     """
     brightness_rng, contrast_rng, hue_rng, _, _ = jax.random.split(rng, 5)
     hue, saturation, value = _rgb_to_hsv(image)
@@ -119,12 +119,12 @@ def _uniform_around_zero(rng: PRNGKeyArray, bound: float) -> Float[Array, ""]:
 
 
 def adjust_brightness(value: Float[Array, "y x"], amount: Float[Array, ""]) -> Float[Array, "y x"]:
-    """Towards black below 0, towards white above."""
+    """Move the value towards black for an amount below 0, towards white for one above."""
     return jnp.where(amount < 0, value * (1 + amount), value * (1 - amount) + amount)
 
 
 def adjust_contrast(value: Float[Array, "y x"], amount: Float[Array, ""]) -> Float[Array, "y x"]:
-    """Piecewise linear through 0, 1/2 and 1: slope s in the middle and 1/s outside, s = 1 for an amount of 0."""
+    """Apply a piecewise linear map through 0, 1/2 and 1: slope s in the middle, 1/s outside; amount 0 means s = 1."""
     slope = jnp.tan((amount + 1) * (jnp.pi / 4))
     knee = slope / (2 * (1 + slope))
     middle = slope * (value - 0.5) + 0.5
@@ -132,7 +132,7 @@ def adjust_contrast(value: Float[Array, "y x"], amount: Float[Array, ""]) -> Flo
 
 
 def _rgb_to_hsv(image: Float[Array, "y x 3"]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Hue in turns, saturation and value, each [y x]."""
+    """Return hue in turns, saturation and value, each [y x]."""
     value = image.max(axis=-1)
     spread = value - image.min(axis=-1)
     largest = jnp.argmax(image, axis=-1)

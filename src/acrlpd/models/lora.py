@@ -1,8 +1,8 @@
-"""Low-rank adapters of the language stack (Hu et al. 2021, arXiv:2106.09685), by openpi's two different rules.
+"""Low-rank adapters of the language stack (Hu et al. 2021, arXiv:2106.09685), with openpi's two different rules.
 
 An einsum layer scales its update and, in the attention output, sums over heads twice; a feed-forward layer does not
-scale. Neither half starts at zero, so an adapter changes the output slightly before any training. All of this is
-openpi's and kept, since its checkpoints depend on it.
+scale. Neither half starts at zero, so an adapter changes the output slightly even before training. All of this is
+openpi's behaviour; we keep it because its checkpoints depend on it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _lecun = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One kind of adapter."""
+    """Settings of one kind of adapter."""
 
     rank: int
     alpha: float = 1.0  # einsum layers scale their update by alpha / rank
@@ -42,10 +42,10 @@ class Config:
 
 
 def adapter_equations(equation: str) -> tuple[str, str]:
-    """The einsums of the two halves: the last two weight axes, in and out, each give way to the rank ``r`` once.
+    """Return the einsums of the two halves: each replaces one of the weight's last two axes, in and out, by rank ``r``.
 
-    ``"BTNH,NHD->BTD"`` gives ``"BTNH,NHr->BTr"`` and ``"BTr,NrD->BTD"``: N is gone before the second one, which
-    therefore adds up the heads of B. That is openpi's rule, not the product head by head.
+    ``"BTNH,NHD->BTD"`` gives ``"BTNH,NHr->BTr"`` and ``"BTr,NrD->BTD"``: the first already sums over N, so the second
+    adds up the heads of its weight. That is openpi's rule, not a product per head.
     """
     inputs, weight, output = re.split(",|->", equation)
     axis_in, axis_out = weight[-2], weight[-1]
@@ -54,7 +54,7 @@ def adapter_equations(equation: str) -> tuple[str, str]:
 
 
 class Einsum(nnx.Module):
-    """A product with one weight, computed in the input's dtype, with an optional adapter beside it."""
+    """An einsum with one weight, computed in the input's dtype, with an optional adapter."""
 
     def __init__(
         self,
@@ -103,11 +103,11 @@ class FeedForward(nnx.Module):
             self.linear_lora_b = adapter_param(adapter.rank, width)
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        rows = x.reshape(-1, x.shape[-1])  # of one matrix: a batch of small ones costs a backward pass a transposition
+        rows = x.reshape(-1, x.shape[-1])  # of one matrix: with a batch of matrices, the backward pass transposes
         return self._project(gated(*self._gates(rows)), "linear").reshape(x.shape)
 
     def fuse(self) -> None:
-        """Makes the gates columns of one matrix (see ``stacked.unrolled``), unless there are adapters beside them."""
+        """Join the weights of the two gates into one matrix (see ``stacked.unrolled``), unless there are adapters."""
         if not self.has_adapter:
             self.gating_einsum = nnx.Param(jnp.moveaxis(self.gating_einsum[...], 0, 1))
             self.is_fused = True
@@ -115,7 +115,7 @@ class FeedForward(nnx.Module):
     def _gates(self, rows: Float[Array, "rows d"]) -> Float[Array, "2 rows m"]:
         if self.is_fused:
             return jnp.moveaxis(jnp.einsum("td,dgm->tgm", rows, self.gating_einsum[...].astype(rows.dtype)), 1, 0)
-        # Both in one product of a batch of two: a gate alone would be a copy of half of the weights, on a CPU.
+        # Both gates in one batched product: on a CPU, computing one gate alone would copy half of the weights.
         return self._project(jnp.broadcast_to(rows, (2, *rows.shape)), "gating_einsum")
 
     def _project(self, x: jax.Array, name: str) -> jax.Array:
@@ -130,15 +130,15 @@ class FeedForward(nnx.Module):
 
 @jax.checkpoint
 def gated(gate: Float[Array, "rows m"], value: Float[Array, "rows m"]) -> Float[Array, "rows m"]:
-    """``gelu(gate) * value``. A backward pass keeps the two alone and forms the rest again: it waits for memory."""
+    """Return ``gelu(gate) * value``. The backward pass, bound by memory, keeps the two only and recomputes the rest."""
     return nnx.gelu(gate, approximate=True) * value
 
 
 def is_frozen(path: str, *, first_expert: bool, action_expert: bool) -> bool:
-    """openpi's freeze rule for a parameter path joined by '/', given which of the two experts has adapters.
+    """Return whether openpi freezes the parameter at ``path`` (joined by '/'), given which experts have adapters.
 
-    The bases of an adapted expert are frozen, with its norms and the text embedding; the image tower and the
-    top-level projections never are.
+    The base weights of an adapted expert are frozen, with its norms and the text embedding; the image tower and the
+    top-level projections are never frozen.
     """
     is_action_expert = re.fullmatch(".*llm.*_1.*", path) is not None
     if "llm" not in path or "lora" in path:
@@ -149,13 +149,13 @@ def is_frozen(path: str, *, first_expert: bool, action_expert: bool) -> bool:
 
 
 def merge(params: Mapping[str, Any], scalings: tuple[float, float]) -> dict[str, np.ndarray]:
-    """Return a model's arrays with every adapter added to what it adapts: the same function without adapters.
+    """Return a model's arrays with every adapter added to its base weight: the same function without adapters.
 
-    Sums are made in float32 and come in the base's dtype. ``params`` are arrays by path; ``scalings`` are those of the
-    einsum layers (``Config.scaling``) of the vision-language expert and of the action expert.
+    Sums are computed in float32 and returned in the base's dtype. ``params`` are arrays by path; ``scalings`` are
+    those of the einsum layers (``Config.scaling``) of the vision-language expert and of the action expert.
 
     Raises:
-        ValueError: an adapter without its other half or its base. Names the path.
+        ValueError: an adapter lacks its other half or its base weight. The message names the path.
     """
     merged = {path: np.asarray(array) for path, array in params.items() if "lora" not in path}
     for path in params:
@@ -175,5 +175,5 @@ def merge(params: Mapping[str, Any], scalings: tuple[float, float]) -> dict[str,
 
 
 def _product(base: str, down: np.ndarray, up: np.ndarray) -> np.ndarray:
-    """The weight that an adapter amounts to; that of the attention output adds up the heads (``adapter_equations``)."""
+    """Return an adapter's weight update; for the attention output it adds up the heads (``adapter_equations``)."""
     return down @ (up.sum(axis=-3, keepdims=True) if "attn_vec_einsum" in base else up)

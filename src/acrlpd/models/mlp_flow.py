@@ -1,6 +1,6 @@
-"""A flow policy of plain layers on the state alone: the small sibling of pi0, with the same interface.
+"""An MLP flow policy that reads only the state: the small counterpart of pi0, with the same interface.
 
-The network is the one of Q-chunking (Li et al. 2025): state, noisy chunk and flow time in, velocity out.
+The network is that of Q-chunking (Li et al. 2025): state, noisy chunk and flow time in, velocity out.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ class MLPFlowConfig:
 
 
 class MLPFlow(nnx.Module):
-    """Velocity of a chunk from the state. Nothing of the prompt or of an image is read."""
+    """A velocity field over chunks given the state. It reads neither prompt nor images."""
 
     cache_batch_axis = 0
 
     def __init__(self, config: MLPFlowConfig, rngs: nnx.Rngs):
         self.action_dim = config.action_dim
         self.action_horizon = config.action_horizon
-        self.feature_dim = 0  # the critic reads the state alone
+        self.feature_dim = 0  # the critic reads only the state
         widths = config.hidden_dims
         chunk_dim = config.action_horizon * config.action_dim
 
         def linear(inputs: int, outputs: int) -> nnx.Linear:
             return nnx.Linear(inputs, outputs, kernel_init=_fan_average, rngs=rngs)
 
-        # One first layer in two pieces, so that the state's share is computed once for all candidates and steps.
+        # One first layer in two parts, so that the state's part is computed once for all candidates and steps.
         self.state_in = linear(config.state_dim, widths[0])
         self.chunk_time_in = linear(chunk_dim + 1, widths[0])
         self.hidden = nnx.List([linear(a, b) for a, b in itertools.pairwise(widths)])
@@ -59,7 +59,7 @@ class MLPFlow(nnx.Module):
 
     @staticmethod
     def is_suffix_param(path: str) -> bool:
-        """Whether a parameter (path joined by '/') is read while denoising; the rest belongs to ``encode``."""
+        """Return whether a parameter (path joined by '/') is read while denoising; ``encode`` reads the others."""
         return not path.startswith("state_in/")
 
     def encode(self, observation: Observation) -> Prefix:

@@ -1,4 +1,4 @@
-"""What π₀, π₀.5 and π₀-FAST have in common: PaliGemma's image tower and language stack, and the cameras they read."""
+"""The common part of π₀, π₀.5 and π₀-FAST: PaliGemma's image tower and language stack, and the cameras they read."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ VOCAB_SIZE = 257_152
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes that all of them have. A variant is a name or a config of ``gemma`` or ``siglip``."""
+    """The sizes that all three models have. A variant is a name or a config of ``gemma`` or ``siglip``."""
 
     dtype: str = "bfloat16"  # of the computation
     param_dtype: str = "float32"
     paligemma_variant: str | gemma.Config = "gemma_2b"
     vision_variant: str | siglip.Config = "so400m_14"
-    image_size: int = None  # type: ignore[assignment]  # side in pixels; as the image tower's variant unless given
+    image_size: int = None  # type: ignore[assignment]  # side in pixels; default: that of vision_variant
     vocab_size: int = VOCAB_SIZE
     cameras: tuple[str, ...] = ()  # in the order of their tokens; empty: no image tower
-    remat: bool = True  # compute activations again in the backward pass instead of keeping them
-    unroll: bool = False  # layers one after the other instead of in a loop: for tiny models
+    remat: bool = True  # recompute activations in the backward pass instead of keeping them
+    unroll: bool = False  # write out the layers one by one instead of in a loop: for tiny models
 
     def __post_init__(self):
         if self.image_size is None:
@@ -45,9 +45,9 @@ class Config:
 
 
 class PaliGemma(nnx.Module):
-    """Image tower and language stack, under openpi's names. Without cameras there is no tower.
+    """Image tower and language stack, with openpi's names. Without cameras there is no tower.
 
-    ``experts`` share attention, the first one reads the tokens of ``embed_cameras``; see ``gemma.Gemma`` for the rest.
+    ``experts`` share attention; the first reads the tokens of ``embed_cameras``. ``gemma.Gemma`` explains the rest.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class PaliGemma(nnx.Module):
             )
 
     def preprocess(self, observation: Observation, *, augment_rng: PRNGKeyArray | None = None) -> Observation:
-        """The model's cameras as square floats in [-1, 1], all with a mask; augmented if a key is given.
+        """Return the model's cameras as square floats in [-1, 1], all with a mask; augmented if a key is given.
 
-        Doing it twice changes nothing. Other cameras are dropped; a mask that is absent counts as all true.
+        Without a key, a second call changes nothing. Other cameras are dropped; a missing mask counts as all true.
         """
         names, side = self.config.cameras, self.config.image_size
         missing = [name for name in names if name not in observation.images]
@@ -104,9 +104,9 @@ class PaliGemma(nnx.Module):
         return dataclasses.replace(observation, images=pictures, image_masks=masks)
 
     def embed_cameras(self, observation: Observation) -> tuple[Float[Array, "b p d"], Bool[Array, "b p"]]:
-        """Tokens of all cameras of a preprocessed observation, side by side, and which of them are valid.
+        """Return the concatenated tokens of all cameras of a preprocessed observation, and which tokens are valid.
 
-        The tower reads the cameras as one batch. Without any there are no tokens.
+        The tower reads the cameras as one batch. Without cameras there are no tokens.
         """
         names, b = self.config.cameras, observation.state.shape[0]
         if not names:

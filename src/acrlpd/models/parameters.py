@@ -1,7 +1,7 @@
-"""A module's parameters as nested dictionaries of arrays, which a compiled call takes and gives back at no cost.
+"""A module's parameters as nested dictionaries of arrays, which a compiled call takes and returns without overhead.
 
-``nnx.State`` holds the same under the same names, but wraps every array in an object: for a small network, unwrapping
-them takes a good part of an update.
+``nnx.State`` holds the same arrays under the same names, but wraps each in an object: for a small network, unwrapping
+them takes a considerable part of an update.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 Params: TypeAlias = dict[Any, Any]
-"""Arrays by path. ``nnx.merge`` makes a module of them again."""
+"""Arrays by path. ``nnx.merge`` turns them into a module again."""
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
-    """Structure and parameters."""
+    """Return the structure and the parameters of ``module``."""
     graphdef, state = nnx.split(module)
     return graphdef, nnx.to_pure_dict(state)
 
 
 def divide(params: Params, chosen: Callable[[str], bool]) -> tuple[Params, Params]:
-    """The parameters whose path, joined by '/', is chosen, and the others."""
+    """Return the parameters whose path, joined by '/', is chosen, and the others."""
     flat = flatten_dict(params)
     taken = {path for path in flat if chosen("/".join(map(str, path)))}
     return (
@@ -33,5 +33,5 @@ def divide(params: Params, chosen: Callable[[str], bool]) -> tuple[Params, Param
 
 
 def join(*parts: Params) -> Params:
-    """All arrays of all parts; of two with one path, the later one's."""
+    """Return all arrays of all parts. If two parts have the same path, the later part's array is used."""
     return unflatten_dict({path: array for part in parts for path, array in flatten_dict(part).items()})

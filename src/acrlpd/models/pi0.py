@@ -1,8 +1,8 @@
-"""The π₀ and π₀.5 policies (Black et al. 2024, arXiv:2410.24164; 2025, arXiv:2504.16054), number for number openpi's.
+"""The π₀ and π₀.5 policies (Black et al. 2024, arXiv:2410.24164; 2025, arXiv:2504.16054), numerically as in openpi.
 
-An observation becomes prefix tokens (cameras, prompt), read once; a noisy action chunk becomes suffix tokens, which
-look at the prefix through its keys and values. π₀ gives the state to the suffix and mixes the flow time into the action
-tokens; π₀.5 gives the time to the norms of the action expert, and the state, if at all, to the prompt.
+An observation becomes prefix tokens (cameras, prompt), encoded once; a noisy action chunk becomes suffix tokens, which
+attend to the prefix's keys and values. π₀ puts the state into the suffix and mixes the flow time into the action
+tokens; π₀.5 feeds the time to the norms of the action expert, and the state, if it is used, goes into the prompt.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from acrlpd.models.paligemma import PaliGemma
 from acrlpd.types import Observation, typed
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0  # of the flow time's embedding
+MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0  # periods of the flow time's embedding
 
 
 @dataclasses.dataclass(frozen=True)
 class Pi0Config(paligemma.Config):
-    """Which of the two models, and its sizes."""
+    """The choice between the two models, and the sizes of the chosen one."""
 
     pi05: bool = False
     action_dim: int = 32
-    state_dim: int = None  # type: ignore[assignment]  # as action_dim unless given; openpi pads both to one width
+    state_dim: int = None  # type: ignore[assignment]  # default: action_dim; openpi pads both to one width
     action_horizon: int = 50
-    max_token_len: int = None  # type: ignore[assignment]  # prompt tokens; 200 for pi0.5, 48 for pi0 unless given
+    max_token_len: int = None  # type: ignore[assignment]  # prompt tokens; default: 200 for pi0.5, 48 for pi0
     action_expert_variant: str | gemma.Config = "gemma_300m"
     cameras: tuple[str, ...] = CAMERAS
-    discrete_state_input: bool = None  # type: ignore[assignment]  # state written into the prompt; as pi05 unless given
+    discrete_state_input: bool = None  # type: ignore[assignment]  # write the state into the prompt; default: pi05
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,26 +56,26 @@ class Pi0Config(paligemma.Config):
         return Pi0(self, rngs)
 
     def freezes(self, path: str) -> bool:
-        """Whether fine-tuning with this config's adapters leaves the parameter at ``path`` alone (openpi's rule)."""
+        """Return whether fine-tuning with this config's adapters freezes the parameter at ``path`` (openpi's rule)."""
         return lora.is_frozen(path, first_expert=self.paligemma.has_lora, action_expert=self.action_expert.has_lora)
 
 
 def is_suffix_param(path: str) -> bool:
-    """Whether the parameter at ``path`` (joined by '/') belongs to the action expert or the top-level projections.
+    """Return whether the parameter at ``path`` (joined by '/') is the action expert's or a top-level projection's.
 
-    Those are all that ``velocity`` uses beside the prefix; ``encode`` uses exactly the others.
+    ``velocity`` uses only these, besides the prefix; ``encode`` uses exactly the others.
     """
     return not path.startswith("PaliGemma/") or re.fullmatch("PaliGemma/llm/.*_1(/.*)?", path) is not None
 
 
 def is_backbone_param(path: str) -> bool:
-    """Whether the parameter at ``path`` belongs to the image tower or the vision-language expert."""
+    """Return whether the parameter at ``path`` belongs to the image tower or the vision-language expert."""
     return not is_suffix_param(path)
 
 
 @typed
 def attention_mask(valid: Bool[Array, "b t"], block_starts: Bool[Array, " t"]) -> Bool[Array, "b t t"]:
-    """Who may look at whom: ``[b, i, j]`` is true where token i sees token j.
+    """Return the attention mask: ``[b, i, j]`` is true where token i attends to token j.
 
     A true ``block_starts`` begins a new block. A token sees its own block and all earlier ones: ``[0 0 0]`` is fully
     bidirectional, ``[1 1 1]`` causal, ``[0 0 1 0]`` two blocks of two. Invalid tokens neither see nor are seen.
@@ -87,13 +87,13 @@ def attention_mask(valid: Bool[Array, "b t"], block_starts: Bool[Array, " t"]) -
 
 @typed
 def token_positions(valid: Bool[Array, "b t"]) -> Int[Array, "b t"]:
-    """Running count of valid tokens from 0; an invalid one repeats the last position, or has -1 before the first."""
+    """Count the valid tokens from 0; an invalid one repeats the last position, or has -1 before the first."""
     return jnp.cumsum(valid, axis=1) - 1
 
 
 @typed
 def embed_time(time: Float[Array, " b"], width: int) -> Float[Array, "b width"]:
-    """Sines, then cosines, of ``width / 2`` periods spaced geometrically from 0.004 to 4."""
+    """Return sines, then cosines, with ``width / 2`` periods spaced geometrically from 0.004 to 4."""
     if width % 2:
         raise ValueError(f"the width of a time embedding must be even, got {width}")
     period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** jnp.linspace(0.0, 1.0, width // 2)
@@ -103,7 +103,7 @@ def embed_time(time: Float[Array, " b"], width: int) -> Float[Array, "b width"]:
 
 @typed
 def pool(tokens: Float[Array, "b p d"], mask: Bool[Array, "b p"]) -> Float[Array, "b d"]:
-    """Mean over the valid tokens in float32; zero where there are none."""
+    """Return the mean over the valid tokens in float32; zero if there are none."""
     weights = mask.astype(jnp.float32)
     total = jnp.einsum("bpd,bp->bd", tokens.astype(jnp.float32), weights)
     return total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
@@ -112,7 +112,7 @@ def pool(tokens: Float[Array, "b p d"], mask: Bool[Array, "b p"]) -> Float[Array
 class Pi0(nnx.Module):
     """A flow policy (``flow.FlowPolicy``) whose parameter paths and shapes are openpi's."""
 
-    cache_batch_axis = 1  # behind the layers
+    cache_batch_axis = 1  # after the layers' axis
 
     def __init__(self, config: Pi0Config, rngs: nnx.Rngs):
         self.config = config
@@ -146,7 +146,7 @@ class Pi0(nnx.Module):
     def embed_prefix(
         self, observation: Observation
     ) -> tuple[Float[Array, "b p d"], Bool[Array, "b p"], Bool[Array, " p"]]:
-        """Tokens of all cameras, then of the prompt; which of them are valid; which begin a block (none)."""
+        """Return the tokens of all cameras, then of the prompt; which are valid; which begin a block (none)."""
         tokens, mask = self.PaliGemma.embed_cameras(self.PaliGemma.preprocess(observation))
         prompt, prompt_mask = observation.tokenized_prompt, observation.tokenized_prompt_mask
         if (prompt is None) != (prompt_mask is None):
@@ -159,7 +159,7 @@ class Pi0(nnx.Module):
         return tokens, mask, jnp.zeros(mask.shape[1], bool)
 
     def encode(self, observation: Observation) -> Prefix:
-        """One pass of the vision-language expert; kept are keys and values of every layer and the pooled tokens."""
+        """Run the vision-language expert once; return keys and values of every layer and the pooled input tokens."""
         tokens, mask, block_starts = self.embed_prefix(observation)
         cache = self.PaliGemma.llm.encode(tokens, token_positions(mask), attention_mask(mask, block_starts))
         return Prefix(state=observation.state, features=pool(tokens, mask), mask=mask, cache=cache)
@@ -169,7 +169,7 @@ class Pi0(nnx.Module):
     def embed_suffix(
         self, state: Float[Array, "b s"], x_t: Float[Array, "b h a"], time: Float[Array, " b"]
     ) -> tuple[Float[Array, "b t d"], Bool[Array, "b t"], Bool[Array, " t"], Float[Array, "b d"] | None]:
-        """Tokens of a noisy chunk, their validity, which begin a block, and the norms' condition (pi0.5)."""
+        """Return a noisy chunk's tokens, which are valid, which begin a block, and the norms' condition (pi0.5)."""
         tokens = self.action_in_proj(x_t)
         time_embedding = embed_time(time, tokens.shape[-1])
         if self.config.pi05:
@@ -180,7 +180,7 @@ class Pi0(nnx.Module):
             both = jnp.concatenate([tokens, repeated], axis=-1)
             tokens = self.action_time_mlp_out(nnx.swish(self.action_time_mlp_in(both)))
             tokens = jnp.concatenate([self.state_proj(state)[:, None, :], tokens], axis=1)
-        # The state, if it is a token, is a block of its own; the actions are one block behind it.
+        # The state, if it is a token, is a block of its own; the actions are one block after it.
         first_action = tokens.shape[1] - x_t.shape[1]
         block_starts = jnp.arange(tokens.shape[1]) <= first_action
         return tokens, jnp.ones(tokens.shape[:2], bool), block_starts, condition
@@ -188,7 +188,7 @@ class Pi0(nnx.Module):
     def velocity(
         self, prefix: Prefix, x_t: Float[Array, "n b h a"], time: Float[Array, "n b"]
     ) -> Float[Array, "n b h a"]:
-        """The field at ``x_t``. The n candidates are mapped, the prefix is not: all read one copy of its cache."""
+        """Return the velocity at ``x_t``. ``vmap`` maps the n candidates only: all read one copy of the cache."""
         return jax.vmap(self._velocity, in_axes=(None, 0, 0))(prefix, x_t, time)
 
     def _velocity(self, prefix: Prefix, x_t: Float[Array, "b h a"], time: Float[Array, " b"]) -> Float[Array, "b h a"]:
@@ -215,10 +215,10 @@ class Pi0(nnx.Module):
         noise: Float[Array, "b h a"] | None = None,
         time: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b h"]:
-        """Flow matching loss with openpi's draws for a key. ``train`` switches image augmentation on.
+        """Return the flow matching loss, with openpi's random numbers for a key. ``train`` turns augmentation on.
 
-        openpi runs prefix and suffix as one sequence; here the prefix goes first. The prefix cannot see the suffix, so
-        values and gradients are the same.
+        openpi runs prefix and suffix as one sequence; here the prefix is encoded first. The prefix cannot see the
+        suffix, so values and gradients are the same.
         """
         augment_rng, noise_rng, time_rng = jax.random.split(rng, 3)
         if noise is None:
@@ -236,7 +236,7 @@ class Pi0(nnx.Module):
         num_steps: int | Int[Array, ""] = 10,
         noise: Float[Array, "b h a"] | None = None,
     ) -> Float[Array, "b h a"]:
-        """One chunk per observation from ``noise``, or from what the key draws."""
+        """Sample one chunk per observation from ``noise``, which is drawn with ``rng`` if it is not given."""
         if noise is None:
             noise = jax.random.normal(rng, (observation.state.shape[0], self.action_horizon, self.action_dim))
         return flow.sample(self, self.encode(observation), noise[None], num_steps=num_steps)[0]

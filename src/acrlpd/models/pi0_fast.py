@@ -1,8 +1,8 @@
-"""The π₀-FAST policy (Pertsch et al. 2025, arXiv:2501.09747), number for number openpi's.
+"""The π₀-FAST policy (Pertsch et al. 2025, arXiv:2501.09747), numerically as in openpi.
 
-One language model reads the cameras and a text of prompt, state and action tokens, and writes action tokens one after
-the other. Which token means which action, and that the state stands in the text, is the tokenizer's affair
-(``data/fast_tokenizer.py``): the model knows tokens alone.
+One language model reads the cameras and a text of prompt, state and action tokens, and generates action tokens one by
+one. The tokenizer (``data/fast_tokenizer.py``) writes the state into the text and maps tokens to actions: the model
+knows only tokens.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ EOS = 1
 class Pi0FastConfig(paligemma.Config):
     """Sizes of the model."""
 
-    action_dim: int = 32  # of the chunk that the tokens stand for, as is the horizon: the network has neither
+    action_dim: int = 32  # this and the horizon describe the chunk that tokens encode; the network has neither
     action_horizon: int = 32
     max_token_len: int = 250  # tokens of prompt, state and, in training, actions
-    cameras: tuple[str, ...] = CAMERAS  # openpi reads all that there are, in the order of their names
+    cameras: tuple[str, ...] = CAMERAS  # openpi reads all cameras there are, sorted by name
 
     def create(self, rngs: nnx.Rngs) -> Pi0Fast:
         return Pi0Fast(self, rngs)
 
     def freezes(self, path: str) -> bool:
-        """Whether fine-tuning with this config's adapters leaves the parameter at ``path`` alone (openpi's rule)."""
+        """Return whether fine-tuning with this config's adapters freezes the parameter at ``path`` (openpi's rule)."""
         return lora.is_frozen(path, first_expert=self.paligemma.has_lora, action_expert=False)
 
 
 @struct.dataclass
 class Decoding:
-    """All that the next token needs of those before it; the cache has m slots for generated ones behind the prefix."""
+    """The state of autoregressive decoding; after the prefix, the cache has m slots for generated tokens."""
 
     cache: gemma.KeysValues  # keys (rotated) and values, each [layers b p+m heads d]
     prefix_mask: Bool[Array, "b p"]
-    num_generated: Int[Array, ""]  # slots that are filled
+    num_generated: Int[Array, ""]  # number of filled slots
 
 
 @typed
 def attention_mask(valid: Bool[Array, "b t"], block_starts: Bool[Array, "b t"]) -> Bool[Array, "b t t"]:
-    """As ``pi0.attention_mask``, with each sample's own blocks."""
+    """Return the mask of ``pi0.attention_mask``, with different blocks for each sample."""
     one = lambda valid, starts: pi0.attention_mask(valid[None], starts)[0]  # noqa: E731
     return jax.vmap(one)(valid, block_starts)
 
@@ -59,7 +59,7 @@ def attention_mask(valid: Bool[Array, "b t"], block_starts: Bool[Array, "b t"]) 
 def token_loss(
     logits: Float[Array, "b t v"], targets: Int[Array, "b t"], loss_mask: Bool[Array, "b t"]
 ) -> Float[Array, " b"]:
-    """Cross entropy in nats, mean over the tokens of the mask; 0 for a sample without any."""
+    """Return the cross entropy in nats, mean over the tokens of the mask; 0 for a sample without any."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nats = jax.nn.logsumexp(logits, axis=-1) - chosen
@@ -69,8 +69,8 @@ def token_loss(
 class Pi0Fast(nnx.Module):
     """An autoregressive policy whose parameter paths and shapes are openpi's.
 
-    Fresh values are drawn as π₀'s. openpi starts this model's text embedding at zero: with its image head, which is
-    zero too, and logits from that same table, nothing would ever learn from scratch.
+    Parameters are initialized like π₀'s. openpi initializes this model's text embedding with zeros: since the image
+    head is zero too and the logits use the same table, such a model could never learn from scratch.
     """
 
     def __init__(self, config: Pi0FastConfig, rngs: nnx.Rngs):
@@ -84,9 +84,9 @@ class Pi0Fast(nnx.Module):
     def embed_inputs(
         self, observation: Observation
     ) -> tuple[Float[Array, "b p d"], Bool[Array, "b p"], Bool[Array, "b p"]]:
-        """Tokens of all cameras, then of the text; which of them are valid; which begin a block.
+        """Return the tokens of all cameras, then of the text; which of them are valid; which begin a block.
 
-        Images and prompt are one block; each action token (``token_ar_mask``; none if absent) is one of its own.
+        Images and prompt are one block; each action token (``token_ar_mask``; none if absent) is a block of its own.
         """
         text, text_mask = observation.tokenized_prompt, observation.tokenized_prompt_mask
         if text is None or text_mask is None:
@@ -109,9 +109,9 @@ class Pi0Fast(nnx.Module):
         *,
         train: bool = False,
     ) -> Float[Array, " b"]:
-        """Cross entropy of the tokens in ``token_loss_mask``. ``train`` switches image augmentation on.
+        """Return the cross entropy of the tokens in ``token_loss_mask``. ``train`` turns image augmentation on.
 
-        ``actions`` are not read: they stand in the text. Positions count padding too, as in openpi.
+        ``actions`` are not read: they are part of the text. Positions also count padding, as in openpi.
         """
         text, loss_mask = observation.tokenized_prompt, observation.token_loss_mask
         if text is None or loss_mask is None or observation.token_ar_mask is None:
@@ -132,10 +132,10 @@ class Pi0Fast(nnx.Module):
     # -- decoding ------------------------------------------------------------------------------------------------
 
     def prefill(self, observation: Observation, num_slots: int) -> tuple[Float[Array, "b v"], Decoding]:
-        """Scores of the first token behind images and text, and room for ``num_slots`` tokens.
+        """Return the scores of the first token after images and text, and a cache with ``num_slots`` free slots.
 
-        openpi rolls each sequence until its last valid token stands at the right end. The sequence stays here, and
-        that token is picked: attention knows positions and masks, not places.
+        openpi rolls each sequence until its last valid token is at the right end. Here the sequence stays in place and
+        that token is selected: attention depends on positions and masks, not on the place in the array.
         """
         tokens, valid, block_starts = self.embed_inputs(observation)
         mask = attention_mask(valid, block_starts)
@@ -148,11 +148,11 @@ class Pi0Fast(nnx.Module):
         return logits, Decoding(cache=padded, prefix_mask=valid, num_generated=jnp.int32(0))
 
     def decode(self, token: Int[Array, " b"], decoding: Decoding) -> tuple[Float[Array, "b v"], Decoding]:
-        """Scores of the token behind ``token``, which takes the next slot.
+        """Return the scores of the token after ``token``, which takes the next slot.
 
-        The first generated token stands one position further than in training: openpi skips one, and its released
-        weights are run so. Where a camera is masked openpi looks at its tokens and not at as many of the first ones,
-        for it counts the valid tokens back from the end; here masked tokens stay unseen.
+        The first generated token is one position further than in training: openpi skips one, and its released weights
+        are run this way. If a camera is masked, openpi counts valid tokens back from the end, so it attends to masked
+        tokens and misses as many of the first ones; here masked tokens are never attended to.
         """
         b, p = decoding.prefix_mask.shape
         num_slots = decoding.cache[0].shape[2] - p
@@ -178,12 +178,12 @@ class Pi0Fast(nnx.Module):
         max_decoding_steps: int = 256,
         temperature: float = 0.0,
     ) -> Int[Array, "b steps"]:
-        """The text that the model goes on with, as openpi calls it: the tokenizer finds the chunk in it.
+        """Generate the tokens of a chunk (the name is openpi's): the tokenizer decodes the actions from them.
 
-        Both options are static. A temperature of 0 takes the likeliest token.
+        Both options are static. A temperature of 0 takes the most likely token.
 
-        Stops behind a step in which all samples emit EOS at once, as openpi does: what a sample says after an EOS of
-        its own means nothing. Zero where nothing was generated.
+        As in openpi, generation stops after a step in which all samples emit EOS at once: tokens of a sample after
+        its own first EOS mean nothing. The result is zero where nothing was generated.
         """
 
         def is_unfinished(carry):

@@ -1,4 +1,4 @@
-"""Which model a set of arrays belongs to, told by paths and shapes alone."""
+"""Recognize the model that a set of arrays belongs to, from paths and shapes alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from acrlpd.models import gemma, lora, siglip
 
 _EMBEDDING, _ACTION_BIAS = "PaliGemma/llm/embedder/input_embedding", "action_out_proj/bias"
 _BLOCK = "PaliGemma/img/Transformer/encoderblock"
-_TOWER = {  # ranks, by path
+_TOWER = {  # number of axes, by path
     "PaliGemma/img/embedding/kernel": 4,
     f"{_BLOCK}/MultiHeadDotProductAttention_0/query/kernel": 4,
     f"{_BLOCK}/MlpBlock_0/Dense_0/kernel": 3,
@@ -24,11 +24,11 @@ _OF_ACTIONS = r"(action_in_proj|action_out_proj|state_proj|time_mlp_\w+|action_t
 
 
 def recognize(arrays: Mapping[str, Any]) -> dict[str, str]:
-    """The model that has arrays of these paths and shapes, in the fields of ``pi0.Pi0Config``; {} if none of ours.
+    """Return the model that has arrays of these paths and shapes, as fields of ``pi0.Pi0Config``; {} if unknown.
 
-    ``model`` is pi0, pi05, paligemma (which pi0-FAST shares every array with), or a small policy of this project,
-    mlp_flow or gaussian, of which nothing else is told. Sizes without a name are spelled out; those that ``unsized``
-    arrays would tell are left out.
+    ``model`` is pi0, pi05, paligemma (pi0-FAST has exactly the same arrays), or a small policy of this project,
+    mlp_flow or gaussian, which are returned without sizes. Sizes that match no named variant are spelled out; sizes
+    that depend on ``unsized`` arrays are left out.
     """
     if not any(path.startswith("PaliGemma/") for path in arrays):
         return next(({"model": name} for name, paths in _SMALL.items() if paths <= arrays.keys()), {})
@@ -49,7 +49,7 @@ def recognize(arrays: Mapping[str, Any]) -> dict[str, str]:
 
 
 def unsized(arrays: Mapping[str, Any], model: str) -> list[str]:
-    """Why sizes of ``model`` (as ``recognize`` names it) are not known: a line for each array missing or misshapen."""
+    """Return why sizes of ``model`` (``recognize``'s name) are unknown: one line per array missing or misshapen."""
     ranks = {_EMBEDDING: 2} | _stack(0) | _TOWER
     if model != "paligemma":
         ranks |= {_ACTION_BIAS: 1} | _stack(1)
@@ -67,7 +67,7 @@ def _has(arrays: Mapping[str, Any], path: str, rank: int) -> bool:
 
 
 def _stack(expert: int) -> dict[str, int]:
-    """The arrays that tell a Gemma stack's sizes: their ranks by path."""
+    """Return the arrays that determine a Gemma stack's sizes: number of axes by path."""
     ranks = {"attn/q_einsum": ("w", 4), "attn/kv_einsum": ("w", 5), "mlp": ("linear", 3)}
     return {
         f"PaliGemma/llm/layers/{gemma.expert_name(name, expert)}/{leaf}": rank for name, (leaf, rank) in ranks.items()
@@ -75,7 +75,7 @@ def _stack(expert: int) -> dict[str, int]:
 
 
 def _expert_sizes(arrays: Mapping[str, Any], expert: int) -> dict[str, int]:
-    """Sizes of a Gemma stack, and the ranks of its adapters; {} if it is not there."""
+    """Return the sizes of a Gemma stack and the ranks of its LoRA adapters; {} if it is not there."""
     if not all(_has(arrays, path, rank) for path, rank in _stack(expert).items()):
         return {}
     q, kv, mlp = (arrays[path].shape for path in _stack(expert))
@@ -94,7 +94,7 @@ def _expert_sizes(arrays: Mapping[str, Any], expert: int) -> dict[str, int]:
 
 
 def _tower_sizes(arrays: Mapping[str, Any]) -> dict[str, int]:
-    """Sizes of a SigLIP tower; {} if it is not there."""
+    """Return the sizes of a SigLIP tower; {} if it is not there."""
     if not all(_has(arrays, path, rank) for path, rank in _TOWER.items()):
         return {}
     patch, query, mlp = (arrays[path].shape for path in _TOWER)
@@ -109,7 +109,7 @@ def _tower_sizes(arrays: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _name_of(sizes: Mapping[str, int], variants: Mapping[str, Any]) -> str:
-    """The first of the named variants with exactly these sizes; without one, the sizes."""
+    """Return the first named variant with exactly these sizes; without one, the sizes as text."""
     for name, config in variants.items():
         fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
         ranks = {key: value.rank for key, value in fields.items() if isinstance(value, lora.Config)}

@@ -46,7 +46,7 @@ VARIANTS = {
 
 
 def get_config(variant: str | Config) -> Config:
-    """A named size, or the given one as it is."""
+    """Return the config of a named size; a config is returned unchanged."""
     if isinstance(variant, Config):
         return variant
     if variant not in VARIANTS:
@@ -55,7 +55,7 @@ def get_config(variant: str | Config) -> Config:
 
 
 class PatchEmbedding(nnx.Module):
-    """Every patch through one dense layer (a convolution whose stride is its window), in float32 whatever the rest."""
+    """One dense layer for all patches (a convolution with stride equal to its window), always computed in float32."""
 
     def __init__(self, config: Config, *, param_dtype: str, rngs: nnx.Rngs):
         shape = (config.patch_size, config.patch_size, 3, config.width)
@@ -94,7 +94,7 @@ class SelfAttention(nnx.Module):
         self.is_fused = False
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        rows = x.reshape(-1, x.shape[-1])  # the dense layers see the tokens of the whole batch as one matrix
+        rows = x.reshape(-1, x.shape[-1])  # the dense layers get the tokens of the whole batch as one matrix
         query, key, value = (self._by_head(part, x.shape) for part in self._queries_keys_values(rows))
         query = query / jnp.asarray(math.sqrt(query.shape[-1]), query.dtype)
         weights = jax.nn.softmax(jnp.einsum("gth,gsh->gts", query, key), axis=-1)
@@ -102,7 +102,7 @@ class SelfAttention(nnx.Module):
         return self.out(jnp.moveaxis(attended, 1, 2).reshape(-1, *self.heads)).reshape(x.shape)
 
     def fuse(self) -> None:
-        """Makes queries, keys and values columns of one matrix (see ``stacked.unrolled``)."""
+        """Join the weights of queries, keys and values into one matrix (see ``stacked.unrolled``)."""
         layers = (self.query, self.key, self.value)
         options: Any = {"dtype": self.query.dtype, "param_dtype": self.query.param_dtype}
         shape = (len(layers), *self.heads)
@@ -118,7 +118,7 @@ class SelfAttention(nnx.Module):
         return [layer(rows) for layer in (self.query, self.key, self.value)]
 
     def _by_head(self, rows: Float[Array, "bt n h"], shape: tuple[int, ...]) -> Float[Array, "bn t h"]:
-        """One matrix per picture and head: on a CPU a few percent faster than with heads in the middle."""
+        """Return one matrix per picture and head: on a CPU a few percent faster than with heads as a middle axis."""
         return jnp.moveaxis(rows.reshape(*shape[:2], *self.heads), 2, 1).reshape(-1, shape[1], self.heads[1])
 
 
@@ -160,7 +160,7 @@ def _layer_norm(config: Config, dtype: str, param_dtype: str, rngs: nnx.Rngs) ->
 
 
 class Encoder(nnx.Module):
-    """All blocks, stacked, and the norm behind them."""
+    """All blocks, stacked, and the norm after them."""
 
     stack = "encoderblock"  # see stacked.unrolled
 
@@ -181,7 +181,7 @@ class Encoder(nnx.Module):
 
 
 class SigLIP(nnx.Module):
-    """Images in [-1, 1] to tokens of the language stack's width. From scratch all tokens are zero (openpi's head)."""
+    """The tower from images in [-1, 1] to tokens of the language stack's width. Initially all are 0 (openpi's head)."""
 
     def __init__(
         self,
@@ -212,7 +212,7 @@ class SigLIP(nnx.Module):
         return self.head(self.Transformer(self.embed_patches(image)))
 
     def embed_patches(self, image: Float[Array, "b side side 3"]) -> Float[Array, "b t w"]:
-        """Patch tokens with their positions added, still in float32 until the last cast."""
+        """Return patch tokens with position embeddings added, computed in float32 until the final cast."""
         x = self.embedding(image)
         x = x.reshape(x.shape[0], -1, x.shape[-1]) + self.pos_embedding[...]
         return x.astype(self.dtype)

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def create(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
-    """``depth`` modules from ``make``, each with draws of its own, stacked."""
+    """Create ``depth`` modules with ``make``, each with its own random numbers, and stack them."""
 
     @nnx.split_rngs(splits=depth)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -26,11 +26,11 @@ def create(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -
 
 
 def unrolled(model: T) -> T:
-    """``model`` with the layers as modules of their own in each part that unrolls its ``stack``; the rest is shared.
+    """Return ``model`` with the layers as separate modules in each part that unrolls its ``stack``; the rest is shared.
 
-    To a CPU, a layer of a stacked array is a copy of it, and weights that do not lead with what is summed over are
-    rearranged for every product. Made here, both are made once for all passes and flow steps that follow, and by those
-    who keep the result, once and for all: the modules of a layer that have a ``fuse`` are told to.
+    On a CPU, taking a layer out of a stacked array copies it, and weights whose first axis is not the one summed over
+    are rearranged for every product. Both are done here once, instead of in every pass and flow step; modules of a
+    layer that have a ``fuse`` method are fused. Callers that keep the result pay only once.
     """
     copy: Any = nnx.merge(*nnx.split(model))
     parts: list[Any] = [part for _, part in nnx.iter_modules(copy) if getattr(part, "unroll", False)]
@@ -58,11 +58,11 @@ def scan(
     remat: bool,
     unroll: bool,
 ) -> tuple[Any, Any]:
-    """Runs ``step(layer, carry, x) -> (carry, y)`` over all layers; ``xs`` has one slice per layer, as have the ``y``.
+    """Run ``step(layer, carry, x) -> (carry, y)`` over all layers; ``xs`` and the ``y`` have one slice per layer.
 
-    ``remat`` keeps only the carry between layers and computes the rest again in a backward pass. ``unroll`` writes the
-    layers one after the other: slower to compile, faster for few layers, which then need no copy of their activations
-    into one array of all. NumPy arrays in ``xs`` stay NumPy's there, so a ``step`` may branch on them.
+    ``remat`` keeps only the carry between layers and recomputes the rest in the backward pass. ``unroll`` writes out
+    the layers one by one: slower to compile, but faster for few layers, because their activations are not copied into
+    one array. With ``unroll``, NumPy arrays in ``xs`` stay NumPy arrays, so a ``step`` may branch on them.
     """
     if isinstance(layers, nnx.List):  # see unrolled
         graphdef, states = nnx.graphdef(layers[0]), [nnx.state(layer) for layer in layers]
@@ -87,7 +87,7 @@ def scan(
 
 
 def _unstack(tree: Any) -> list[Any]:
-    """One tree per layer of a tree of arrays that lead with the layers."""
+    """Split a tree of arrays whose first axis is the layers into one tree per layer."""
     leaves, structure = jax.tree.flatten(tree)
     rows = [leaf if isinstance(leaf, np.ndarray) else jnp.unstack(leaf) for leaf in leaves]
     return [jax.tree.unflatten(structure, layer) for layer in zip(*rows, strict=True)]

@@ -1,8 +1,8 @@
-"""pi0's parameters under the names and in the layout of openpi's PyTorch port, in both directions.
+"""Conversion between pi0's parameters and the names and layout of openpi's PyTorch port, in both directions.
 
-There, layers are not stacked, a linear layer holds (out, in), and heads are folded into one axis. Every array is a
-rearrangement of one of ours, so nothing is lost. One table, ``_TABLE``, says which array goes where; the axes of an
-array are letters (n heads, h size of a head), and "nh" is one axis made of two.
+In the port, layers are not stacked, a linear layer holds (out, in), and heads are folded into one axis. Every array is
+a rearrangement of one of ours, so nothing is lost. One table, ``_TABLE``, maps the arrays; the axes of an array are
+letters (n heads, h size of a head), and "nh" is one axis made of two.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ TIED_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
 
 
 class _Place(NamedTuple):
-    """Where one of our arrays, or each layer of it, lies in the port."""
+    """The place of one of our arrays, or of each of its layers, in the port."""
 
-    path: str  # ours; the layer is its first axis if ``name`` has a {} for it
-    name: str  # the port's
-    ours: str  # axes without the layer, such as "dnh"
+    path: str  # our path; if ``name`` contains {} for the layer, the layer is the array's first axis
+    name: str  # the port's name
+    ours: str  # our axes without the layer, such as "dnh"
     theirs: tuple[str, ...]  # the port's axes, such as ("nh", "d")
-    part: int | None = None  # which item of the axis behind the layer; None: all of it
+    part: int | None = None  # index into the axis after the layer; None: the whole axis
 
     @property
     def is_layered(self) -> bool:
@@ -42,7 +42,7 @@ class _Place(NamedTuple):
 
     @property
     def root(self) -> str:
-        """What the names of all layers of a stack begin with; the whole name where there are no layers."""
+        """The common beginning of the names of all layers of a stack; the whole name if there are no layers."""
         return self.name.partition(".layers.{}")[0]
 
 
@@ -66,7 +66,7 @@ def _tower() -> Iterator[_Place]:
 
 
 def _language(suffix: str) -> Iterator[_Place]:
-    """Places of one expert."""
+    """Yield the places of one expert's arrays."""
     root, ours = _EXPERTS[suffix], "PaliGemma/llm/layers"
     layer = f"{root}.layers.{{}}"
     attention = f"{layer}.self_attn"
@@ -118,22 +118,22 @@ for _place in _TABLE:
 
 
 def to_torch(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return all arrays of a pi0 or pi0.5 under openpi's PyTorch names, in their own dtypes.
+    """Return all arrays of a pi0 or pi0.5 under openpi's PyTorch names, with unchanged dtypes.
 
     Raises:
-        ValueError: a path that the port has no place for, such as an adapter.
+        ValueError: the port has no place for a path, such as that of an adapter.
     """
     renamed: dict[str, np.ndarray] = {}
     for path, array in params.items():
         if "lora" in path:
-            raise ValueError(f"{path}: openpi's PyTorch port has no adapters; merge them first (lora.merged)")
+            raise ValueError(f"{path}: openpi's PyTorch port has no adapters; merge them first (lora.merge)")
         if path not in _BY_PATH:
             raise ValueError(f"{path} has no name in openpi's PyTorch port")
         for place in _BY_PATH[path]:
             renamed.update(_split(place, np.asarray(array)))
     table = params["PaliGemma/llm/embedder/input_embedding"]
     width = renamed["action_in_proj.bias"].shape[0]
-    # The port's action expert has an output head that nothing reads, but its loader asks for it.
+    # The port's action expert has an output head that is never used, but its loader requires it.
     renamed[UNUSED_HEAD] = np.zeros((table.shape[0], width), table.dtype)
     return renamed
 
@@ -151,12 +151,12 @@ def _split(place: _Place, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]
 
 
 def is_torch(names: Mapping[str, Any]) -> bool:
-    """Tell whether arrays have the port's names, with or without the prefixes that LeRobot puts before them."""
+    """Return whether arrays have the port's names, with or without the prefixes that LeRobot adds."""
     return any("paligemma_with_expert." in name and "/" not in name for name in names)
 
 
 def head_sizes(params: Mapping[str, Any]) -> dict[str, str]:
-    """Return the sizes of heads, which the port's names hide, as metadata for a file with ``to_torch``'s arrays."""
+    """Return the head sizes, which the port's arrays do not show, as metadata for a file of ``to_torch``'s arrays."""
     found = {name: params[path].shape[-1] for name, path in _HEADS.items() if path in params}
     return {name: str(size) for name, size in found.items()}
 
@@ -168,23 +168,23 @@ def from_torch(
     stack: Callable[[Sequence[Any]], Any] = np.stack,
     where: str = "the weights",
 ) -> dict[str, Any]:
-    """Return the port's arrays under our paths, stacked by layer, in their own dtypes.
+    """Return the port's arrays under our paths, stacked by layer, with unchanged dtypes.
 
-    LeRobot's names are read too: with a prefix ``model.``, and as older versions of its model have them. Statistics
-    that older LeRobot policies carry are no parameters; they are left out with a warning that names them.
+    LeRobot's names are accepted too: with a prefix ``model.``, and those of older versions of its model. Older LeRobot
+    policies also contain statistics. They are no parameters and are left out, with a warning that names them.
 
     Args:
-        metadata: of the file; may hold ``head_sizes``. Without them, sizes that have a name here are known.
-        stack: joins the layers of one array; tracing with ``jnp.stack`` tells the shapes without any number.
+        metadata: the file's metadata; may hold ``head_sizes``. Otherwise only sizes of named variants are known.
+        stack: joins the layers of one array; tracing with ``jnp.stack`` gives the shapes without reading any number.
 
     Raises:
-        ValueError: a name that the port does not have, a layer that is missing, or a size from which the number of
-            heads cannot be told. Names ``where``.
+        ValueError: the port does not have a name, a layer is missing, or the number of heads does not follow from a
+            size. The message names ``where``.
     """
     named = _usual_names(arrays, where)
     heads = _told_sizes(metadata or {}, where) or _known_sizes(named, where)
     found: dict[str, dict[tuple[int, int], Any]] = {}
-    depths: dict[str, int] = {}  # layers by the beginning of the names
+    depths: dict[str, int] = {}  # number of layers by the root of the names
     for name, array in named.items():
         place, layer = _place_of(name, where)
         depths[place.root] = max(depths.get(place.root, 1), layer + 1)
@@ -193,7 +193,7 @@ def from_torch(
 
 
 def _usual_names(arrays: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Arrays under the names that openpi's port has today; of two that are tied, one."""
+    """Return the arrays under the current names of openpi's port; of two tied arrays, only one."""
     statistics = [name for name in arrays if re.match(r"(model\.)*(un)?normalize_\w+\.", name)]
     if statistics:
         logger.warning(
@@ -203,8 +203,8 @@ def _usual_names(arrays: Mapping[str, Any], where: str) -> dict[str, Any]:
     named = {_usual_name(name): array for name, array in arrays.items() if name not in set(statistics)}
     if len(named) < len(arrays) - len(statistics):
         raise ValueError(f"{where}: two arrays have the same name once LeRobot's prefix is taken off")
-    named.pop(UNUSED_HEAD, None)  # nothing reads it
-    if TIED_HEAD in named:  # one matrix with the word table; whoever saves the model drops one of the two
+    named.pop(UNUSED_HEAD, None)  # it is never used
+    if TIED_HEAD in named:  # the same matrix as the word table; saving a model drops one of the two
         named.setdefault(_TABLE_OF_WORDS, named[TIED_HEAD])
         del named[TIED_HEAD]
     return named
@@ -231,14 +231,14 @@ def _place_of(name: str, where: str) -> tuple[_Place, int]:
     return _BY_NAME[template], 0 if match is None else int(match[0])
 
 
-_HEADS = {  # name in a file's metadata, and an array of ours whose last axis it is
+_HEADS = {  # name in a file's metadata -> one of our arrays whose last axis has this size
     "acrlpd.head_dim": "PaliGemma/llm/layers/attn/q_einsum/w",
     "acrlpd.vision_head_dim": "PaliGemma/img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel",
 }
 
 
 def _told_sizes(metadata: Mapping[str, str], where: str) -> dict[str, int]:
-    """Sizes of heads by the beginning of the names, if the file says them."""
+    """Return the head sizes by the root of the names, if the file's metadata has them."""
     told = {name: metadata[name] for name in _HEADS if name in metadata}
     if not all(re.fullmatch(r"[1-9]\d{0,5}", size) for size in told.values()):
         raise ValueError(f"{where}: expected sizes of heads in its metadata, found {told}")
@@ -249,7 +249,7 @@ def _told_sizes(metadata: Mapping[str, str], where: str) -> dict[str, int]:
 
 
 def _known_sizes(named: Mapping[str, Any], where: str) -> dict[str, int]:
-    """Sizes of heads by the beginning of the names, of stacks and towers that have a name here."""
+    """Return the head sizes by the root of the names, from the variants of stacks and towers known here."""
     sizes = {}
     for root in _EXPERTS.values():
         if keys := _shape(named, f"{root}.layers.0.self_attn.k_proj.weight"):
@@ -271,7 +271,7 @@ def _tower_head(width: int, hidden: tuple[int, ...], where: str) -> int:
 
 
 def _language_head(keys: int, queries: tuple[int, ...]) -> int:
-    """All of openpi's stacks have one key head; a named size with more is told by both widths."""
+    """Return the head size of the variant with both widths, else ``keys``: openpi's stacks have one key head."""
     for config in gemma.VARIANTS.values():
         if (config.num_kv_heads * config.head_dim, config.num_heads * config.head_dim) == (keys, *queries[:1]):
             return config.head_dim
@@ -283,7 +283,7 @@ def _shape(named: Mapping[str, Any], name: str) -> tuple[int, ...]:
 
 
 def _joined(place: _Place, array: Any, heads: Mapping[str, int], where: str) -> Any:
-    """One of the port's arrays with our axes."""
+    """Return one of the port's arrays with our axes."""
     if len(array.shape) != len(place.theirs):
         raise ValueError(f"{where} has shape {tuple(array.shape)}, expected {len(place.theirs)} axes")
     sizes = {"1": 1}
@@ -305,7 +305,7 @@ def _assembled(
     stack: Callable[[Sequence[Any]], Any],
     where: str,
 ) -> Any:
-    """One of our arrays from its layers and parts."""
+    """Return one of our arrays, assembled from its layers and parts."""
     places = _BY_PATH[path]
     layers = depths[places[0].root]
     missing = [

@@ -1,7 +1,7 @@
 """Policy weights on disk: openpi's Orbax directories and training checkpoints, PaliGemma's ``.npz``, safetensors.
 
-In memory, weights are a flat dictionary from the parameter's path, joined by '/', to a numpy array. Nothing here reads
-or writes a pickle.
+In memory, weights are a flat dictionary from the parameter's path, joined by '/', to a numpy array. This module never
+reads or writes a pickle.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ Layout = Literal["orbax", "orbax-bare", "npz", "paligemma", "safetensors"]
 
 LORA = ".*lora.*"
 NOT_IN_PALIGEMMA = f"{LORA}|(?!PaliGemma/).*|PaliGemma/llm/.*_1/.*"
-"""What a model has beyond a PaliGemma checkpoint: adapters, the action expert, the top-level projections."""
+"""The parameters that a PaliGemma checkpoint lacks: adapters, the action expert, the top-level projections."""
 
 TORCH_FILE = "model.safetensors"
-"""The one file of weights in a checkpoint of openpi's PyTorch port or of LeRobot."""
+"""The weights file in a checkpoint of openpi's PyTorch port or of LeRobot."""
 
 _NORM_STATS = "norm_stats.json"
 _MAX_LISTED = 20
 _SUFFIXES: dict[Layout, str] = {"npz": ".npz", "paligemma": ".npz", "safetensors": ".safetensors"}
 _BFLOAT16 = np.dtype(jnp.bfloat16)
-_BFLOAT16_IN_NPZ = np.dtype("V2")  # numpy's file format has no name for it; big_vision reads and writes it so as well
+_BFLOAT16_IN_NPZ = np.dtype("V2")  # numpy's file format has no name for bfloat16; big_vision does the same
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingCheckpoint:
-    """One step folder of openpi's training loop: all that it needs to go on."""
+    """One step folder of openpi's training loop: everything that it needs to continue training."""
 
-    step: int  # updates done; the folder's own number is one less
+    step: int  # updates done; the folder's number is one less
     params: Weights
     ema_params: Weights | None  # None: the run kept no average
     opt_state: Any  # nested lists and dictionaries with arrays, as openpi's optimizer chain (see ``write_checkpoint``)
@@ -58,7 +58,7 @@ class TrainingCheckpoint:
 
 
 class _AssetsHandler(ocp.CheckpointHandler):
-    """Files of text, which Orbax lists as an item like the others."""
+    """A handler that writes text files, so that Orbax lists them as an item like the others."""
 
     def save(self, directory: os.PathLike[str], args: _AssetsSave) -> None:
         for name, text in args.texts.items():
@@ -80,12 +80,12 @@ class _AssetsSave(ocp.args.CheckpointArgs):
 
 
 def read_params(path: str | os.PathLike[str]) -> Weights:
-    """Weights for inference from any of the formats, in the dtypes of the file.
+    """Read weights for inference from any of the formats, in the dtypes of the file.
 
     ``path`` may name a ``params`` folder, a step folder or a released checkpoint that holds one, a training run (its
-    newest step is taken), an ``.npz`` or ``.safetensors`` file, a folder of openpi's PyTorch port or of LeRobot, or a
-    URL of any of these. Of a training checkpoint these are the averaged weights if it kept an average. Arrays under
-    the names of the PyTorch port come back under ours.
+    newest step is read), an ``.npz`` or ``.safetensors`` file, a folder of openpi's PyTorch port or of LeRobot, or a
+    URL of any of these. For a training checkpoint, the EMA weights are returned if it has them. Arrays with names of
+    the PyTorch port are returned under our names.
     """
     local = _source(path)
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
@@ -93,12 +93,12 @@ def read_params(path: str | os.PathLike[str]) -> Weights:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> TrainingCheckpoint:
-    """A step folder of openpi's training loop, or the newest one of a run."""
-    local = _step_of(fetch(path))  # once: a run that goes on writes newer ones
+    """Read a step folder of openpi's training loop, or the newest one of a run."""
+    local = _step_of(fetch(path))  # chosen once: a run in progress writes newer ones
     saved = read_params(local)
     item = _find_item(local, "train_state")
     state, assets = _restore(item), item.parent / "assets"
-    # openpi keeps the average, if there is one, in the item that inference reads, and the plain weights elsewhere.
+    # openpi stores the EMA weights, if there are any, in the item for inference, and the plain weights elsewhere.
     plain = _flatten_params(state, local) if state.get("params") else None
     return TrainingCheckpoint(
         step=int(state["step"]),
@@ -113,14 +113,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TrainingCheckpoint:
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every array that ``read_params`` would return; no array is read for it."""
+    """Return shape and dtype of every array that ``read_params`` would return, without reading any array."""
     local = _source(path)
     readers = {".npz": _inspect_npz, ".safetensors": _inspect_safetensors}
     return _checked(readers.get(local.suffix, _inspect_item)(local), local)
 
 
 def _checked(arrays: dict[str, _Array], path: Path) -> dict[str, _Array]:
-    """Raises ValueError where there is nothing, or what no parameter is: text, complex numbers, dates."""
+    """Raise ValueError if there are no arrays, or some that cannot be parameters: text, complex numbers, dates."""
     if not arrays:
         raise ValueError(f"{path} holds no arrays: expected the parameters of a model")
     for name, array in arrays.items():
@@ -130,10 +130,10 @@ def _checked(arrays: dict[str, _Array], path: Path) -> dict[str, _Array]:
 
 
 def fetch(path: str | os.PathLike[str]) -> Path:
-    """A local path; a URL (``gs://``, ``hf://`` and whatever fsspec knows) is mirrored first, once.
+    """Return a local path; a URL (``gs://``, ``hf://`` or any other that fsspec knows) is downloaded once.
 
-    The mirror is openpi's: ``<cache>/<host>/<path>``, with the cache folder in ``OPENPI_DATA_HOME`` or
-    ``~/.cache/openpi``.
+    Downloads go to the same place as openpi's: ``<cache>/<host>/<path>``, where the cache folder is
+    ``OPENPI_DATA_HOME`` or ``~/.cache/openpi``.
     """
     scheme, separator, rest = os.fspath(path).partition("://")
     if not separator:
@@ -172,15 +172,15 @@ def _download(url: str, scheme: str, target: Path) -> None:
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """The file or Orbax folder that ``read_params`` would read; statistics lie in ``assets`` beside it."""
+    """Return the file or Orbax folder that ``read_params`` would read; statistics are in ``assets`` next to it."""
     local = _source(path)
     return local if local.suffix in _SUFFIXES.values() else _find_item(local, "params")
 
 
 def _source(path: str | os.PathLike[str]) -> Path:
-    """A local file, or a folder that Orbax wrote; of a PyTorch checkpoint the file in it, as openpi chooses.
+    """Return a local file or a folder that Orbax wrote; for a PyTorch checkpoint its weights file, as openpi does.
 
-    What a library would wait for, such as a pipe, is refused.
+    A path on which a library would block, such as a pipe, is refused.
     """
     local = fetch(path)
     if (local / TORCH_FILE).exists():
@@ -191,7 +191,7 @@ def _source(path: str | os.PathLike[str]) -> Path:
 
 
 def _step_of(path: Path) -> Path:
-    """``path``, or the newest step of a run; the steps may lie in ``checkpoints``, as in a run of this project."""
+    """Return ``path``, or a run's newest step; steps may be in ``checkpoints``, as in runs of this project."""
     if any(_is_item(folder) for folder in (path, path / "params", path / "train_state")):
         return path
     for parent in (path, path / "checkpoints"):
@@ -206,7 +206,7 @@ def _is_item(folder: Path) -> bool:
 
 
 def _find_item(path: Path, item: str) -> Path:
-    """The Orbax folder of ``item``: ``path`` itself, inside it, or inside its highest-numbered step."""
+    """Return the Orbax folder of ``item``: ``path`` itself, or one inside it or inside its highest-numbered step."""
     step = _step_of(path)
     folder = step if item == "params" and _is_item(step) else step / item
     if (folder / "_METADATA").exists():
@@ -231,7 +231,7 @@ def _metadata(item: Path) -> Any:
 
 
 def _restore(item: Path) -> Any:
-    """The whole tree as numpy, whatever devices it was written from."""
+    """Restore the whole tree as numpy arrays, independently of the devices it was written from."""
     tree = _metadata(item)
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     with _naming_item(item):
@@ -252,9 +252,9 @@ def _naming_item(item: Path) -> Iterator[None]:
 
 @functools.cache
 def quiet_orbax() -> None:
-    """What is raised while reading or writing is not printed besides, by each of the threads that it went through.
+    """Keep errors that are raised while reading or writing from being printed as well, by each thread they pass.
 
-    Orbax logs it there with a traceback, and TensorStore prints one for every operation that ends after Orbax gave up.
+    Orbax logs them with a traceback, and TensorStore prints one for every operation that ends after Orbax gave up.
     """
     logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
     logging.getLogger("asyncio").addFilter(lambda record: not _was_raised_in_orbax(record))
@@ -273,9 +273,9 @@ def _was_raised_in_orbax(record: logging.LogRecord) -> bool:
 
 
 def _flatten_params(tree: Any, source: Path) -> dict[str, Any]:
-    """What lies under "params", flat; the level "value" below every leaf, which openpi's training loop adds, is cut.
+    """Flatten what is under "params" and cut the level "value" that openpi's training loop adds at every leaf.
 
-    Only the last element counts: the image tower has modules named "key" and "value".
+    Only the last element of a path is cut: the image tower has modules named "key" and "value".
     """
     params = tree.get("params") if isinstance(tree, dict) else None
     flat = traverse_util.flatten_dict(params) if isinstance(params, dict) else {}
@@ -297,7 +297,7 @@ def _inspect_item(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _read_npz(path: Path) -> Weights:
-    _inspect_npz(path)  # which knows the names of what cannot be read
+    _inspect_npz(path)  # its errors name the arrays that cannot be read
     with _naming(path), np.load(path, allow_pickle=False) as file:
         return {name: _as_bfloat16(file[stored]) for stored, name in _npz_names(file.files).items()}
 
@@ -314,7 +314,7 @@ def _inspect_npz(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _npz_names(stored: Iterable[str]) -> dict[str, str]:
-    """Our path by the name in the file. PaliGemma's has its two parts under "params"; other subtrees are dropped."""
+    """Map names in the file to our paths. PaliGemma's two parts are under "params"; other subtrees are dropped."""
     names = list(stored)
     inside = [name for name in names if name.startswith("params/")]
     if inside:
@@ -346,7 +346,7 @@ def _inspect_safetensors(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _safetensors_header(path: Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, str]]:
-    """Shape and dtype of every array, and the file's metadata."""
+    """Return shape and dtype of every array, and the file's metadata."""
     from safetensors import safe_open
 
     with _naming(path), safe_open(path, "numpy") as file:
@@ -371,7 +371,7 @@ _SAFETENSORS_DTYPES = {"BF16": _BFLOAT16, "BOOL": np.dtype(bool)} | {
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Adds the file to errors that only know what is wrong, of as many kinds as there are bits to flip in an .npz."""
+    """Add the file's name to errors that lack it; a damaged .npz can raise errors of many different classes."""
     from safetensors import SafetensorError
 
     try:
@@ -381,7 +381,7 @@ def _naming(path: Path) -> Iterator[None]:
     except (*files.NPZ_DAMAGE, SafetensorError) as error:
         reason = files.one_line(error)
         raise ValueError(
-            f"{path}: expected a complete {path.suffix} file with arrays; it is truncated or another ({reason})"
+            f"{path}: expected a complete {path.suffix} file with arrays; it is truncated or of another kind ({reason})"
         ) from error
 
 
@@ -389,7 +389,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def flatten(model: nnx.Module) -> dict[str, jax.Array]:
-    """A model's parameters by path."""
+    """Return a model's parameters by path."""
     return {path: param.get_value() for path, param in _params(model).items()}
 
 
@@ -401,11 +401,11 @@ def load_into(
     place: Callable[[np.ndarray], Any] = jnp.asarray,
     source: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Puts ``weights`` into ``model``, in the model's dtypes; all problems are listed before anything changes.
+    """Load ``weights`` into ``model``, in the model's dtypes; all problems are reported before anything changes.
 
-    Parameters whose path matches ``may_miss`` keep what they hold, if the weights lack them; half an adapter is never
-    kept. ``place`` moves an array to where it belongs, such as a sharding. The model may be abstract
-    (``nnx.eval_shape``), but then must become complete. ``source`` is named in errors.
+    Parameters whose path matches ``may_miss`` keep their values if the weights lack them, but half an adapter is never
+    kept. ``place`` puts an array on its devices, for example with a sharding. The model may be abstract
+    (``nnx.eval_shape``); then no parameter may be missing. ``source`` is named in errors.
     """
     params = _params(model)
     kept = {path for path in params.keys() - weights.keys() if re.fullmatch(may_miss, path)}
@@ -439,9 +439,9 @@ def _other_half(path: str) -> str | None:
 
 
 def mismatches(expected: Mapping[str, Any], found: Mapping[str, Any], *, may_miss: str = "") -> list[str]:
-    """What keeps ``found`` from being ``expected``, a line for each array missing, extra or of another shape.
+    """Return how ``found`` differs from ``expected``: one line per array missing, extra or of another shape.
 
-    Both hold anything with a shape and a dtype, by path. Dtypes may differ; paths that match ``may_miss`` may lack.
+    Both map paths to anything with a shape and a dtype. Dtypes may differ; paths matching ``may_miss`` may be missing.
     """
     missing = [path for path in sorted(expected.keys() - found.keys()) if not re.fullmatch(may_miss, path)]
     problems = [f"missing: {path}, expected {_describe(expected[path])}" for path in missing]
@@ -473,11 +473,11 @@ def write(
     overwrite: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes weights in one of the layouts; half-written files never have the name ``path``.
+    """Write weights in one of the layouts; half-written files never have the name ``path``.
 
     ``orbax`` is a ``params`` folder of openpi's training loop and ``orbax-bare`` one without the level "value";
-    ``npz`` and ``safetensors`` are one file with the parameters' paths as names; ``paligemma`` is an ``.npz`` of the
-    image tower and the vision-language expert alone, under PaliGemma's names. None goes by the suffix of ``path``.
+    ``npz`` and ``safetensors`` are one file with the parameters' paths as names; ``paligemma`` is an ``.npz`` of only
+    the image tower and the vision-language expert, under PaliGemma's names. With None, the suffix of ``path`` decides.
     ``metadata`` goes into the header of a safetensors file.
     """
     layout = check_target(path, layout, overwrite=overwrite)
@@ -493,7 +493,7 @@ def write(
 
 
 def check_target(path: str | os.PathLike[str], layout: Layout | None = None, *, overwrite: bool = False) -> Layout:
-    """The layout ``write`` would choose, if it may write there at all."""
+    """Return the layout that ``write`` would choose; raise if it must not write to ``path``."""
     if "://" in os.fspath(path):
         raise ValueError(f"{path}: weights are written to local paths only; write them here, then copy them there")
     suffix = Path(path).suffix
@@ -508,7 +508,7 @@ def check_target(path: str | os.PathLike[str], layout: Layout | None = None, *, 
 
 
 def write_params(path: str | os.PathLike[str], params: nnx.Module | Mapping[str, Any]) -> None:
-    """Writes a ``params`` folder as openpi's training loop does; arrays keep their dtype and may be sharded."""
+    """Write a ``params`` folder as openpi's training loop does; arrays keep their dtype and may be sharded."""
     write(path, params, layout="orbax")
 
 
@@ -518,12 +518,12 @@ def write_safetensors(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes one file whose tensors are named by the parameters' paths, with ``metadata`` in its header."""
+    """Write one file whose tensors are named by the parameters' paths, with ``metadata`` in its header."""
     write(path, params, layout="safetensors", metadata=metadata)
 
 
 def write_checkpoint(path: str | os.PathLike[str], checkpoint: TrainingCheckpoint) -> None:
-    """Writes a step folder from which openpi's training loop can go on.
+    """Write a step folder from which openpi's training loop can continue.
 
     Its optimizer is ``chain(clip, adamw)``: ``opt_state`` is ``[None, [{count, mu, nu}, None, {count}]]`` with ``mu``
     and ``nu`` nested like the trainable parameters.
@@ -556,7 +556,7 @@ def _save(path: Path, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointA
 
 
 def _await_writes(folder: Path) -> None:
-    """TensorStore's threads end what they have begun, and would make a deleted folder anew."""
+    """Wait for TensorStore's threads to finish: their writes would create a deleted folder again."""
     before, now = -1, 0
     while now != before:
         time.sleep(1)
@@ -575,13 +575,13 @@ def _write_safetensors(path: Path, flat: Mapping[str, Any], metadata: Mapping[st
 
 def _write_npz(path: Path, flat: Mapping[str, Any]) -> None:
     arrays = {name: np.asarray(value) for name, value in flat.items()}
-    np.savez(path, **{  # type: ignore[arg-type]  # the stubs take any name for savez's own argument
+    np.savez(path, **{  # type: ignore[arg-type]  # to the stubs, any name may be savez's own argument
         name: value.view(_BFLOAT16_IN_NPZ) if value.dtype == _BFLOAT16 else value for name, value in arrays.items()
     })  # fmt: skip
 
 
 def _for_paligemma(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The part that a PaliGemma checkpoint has, under its names."""
+    """Return the arrays that a PaliGemma checkpoint has, under its names."""
     part = {path: value for path, value in flat.items() if not re.fullmatch(NOT_IN_PALIGEMMA, path)}
     if not part:
         raise ValueError("the weights hold no PaliGemma (no array under PaliGemma/): write them as npz instead")
@@ -602,7 +602,7 @@ def _nest(flat: Mapping[str, Any], *, level: tuple[str, ...] = ("value",)) -> di
 
 
 def _on_host(value: Any) -> jax.Array:
-    """A numpy array as a JAX array in host memory: only of those Orbax notes chunks and sharding, as openpi's do."""
+    """Return a JAX array in host memory: Orbax stores chunks and sharding, as in openpi's files, only for these."""
     if isinstance(value, jax.Array):
         return value
     if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
@@ -612,7 +612,7 @@ def _on_host(value: Any) -> jax.Array:
 
 @contextlib.contextmanager
 def _replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A path beside ``target`` to write to; it takes the target's place at the end, or vanishes in an error."""
+    """Yield a path next to ``target`` to write to; it replaces the target at the end, or is deleted on an error."""
     _check_free(target, overwrite=overwrite)
     with _parents(target), unfinished.whole(target) as partial:
         yield partial
@@ -620,14 +620,14 @@ def _replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _parents(target: Path) -> Iterator[None]:
-    """Makes the folders above ``target``; those that were not there vanish in an error."""
+    """Create the folders above ``target``; on an error, remove those that did not exist before."""
     made = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
         for folder in made:
-            with contextlib.suppress(OSError):  # somebody else's files are in it by now
+            with contextlib.suppress(OSError):  # it may contain other files by now
                 folder.rmdir()
         raise
 

@@ -1,7 +1,7 @@
-"""Requests that wait become one compiled call: a bounded queue in the event loop, the model in a thread of its own.
+"""Batching of waiting requests into one compiled call: a queue in the event loop, the model in its own thread.
 
-A call takes what waits, up to ``max_batch_size``, padded to the next power of two, so that few shapes are compiled and
-all of them before the first request.
+A call takes the waiting requests, up to ``max_batch_size``, padded to the next power of two, so that few shapes are
+compiled and all of them before the first request.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from acrlpd.serving.request import Request
 
 
 def batch_sizes(max_batch_size: int) -> tuple[int, ...]:
-    """Powers of two up to ``max_batch_size``, which is the last: ``batch_sizes(6)`` is (1, 2, 4, 6)."""
+    """Return powers of two below ``max_batch_size``, then that number: ``batch_sizes(6)`` is (1, 2, 4, 6)."""
     powers = [2**k for k in range(max_batch_size.bit_length()) if 2**k < max_batch_size]
     return (*powers, max_batch_size)
 
 
 class Turns:
-    """Turns of clients: whoever comes gets the next one, behind those it has had already.
+    """A fair order of clients' requests: each request gets the next place after the client's previous ones.
 
-    A client alone has its turns in the order of its coming. Where several wait, each has as many as any other, whatever
-    number of requests one of them sends (start-time fair queueing).
+    Requests of a single client are served in the order of arrival. If several clients wait, all get equally many turns,
+    no matter how many requests one of them sends (start-time fair queueing).
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Turns:
         self._next: dict[Hashable, float] = {}
 
     def take(self, client: Hashable, cost: float = 1.0) -> float:
-        """Return the place of the client's next piece of work; the lowest place is served first."""
+        """Return the place of the client's next request; the lowest place is served first."""
         place = max(self._now, self._next.get(client, 0.0))
         self._next[client] = place + cost
         return place
@@ -55,14 +55,14 @@ class _Waiting:
 
 
 class Batcher:
-    """Answers requests in batches while its ``running`` context is open; clients take turns.
+    """A queue that answers requests in batches while its ``running`` context is open; clients take turns.
 
     Args:
-        policy: may be replaced at any time; a batch is computed by one policy.
-        max_batch_size: requests in one call.
-        batch_wait_s: how long the first of a batch waits for others, if ``expected`` says that there may be some.
-        expected: how many requests may come at the same time.
-        on_batch: told the number of requests, the padded size and the seconds of each call.
+        policy: may be replaced at any time; each batch is computed by one policy.
+        max_batch_size: max. requests in one call.
+        batch_wait_s: how long the first request of a batch waits for others, if ``expected`` says that some may come.
+        expected: returns how many requests may come at the same time.
+        on_batch: called with the number of requests, the padded size and the seconds of each call.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Batcher:
             self._thread.shutdown(wait=True)
 
     async def infer(self, request: Request, owner: Hashable = None) -> Data:
-        """The answer to one request of ``owner``. If this is cancelled while it waits, nothing is computed for it."""
+        """Answer one request of ``owner``. If this is cancelled while it waits, nothing is computed for it."""
         waiting = _Waiting(request, asyncio.get_running_loop().create_future(), self._turns.take(owner))
         self._queue.append(waiting)
         self._arrived.set()
@@ -113,7 +113,7 @@ class Batcher:
                 await self._answer(batch)
 
     async def _gather(self) -> list[_Waiting]:
-        """Those whose turn it is; for lack of enough of them, after a short wait for more."""
+        """Return the requests whose turn it is; if there are too few, wait for more for a short time."""
         while not self._queue:
             self._arrived.clear()
             await self._arrived.wait()
@@ -126,7 +126,7 @@ class Batcher:
         return self._next_batch()
 
     def _next_batch(self) -> list[_Waiting]:
-        """The first in turn, and those after it who can share its call; nobody whose sender has gone."""
+        """Return the first request in turn and later ones that can share its call; drop those of senders that left."""
         self._queue = [waiting for waiting in self._queue if not waiting.answer.done()]
         in_turn = sorted(self._queue, key=lambda waiting: waiting.place)
         batch = [each for each in in_turn if each.request.kind == in_turn[0].request.kind][: self.sizes[-1]]
@@ -145,7 +145,7 @@ class Batcher:
         except NotFiniteError as error:
             _tell(batch, [error if answer is None else answer for answer in error.answers])
             return
-        except Exception as error:  # noqa: BLE001  # each of those who wait raises it
+        except Exception as error:  # noqa: BLE001  # every waiting ``infer`` raises it
             _tell(batch, [error] * len(batch))
             return
         self._on_batch(len(batch), size, time.monotonic() - start)
@@ -153,7 +153,7 @@ class Batcher:
 
 
 def _tell(batch: Sequence[_Waiting], answers: Sequence[Data | Exception]) -> None:
-    """Hand over the answers to those who still wait for them."""
+    """Set the answers of requests that are still waiting."""
     for waiting, answer in zip(batch, answers, strict=True):
         if waiting.answer.done():
             continue

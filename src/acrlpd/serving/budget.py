@@ -1,4 +1,4 @@
-"""How much to compute for an answer that is due at a given time: the largest measured plan that fits."""
+"""Latency budget: choose the largest measured plan that can be computed before an answer is due."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 
 SHRINK = 4  # each plan has a quarter of the candidates of the one before
-SAFETY = 1.1  # a plan fits if this much of its expected time is left
+SAFETY = 1.1  # a plan fits if the time left is at least its expected time times this
 SMOOTHING = 0.1  # weight of a new measurement
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How much is computed for an answer."""
+    """The amount of computation for an answer."""
 
     num_samples: int  # candidates
-    num_steps: int  # Euler steps of the flow; of pi0-FAST, the most tokens
+    num_steps: int  # Euler steps of the flow; for pi0-FAST, the max. number of tokens
 
     def __post_init__(self):
         if self.num_samples < 1 or self.num_steps < 1:
@@ -23,7 +23,7 @@ class Plan:
 
 
 def smaller_plans(plan: Plan) -> tuple[Plan, ...]:
-    """``plan`` and ever smaller ones: fewer candidates first, then one candidate in half of the flow steps.
+    """Return ``plan`` and smaller ones: first with fewer candidates, then one candidate with half the flow steps.
 
     Plan(32, 10) gives 32, 8, 2 and 1 candidates in 10 steps, and 1 in 5.
     """
@@ -36,9 +36,9 @@ def smaller_plans(plan: Plan) -> tuple[Plan, ...]:
 
 
 class Budget:
-    """What each plan took when it was measured, and how much slower the machine is now.
+    """The measured time of each plan, and a factor for how much slower the machine is now.
 
-    The one factor for all plans is what lets a plan come back that had become too slow and was not tried since.
+    All plans share one factor, so a plan that became too slow and was not tried since can be chosen again.
     """
 
     def __init__(self, plans: Sequence[Plan]):
@@ -47,25 +47,25 @@ class Budget:
         self._slowdown = 1.0
 
     def measured(self, plan: Plan, size: int, seconds: float) -> None:
-        """The time of a plan for a batch of ``size``, compiled and alone."""
+        """Record the time of a plan for a batch of ``size``, compiled and without other load."""
         self._seconds[plan, size] = seconds
 
     def took(self, plan: Plan, size: int, seconds: float) -> None:
-        """The time of a call while serving."""
+        """Record the time of a call while serving."""
         if (plan, size) in self._seconds:
             ratio = seconds / self._seconds[plan, size]
             self._slowdown += SMOOTHING * (ratio - self._slowdown)
 
     def expected(self, plan: Plan, size: int) -> float:
-        """Seconds that a call will take."""
+        """Return the seconds that a call is expected to take."""
         return self._seconds[plan, size] * self._slowdown
 
     def choose(self, size: int, seconds_left: float) -> Plan:
-        """The largest plan that fits; the smallest if none does, since a late answer is better than none."""
+        """Return the largest plan that fits; the smallest if none does, since a late answer is better than none."""
         fitting = (plan for plan in self.plans if self.expected(plan, size) * SAFETY <= seconds_left)
         return next(fitting, self.plans[-1])
 
     def alone(self, seconds: float) -> Plan:
-        """Return the largest plan for a request that is served at once and alone; before anything is measured, all."""
+        """Return the largest plan for a request that is served at once and alone; before measurements, the largest."""
         smallest = min((size for _, size in self._seconds), default=None)
         return self.plans[0] if smallest is None else self.choose(smallest, seconds)

@@ -3,9 +3,9 @@
     array   {__ndarray__: true, data: bytes in C order, dtype: "<f4", shape: [2, 3]}
     scalar  {__npgeneric__: true, data: a plain number, dtype: "<f4"}
 
-Nothing is ever pickled: objects, structures and complex numbers are refused both ways, and so is bfloat16, whose dtype
-string says nothing but its size. float64 scalars and numpy strings go as plain numbers and texts, being subclasses of
-Python's; tuples come back as lists.
+Nothing is ever pickled: objects, structures and complex numbers are refused in both directions, and so is bfloat16,
+whose dtype string gives only its size. float64 scalars and numpy strings are sent as plain numbers and texts, because
+they are subclasses of Python's; tuples come back as lists.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ import msgpack
 import numpy as np
 
 ARRAY, SCALAR = b"__ndarray__", b"__npgeneric__"
-DTYPE = re.compile(r"[<>|=]?[a-zA-Z]\d+(\[\w+\])?")  # numpy itself would read far more, and Python literals among it
-MAX_ITEMS = 10_000  # entries of a list or dictionary, and of all in a message: each costs far more than its byte
+DTYPE = re.compile(r"[<>|=]?[a-zA-Z]\d+(\[\w+\])?")  # numpy itself accepts far more, even Python literals
+MAX_ITEMS = 10_000  # entries of a list or dictionary, and of all in a message: each costs much more than its bytes
 MAX_TEXT_BYTES = 2**16
 REFUSED = "VOc"  # kinds of dtype: structures and bfloat16, objects, complex numbers
 
 
 def pack(message: Any) -> bytes:
-    """The message's bytes, equal to openpi's.
+    """Return the message's bytes, identical to openpi's.
 
     Raises:
-        ValueError: an array of a kind that is refused.
-        TypeError: something that is neither plain nor numpy, such as an array on a device.
+        ValueError: an array has a dtype that is refused.
+        TypeError: a value is neither a plain Python value nor numpy's, such as an array on a device.
     """
     return msgpack.packb(message, default=_encode)
 
 
 def unpack(data: bytes) -> Any:
-    """The message; its arrays are read-only views of ``data``.
+    """Return the message; its arrays are read-only views of ``data``.
 
     Raises:
-        ValueError: the bytes are no message, an array in it is not what it says, or it holds very many things.
+        ValueError: the bytes are no message, an array does not match its description, or there are too many values.
     """
     items = 0
 

@@ -1,7 +1,7 @@
-"""A connection that is held to its share, from the moment it is accepted.
+"""Connections that are limited to their fair share from the moment they are accepted.
 
-Whoever says nothing gives way to those who come later (``Lobby``); whoever has cost the event loop much is read again
-after a rest (``Pace``); whoever sends crumbs, or leaves unread what it was sent, is cut off (``GuardedConnection``).
+A client that stays silent makes room for later ones (``Lobby``). One that has used much time of the event loop is read
+again only after a rest (``Pace``). One that sends tiny frames or does not read is cut off (``GuardedConnection``).
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from websockets.protocol import Event
 
 from acrlpd.serving.limits import RateLimit, client_address
 
-MAX_SILENT = 256  # connections that have not finished the opening handshake, TLS included
+MAX_SILENT = 256  # connections that have not finished the opening handshake, including TLS
 MAX_SILENT_PER_ADDRESS = 64
 BACKLOG = 128  # connections that the system holds until they are accepted
-CRUMB_BYTES = 1024  # a frame with less in it is a crumb
-MAX_CRUMBS, CRUMBS_PER_S = 64, 20.0  # at once, or since the last message that was answered; and for ever
-MAX_UNREAD_BYTES = 2**20  # written for a peer and not taken by it
-DISCARD_S = 0.1  # between two packets of a peer that has broken the rules and goes on
-CLOSE_S = 1.0  # for the end of a connection that is being closed
-FREE_S = 0.001  # of the event loop's time that nobody pays for: a usual message takes less
-REST = 8.0  # seconds of rest for each second beyond: all who rest have a ninth of the event loop together
-REST_ASIDE = 3.0  # for each second of work beside it: all who rest have a quarter of a core together
+CRUMB_BYTES = 1024  # a smaller frame is a crumb
+MAX_CRUMBS, CRUMBS_PER_S = 64, 20.0  # max. crumbs at once or since the last answered message; sustained rate
+MAX_UNREAD_BYTES = 2**20  # written for a peer that does not read them
+DISCARD_S = 0.1  # pause between two packets of a peer that has broken the protocol and goes on sending
+CLOSE_S = 1.0  # max. time to close a connection
+FREE_S = 0.001  # time of the event loop that is free of charge: a usual message takes less
+REST = 8.0  # seconds of rest per second beyond that: all resting clients together get 1/9 of the event loop
+REST_ASIDE = 3.0  # the same per second in another thread: all resting clients together get 1/4 of a core
 MAX_REST_S = 2.0
-HANDSHAKE_S = 0.002  # between two of an address that come and ask
+HANDSHAKE_S = 0.002  # delay of an address's next connections per request for one
 
 
 class Visitor(socket.socket):
@@ -41,13 +41,13 @@ class Visitor(socket.socket):
 
     lobby: Lobby
     address: str
-    hang_up: Callable[[], None]  # ends the connection from outside
+    hang_up: Callable[[], None]  # called by others to end the connection
 
     def cut(self) -> None:
-        """End the connection while no transport knows of it, or TLS has not begun."""
+        """End the connection while it has no transport, or before TLS has begun."""
         try:
             self.shutdown(socket.SHUT_RDWR)
-        except OSError:  # the peer was faster
+        except OSError:  # the peer has closed it already
             return
 
     def close(self) -> None:
@@ -56,7 +56,7 @@ class Visitor(socket.socket):
 
 
 class Listener(socket.socket):
-    """A listening socket whose visitors wait in a lobby; one is accepted at a time."""
+    """A listening socket whose visitors wait in a lobby; they are accepted one at a time."""
 
     lobby: Lobby
 
@@ -68,7 +68,7 @@ class Listener(socket.socket):
         return listener
 
     def listen(self, backlog: int = BACKLOG) -> None:
-        """Let the system hold many; asyncio accepts ``backlog`` of them in one go, while everything else waits."""
+        """Listen with a large backlog, whatever is asked: asyncio blocks while it accepts ``backlog`` connections."""
         super().listen(BACKLOG)
 
     def accept(self) -> tuple[Visitor, Any]:
@@ -80,9 +80,9 @@ class Listener(socket.socket):
 
 
 class Lobby:
-    """Connections whose handshake is not finished. Where there are too many, the one that came first has to go.
+    """The connections whose handshake is not finished. If there are too many, the oldest of the busiest address closes.
 
-    So silence keeps nobody out: whoever asks at once is served.
+    So silent connections keep nobody out: a client that makes its request at once is served.
     """
 
     def __init__(self, evicted: Callable[[], Any]):
@@ -107,12 +107,12 @@ class Lobby:
         self._evicted()
 
     def clear(self) -> None:
-        """End all of them: the server stops."""
+        """Close all of them, because the server stops."""
         for visitor in list(self._inside):
             visitor.hang_up()
 
     def meet(self, descriptor: int, hang_up: Callable[[], None]) -> Visitor | None:
-        """Return who has this file descriptor, and remember the way to end a connection that has a transport now."""
+        """Return the visitor with this file descriptor; from now on ``hang_up`` closes it, through its transport."""
         visitor = next((each for each in self._inside if each.fileno() == descriptor), None)
         if visitor is not None:
             visitor.hang_up = hang_up
@@ -123,9 +123,9 @@ class Lobby:
 
 
 class Pace:
-    """Rests: who has worked the event loop for a second is left alone for eight, and longer if others rest too.
+    """Rest periods: a client that used the event loop for a second is not read for eight, longer if others rest too.
 
-    Newcomers wait until everybody from their address has rested: nobody escapes by coming back.
+    New connections wait until all others from their address have rested, so reconnecting does not help.
     """
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ class Pace:
         self._doors: dict[str, float] = {}
 
     def charge(self, who: Hashable, address: str, seconds: float) -> float:
-        """Return the seconds for which ``who`` rests, after so much more rest that it owes when it is the only one."""
+        """Add ``seconds`` of rest, times the number of resting clients; return how long ``who`` rests from now on."""
         now = time.monotonic()
         self._until = {each: until for each, until in self._until.items() if until > now}
         resting = len(self._until.keys() | {who})
@@ -149,20 +149,20 @@ class Pace:
         self._until.pop(who, None)
 
     def wait(self, address: str) -> float:
-        """Return the seconds for which a newcomer waits."""
+        """Return the seconds for which a new connection waits."""
         return max(0.0, self._doors.get(address, 0.0) - time.monotonic())
 
     def open(self, address: str) -> None:
-        """Let the next newcomers wait a little longer: one of them has asked for something."""
+        """Let the next new connections of this address wait slightly longer, since one has made a request."""
         now = time.monotonic()
         self._doors = {each: until for each, until in self._doors.items() if until > now}
         self._doors[address] = min(now + MAX_REST_S, self._doors.get(address, now) + HANDSHAKE_S)
 
 
 class Hold:
-    """Bytes that have come and are not answered, of all connections together.
+    """The received bytes that are not answered yet, of all connections together.
 
-    Where they are too many, those who hold more than their share have to go, at their next bytes.
+    If there are too many, a connection that holds more than its share is closed when it sends more.
     """
 
     def __init__(self, max_bytes: int):
@@ -170,7 +170,7 @@ class Hold:
         self._bytes: collections.Counter[Hashable] = collections.Counter()
 
     def change(self, who: Hashable, by: int) -> bool:
-        """Return whether ``who`` may hold what it holds now."""
+        """Change the bytes of ``who`` and return whether it may hold so many."""
         self._bytes[who] = max(0, self._bytes[who] + by)
         return self._bytes.total() <= self._max_bytes or self._bytes[who] <= self._max_bytes / len(self._bytes)
 
@@ -179,7 +179,7 @@ class Hold:
 
 
 class _Gate:
-    """A transport that reads while nobody has asked it to pause: neither the queue of frames nor a rest."""
+    """A transport that reads unless the queue of frames or a rest has paused it."""
 
     def __init__(self, transport: asyncio.Transport):
         self._transport = transport
@@ -199,11 +199,11 @@ class _Gate:
 
 
 class GuardedConnection(ServerConnection):
-    """A websocket under the rules of this module.
+    """A websocket connection under the limits of this module.
 
     Args:
-        timeout_s: how long a peer may leave what it was sent, and take to send a frame.
-        alone: whether nobody else is connected who could be disturbed.
+        timeout_s: how long a peer may leave data unread, and how long it may take to send a frame.
+        alone: returns whether nobody else is connected who could be disturbed.
     """
 
     def __init__(
@@ -217,13 +217,13 @@ class GuardedConnection(ServerConnection):
         **options: Any,
     ):
         super().__init__(*arguments, **options)
-        self.owner: Hashable = None  # whose requests take turns with those of others: a key, or an address
-        self.asked_at = time.monotonic()  # the last time; before that, when it came
+        self.owner: Hashable = None  # the client whose requests take turns with others': a key or an address
+        self.asked_at = time.monotonic()  # time of the last request; before the first, of the connection
         self._lobby, self._pace, self._hold = lobby, pace, hold
         self._timeout_s, self._alone = timeout_s, alone
         self._crumbs = RateLimit(CRUMBS_PER_S, burst=MAX_CRUMBS)
         self._closing = False
-        self._busy_s = 0.0  # with the message that is coming
+        self._busy_s = 0.0  # processor time spent on the current message
         self._unread: asyncio.TimerHandle | None = None
         self._late: asyncio.TimerHandle | None = None
         self._ending: asyncio.TimerHandle | None = None
@@ -238,7 +238,7 @@ class GuardedConnection(ServerConnection):
         self._rest(self._pace.wait(self.address))
 
     def ask(self) -> None:
-        """Count a request for a websocket, or for anything else."""
+        """Count an HTTP request, for a websocket or anything else."""
         self._pace.open(self.address)
 
     def admit(self) -> None:
@@ -261,7 +261,7 @@ class GuardedConnection(ServerConnection):
         self._take_frame(frame)
 
     def answered(self, message: bytes | str) -> None:
-        """Forget the frames of a message that has its answer."""
+        """Forget the frames of a message that was answered."""
         self._crumbs.refill()
         self._busy_s = 0.0
         self._hold.change(self, -len(message))
@@ -276,12 +276,12 @@ class GuardedConnection(ServerConnection):
             self.transport.abort()
         elif self._ending is None and self.protocol.close_expected():
             self._ending = self.loop.call_later(CLOSE_S, self.transport.abort)
-        if self.protocol.parser_exc is not None:  # it has broken the rules: what it still sends is thrown away, slowly
+        if self.protocol.parser_exc is not None:  # it broke the protocol: discard what it still sends, slowly
             self._rest(DISCARD_S)
 
     @contextlib.contextmanager
     def work(self) -> Iterator[None]:
-        """Count the processor's time that a message takes of the event loop; too much of it costs a rest."""
+        """Count the processor time that a message takes in the event loop; too much of it leads to a rest."""
         start = time.thread_time()
         try:
             yield
@@ -291,7 +291,7 @@ class GuardedConnection(ServerConnection):
                 self._owe(REST * (self._busy_s - max(before, FREE_S)))
 
     def worked_aside(self, seconds: float) -> None:
-        """Count the time that a message took in a thread of its own."""
+        """Count the time that a message took in another thread."""
         if seconds > FREE_S:
             self._owe(REST_ASIDE * (seconds - FREE_S))
 
@@ -312,7 +312,7 @@ class GuardedConnection(ServerConnection):
             self._gate.resume_reading("rest")
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
-        """Close, and from now on read nothing but the peer's goodbye, without a rest."""
+        """Close; from now on read only the peer's closing handshake, without a rest."""
         self._closing = True
         self._pace.forget(self)
         for held_up_by in ("rest", "queue"):
@@ -339,6 +339,6 @@ class GuardedConnection(ServerConnection):
         self._hold.forget(self)
         self._pace.forget(self)
         super().connection_lost(exc)
-        del self.protocol.recv_frame  # this object, and below the last frame: both would wait for the collector
+        del self.protocol.recv_frame  # breaks a reference cycle; below, the traceback makes another
         if self.protocol.parser_exc is not None:
             self.protocol.parser_exc.__traceback__ = None

@@ -1,4 +1,4 @@
-"""Where clients come in: the address, the certificate, the keys, and how much a server takes.
+"""The entrance for clients: the address, the certificate, the API keys and the server's limits.
 
 ``open_door`` finds every mistake in these before anything large is loaded.
 """
@@ -16,31 +16,31 @@ from pathlib import Path
 from acrlpd.serving.limits import is_loopback
 
 MAX_PORT = 65535
-NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # one of a name's addresses, as ::1 of localhost without IPv6
+NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # for an address of a name, such as localhost's ::1 without IPv6
 
 
 @dataclasses.dataclass(frozen=True)
 class ServerConfig:
-    """Address and limits. The defaults serve one machine's own robots."""
+    """Address and limits of a server. The defaults are for robots on the same machine."""
 
     host: str = "127.0.0.1"
-    port: int = 8000  # 0: any free one
+    port: int = 8000  # 0: any free port
     max_batch_size: int = 8  # requests in one call of the policy
-    batch_wait_s: float = 0.002  # how long a request waits for others to join it, where other clients are connected
-    max_concurrent_requests: int = 64  # decoded, waiting and running; more are refused, but for one of each client
+    batch_wait_s: float = 0.002  # how long a request waits for others to join it, if other clients are connected
+    max_concurrent_requests: int = 64  # decoded, waiting and running; beyond that, only one per client is accepted
     request_timeout_s: float = 30.0
-    max_requests_per_s: float | None = None  # of one connection; None: no limit
+    max_requests_per_s: float | None = None  # per connection; None: no limit
     max_connections: int = 64
     max_connections_per_address: int = 64
     max_message_bytes: int = 16 * 1024**2
     max_picture_pixels: int = 1920 * 1080
-    message_timeout_s: float = 10.0  # for a handshake, a message that has begun, and for an answer to be taken
-    ping_interval_s: float = 20.0  # a peer that answers no ping for as long again is gone
-    allow_anonymous: bool = False  # serve an address that others can reach without a key
-    tls_cert: str | None = None  # a PEM file, as its key
+    message_timeout_s: float = 10.0  # max. time for a handshake, for the rest of a message, and for reading an answer
+    ping_interval_s: float = 20.0  # a peer that does not answer a ping within the same time counts as gone
+    allow_anonymous: bool = False  # serve without a key on an address that others can reach
+    tls_cert: str | None = None  # a PEM file, like tls_key
     tls_key: str | None = None
     reload_interval_s: float | None = None  # look for a newer checkpoint this often; None: never
-    drain_timeout_s: float = 30.0  # for the requests under way when the server is told to stop
+    drain_timeout_s: float = 30.0  # for the requests in progress when the server is told to stop
     show_tracebacks: bool = False  # send them to clients, as openpi does
 
     def __post_init__(self):
@@ -63,7 +63,7 @@ class ServerConfig:
             raise ValueError("TLS needs both a certificate and its key: give tls_cert and tls_key, or neither")
 
     def url(self, port: int) -> str:
-        """Return what a client on this machine connects to."""
+        """Return the URL for clients on this machine."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'wss' if self.tls_cert else 'ws'}://{host}:{port}"
 
@@ -81,7 +81,7 @@ SECONDS = ("request_timeout_s", "message_timeout_s", "ping_interval_s", "drain_t
 
 @dataclasses.dataclass(frozen=True)
 class Door:
-    """Sockets that are bound and do not listen yet, and the certificate."""
+    """The certificate and the sockets, which are bound but do not listen yet."""
 
     sockets: tuple[socket.socket, ...]
     tls: ssl.SSLContext | None
@@ -96,10 +96,10 @@ class Door:
 
 
 def open_door(config: ServerConfig, api_keys: Sequence[str]) -> Door:
-    """Check keys and certificate and take the port.
+    """Check keys and certificate and bind the port.
 
     Raises:
-        ValueError: one of them cannot be used; the text says which, and what to do.
+        ValueError: one of them cannot be used; the message says which, and what to do.
     """
     check_keys(config, api_keys)
     tls = _ssl_context(config)
@@ -107,7 +107,7 @@ def open_door(config: ServerConfig, api_keys: Sequence[str]) -> Door:
 
 
 def check_keys(config: ServerConfig, api_keys: Sequence[str]) -> None:
-    """Refuse keys that no header can carry, and to be reached by others without any."""
+    """Refuse keys that a header cannot hold, and an address that others can reach without a key."""
     if not all(key.isascii() and key.isprintable() and key.strip() == key != "" for key in api_keys):
         raise ValueError("an API key must be printable ASCII without spaces around it, and not empty")
     if not (api_keys or config.allow_anonymous or is_loopback(config.host)):
@@ -184,7 +184,7 @@ def _ssl_context(config: ServerConfig) -> ssl.SSLContext | None:
 
 
 def _no_password(key: str) -> Callable[[], str]:
-    """Return what is called for an encrypted key; without it, the server would wait at the terminal for ever."""
+    """Return a password callback that refuses encrypted keys; without it, the server would wait at the terminal."""
 
     def refuse() -> str:
         raise ValueError(f"{key} is encrypted; decrypt it first (openssl pkey), readable by this user alone")

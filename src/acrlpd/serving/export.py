@@ -1,8 +1,8 @@
-"""A trained agent as files that need none of this code: the whole inference function, and the weights beside it.
+"""Export of a trained agent to files that need none of this code: the whole inference function and its weights.
 
 inference.stablehlo     the function, for ``jax.export.deserialize``
 weights.safetensors     its first argument, a dictionary of arrays
-inputs.json             its second argument: name, shape and dtype of each input; and what comes out
+inputs.json             its second argument: name, shape and dtype of each input; and the outputs
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 @dataclasses.dataclass(frozen=True)
 class Interface:
-    """How the exported function meets the robot."""
+    """The interface between the exported function and the robot."""
 
     stats: Mapping[str, NormStats]
-    quantiles: bool  # how they normalize
+    quantiles: bool  # normalize with quantiles instead of mean and standard deviation
     spec: Observation  # the model's observation, without a batch axis
     plan: Plan
     greedy: bool = True  # False: the policy alone, without the critic's choice
-    robot: Platform | None = None  # whose numbers go in and come out; None: those of the data
-    delta_mask: tuple[bool, ...] = ()  # actions that the policy has relative to the state
+    robot: Platform | None = None  # the robot whose units inputs and outputs have; None: the data's units
+    delta_mask: tuple[bool, ...] = ()  # the action dimensions that the policy predicts relative to the state
     unseen: tuple[str, ...] = ()  # the model's cameras that the robot does not have
 
 
 def write_stablehlo(folder: Path, agent: ACRLPDAgent, interface: Interface, *, batch_size: int = 1) -> None:
-    """Writes the three files. The function takes raw states, pictures of the model's size and prompt tokens, and gives
-    actions in the robot's units; seeds decide the draws as in ``Policy.infer``."""
+    """Write the three files. The function takes raw states, pictures of the model's size and prompt tokens, and returns
+    actions in the robot's units; seeds determine the random numbers as in ``Policy.infer``."""
     from safetensors.numpy import save_file
 
     acting = dataclasses.replace(agent, opt_state={}, target_critic={})
@@ -69,7 +69,7 @@ def write_stablehlo(folder: Path, agent: ACRLPDAgent, interface: Interface, *, b
 
 
 def _flat(agent: ACRLPDAgent) -> tuple[dict[str, Array], Any]:
-    """The agent's arrays by name, and the way back: structure without arrays."""
+    """Return the agent's arrays by name, and a function that rebuilds the agent from them."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(agent)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
@@ -128,10 +128,10 @@ def _infer(agent: ACRLPDAgent, interface: Interface, inputs: Mapping[str, Array]
 
 
 def _affine(stats: NormStats, quantiles: bool) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
-    """Normalized is (x - offset) / scale, by ``data.normalize``'s two formulas."""
+    """Return offset and scale such that (x - offset) / scale normalizes as one of ``data.normalize``'s two formulas."""
     if not quantiles:
         return jnp.float32(stats.mean), jnp.float32(stats.std + 1e-6)
-    assert stats.q01 is not None and stats.q99 is not None  # noqa: PT018  # Normalize has refused others
+    assert stats.q01 is not None and stats.q99 is not None  # noqa: PT018  # Normalize refuses stats without them
     half = (stats.q99 - stats.q01 + 1e-6) / 2
     return jnp.float32(stats.q01 + half), jnp.float32(half)
 
@@ -141,7 +141,7 @@ def _affine(stats: NormStats, quantiles: bool) -> tuple[Float[Array, " d"], Floa
 
 @jax.jit
 def member_td_errors(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -> Float[Array, " e"]:
-    """Mean absolute TD error of each critic on a batch, against the target of the whole ensemble."""
+    """Return each critic's mean absolute TD error on a batch, against the target of the whole ensemble."""
     config = agent.config
     noise_rng, subset_rng = jax.random.split(rng)
     modules = agent.acting_modules()
@@ -158,5 +158,5 @@ def member_td_errors(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -
 
 
 def keep_critics(critic: Params, members: np.ndarray) -> Params:
-    """An ensemble's parameters, of these members alone; all are stacked along the first axis."""
+    """Return the parameters of these members of an ensemble; members are stacked along the first axis."""
     return jax.tree.map(functools.partial(jnp.take, indices=jnp.asarray(members), axis=0), critic)

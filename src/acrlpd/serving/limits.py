@@ -1,4 +1,4 @@
-"""What a server will not take: too much at once, too large, from too far away."""
+"""Limits of a server: the rate of requests, the size of their contents, and who may connect."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def is_loopback(host: str) -> bool:
 
 
 def client_address(peer: Any) -> str:
-    """Return what counts as one address: of IPv6 the network of 64 bits, all of which one machine may have."""
+    """Return the address of a client; for IPv6 its /64 network, since one machine may have all addresses in it."""
     if not peer:
         return "gone"
     address = ipaddress.ip_address(str(peer[0]).partition("%")[0])
@@ -29,7 +29,7 @@ def client_address(peer: Any) -> str:
 
 
 class RateLimit:
-    """A token bucket: on average ``per_s`` events a second, at most ``burst`` at once, by default a second's worth."""
+    """A token bucket: ``per_s`` events per second on average, at most ``burst`` at once (default: one second's)."""
 
     def __init__(self, per_s: float | None, *, burst: float | None = None):
         self._per_s = per_s
@@ -52,11 +52,11 @@ class RateLimit:
 
 
 MAX_SIDE = 8192  # pixels
-MAX_TEXT = 4096  # characters, of a prompt or a name
+MAX_TEXT = 4096  # characters in a prompt or a name
 
 
 def check_size(value: Any, max_pixels: int, path: str = "observation") -> None:
-    """Refuses what no camera, joint or person gives: a small message could otherwise become a large computation."""
+    """Refuse arrays and texts larger than any real input: otherwise a small message could cause much computation."""
     if isinstance(value, dict):
         for key, entry in value.items():
             check_size(entry, max_pixels, f"{path}/{key!s:.50}")
@@ -73,4 +73,4 @@ def check_size(value: Any, max_pixels: int, path: str = "observation") -> None:
     is_text = isinstance(value, (str, bytes)) or (isinstance(value, np.ndarray) and value.dtype.kind in "US")
     length = value.nbytes // 4 if isinstance(value, np.ndarray) else len(value) if is_text else 0
     if is_text and length > MAX_TEXT:
-        raise ValueError(f"{path} is a text of {length} characters, {MAX_TEXT} is the most")
+        raise ValueError(f"{path} is a text of {length} characters; at most {MAX_TEXT} are allowed")

@@ -1,7 +1,7 @@
-"""A policy call: observations in the robot's words to chunks of actions in its units, as openpi answers them.
+"""A policy call: from observations in the robot's format to action chunks in its units, with openpi's answers.
 
-``Policy.infer`` answers one observation. A server calls the two halves itself: ``prepare`` for each request, in any
-thread, and ``infer_batch`` for those that arrived together, which is one compiled call.
+``Policy.infer`` answers one observation. A server calls its two halves itself: ``prepare`` for each request, in any
+thread, and ``infer_batch`` for requests that arrived together, which is one compiled call.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from acrlpd.types import AnyArray, Metrics, Observation
 
 logger = logging.getLogger(__name__)
 
-KEYS_AT_A_TIME = 256  # a split alone costs as much as all else that is done with a small observation
-MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)  # of transforms, about strange data
+KEYS_AT_A_TIME = 256  # one split alone costs as much as all other work for a small observation
+MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)  # raised by transforms on bad data
 
 
 class NotFiniteError(FloatingPointError):
-    """Some actions are not finite. ``answers`` are those of a batch that can be sent; None stands for the others."""
+    """Some actions are not finite. ``answers`` holds the batch's answers, with None for those that cannot be sent."""
 
     def __init__(self, answers: Sequence[Data | None]):
         super().__init__("the policy returned actions that are not finite; none of them is sent to a robot")
@@ -46,9 +46,9 @@ class NotFiniteError(FloatingPointError):
 
 @struct.dataclass
 class Draws:
-    """Where each request's chunks come from: its own key, so that company in the batch changes nothing; or its noise.
+    """The randomness of each request: its own key, so results do not depend on what else is in the batch; or noise.
 
-    A key is the two words of a threefry key. With guidance, chunks continue those being executed.
+    A key is the two words of a threefry key. Noise comes from the caller. With guidance, chunks continue current ones.
     """
 
     keys: UInt32[AnyArray, "b 2"]
@@ -57,20 +57,20 @@ class Draws:
 
 
 class Sampler(Protocol):
-    """What draws chunks: a policy alone, or an agent that chooses among its samples."""
+    """A sampler of chunks: a policy alone, or an agent that chooses among its samples."""
 
-    plan: Plan  # of an answer that nobody hurries
+    plan: Plan  # of an answer without a deadline
     action_shape: tuple[int, int]  # horizon and width of the model's chunks
 
     def __call__(
         self, observation: Observation, draws: Draws, plan: Plan
     ) -> tuple[Float[AnyArray, "b h a"] | Int[AnyArray, "b steps"], Mapping[str, AnyArray]]:
-        """Normalized chunks, or the tokens they are written in; and numbers about each choice, which lead with b."""
+        """Return normalized chunks, or their tokens; and statistics of each choice, whose first axis is b."""
         ...
 
 
 class FlowSampler:
-    """One chunk of a flow policy, in openpi's draws for a key."""
+    """A sampler of one chunk of a flow policy, with openpi's random numbers for a key."""
 
     def __init__(self, policy: FlowPolicy, *, num_steps: int = 10):
         self.plan = Plan(1, num_steps)
@@ -95,9 +95,9 @@ class FlowSampler:
 
 
 class TokenSampler:
-    """The text that pi0-FAST goes on with; ``TokenizeFast.inverse`` finds the chunk in it.
+    """A sampler of the tokens that pi0-FAST generates; ``TokenizeFast.inverse`` decodes the chunk from them.
 
-    Each request is decoded to its own end, with openpi's draws for its key: company in the batch changes nothing.
+    Each request is decoded to its own end with openpi's random numbers for its key, independently of its batch.
     """
 
     def __init__(self, policy: Pi0Fast, *, temperature: float = 0.0, max_decoding_steps: int = 256):
@@ -125,10 +125,10 @@ class TokenSampler:
 
 
 class AgentSampler:
-    """The chunk that an agent chooses: ``greedy`` the best of N by the critic, ``bc`` one sample of the flow.
+    """A sampler of an agent's chunk: with ``greedy``, the critic's best of N; with ``bc``, one sample of the flow.
 
-    The draws for a key are those of ``ACRLPDAgent.sample_actions`` for one observation. Optimiser state and target
-    critics are let go.
+    The random numbers for a key are those of ``ACRLPDAgent.sample_actions`` for one observation. Optimiser state and
+    target critics are not kept.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ def _guided(policy: FlowPolicy, draws: Draws) -> FlowPolicy:
 
 
 def _drawing_keys(rng: PRNGKeyArray) -> Iterator[UInt32[np.ndarray, " 2"]]:
-    """The second half of each split, the first of which is split again; a block of them is one compiled call."""
+    """Yield the second key of each split, whose first key is split again; a block of splits is one compiled call."""
     while True:
         rng, block = _split_often(rng)
         yield from np.asarray(block)
@@ -208,17 +208,17 @@ def _keys(draws: Draws) -> PRNGKeyArray:
 
 
 class Policy:
-    """A sampler behind one list of transforms.
+    """A sampler with its transforms.
 
     Args:
-        sampler: a ``FlowPolicy`` stands for a ``FlowSampler`` of ten steps.
-        transform: from the robot's observation to the model's, and its inverse for the answer.
+        sampler: a ``FlowPolicy`` is wrapped in a ``FlowSampler`` of ten steps.
+        transform: maps the robot's observation to the model's; its inverse maps the answer back.
         spec: shapes and dtypes of the model's observation, without a batch axis; other observations are refused
             before they reach the model. None: not known.
-        real_time: chunks may continue the one being executed, which is another compiled program.
+        real_time: chunks may continue the one being executed, which needs another compiled program.
         budget_s: how long an answer may take; as many candidates and flow steps are computed as fit. None: always all.
-        rng: openpi's default is key 0; it is split once a call, and the second half draws.
-        metadata: what a server tells each client that connects.
+        rng: by default key 0, as in openpi; each call splits it once and uses the second key.
+        metadata: sent by a server to each client that connects.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class Policy:
         self._budget = None if budget_s is None else Budget(smaller_plans(self._sampler.plan))
         self._keys = _drawing_keys(jax.random.key(0) if rng is None else rng)
         self._keys_lock = threading.Lock()
-        self._sizes: tuple[int, ...] = ()  # of the batches that are compiled
+        self._sizes: tuple[int, ...] = ()  # of the compiled batches
         self._told_unguided = False
         self.metadata = dict(metadata or {})
 
@@ -249,10 +249,10 @@ class Policy:
         return self._sampler.plan
 
     def infer(self, obs: Data, *, noise: Float[np.ndarray, "*b h a"] | None = None) -> Data:
-        """The answer to one observation, which has no batch axis; ``noise`` may have one of 1.
+        """Return the answer to one observation, which has no batch axis; ``noise`` may have one of size 1.
 
-        ``actions`` [h a] in the robot's units; ``state`` unless the robot's transform drops it, as openpi's three do;
-        ``policy_timing`` with ``infer_ms``, the time of the model alone; ``policy_statistics`` if asked for;
+        It holds ``actions`` [h a] in the robot's units; ``state`` unless the robot's transform drops it, as openpi's
+        three do; ``policy_timing`` with ``infer_ms``, the time of the model alone; ``policy_statistics`` on request;
         ``real_time`` with the reason if the chunk could not continue the ``previous_actions`` that were sent.
         """
         request = self.prepare(obs)
@@ -262,13 +262,13 @@ class Policy:
         return self.infer_batch([request])[0]
 
     def prepare(self, obs: Data) -> Request:
-        """Everything before the model, for one observation; ``obs`` is left as it is, its ``actions`` are not read.
+        """Do everything before the model for one observation; ``obs`` is not changed, its ``actions`` are not read.
 
         Raises:
-            ValueError: it is not what the model takes: a shape, a dtype, a number that is not finite, an option.
+            ValueError: a shape, a dtype or an option is wrong, or a number is not finite.
         """
         start = time.monotonic()
-        data = {key: value for key, value in obs.items() if key != "actions"}  # which a recorded row has
+        data = {key: value for key, value in obs.items() if key != "actions"}  # recorded rows have actions
         options = Options.parse(data.pop(OPTIONS_KEY, {}))
         guided = self._continues(options)
         if guided and options.previous_actions is not None:
@@ -297,18 +297,18 @@ class Policy:
         )
 
     def _continues(self, options: Options) -> bool:
-        """Return whether the chunk continues another; if it should and cannot, the log says why, once."""
+        """Return whether the chunk continues another; the reason if it cannot is logged once."""
         if options.previous_actions is None:
             return False
         if not self._real_time:
             raise ValueError(f"{OPTIONS_KEY}.previous_actions needs real-time chunking, which is off (--real_time)")
         if options.unguided and not self._told_unguided:
             self._told_unguided = True
-            logger.warning("a chunk of a client is %s; further ones are told to their clients alone", options.unguided)
+            logger.warning("a chunk of a client is %s; further ones are reported to clients only", options.unguided)
         return options.unguided is None
 
     def _whole_chunk(self, previous: Float[np.ndarray, "t a"]) -> Float[np.ndarray, "h a"]:
-        """The rest of a chunk, its last action repeated to the horizon; the weights there are zero."""
+        """Extend the rest of a chunk to the horizon by repeating its last action; the weights there are zero."""
         horizon = self._sampler.action_shape[0]
         if len(previous) > horizon:
             raise ValueError(f"{OPTIONS_KEY}.previous_actions has {len(previous)} steps, a chunk has {horizon}")
@@ -317,7 +317,7 @@ class Policy:
         return np.concatenate([previous, np.repeat(previous[-1:], horizon - len(previous), axis=0)])
 
     def _guidance(self, actions: np.ndarray, options: Options) -> Guidance:
-        assert options.previous_actions is not None  # or there is nothing to continue
+        assert options.previous_actions is not None  # otherwise there is nothing to continue
         horizon, width = self._sampler.action_shape
         if actions.shape != (horizon, width):
             raise ValueError(
@@ -328,7 +328,7 @@ class Policy:
         return Guidance(np.asarray(actions, np.float32), weights)
 
     def _seconds_for(self, options: Options) -> float | None:
-        """Return how long the answer may take; None: as long as it takes."""
+        """Return how long the answer may take; None: without limit."""
         if self._budget_s is None and options.deadline_ms is not None:
             raise ValueError(f"{OPTIONS_KEY}.deadline_ms needs a policy with a latency budget (--latency_budget_ms)")
         return self._budget_s if options.deadline_ms is None else options.deadline_ms / 1000
@@ -336,13 +336,13 @@ class Policy:
     def infer_batch(
         self, requests: Sequence[Request], *, size: int | None = None, plan: Plan | None = None
     ) -> list[Data]:
-        """Return the answers to requests that came together, each as if it had come alone.
+        """Return the answers to requests that arrived together; each is the same as if it had arrived alone.
 
-        Those of one kind share a call, padded to ``size``; where kinds meet, each is padded to the next size that is
-        compiled.
+        Requests of one kind share a call, padded to ``size``; if there are several kinds, each is padded to the next
+        compiled size.
 
         Raises:
-            NotFiniteError: some actions are not finite; the other answers are in it.
+            NotFiniteError: some actions are not finite; the error holds the other answers.
         """
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for index, request in enumerate(requests):
@@ -368,7 +368,7 @@ class Policy:
         plan = plan or self._plan_for(rows, start)
         chunks, values = self._sampler(*_stacked(rows), plan)
         if not any(request.options.statistics for request in requests):
-            values = {}  # not worth the way from the device
+            values = {}  # not worth the transfer from the device
         chunks, values = jax.device_get((chunks, values))
         infer_s = time.monotonic() - start
         if self._budget is not None:
@@ -389,7 +389,7 @@ class Policy:
         return self._budget.choose(len(rows), min(deadlines) - now)
 
     def warm_up(self, sizes: Sequence[int]) -> None:
-        """Compiles the model for batches of these sizes, so that no request waits; measures it under a budget."""
+        """Compile the model for batches of these sizes, so that no request waits; with a budget, also measure it."""
         if self._spec is None:
             raise ValueError("a policy without a spec does not know which shapes to compile")
         self._sizes = tuple(sorted(sizes))
@@ -402,11 +402,11 @@ class Policy:
             for size in sizes:
                 for plan in self._budget.plans if self._budget else (self.plan,):
                     seconds = self._measure([request] * size, plan)
-                    if self._budget is not None:  # with guidance, the slower of the two, is the later one
+                    if self._budget is not None:  # the last measurement counts: with guidance, which is slower
                         self._budget.measured(plan, size, seconds)
 
     def _measure(self, rows: Sequence[Request], plan: Plan) -> float:
-        """Seconds of a compiled call, the fastest of a few; nothing is repeated where there is no budget."""
+        """Return the seconds of a compiled call, the fastest of a few; without a budget, call only once."""
         seconds = []
         for _ in range(1 + MEASUREMENTS if self._budget else 1):
             start = time.monotonic()
@@ -430,14 +430,14 @@ def _answer(
     answer["policy_timing"] = {"infer_ms": infer_s * 1000}
     if request.options.unguided:
         answer["real_time"] = request.options.unguided
-    if request.options.statistics:  # plain numbers: a client's chunk broker would cut arrays into steps
+    if request.options.statistics:  # plain numbers, because a client's chunk broker would split arrays into steps
         chosen = {name: np.asarray(value[row]).tolist() for name, value in values.items()}
         answer["policy_statistics"] = chosen | dataclasses.asdict(plan)
     return answer
 
 
 def _stacked(rows: Sequence[Request]) -> tuple[Observation, Draws]:
-    """One batch of requests of one kind."""
+    """Stack requests of one kind into a batch."""
     observation = _stack([row.observation for row in rows])
     noise = [row.noise for row in rows if row.noise is not None]
     guidance = [row.guidance for row in rows if row.guidance is not None]

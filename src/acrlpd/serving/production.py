@@ -1,4 +1,4 @@
-"""What a robot platform is served with."""
+"""Serving settings of each robot platform."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ Platform = Literal["droid", "aloha", "libero"]
 
 
 class ProductionConfig(TypedDict):
-    """One row of the table."""
+    """The settings of one platform."""
 
     num_diffusion_steps: int  # Euler steps of the flow
     best_of_n_samples: int
-    critic_ensemble_size: int  # the best of them by TD error, chosen by the export
+    critic_ensemble_size: int  # the export keeps the best critics by TD error
     max_concurrent_requests: int  # more are refused
     request_timeout: float  # seconds
 

@@ -1,4 +1,4 @@
-"""One request: what a client sent, checked, and what it wants of the answer."""
+"""One request: a client's checked observation, and its options for the answer."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from acrlpd.models.flow import Guidance
 from acrlpd.serving.budget import Plan
 from acrlpd.types import Observation
 
-OPTIONS_KEY = "acrlpd"  # of an observation: options of ours, which openpi's clients never send
+OPTIONS_KEY = "acrlpd"  # key in an observation of our own options, which openpi's clients never send
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a client may ask for under the key ``acrlpd`` of an observation; every entry is optional."""
+    """The options that a client may send under the key ``acrlpd`` of an observation; every entry is optional."""
 
-    seed: int | None = None  # the same seed and observation give the same answer; None: each answer draws anew
-    statistics: bool = False  # the answer tells what the critic thought
-    deadline_ms: float | None = None  # compute as much as is ready by then; None: the policy's own budget
+    seed: int | None = None  # the same seed and observation give the same answer; None: every answer is drawn anew
+    statistics: bool = False  # add the critic's values to the answer
+    deadline_ms: float | None = None  # compute as much as fits into this time; None: the policy's own budget
     previous_actions: Float[np.ndarray, "t a"] | None = None  # of the chunk being executed, from this observation on
-    delay: int = 0  # steps of it that will have been executed when the answer is there; more than it has: no guidance
+    delay: int = 0  # steps of it executed by the time the answer arrives; if it has fewer steps: no guidance
 
     def __post_init__(self):
         if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed < 2**32):
@@ -49,7 +49,7 @@ class Options:
 
     @property
     def unguided(self) -> str | None:
-        """Return why the chunk continues nothing although ``previous_actions`` came; None if it does, or none came."""
+        """The reason why the chunk does not continue the given ``previous_actions``; None if it does, or none came."""
         if self.previous_actions is None:
             return None
         steps = len(self.previous_actions)
@@ -61,7 +61,7 @@ class Options:
 
     @classmethod
     def parse(cls, values: Any) -> Options:
-        """From a client's dictionary; an unknown entry is refused."""
+        """Read the options from a client's dictionary; refuse unknown entries."""
         if not isinstance(values, Mapping):
             raise ValueError(f"{OPTIONS_KEY} must be a dictionary of options, got {type(values).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]
@@ -79,7 +79,7 @@ class Options:
 
 
 def _is_nothing(rest: Any) -> bool:
-    """Whether a client sent a rest of a chunk in which no step is left, in whatever form."""
+    """Return whether the rest of a chunk that a client sent has no steps, in whatever form."""
     if isinstance(rest, np.ndarray):
         return rest.shape[:1] == (0,)
     return rest is None or rest == []
@@ -87,7 +87,7 @@ def _is_nothing(rest: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One observation on its way into the model, without a batch axis, and what its sender wants of the answer."""
+    """One observation for the model, without a batch axis, and its sender's options for the answer."""
 
     observation: Observation
     key: UInt32[np.ndarray, " 2"]
@@ -95,16 +95,16 @@ class Request:
     guidance: Guidance | None = None
     options: Options = dataclasses.field(default_factory=Options)
     deadline: float | None = None  # on the monotonic clock
-    plan: Plan | None = None  # what its deadline leaves time for if it is served at once; None: no deadline
+    plan: Plan | None = None  # the largest one before its deadline if it is served at once; None: no deadline
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Return what requests must have in common to share a call without changing each other's answers."""
+        """The properties that requests must share to be in one call without changing each other's answers."""
         return self.guidance is not None, self.noise is not None, self.plan
 
 
 def outline(data: Mapping[str, Any], path: str = "") -> str:
-    """The keys of an observation, with the shapes of its arrays."""
+    """Return the keys of an observation with the dtypes and shapes of its arrays, as text."""
     parts = []
     for key, value in data.items():
         if isinstance(value, Mapping):
@@ -116,10 +116,10 @@ def outline(data: Mapping[str, Any], path: str = "") -> str:
 
 
 def conform(observation: Observation, spec: Observation) -> Observation:
-    """The observation with exactly the spec's entries; cameras beyond them are dropped, as openpi's models do.
+    """Return the observation with exactly the spec's entries; other cameras are dropped, as openpi's models do.
 
     Raises:
-        ValueError: an entry is missing, has another shape or dtype, or a state that is not finite.
+        ValueError: an entry is missing or has another shape or dtype, or the state is not finite.
     """
     missing = spec.images.keys() - observation.images.keys()
     if missing:

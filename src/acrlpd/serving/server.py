@@ -1,12 +1,12 @@
-"""openpi's websocket protocol around a policy, fit to be left running.
+"""A server of a policy with openpi's websocket protocol, built to run unattended.
 
 On connect the server sends the policy's metadata; then each binary frame is an observation and each answer its actions
-with ``server_timing`` (``codec.py`` has the encoding). What goes wrong is told in a TEXT frame, which openpi's clients
-raise as an error. After a refusal (``busy``, ``rate limit``, ``timeout``) the connection stays open; after a request
-that makes no sense, or a fault of the server, it is closed with code 1011, as openpi does.
+with ``server_timing`` (``codec.py`` has the encoding). Errors are sent in a TEXT frame, which openpi's clients raise as
+an error. After a refusal (``busy``, ``rate limit``, ``timeout``) the connection stays open; after an invalid request or
+an error of the server, it is closed with code 1011, as openpi does.
 
 The event loop never waits for computation: messages with pictures are decoded and transformed in a small thread pool
-(a state and a prompt on the spot, in about a tenth of a millisecond), and the model runs in a thread of its own, many
+(a state and a prompt directly, in about a tenth of a millisecond), and the model runs in its own thread, with many
 requests in one call (``batching.py``).
 """
 
@@ -46,30 +46,30 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SMALL_MESSAGE_BYTES = 4096  # a state and a prompt: handing them to a thread takes longer than preparing them
-LARGE_MESSAGE_BYTES = 2**20  # these wait for one another and for nobody else
-MAX_HELD_MESSAGES = 16  # of the largest size, received and not answered, of all connections together
-RECENT_S = 5.0  # whoever has asked for nothing for so long is not expected to ask now
-SWITCH_S = 0.0005  # for which the interpreter leaves a thread its turn: the event loop waits so long for each of them
-MAX_COMPLAINT = 1000  # characters of a TEXT frame
+LARGE_MESSAGE_BYTES = 2**20  # larger messages have threads of their own, so that no other waits for them
+MAX_HELD_MESSAGES = 16  # of the max. size, received but not answered, over all connections
+RECENT_S = 5.0  # a client without a request for so long is not expected to send one now
+SWITCH_S = 0.0005  # the interpreter's switch interval: the event loop waits so long for each busy thread
+MAX_COMPLAINT = 1000  # max. characters of an error in a TEXT frame
 INTERNAL_ERROR = 1011
 
 
 class RefusedError(Exception):
-    """A sound request that is not served now; the text tells its sender why."""
+    """A valid request that is not served now; the message tells its sender why."""
 
 
 class InvalidRequestError(Exception):
-    """A message that makes no sense; the text tells its sender why."""
+    """An invalid message; the error's text tells its sender why."""
 
 
 class PolicyServer:
-    """Serves ``policy`` while its ``serving`` context is open, or until SIGTERM or SIGINT under ``run``.
+    """A server of ``policy``, active while its ``serving`` context is open, or under ``run`` until SIGTERM or SIGINT.
 
     Args:
-        api_keys: any of them opens the door; none leaves it open, which only loopback addresses may.
-        refresh: called every ``reload_interval_s`` in a thread; a newer policy, or None. Requests under way are
-            answered by the old one.
-        door: what ``open_door`` gave for this configuration; None: it is opened when serving begins.
+        api_keys: each of them gives access; without any, access is free, which only loopback addresses may allow.
+        refresh: called every ``reload_interval_s`` in a thread; returns a newer policy or None. Requests in progress
+            are answered by the old one.
+        door: the result of ``open_door`` for this configuration; None: it is opened when serving begins.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class PolicyServer:
         self._connections: set[GuardedConnection] = set()
         self._idle: set[GuardedConnection] = set()
         self._per_address: collections.Counter[str] = collections.Counter()
-        self._admitted: collections.Counter[Hashable] = collections.Counter()  # requests, by whose they are
+        self._admitted: collections.Counter[Hashable] = collections.Counter()  # number of requests by owner
         self._small = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._large = ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) - 1)), thread_name_prefix="prepare large")
         self.batcher = Batcher(
@@ -108,7 +108,7 @@ class PolicyServer:
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def run(self, *, on_ready: Callable[[int], Any] = lambda port: None) -> None:
-        """Until SIGTERM or SIGINT; ``on_ready`` is told the port once everything is compiled."""
+        """Serve until SIGTERM or SIGINT; call ``on_ready`` with the port once everything is compiled."""
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for name in (signal.SIGTERM, signal.SIGINT):
@@ -124,10 +124,10 @@ class PolicyServer:
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[int]:
-        """Listens, compiles, serves; gives the port. At the end, requests under way are answered first."""
+        """Listen, compile and serve; yield the port. At the end, requests in progress are answered first."""
         door = self._door or open_door(self.config, self._api_keys)
         quiet = logging.getLogger("acrlpd.serving.websockets")
-        quiet.setLevel(logging.CRITICAL)  # a scan of the port would fill the log with one traceback a connection
+        quiet.setLevel(logging.CRITICAL)  # a port scan would log one traceback per connection
         switch_s = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_S)
         try:
@@ -149,7 +149,7 @@ class PolicyServer:
             pool.shutdown(wait=False)
 
     def _listening(self, door: Door, quiet: logging.Logger) -> list[Any]:
-        """Return a server of websockets for each socket of the door."""
+        """Return a websocket server for each socket of the door."""
         from websockets.asyncio.server import serve
 
         from acrlpd.serving.connection import CLOSE_S, GuardedConnection, Hold, Listener, Lobby, Pace
@@ -169,7 +169,7 @@ class PolicyServer:
         }
         if door.tls is not None:
             options |= {"ssl_handshake_timeout": config.message_timeout_s, "ssl_shutdown_timeout": CLOSE_S}
-        handle: Any = self._handle  # which takes the connections that the factory makes
+        handle: Any = self._handle  # it takes the connections that the factory makes
         return [
             serve(
                 handle,
@@ -191,7 +191,7 @@ class PolicyServer:
         ]
 
     def _expected(self) -> int:
-        """Return how many may ask at the same time: idle connections make nobody wait for company."""
+        """Return how many clients may send a request at the same time, without idle ones, for which nobody waits."""
         since = time.monotonic() - RECENT_S
         return sum(connection.asked_at > since for connection in self._connections)
 
@@ -199,7 +199,7 @@ class PolicyServer:
         await self._ready.wait()
 
     async def _prepare(self) -> None:
-        """Compiles, says so, and from then on looks for newer checkpoints."""
+        """Compile, report readiness, and from then on look for newer checkpoints."""
         start = time.monotonic()
         try:
             await asyncio.to_thread(self.batcher.policy.warm_up, self.batcher.sizes)
@@ -221,7 +221,7 @@ class PolicyServer:
             await asyncio.to_thread(policy.warm_up, self.batcher.sizes)
         except Exception:
             self.metrics.reloads.labels("error").inc()
-            logger.exception("a newer checkpoint could not be loaded; the old one is served on")
+            logger.exception("a newer checkpoint could not be loaded; the old one is still served")
             return
         self.batcher.policy = policy
         self.metrics.reloads.labels("ok").inc()
@@ -233,9 +233,9 @@ class PolicyServer:
         self.metrics.step.set(about.get("step", 0))
 
     async def _drain(self, servers: Sequence[Any]) -> None:
-        """No new connections; idle ones are closed; the others after their answer."""
+        """Accept no new connections; close idle ones at once and the others after their answer."""
         self._draining = True
-        self._ready.set()  # whoever waits for it finds the server draining
+        self._ready.set()  # those that wait for it then find the server draining
         for server in servers:
             server.close(close_connections=False)
         self._lobby.clear()
@@ -252,7 +252,7 @@ class PolicyServer:
     # -- the door ------------------------------------------------------------------------------------------------
 
     def _process_request(self, connection: GuardedConnection, request: HTTPRequest) -> Response | None:
-        """HTTP: health for everyone; metrics and the websocket for those who have the key and find a place."""
+        """Answer HTTP: health for everyone; metrics with a key; the websocket with a key and a free place."""
         connection.ask()
         path = request.path.partition("?")[0]
         if path == "/healthz":
@@ -285,10 +285,10 @@ class PolicyServer:
         return response
 
     def _owner(self, address: str, authorization: list[str]) -> Hashable:
-        """Return whose requests these are, or None if the header carries none of the keys.
+        """Return the client that owns the requests, or None if the header has none of the keys.
 
-        Where there are several keys, each is a client; where all share one, or none is needed, each address is. How
-        long this takes does not tell how much of a key was right.
+        With several keys, each key is a client; with one or no key, each address is. The time that this takes does not
+        reveal how much of a key was right.
         """
         given = authorization[0] if len(authorization) == 1 else ""
         given_bytes = given.encode("utf-8", "surrogateescape")
@@ -312,7 +312,7 @@ class PolicyServer:
             await self._send(connection, codec.pack(self.batcher.policy.metadata))
             await self._converse(connection)
         except (ConnectionClosed, TimeoutError):
-            pass  # they have gone, or take no answer: nobody is left to tell
+            pass  # the client is gone or does not read: there is nobody to answer
         finally:
             self._connections.discard(connection)
             self._per_address[address] -= 1
@@ -321,7 +321,7 @@ class PolicyServer:
             self.metrics.connections.set(len(self._connections))
 
     async def _converse(self, connection: GuardedConnection) -> None:
-        """Message, answer, message, answer, until one side ends it."""
+        """Receive and answer messages in turn, until one side ends the connection."""
         limit = RateLimit(self.config.max_requests_per_s)
         previous_s: float | None = None
         while not self._draining:
@@ -358,7 +358,7 @@ class PolicyServer:
         await connection.close(1001, "server shutting down")
 
     async def _receive(self, connection: GuardedConnection) -> bytes | str:
-        """The next message. Its first fragment may take for ever, the rest may not."""
+        """Return the next message. Its first fragment may take forever; the rest has a time limit."""
         fragments: list[Any] = []
         async with asyncio.timeout(None) as limit:
             async for fragment in connection.recv_streaming():
@@ -386,7 +386,7 @@ class PolicyServer:
         except TimeoutError as error:
             raise RefusedError(f"timeout: no answer within {config.request_timeout_s:g} s; try again later") from error
         finally:
-            self._admitted -= collections.Counter({owner: 1})  # and forgets who has none
+            self._admitted -= collections.Counter({owner: 1})  # and drops owners with none left
         seconds = time.monotonic() - start
         self.metrics.latency.observe(seconds)
         return answer | {"server_timing": {"infer_ms": seconds * 1000}}
@@ -402,7 +402,7 @@ class PolicyServer:
             return self._prepared(message)
 
     def _prepared_aside(self, message: bytes | str) -> tuple[Request, float]:
-        """Return the request and the seconds of a processor that it took."""
+        """Return the request and the seconds of processor time that it took."""
         start = time.thread_time()
         return self._prepared(message), time.thread_time() - start
 
@@ -421,7 +421,7 @@ class PolicyServer:
             raise InvalidRequestError(f"invalid request: {str(error)[:MAX_COMPLAINT]}") from error
 
     async def _send(self, connection: GuardedConnection, message: bytes | str) -> None:
-        """Raises TimeoutError if the peer does not read."""
+        """Send a message. Raise TimeoutError if the peer does not read it."""
         async with asyncio.timeout(self.config.message_timeout_s):
             await connection.send(message)
 

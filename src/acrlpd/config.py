@@ -110,6 +110,7 @@ class DataConfig(ReaderOptions):
     batch_size: int = 256
     sequence_ratio: float = 0.5  # share of a batch that starts where a whole chunk fits
     online_ratio: float | None = 0.5  # share of an online batch that comes from replay (RLPD); None: all rows are equal
+    online_oversampling: float | None = None  # an own row is drawn at most so many times as often as a prior one
     ends_in_chunks: bool = True  # chunks that a terminal cuts short count in the TD loss; QC drops them
     max_replay_bytes: int = 2 * 1024**3
     norm_stats: str | None = None  # openpi's norm_stats.json, its folder, or a checkpoint with assets; None: made
@@ -126,6 +127,8 @@ class DataConfig(ReaderOptions):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"data.{name} must be finite and not negative, got {value}")
+        if self.online_oversampling is not None and not 0 < self.online_oversampling < math.inf:
+            raise ValueError(f"data.online_oversampling must be positive, got {self.online_oversampling}")
         for name in ("sequence_ratio", "online_ratio"):
             ratio = getattr(self, name)
             if ratio is not None and not 0 <= ratio <= 1:
@@ -237,13 +240,17 @@ class OptimizersConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation in the simulator, always on the same seeds, so that two policies meet the same tasks."""
+    """Evaluation in the simulator, always on the same seeds, so that two policies meet the same tasks.
+
+    The evaluations on the way choose the policy that a run keeps. They have seeds of their own, so that the result at
+    the end of a phase is not the one by which its policy was chosen.
+    """
 
     episodes: int = 50  # at the end of each phase
     frequency: int = 10_000  # updates between evaluations on the way; half of it online
-    progress_episodes: int = 20  # episodes of those
+    progress_episodes: int = 50  # episodes of those
     num_envs: int = 10  # side by side, with one policy call for all
-    first_seed: int = 1_000_000  # far from the seeds of collection and training
+    first_seed: int = 1_000_000  # of the episodes at the end of a phase, far from the seeds of collection and training
 
     def __post_init__(self):
         for name in ("episodes", "frequency", "progress_episodes", "num_envs"):
@@ -251,6 +258,22 @@ class EvalConfig:
                 raise ValueError(f"eval.{name} must be at least 1, got {getattr(self, name)}")
         if self.first_seed < 0:
             raise ValueError(f"eval.first_seed must not be negative, got {self.first_seed}")
+        if self.episodes > PROGRESS_OFFSET:
+            raise ValueError(f"eval.episodes must be at most {PROGRESS_OFFSET}, got {self.episodes}")
+
+    @property
+    def final_seeds(self) -> range:
+        """Seeds of the episodes at the end of a phase."""
+        return range(self.first_seed, self.first_seed + self.episodes)
+
+    @property
+    def progress_seeds(self) -> range:
+        """Seeds of the episodes on the way; no final one is among them."""
+        first = self.first_seed + PROGRESS_OFFSET
+        return range(first, first + self.progress_episodes)
+
+
+PROGRESS_OFFSET = 500_000  # from the seeds at the end of a phase to those on the way
 
 
 @dataclasses.dataclass(frozen=True)

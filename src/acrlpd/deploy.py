@@ -147,10 +147,7 @@ def load_trained(path: str | Path) -> Trained:
 
     Optimiser state, twice the size of what it optimises, is never read.
     """
-    directory, step = setup.locate_checkpoint(Path(path))
-    manager = ACRLPDCheckpointManager(directory)
-    read = functools.partial(_load_trained, manager)
-    return manager.newest(read) if step is None else read(step)
+    return setup.read_policy(Path(path), _load_trained)
 
 
 def _load_trained(manager: ACRLPDCheckpointManager, step: int) -> Trained:
@@ -237,19 +234,29 @@ class Follower:
     """The policy of a run that may still be training; ``refresh`` returns a newer one when there is one."""
 
     def __init__(self, path: str | Path, options: ActingOptions):
+        self._path = Path(path)
         self._options = options
         self._trained = load_trained(path)
-        self._fixed = setup.locate_checkpoint(Path(path))[1] is not None
+        self._fixed = setup.locate_checkpoint(self._path)[1] is not None
 
     @property
     def policy(self) -> Policy:
         return trained_policy(self._trained, self._options)
 
     def refresh(self) -> Policy | None:
-        """Return the policy of a newer checkpoint; None if there is none, or if the path named one step."""
+        """Return the policy of a better or newer checkpoint than the last one given; None if there is none.
+
+        There never is where the path names one step. A run's is the best, once its evaluations have chosen one.
+        """
         if self._fixed:
             return None
         manager, served = self._trained.manager, self._trained.step
+        kept = setup.kept_step(self._path)
+        if kept is not None:
+            if kept == served:
+                return None
+            self._trained = reload(self._trained, kept)
+            return self.policy
         if max(manager.steps(), default=-1) <= served:
             return None
         self._trained = manager.newest(functools.partial(reload, self._trained), after=served)

@@ -54,7 +54,6 @@ class ACRLPDRegressionTester:
     def test_openpi_compatibility(self, checkpoint_path: str | Path) -> bool:
         """Return whether policy and statistics are where openpi's tools look for them, with finite numbers only."""
         manager, step = _manager(checkpoint_path)
-        step = manager.steps()[-1] if step is None else step
         arrays = weights.read_params(str(manager.directory / str(step) / "params"))
         finite = all(np.isfinite(np.asarray(array, np.float32)).all() for array in arrays.values())
         return bool(finite and set(_norm_stats(checkpoint_path)) >= {"state", "actions"})
@@ -81,20 +80,26 @@ class ACRLPDRegressionTester:
         return result.high >= recorded["low"]
 
     def _recorded(self, checkpoint_path: str | Path) -> dict[str, float] | None:
+        """Return the run's last result: the newest checkpoint knows it, for that of a run is of the policy it keeps."""
         manager, step = _manager(checkpoint_path)
+        if setup.kept_step(Path(checkpoint_path)) == step:
+            step = manager.steps()[-1]
         results = manager.read_run(step)["progress"]["results"]
         return results.get("online", results.get("offline"))
 
 
 def _exactly(checkpoint_path: str | Path) -> Path:
-    """Return the folder of the step that a path names, or of a run's newest; a damaged one must not be skipped."""
+    """Return the folder of the step that a path stands for; a damaged one must not be skipped."""
     manager, step = _manager(checkpoint_path)
-    return manager.directory / str(manager.steps()[-1] if step is None else step)
+    return manager.directory / str(step)
 
 
-def _manager(checkpoint_path: str | Path) -> tuple[ACRLPDCheckpointManager, int | None]:
+def _manager(checkpoint_path: str | Path) -> tuple[ACRLPDCheckpointManager, int]:
     directory, step = setup.locate_checkpoint(Path(checkpoint_path))
-    return ACRLPDCheckpointManager(directory), step
+    manager = ACRLPDCheckpointManager(directory)
+    if step is None:
+        step = setup.kept_step(Path(checkpoint_path))
+    return manager, manager.steps()[-1] if step is None else step
 
 
 def _norm_stats(checkpoint_path: str | Path) -> dict[str, NormStats]:

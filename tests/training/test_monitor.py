@@ -48,6 +48,29 @@ def test_anomalies(change, words, caplog):
     assert len(caplog.records) == len(found)  # told once
 
 
+@pytest.mark.parametrize(
+    ("offline", "online", "warns"),
+    [
+        ("1111111111", "1111000000", True),  # six lost, none won: p = 0.03
+        ("1111111111", "1111100000", False),  # five lost: p = 0.06
+        ("1111111100", "1100000011", False),  # six lost, two won: p = 0.29
+        ("0000000000", "1111111111", False),  # better
+        ("", "0000000000", False),  # a run without an offline phase
+    ],
+)
+def test_an_online_policy_below_the_offline_one_is_told(offline, online, warns, caplog):
+    def by_seed(outcomes):
+        return {str(1_500_000 + place): each == "1" for place, each in enumerate(outcomes)}
+
+    found = ACRLPDTrainingMonitor().monitor_evaluation(7, by_seed(offline), by_seed(online))
+    assert (found is not None) == warns
+    assert [record.getMessage() for record in caplog.records] == ([f"step 7: {found}"] if warns else [])
+    if found:
+        assert "solves 4 of 10 episodes, the offline one solved 10 of the same" in found
+        assert "p = 0.031" in found
+        assert "data.online_oversampling" in found
+
+
 def test_learning_rate_suggestions():
     monitor = ACRLPDTrainingMonitor()
     assert monitor.suggest_lr_adjustment() is None

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.envs.test_custom import CAR
 
+from acrlpd import deploy
 from acrlpd.agents.acrlpd import AgentConfig
 from acrlpd.cli import train as cli
 from acrlpd.config import CollectConfig, DataConfig, EvalConfig, PolicyConfig, TrainConfig
@@ -25,6 +26,7 @@ from acrlpd.training.evaluate import summarize
 from acrlpd.training.faults import Interrupted
 from acrlpd.training.guards import LOCK_FILE
 from acrlpd.training.metrics import read_jsonl
+from acrlpd.training.monitor import ACRLPDTrainingMonitor
 from acrlpd.training.report import write_report
 from acrlpd.training.run import Progress
 
@@ -124,6 +126,54 @@ def test_the_best_is_one_whose_checkpoint_is_there(tmp_path, monkeypatch):
     shutil.rmtree(files.checkpoints / "4")
     back = setup.make_trainer(config, resume=True)
     assert (back.progress.best_step, best_of(files)) == (None, None)
+
+
+def test_the_policy_that_is_kept_is_the_one_that_is_reported_and_served(tmp_path, monkeypatch):
+    """It is chosen on other seeds than those of its result."""
+    progress = types.SimpleNamespace(**{"4": 0.5, "8": 0.9, "12": 0.9, "16": 0.2})
+    seen = []
+
+    def evaluate(agent, transform, environments, seeds, **options):
+        step = int(agent.step)
+        seen.append((step, options["mode"], seeds))
+        share = getattr(progress, str(step), 0.1)
+        rollouts = [
+            types.SimpleNamespace(seed=seed, success=k < share * 10, returns=-1.0, length=3)
+            for k, seed in zip(range(10), [*seeds] * 5, strict=False)
+        ]
+        return summarize(rollouts), rollouts
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(loop, "save_rollouts", lambda path, rollouts: None)
+    config = dataclasses.replace(
+        CONFIG, run_dir=str(tmp_path), online_steps=32, eval=dataclasses.replace(CONFIG.eval, frequency=8)
+    )
+    trainer = setup.make_trainer(config)
+    summary = trainer.train()
+    files = setup.run_files(config)
+    on_the_way, final = config.eval.progress_seeds, config.eval.final_seeds
+    assert not set(on_the_way) & set(final)
+    last = int(trainer.agent.step)
+    assert seen[:3] == [(4, "greedy", on_the_way), (4, "bc", final), (4, "greedy", final)]
+    assert [each for each in seen[3:] if each[2] == final] == [(12, "greedy", final)]  # of two as good, the later
+    assert seen[-2] == (last, "greedy", on_the_way)  # the newest has its chance, too
+    assert summary["phases"]["online"]["success"] == 0.9
+    assert summary["best"] == {"step": 12, "success": 0.9}
+    assert setup.load_checkpoint(files.directory).step == deploy.load_trained(files.directory).step == 12
+    assert setup.load_checkpoint(files.checkpoints).step == last
+    assert read_jsonl(files.metrics)[-1]["step"] == 12
+
+    follower = deploy.Follower(files.directory, deploy.ActingOptions())
+    assert follower.refresh() is None
+    files.best.write_text(json.dumps({"step": last, "success": 1.0}))
+    assert follower.refresh().metadata["acrlpd"]["step"] == last
+
+    damaged = next(
+        each for each in (files.checkpoints / str(last)).rglob("*") if each.is_file() and "params" in str(each)
+    )
+    damaged.write_bytes(b"")
+    files.best.write_text(json.dumps({"step": last, "success": 1.0}))
+    assert setup.load_checkpoint(files.directory).step < last  # told, and the newest that is whole is read
 
 
 def test_a_rollback_goes_back_to_the_best_before_it(tmp_path, monkeypatch):
@@ -296,11 +346,13 @@ def test_what_counts_towards_early_stopping(tmp_path, monkeypatch, patience, eno
         progress=Progress(best_step_success=1.0),
         _eval_environments=True,
         _step=4,
-        _evaluation_frequency=lambda phase: 1,
+        _newest_policy=lambda: None,
         _evaluate=lambda *what: loop.evaluate(None, None, None, None),
+        _monitor=ACRLPDTrainingMonitor(),
     )
     for _ in shares:
         assert ending.early_stop(config, trainer.progress) is None
+        trainer._step += 1
         loop.ACRLPDTrainer._evaluate_on_the_way(trainer, "online")
     found = ending.early_stop(config, trainer.progress)
     assert (found and found.rule) == rule

@@ -121,6 +121,11 @@ def summarize(rollouts: Sequence[Rollout], *, lost: int = 0) -> Evaluation:
     )
 
 
+def outcomes(rollouts: Sequence[Rollout]) -> dict[str, bool]:
+    """Return whether each episode succeeded, by its seed in digits, as JSON has it."""
+    return {str(each.seed): each.success for each in rollouts}
+
+
 fold_in = jax.jit(jax.random.fold_in)  # compiled, for the plain one takes as long as a tenth of a choice
 
 

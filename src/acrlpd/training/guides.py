@@ -23,6 +23,15 @@ TROUBLESHOOTING_GUIDE: dict[str, dict[str, list[str]]] = {
             "Check that evaluation meets the tasks of the training data",
         ],
     },
+    "online_below_offline": {
+        "symptoms": ["Success falls when the online phase begins"],
+        "solutions": [
+            "Lower data.online_oversampling: a few own episodes fill less of a batch",
+            "Lower agent.best_of_n_samples: the choice trusts the critic's errors less",
+            "Collect alone at first (warmup_env_steps)",
+            "Lower the learning rates",
+        ],
+    },
     "memory_issues": {
         "symptoms": ["Out of memory", "Slow batch generation"],
         "solutions": [

@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ from acrlpd.overrides import differences
 from acrlpd.training import ending, guards
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager, checksums
 from acrlpd.training.ending import Ended
-from acrlpd.training.evaluate import EpisodeDraws, Evaluation, chunk_policy, evaluate, fold_in
+from acrlpd.training.evaluate import EpisodeDraws, Evaluation, chunk_policy, evaluate, fold_in, outcomes
 from acrlpd.training.faults import DataFault, Diverged, Interrupted, RunFault
 from acrlpd.training.fingerprint import Fingerprint
 from acrlpd.training.guards import RunLock, SkippedUpdates, StopRequest
@@ -45,6 +45,14 @@ BAR_SECONDS = 1.0 if sys.stderr.isatty() else 30.0  # a log file needs no animat
 PHASES: tuple[Phase, ...] = ("offline", "online")
 _fold_in_each = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
 ROLLBACK_STRIDE = 2**30  # after a rollback, batches and noise are those of other, far away steps
+
+
+class _Evaluated(NamedTuple):
+    """A policy to evaluate, and when it was the newest one."""
+
+    agent: ACRLPDAgent
+    step: int
+    env_steps: int
 
 
 class ACRLPDTrainer:
@@ -148,7 +156,8 @@ class ACRLPDTrainer:
                     if self._step % self.config.log_frequency == 0:
                         bar.set_postfix(self._log(phase))
                         self._roll_back_if_diverged()
-                    self._evaluate_on_the_way(phase)
+                    if self._step % self._evaluation_frequency(phase) == 0:
+                        self._evaluate_on_the_way(phase)
                     if self._step % self.config.save_frequency == 0:
                         self.save()
                     bar.update(self._extent(phase)[1] - bar.n)
@@ -375,18 +384,23 @@ class ACRLPDTrainer:
         return max(1, self.config.eval.frequency // (2 if phase == "online" else 1))
 
     def _evaluate_on_the_way(self, phase: Phase) -> None:
-        if self._eval_environments is None or self._step % self._evaluation_frequency(phase):
+        """Evaluate what is being trained, on the seeds that choose the policy that the run keeps."""
+        if self._eval_environments is None or self.progress.evaluated_step == self._step:
             return
-        result = self._evaluate(phase, "greedy", self.config.eval.progress_episodes)[0]
+        result, rollouts = self._evaluate(phase, "greedy", self.config.eval.progress_seeds, self._newest_policy())
+        self.progress.evaluated_step = self._step
         if phase == "online":
             improved = result.success > self.progress.best_success
             self.progress.best_success = max(result.success, self.progress.best_success)
             self.progress.evaluations_since_best = 0 if improved else self.progress.evaluations_since_best + 1
-        if result.success > self.progress.best_step_success:
+            self._monitor.monitor_evaluation(self._step, self.progress.offline_outcomes, outcomes(rollouts))
+        elif self._step >= self.config.offline_steps:
+            self.progress.offline_outcomes = outcomes(rollouts)
+        if result.success >= self.progress.best_step_success:  # of two that are as good, the one trained for longer
             self._keep_as_best(result.success)
 
     def _keep_as_best(self, success: float) -> None:
-        """``best.json`` names a checkpoint that is there: the one before is given up when this one is complete."""
+        """Keep this checkpoint. The one before it is given up when this one is complete and ``best.json`` names it."""
         before = self.progress.best_step
         self.progress.best_step, self.progress.best_step_success = self._step, success
         self._checkpoints.keep.add(self._step)
@@ -396,43 +410,61 @@ class ACRLPDTrainer:
         write_json(self._files.best, {"step": self._step, "success": success})
         self._checkpoints.release(before)
 
-    def _evaluate(self, name: str, mode: ActingMode, episodes: int) -> tuple[Evaluation, list[Rollout]]:
+    def _newest_policy(self) -> _Evaluated:
+        return _Evaluated(self.agent, self._step, self.progress.env_steps)
+
+    def _kept_policy(self) -> _Evaluated:
+        """Return the policy that the run keeps, without what only training needs."""
+        step = self.progress.best_step
+        if step is None or step == self._step:
+            return self._newest_policy()
+        restored = self._checkpoints.restore(dataclasses.replace(self.agent, opt_state={}), step)
+        return _Evaluated(restored.agent, step, restored.run["progress"]["env_steps"])
+
+    def _evaluate(
+        self, name: str, mode: ActingMode, seeds: range, policy: _Evaluated
+    ) -> tuple[Evaluation, list[Rollout]]:
         assert self._eval_environments is not None, "callers ask first"
         with self._watch.span("update"):
             jax.block_until_ready(self.agent.step)
         before = self._cpu()
         with self._watch.span("evaluation"):
-            first = self.config.eval.first_seed
             result, rollouts = evaluate(
-                self.agent,
+                policy.agent,
                 self._transform,
                 self._eval_environments,
-                range(first, first + episodes),
+                seeds,
                 mode=mode,
-                rng=fold_in(self._eval_rng, self._step),
+                rng=self._eval_rng,  # the same noise each time, so that two evaluations differ by their policies alone
                 execute_horizon=self.config.execute_horizon or self.config.policy.action_horizon,
             )
-        record = {"step": self._step, "phase": name, "env_steps": self.progress.env_steps, "wall_s": self._wall()}
+        record = {"step": policy.step, "phase": name, "env_steps": policy.env_steps, "wall_s": self._wall()}
         cpu = self._cpu()
         self._writer.write(record | {"cpu_s": cpu, "evaluation_cpu_s": cpu - before} | result.metrics())
-        tqdm.write(f"{name}, step {self._step}: success {result}")
+        tqdm.write(f"{name}, step {policy.step}: success {result}")
         return result, rollouts
 
     def _end(self, phase: Phase) -> None:
-        """Saves and evaluates. After the offline phase the flow alone, without the critic, is evaluated too: BC."""
+        """Save and evaluate. After the offline phase the flow alone, without the critic, is evaluated too: BC.
+
+        The last phase's result is of the policy that the run keeps.
+        """
         self.save()  # first: an evaluation may take long, and a kill in it should cost no update
         if self._eval_environments is not None:
-            modes: dict[str, ActingMode] = (
-                {"bc": "bc", "offline": "greedy"} if phase == "offline" else {"online": "greedy"}
-            )
-            for name, mode in modes.items():
-                result, rollouts = self._evaluate(name, mode, self.config.eval.episodes)
-                self.progress.results[name] = result.summary()
-                save_rollouts(self._files.evaluation(name), rollouts)
+            self._evaluate_on_the_way(phase)
+            if phase == "offline":
+                self._evaluate_at_end("bc", "bc", self._newest_policy())
+            is_last = phase == "online" or not self._extent("online")[0]
+            self._evaluate_at_end(phase, "greedy", self._kept_policy() if is_last else self._newest_policy())
         self.progress.finished = [*self.progress.finished, phase]
         with self._watch.span("checkpoint"):
             self._settle_clocks()
             self._checkpoints.replace_run(self._step, self._run_record())
+
+    def _evaluate_at_end(self, name: str, mode: ActingMode, policy: _Evaluated) -> None:
+        result, rollouts = self._evaluate(name, mode, self.config.eval.final_seeds, policy)
+        self.progress.results[name] = result.summary()
+        save_rollouts(self._files.evaluation(name), rollouts)
 
     def save(self) -> None:
         """Starts a checkpoint of this moment; training goes on while it is written."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from acrlpd.training.comparison import mcnemar
 from acrlpd.training.guides import TROUBLESHOOTING_GUIDE
 from acrlpd.training.metrics import read_metrics
 
@@ -66,6 +67,26 @@ class ACRLPDTrainingMonitor:
                 logger.warning("step %d: %s", step, anomaly)
         self._known = set(found)
         self.history.update(step, metrics)
+        return found
+
+    def monitor_evaluation(self, step: int, offline: Mapping[str, bool], online: Mapping[str, bool]) -> str | None:
+        """Return, and log, that the online policy is below the offline one by more than chance; None if it is not.
+
+        Both are outcomes by seed. Seeds that both policies finished count, and of those the ones that one alone solved
+        (McNemar's test at 5 %).
+        """
+        pairs = [(before, online[seed]) for seed, before in offline.items() if seed in online]
+        lost, won = pairs.count((True, False)), pairs.count((False, True))
+        p_value = mcnemar(lost, won)
+        if lost <= won or p_value > 0.05:
+            return None
+        helps = TROUBLESHOOTING_GUIDE["online_below_offline"]["solutions"]
+        found = (
+            f"the online policy solves {sum(after for _, after in pairs)} of {len(pairs)} episodes, the offline one "
+            f"solved {sum(before for before, _ in pairs)} of the same: more than chance (p = {p_value:.2g}). The run "
+            f"keeps and serves its best policy. If the next evaluation is no better: {'; '.join(helps)}"
+        )
+        logger.warning("step %d: %s", step, found)
         return found
 
     def detect_training_anomalies(self, metrics: Mapping[str, float]) -> list[str]:

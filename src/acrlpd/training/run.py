@@ -27,6 +27,8 @@ class Progress:
     evaluations_since_best: int = 0
     best_step: int | None = None  # whose checkpoint is kept, and what it reached
     best_step_success: float = -1.0
+    evaluated_step: int | None = None  # of the newest evaluation on the way
+    offline_outcomes: dict[str, bool] = dataclasses.field(default_factory=dict)  # at its end, by seed
     rollbacks: int = 0
     lost_episodes: int = 0  # online, with a worker that died or hung, or a reset that failed
     next_episode: int = 0  # in the journal: those before it were there at this moment

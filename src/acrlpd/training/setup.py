@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
@@ -41,7 +41,7 @@ from acrlpd.models.mlp_flow import MLPFlowConfig
 from acrlpd.models.pi0 import CAMERAS, Pi0, Pi0Config
 from acrlpd.models.recognize import recognize
 from acrlpd.training import ending, overwriting, prefixes, resuming
-from acrlpd.training.checkpoint import ACRLPDCheckpointManager
+from acrlpd.training.checkpoint import ACRLPDCheckpointManager, DamagedCheckpoint
 from acrlpd.training.collection import collect_prior
 from acrlpd.training.fingerprint import fingerprint
 from acrlpd.training.guards import RunLock
@@ -52,6 +52,8 @@ from acrlpd.training.run import Interaction, Progress, RunFiles, settle_best
 from acrlpd.training.sharding import make_mesh, parameter_sharding
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +252,7 @@ def make_loader(
         seed=config.seed,
         replay=interaction.replay if interaction else None,
         online_ratio=config.data.online_ratio,
+        online_oversampling=config.data.online_oversampling,
         ends_in_chunks=config.data.ends_in_chunks,
         host_index=jax.process_index(),
         num_hosts=jax.process_count(),
@@ -295,8 +298,9 @@ class Loaded:
 def load_checkpoint(path: str | Path) -> Loaded:
     """Return the agent of a checkpoint, spread over devices as in training where their number allows.
 
-    ``path`` is a run, its ``checkpoints`` folder (both: the newest), one step's, or RUN/best. Loading runs no code of
-    the checkpoint. A script that makes environments of its ``config`` runs what ``config.env.name`` names.
+    ``path`` is a run (its best policy, or the newest where none was evaluated), its ``checkpoints`` folder (the
+    newest), one step's, or RUN/best. Loading runs no code of the checkpoint. A script that makes environments of its
+    ``config`` runs what ``config.env.name`` names.
     """
     loaded = load_stored(path)
     env = loaded.config.env
@@ -305,10 +309,36 @@ def load_checkpoint(path: str | Path) -> Loaded:
 
 def load_stored(path: str | Path) -> Loaded:
     """Load the same for a command, which runs no code that its user does not name: see ``StoredName``."""
-    directory, step = locate_checkpoint(Path(path))
+    return read_policy(Path(path), _load)
+
+
+def read_policy(path: Path, read: Callable[[ACRLPDCheckpointManager, int], T]) -> T:
+    """Read the checkpoint that ``path`` names; of a run the one it keeps as its best, of several the newest.
+
+    Where that one is damaged, and ``path`` does not name it, another is read, and this is told.
+    """
+    directory, step = locate_checkpoint(path)
     manager = ACRLPDCheckpointManager(directory)
-    read = functools.partial(_load, manager)
-    return manager.newest(read) if step is None else read(step)
+    if step is not None:
+        return read(manager, step)
+    kept = kept_step(path)
+    if kept is not None:
+        try:
+            return read(manager, kept)
+        except DamagedCheckpoint as error:
+            logger.error("%s. It is the best of %s: falling back to the newest.", error, path)
+    return manager.newest(functools.partial(read, manager))
+
+
+def kept_step(path: Path) -> int | None:
+    """Return the step of the best policy of the run ``path``; None where no evaluation chose one that is still there.
+
+    The best is chosen by the evaluations on the way, whose seeds are not those of a run's results.
+    """
+    if not (path / "checkpoints").is_dir() or not RunFiles(path).best.is_file():
+        return None
+    step = _best_step(RunFiles(path).best)
+    return step if step in ACRLPDCheckpointManager(path / "checkpoints").steps() else None
 
 
 def _load(manager: ACRLPDCheckpointManager, step: int) -> Loaded:

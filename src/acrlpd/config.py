@@ -110,7 +110,7 @@ class DataConfig(ReaderOptions):
     batch_size: int = 256
     sequence_ratio: float = 0.5  # share of a batch that starts where a whole chunk fits
     online_ratio: float | None = 0.5  # share of an online batch that comes from replay (RLPD); None: all rows are equal
-    online_oversampling: float | None = None  # an own row is drawn at most so many times as often as a prior one
+    online_oversampling: float | None = 4.0  # an own row is drawn at most so many times as often as a prior one
     ends_in_chunks: bool = True  # chunks that a terminal cuts short count in the TD loss; QC drops them
     max_replay_bytes: int = 2 * 1024**3
     norm_stats: str | None = None  # openpi's norm_stats.json, its folder, or a checkpoint with assets; None: made

@@ -357,6 +357,7 @@ def _rlpd_ac(config: TrainConfig) -> Changes:
     )
     return {
         "agent": agent,
+        "data": {"online_oversampling": None},
         "policy": {"kind": "gaussian", "freeze_pi0_backbone": False, "weights": None},
         "offline_steps": 0 if config.online_steps else config.offline_steps,
         "online_loss_weights": None,
@@ -366,7 +367,8 @@ def _rlpd_ac(config: TrainConfig) -> Changes:
 def _plain(config: TrainConfig, **changes: Any) -> Changes:
     """An agent without what is ours alone, of the preset's sizes."""
     sizes = ("discount", "target_update_tau", "best_of_n_samples", "best_of_n_strategy", "flow_steps", "action_clip")
-    return to_dict(AgentConfig()) | {name: getattr(config.agent, name) for name in sizes} | changes
+    plain = to_dict(AgentConfig(act_by_target_critic=False))
+    return plain | {name: getattr(config.agent, name) for name in sizes} | changes
 
 
 def _plain_critic(config: TrainConfig, *, num_critics: int) -> Changes:

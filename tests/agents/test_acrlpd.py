@@ -420,6 +420,25 @@ def test_explore(actor, toys):
     np.testing.assert_array_equal(actor(toys.key(0), temperature=1e-9, mode="explore"), actor(toys.key(0)))
 
 
+@pytest.mark.parametrize("by_target", [True, False])
+def test_which_critics_choose_while_acting(by_target, toys):
+    """The moving averages, unless asked for the newest; an agent that only acts keeps those and no others."""
+    agent = toys.agent(toys.config(act_by_target_critic=by_target))
+    critics = {True: agent.target_critic, False: agent.params["critic"]}
+    plain = toys.agent(toys.config(act_by_target_critic=False))
+    expected, other = (
+        dataclasses.replace(plain, params=agent.params | {"critic": critics[which]})
+        for which in (by_target, not by_target)
+    )
+    act = toys.jit(lambda agent: acrlpd.act.__wrapped__(agent, Observation(state=jnp.ones((5, 4))), toys.key(2)))
+    (chunks, values), (also, their_values) = act(agent), act(expected)
+    np.testing.assert_array_equal(chunks, also)
+    np.testing.assert_array_equal(values["q"], their_values["q"])
+    assert np.abs(act(other)[1]["q"] - values["q"]).max() > 1e-3
+    assert agent.acting_only().target_critic == {}
+    np.testing.assert_array_equal(act(agent.acting_only())[0], chunks)
+
+
 @pytest.mark.parametrize("mode", ["greedy", "explore", "bc"])
 def test_with_a_key_each_observations_draw_what_they_draw_alone(mode, agents):
     agent, state = agents["min"], jnp.ones((6, 4)) * jnp.arange(6.0)[:, None]

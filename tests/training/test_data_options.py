@@ -27,6 +27,7 @@ ELSEWHERE = {
     "collect",
     "max_replay_bytes",
     "online_ratio",
+    "online_oversampling",
     "ends_in_chunks",
     "prefix_bytes",
     "robot",

@@ -158,15 +158,21 @@ class ACRLPDAgent:
         """All of the policy that acts, trainable and frozen, under openpi's names."""
         return parameters.join((self.params | self.ema)["policy"], self.frozen)
 
+    @property
+    def acting_critic(self) -> Params:
+        """The critics that choose while acting; an agent that only acts has no others."""
+        averaged = self.config.act_by_target_critic and self.target_critic
+        return self.target_critic if averaged else self.params["critic"]
+
     def acting_modules(self) -> Modules:
-        """The networks that act: of the policy the moving average, where there is one."""
-        return self.nets.modules(self.params | self.ema, self.frozen)
+        """Return the networks that act: the moving averages of policy and critics, where there are some."""
+        return self.nets.modules(self.params | self.ema | {"critic": self.acting_critic}, self.frozen)
 
     def acting_only(self) -> ACRLPDAgent:
         """Without what only training needs, and with layers apart where the policy unrolls them: it acts the same."""
         modules = self.acting_modules()
         policy_def, policy = parameters.split(cast(nnx.Module, modules.policy))
-        params = self.params | {"policy": policy}
+        params = self.params | {"policy": policy, "critic": self.acting_critic}
         if modules.student is not None:
             params["student"] = parameters.split(cast(nnx.Module, modules.student))[1]
         nets = dataclasses.replace(self.nets, policy_def=policy_def)

@@ -44,6 +44,7 @@ class AgentConfig:
     extraction: ExtractionName = "best_of_n"
     discount: float = 0.99
     target_update_tau: float = 0.005
+    act_by_target_critic: bool = True  # the moving average of the critics chooses while acting, not the newest ones
     policy_ema_decay: float | None = None  # acting and checkpoints use this moving average of the policy; None: none
     gradient_accumulation_steps: int = 1  # micro-batches of one update, which bounds its activations
     best_of_n_samples: int = 32  # candidates while acting

@@ -51,7 +51,8 @@ def write_stablehlo(folder: Path, agent: ACRLPDAgent, interface: Interface, *, b
     actions in the robot's units; seeds determine the random numbers as in ``Policy.infer``."""
     from safetensors.numpy import save_file
 
-    acting = dataclasses.replace(agent, opt_state={}, target_critic={})
+    params = agent.params | {"critic": agent.acting_critic}
+    acting = dataclasses.replace(agent, params=params, opt_state={}, target_critic={})
     weights, rebuild = _flat(acting)
     inputs = _inputs(interface, batch_size)
 
@@ -144,7 +145,7 @@ def member_td_errors(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -
     """Return each critic's mean absolute TD error on a batch, against the target of the whole ensemble."""
     config = agent.config
     noise_rng, subset_rng = jax.random.split(rng)
-    modules = agent.acting_modules()
+    modules = agent.nets.modules(agent.params | agent.ema, agent.frozen)  # errors of the critics that are trained
     prefix, next_prefix = modules.policy.encode(batch.observations), modules.policy.encode(batch.next_observations)
     shape = (config.candidates_in_target, len(batch.rewards), *agent.nets.action_shape)
     noise, steps = jax.random.normal(noise_rng, shape), config.steps_in_target

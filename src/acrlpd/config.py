@@ -110,7 +110,9 @@ class DataConfig(ReaderOptions):
     batch_size: int = 256
     sequence_ratio: float = 0.5  # share of a batch that starts where a whole chunk fits
     online_ratio: float | None = 0.5  # share of an online batch that comes from replay (RLPD); None: all rows are equal
-    online_oversampling: float | None = 4.0  # an own row is drawn at most so many times as often as a prior one
+    online_ratio_episodes: int = (
+        25  # own episodes with which online_ratio is reached; before, the share grows with them
+    )
     ends_in_chunks: bool = True  # chunks that a terminal cuts short count in the TD loss; QC drops them
     max_replay_bytes: int = 2 * 1024**3
     norm_stats: str | None = None  # openpi's norm_stats.json, its folder, or a checkpoint with assets; None: made
@@ -119,7 +121,8 @@ class DataConfig(ReaderOptions):
 
     def __post_init__(self):
         self._check_sets()
-        for name, least in (("batch_size", 1), ("action_dim", 1), ("max_replay_bytes", 1), ("num_workers", 0)):
+        positive = ("batch_size", "action_dim", "max_replay_bytes", "online_ratio_episodes")
+        for name, least in (*((name, 1) for name in positive), ("num_workers", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"data.{name} must be at least {least}, got {value}")
@@ -127,8 +130,6 @@ class DataConfig(ReaderOptions):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"data.{name} must be finite and not negative, got {value}")
-        if self.online_oversampling is not None and not 0 < self.online_oversampling < math.inf:
-            raise ValueError(f"data.online_oversampling must be positive, got {self.online_oversampling}")
         for name in ("sequence_ratio", "online_ratio"):
             ratio = getattr(self, name)
             if ratio is not None and not 0 <= ratio <= 1:

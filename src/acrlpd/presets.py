@@ -63,13 +63,14 @@ def get_demo_config() -> TrainConfig:
             target_flow_steps=3,
             discount=0.99,
             target_update_tau=0.05,  # an episode is 30 chunks long: values must travel that far in few updates
+            policy_ema_decay=0.99,
             action_clip=1.0,
         ),
         data=DataConfig(collect=CollectConfig(episodes=100, noise_range=(0.4, 1.0)), batch_size=64),
         optimizers=OptimizersConfig(
             policy=_constant(1e-3, warmup_steps=100), critic=_constant(1e-3), temperature=_constant(3e-4)
         ),
-        eval=EvalConfig(episodes=50, frequency=750, progress_episodes=20, num_envs=10),
+        eval=EvalConfig(episodes=50, frequency=750, num_envs=10),
         offline_steps=1500,
         online_steps=4000,
         utd_ratio=0.5,
@@ -357,7 +358,7 @@ def _rlpd_ac(config: TrainConfig) -> Changes:
     )
     return {
         "agent": agent,
-        "data": {"online_oversampling": None},
+        "data": {"online_ratio_episodes": 1},  # RLPD: half from the first episode on
         "policy": {"kind": "gaussian", "freeze_pi0_backbone": False, "weights": None},
         "offline_steps": 0 if config.online_steps else config.offline_steps,
         "online_loss_weights": None,

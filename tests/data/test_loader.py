@@ -184,13 +184,9 @@ def test_online_without_replayed_rows_is_prior_data():
     assert (loader.batch(3).episode_id < 3).all()  # offline batches never touch it
 
 
-@pytest.mark.parametrize(
-    ("own_steps", "expected"),
-    [(1, 4 / (4 + 18)), (3, 12 / (12 + 18)), (9, 0.5)],  # the share grows to the ratio, and no further
-)
-def test_few_own_rows_are_not_drawn_without_bound(own_steps, expected):
-    prior, replay = make_store([7, 2, 9]), make_store([own_steps], seed=1)
-    loader = make_loader(prior, replay, online_ratio=0.5, online_oversampling=4.0, batch_size=32)
+@pytest.mark.parametrize(("own_episodes", "expected"), [(1, 0.1), (3, 0.3), (5, 0.5), (9, 0.5)])
+def test_the_share_of_own_rows_grows_with_their_episodes(own_episodes, expected):
+    loader = make_loader(replay=make_store([4] * own_episodes, seed=1), online_ratio_episodes=5, batch_size=32)
     shares = [float((loader.batch(step, online=True).episode_id >= 3).mean()) for step in range(200)]
     assert abs(np.mean(shares) - expected) < 0.005
     assert max(shares) - min(shares) <= 1 / 32 + 1e-6
@@ -198,7 +194,7 @@ def test_few_own_rows_are_not_drawn_without_bound(own_steps, expected):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"sequence_ratio": 1.1}, {"online_ratio": -0.1}, {"online_oversampling": 0.0}, {"batch_size": 0}, {"seed": -1}],
+    [{"sequence_ratio": 1.1}, {"online_ratio": -0.1}, {"online_ratio_episodes": 0}, {"batch_size": 0}, {"seed": -1}],
 )
 def test_bad_arguments_are_named(changes):
     (name,) = changes

@@ -27,7 +27,7 @@ ELSEWHERE = {
     "collect",
     "max_replay_bytes",
     "online_ratio",
-    "online_oversampling",
+    "online_ratio_episodes",
     "ends_in_chunks",
     "prefix_bytes",
     "robot",

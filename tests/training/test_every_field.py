@@ -135,7 +135,7 @@ SEEN: dict[str, tuple[Any, Any] | tuple[Any, Any, dict[str, Any]]] = {
     "data.batch_size": (looks.batches, 16),
     "data.sequence_ratio": (looks.batches, 1.0),
     "data.online_ratio": (looks.batches, 0.25),
-    "data.online_oversampling": (looks.batches, 0.1),
+    "data.online_ratio_episodes": (looks.batches, 5),
     "data.ends_in_chunks": (looks.batches, False),
     "data.max_replay_bytes": (looks.experience, 20_000),
     "data.min_std": (looks.statistics, 50.0),

@@ -68,7 +68,7 @@ def test_an_online_policy_below_the_offline_one_is_told(offline, online, warns, 
     if found:
         assert "solves 4 of 10 episodes, the offline one solved 10 of the same" in found
         assert "p = 0.031" in found
-        assert "data.online_oversampling" in found
+        assert "data.online_ratio_episodes" in found
 
 
 def test_learning_rate_suggestions():

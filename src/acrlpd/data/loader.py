@@ -51,8 +51,7 @@ class ChunkLoader:
         replay: the run's own episodes, for online batches. Their ids in a batch follow those of ``prior``.
         online_ratio: share of an online batch that comes from ``replay``, once it has a row (RLPD: half). None: every
             row of both is as likely as any other (QC).
-        online_oversampling: bound on ``online_ratio`` while own rows are few: each is drawn at most so many times as
-            often as a row of ``prior``. None: no bound.
+        online_ratio_episodes: own episodes with which ``online_ratio`` is reached; before, the share grows with them.
         ends_in_chunks: whether chunks that a terminal cuts short count in the TD loss; QC drops them.
         prefetch: number of batches made ahead; 0 makes each one on demand.
         prior: recorded episodes; a ``Mixture`` draws from several sets by their shares.
@@ -74,7 +73,7 @@ class ChunkLoader:
         seed: int,
         replay: EpisodeStore | None = None,
         online_ratio: float | None = 0.5,
-        online_oversampling: float | None = None,
+        online_ratio_episodes: int = 1,
         ends_in_chunks: bool = True,
         prefetch: int = 2,
         prefixes: Sequence[PrefixRows] | None = None,
@@ -85,11 +84,10 @@ class ChunkLoader:
         for name, ratio in (("sequence_ratio", sequence_ratio), ("online_ratio", online_ratio)):
             if ratio is not None and not 0 <= ratio <= 1:
                 raise ValueError(f"{name} is a share and must lie in [0, 1], got {ratio}")
-        if online_oversampling is not None and not online_oversampling > 0:
-            raise ValueError(f"online_oversampling must be positive, got {online_oversampling}")
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("horizon", horizon, 1),
+            ("online_ratio_episodes", online_ratio_episodes, 1),
             ("seed", seed, 0),
             ("prefetch", prefetch, 0),
         ):
@@ -110,7 +108,7 @@ class ChunkLoader:
         self._seed = seed
         self._replay = replay
         self._online_ratio = online_ratio
-        self._online_oversampling = online_oversampling
+        self._online_ratio_episodes = online_ratio_episodes
         self._ends_in_chunks = ends_in_chunks
         self._prefetch = prefetch
         self._prefixes = prefixes
@@ -175,13 +173,13 @@ class ChunkLoader:
         """Return how many chunks of an online batch come from replay."""
         if self._replay is None or self._replay.num_rows == 0:
             return 0
-        own, prior, size = self._replay.num_rows, self._prior.num_rows, self._batch_size
         if self._online_ratio is None:
-            return int(rng.binomial(size, own / (own + prior)))
-        if self._online_oversampling is None:
-            return round(self._online_ratio * size)
-        bound = self._online_oversampling * own / (self._online_oversampling * own + prior)
-        return int(min(self._online_ratio, bound) * size + rng.random())  # rounded at random: right on average
+            share = self._replay.num_rows / (self._replay.num_rows + self._prior.num_rows)
+            return int(rng.binomial(self._batch_size, share))
+        if self._replay.num_episodes >= self._online_ratio_episodes:
+            return round(self._online_ratio * self._batch_size)
+        share = self._online_ratio * self._replay.num_episodes / self._online_ratio_episodes
+        return int(share * self._batch_size + rng.random())  # rounded at random: right on average
 
     @property
     def cameras(self) -> tuple[str, ...]:

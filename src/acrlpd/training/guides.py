@@ -26,7 +26,7 @@ TROUBLESHOOTING_GUIDE: dict[str, dict[str, list[str]]] = {
     "online_below_offline": {
         "symptoms": ["Success falls when the online phase begins"],
         "solutions": [
-            "Lower data.online_oversampling: a few own episodes fill less of a batch",
+            "Raise data.online_ratio_episodes: few own episodes then fill less of a batch",
             "Lower agent.best_of_n_samples: the choice trusts the critic's errors less",
             "Collect alone at first (warmup_env_steps)",
             "Lower the learning rates",

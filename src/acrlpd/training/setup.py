@@ -252,7 +252,7 @@ def make_loader(
         seed=config.seed,
         replay=interaction.replay if interaction else None,
         online_ratio=config.data.online_ratio,
-        online_oversampling=config.data.online_oversampling,
+        online_ratio_episodes=config.data.online_ratio_episodes,
         ends_in_chunks=config.data.ends_in_chunks,
         host_index=jax.process_index(),
         num_hosts=jax.process_count(),

@@ -20,9 +20,10 @@ from acrlpd.data.robots.mapping import Robot
 from acrlpd.envs.env import EnvConfig, StoredName
 from acrlpd.envs.vector import RolloutConfig
 from acrlpd.models import gemma
+from acrlpd.models.kinds import POLICY_KINDS, PolicyKind
 
 T = TypeVar("T")
-PolicyKind = Literal["pi0", "pi05", "mlp_flow", "gaussian"]
+PolicyName = Literal["pi0", "pi05", "mlp_flow", "gaussian"]
 LoggerKind = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -30,7 +31,7 @@ LoggerKind = Literal["tensorboard", "wandb", "trackio"]
 class PolicyConfig:
     """Which policy, and its sizes. State and action size come from the data unless the model is wider."""
 
-    kind: PolicyKind = "pi0"
+    kind: PolicyName = "pi0"
     action_horizon: int = 50
     action_dim: int | None = None  # the model's width; actions and state are zero-padded to it. None: the data's own
     paligemma_variant: str = "gemma_2b"
@@ -55,7 +56,7 @@ class PolicyConfig:
                 raise ValueError(f"policy.{name} must be at least 1, got {value}")
         if any(width < 1 for width in self.hidden_dims):
             raise ValueError(f"policy.hidden_dims must be at least 1 each, got {self.hidden_dims}")
-        if self.freeze_pi0_backbone and self.kind in ("mlp_flow", "gaussian"):
+        if self.freeze_pi0_backbone and not self.traits.has_backbone:
             raise ValueError(f"policy.freeze_pi0_backbone needs a pi0 policy: {self.kind} has no backbone")
         if self.frozen_dtype != "float32" and not (self.freeze_pi0_backbone or self.has_lora):
             raise ValueError(
@@ -64,10 +65,15 @@ class PolicyConfig:
             )
 
     @property
+    def traits(self) -> PolicyKind:
+        """The properties of this kind of policy."""
+        return POLICY_KINDS[self.kind]
+
+    @property
     def has_lora(self) -> bool:
         """Whether adapters train in the place of what they adapt."""
         variants = (self.paligemma_variant, self.action_expert_variant)
-        return self.kind in ("pi0", "pi05") and any(gemma.get_config(variant).has_lora for variant in variants)
+        return self.traits.has_backbone and any(gemma.get_config(variant).has_lora for variant in variants)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,10 +366,10 @@ class TrainConfig:
                 "rlpd_ac, and nothing else, has the gaussian policy (--algorithm rlpd-ac sets both)"
             )
         files.inside("assets", self.asset_id, "asset_id")
-        if self.policy.kind == "pi05" and self.data.action_normalization == "z_score":
+        if self.policy.traits.state_in_prompt and self.data.action_normalization == "z_score":
             raise ValueError(
-                "data.action_normalization='z_score' cannot be had with policy.kind='pi05', which reads the state as "
-                "256 steps from -1 to 1: that takes quantiles. Say --data.action_normalization quantile"
+                f"data.action_normalization='z_score' cannot be had with policy.kind={self.policy.kind!r}, which reads "
+                "the state as 256 steps from -1 to 1: that takes quantiles. Say --data.action_normalization quantile"
             )
         if self.critic_alone_steps > self.offline_steps:
             raise ValueError(
@@ -376,6 +382,11 @@ class TrainConfig:
             raise ValueError(f"utd_ratio must be positive, got {self.utd_ratio}")
         if self.env is None and not self.data.sets:
             raise ValueError("a run needs data.path (a folder of episodes), env.name (to collect some), or both")
+
+    @property
+    def executed_steps(self) -> int:
+        """How many steps of each chunk are executed."""
+        return self.execute_horizon or self.policy.action_horizon
 
 
 ACRLPDPi0Config = ACRLPDTrainingConfig = TrainConfig  # two names of the founding design for one description of a run

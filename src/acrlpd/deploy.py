@@ -177,7 +177,7 @@ def _abstract_agent(config: TrainConfig, stats: Mapping[str, NormStats], cameras
 def trained_policy(trained: Trained, options: ActingOptions) -> Policy:
     """Return the policy that a server answers with."""
     config = trained.config
-    if options.real_time and config.agent.algorithm == "rlpd_ac":
+    if options.real_time and not config.policy.traits.is_flow:
         raise ValueError("real_time guides the steps of a flow, and rlpd_ac's policy has none: leave it off")
     sampler = AgentSampler(
         trained.agent, mode=options.mode, num_samples=options.num_samples, num_steps=options.num_steps
@@ -185,7 +185,7 @@ def trained_policy(trained: Trained, options: ActingOptions) -> Policy:
     transform = Compose(
         [
             ActionsOnly(),
-            *_default_prompt(options.default_prompt, needed=config.policy.kind != "mlp_flow"),
+            *_default_prompt(options.default_prompt, needed=config.policy.traits.has_backbone),
             setup.make_transform(config, trained.stats, trained.dims, _read_cameras(trained)),
         ]
     )
@@ -209,12 +209,12 @@ def _default_prompt(prompt: str | None, *, needed: bool) -> list[Transform]:
 
 def _read_cameras(trained: Trained) -> tuple[str, ...]:
     """Return the data's cameras that the policy reads; clients need not send the others."""
-    return () if trained.config.policy.kind == "mlp_flow" else trained.cameras
+    return trained.cameras if trained.config.policy.traits.has_backbone else ()
 
 
 def _spec(trained: Trained) -> Observation:
     policy, dims = trained.config.policy, trained.dims
-    if policy.kind == "mlp_flow":
+    if not policy.traits.has_backbone:
         return _observation_spec(dims.state, (), 0, policy.max_token_len)
     cameras = setup.model_cameras(trained.config, trained.cameras)
     return _observation_spec(policy.action_dim or dims.state, cameras, policy.image_size, policy.max_token_len)
@@ -388,12 +388,11 @@ def _write_pytorch(folder: Path, trained: Trained) -> None:
 
 def _interface(trained: Trained) -> Interface:
     config = trained.config
-    quantiles = config.policy.kind == "pi05" or config.data.action_normalization == "quantile"
     num_samples = config.agent.best_of_n_samples if trained.agent.chooses else 1
     robot = config.data.robot
     return Interface(
         trained.stats,
-        quantiles,
+        setup.has_quantiles(config),
         _spec(trained),
         Plan(num_samples, config.agent.flow_steps),
         greedy=trained.agent.chooses,

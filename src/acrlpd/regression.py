@@ -75,7 +75,7 @@ class ACRLPDRegressionTester:
             range(first, first + self.episodes),
             mode="greedy",
             rng=jax.random.key(0),
-            execute_horizon=config.execute_horizon or config.policy.action_horizon,
+            execute_horizon=config.executed_steps,
         )
         return result.high >= recorded["low"]
 

@@ -23,9 +23,9 @@ def test_an_algorithm_keeps_the_presets_sizes_and_is_the_same_twice(algorithm):
     assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
     for name in ("env", "optimizers"):
         assert getattr(config, name) == getattr(demo, name)
-    draws = {name: getattr(demo.data, name) for name in ("sequence_ratio", "online_ratio", "ends_in_chunks")}
-    assert dataclasses.replace(config.data, **draws) == demo.data
-    assert (config.data == demo.data) == (not algorithm.startswith("qc"))  # which draws from all rows alike
+    drawing = ("sequence_ratio", "online_ratio", "online_ratio_episodes", "ends_in_chunks")
+    assert dataclasses.replace(config.data, **{name: getattr(demo.data, name) for name in drawing}) == demo.data
+    assert (config.data == demo.data) == (algorithm in ("acrlpd", "bc"))  # the others draw as their authors do
     assert config.agent.flow_steps == demo.agent.flow_steps
 
 
@@ -84,7 +84,7 @@ OUT_OF_RANGE = {
     "agent.bc_weighting_bound": 0.5,
     "agent.health.spike_factor": 1,
     "agent.health.spike_floor": -1,
-    **{f"data.{name}": 0 for name in ("action_dim", "batch_size", "max_replay_bytes")},
+    **{f"data.{name}": 0 for name in ("action_dim", "batch_size", "max_replay_bytes", "online_ratio_episodes")},
     **{f"data.{name}": -1 for name in ("memory_bytes", "prefix_bytes", "num_workers", "min_std")},
     **{f"data.{name}_ratio": 1.5 for name in ("sequence", "online")},
     "data.fps": 0,

@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         Path(arguments.output),
         checkpoint=f"{arguments.checkpoint}, step {loaded.step}",
         mode=arguments.mode,
-        execute_horizon=config.execute_horizon or config.policy.action_horizon,
+        execute_horizon=config.executed_steps,
         episodes=arguments.episodes,
         num_envs=arguments.num_envs,
         num_workers=arguments.num_workers,

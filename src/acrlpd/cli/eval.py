@@ -83,7 +83,7 @@ def _evaluate(loaded: Loaded, task: str, arguments: EvalArguments) -> Findings:
         environments,
         loaded.transform,
         range(first, first + episodes),
-        execute_horizon=config.execute_horizon or config.policy.action_horizon,
+        execute_horizon=config.executed_steps,
         mode=arguments.mode,
         seed=arguments.seed,
     )

@@ -30,12 +30,12 @@ SCHEDULES = tuple(f"optimizers.{group}.schedule" for group in ("policy", "critic
 RULES = (
     Rule(
         "policy.kind mlp_flow or gaussian",
-        lambda c: c.policy.kind in ("mlp_flow", "gaussian"),
+        lambda c: not c.policy.traits.has_backbone,
         ("policy.hidden_dims",),
     ),
     Rule(
         "policy.kind pi0 or pi05",
-        lambda c: c.policy.kind in ("pi0", "pi05"),
+        lambda c: c.policy.traits.has_backbone,
         _in("policy", *PI0_ALONE, "dtype", "remat", "unroll"),
     ),
     Rule("policy.freeze_pi0_backbone", lambda c: c.policy.freeze_pi0_backbone, ("data.prefix_bytes",)),

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from acrlpd import main_guard
 from acrlpd.envs.env import EnvConfig, SimulatedEnvironment, check_named, clip_action, make
 from acrlpd.envs.episodes import EpisodeRunner, Lost, Rollout, Start
-from acrlpd.envs.experts import PolicyKind, SmoothNoise, make_expert
+from acrlpd.envs.experts import CollectPolicy, SmoothNoise, make_expert
 from acrlpd.envs.failure import Failure
 from acrlpd.envs.rollout import MAX_BAD_STARTS_IN_A_ROW, episode_seed
 from acrlpd.orphans import end_with_parent
@@ -29,7 +29,7 @@ def collect(
     config: EnvConfig,
     episodes: Iterable[int],
     *,
-    policy: PolicyKind = "expert",
+    policy: CollectPolicy = "expert",
     noise_range: tuple[float, float] = (0.0, 0.8),
     seed: int = 0,
     num_workers: int = 1,
@@ -58,7 +58,7 @@ class _CollectJob:
     """Everything that a worker needs to make episode k."""
 
     config: EnvConfig
-    policy: PolicyKind
+    policy: CollectPolicy
     noise_range: tuple[float, float]
     seed: int
 

@@ -16,7 +16,7 @@ from acrlpd.envs.libero import BowlExpert, Libero
 from acrlpd.envs.metaworld import MetaWorld
 from acrlpd.envs.ogbench import OGBench
 
-PolicyKind: TypeAlias = Literal["expert", "random"]
+CollectPolicy: TypeAlias = Literal["expert", "random"]
 
 
 class Expert(Protocol):
@@ -25,7 +25,7 @@ class Expert(Protocol):
     def __call__(self, observation: Obs) -> Float[np.ndarray, " a"]: ...
 
 
-def make_expert(environment: SimulatedEnvironment, kind: PolicyKind, rng: np.random.Generator) -> Expert:
+def make_expert(environment: SimulatedEnvironment, kind: CollectPolicy, rng: np.random.Generator) -> Expert:
     """Return a policy for the next episode; call it after ``environment.reset``. All randomness comes from ``rng``."""
     if kind == "random":
         return RandomPolicy(environment.spec, rng)

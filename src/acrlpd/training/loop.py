@@ -436,7 +436,7 @@ class ACRLPDTrainer:
                 seeds,
                 mode=mode,
                 rng=self._eval_rng,  # the same noise each time, so that two evaluations differ by their policies alone
-                execute_horizon=self.config.execute_horizon or self.config.policy.action_horizon,
+                execute_horizon=self.config.executed_steps,
             )
         record = {"step": policy.step, "phase": name, "env_steps": policy.env_steps, "wall_s": self._wall()}
         cpu = self._cpu()

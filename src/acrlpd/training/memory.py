@@ -130,7 +130,7 @@ def advice(config: TrainConfig, found: Plan) -> list[str]:
         lines.append("--agent.best_of_n_strategy chunked: the candidates of the target in blocks")
     if found.machine.devices > config.fsdp_devices:
         lines.append(f"--fsdp_devices {found.machine.devices}: parameters and optimiser split over all devices")
-    has_backbone = config.policy.kind in ("pi0", "pi05")
+    has_backbone = config.policy.traits.has_backbone
     if has_backbone and not config.policy.freeze_pi0_backbone:
         lines.append("--policy.freeze_pi0_backbone: no gradient and no optimiser for the vision-language model")
     if has_backbone and not config.policy.remat:

@@ -71,7 +71,7 @@ def is_legal(config: TrainConfig) -> bool:
 
 def are_features_of_use(config: TrainConfig, agent: ACRLPDAgent) -> bool:
     """Return whether updates of critics alone are still to come, and read features that take a pass to compute."""
-    reads = agent.config.critic.use_pi0_features and config.policy.kind in ("pi0", "pi05")
+    reads = agent.config.critic.use_pi0_features and config.policy.traits.has_backbone
     return reads and int(agent.step) < config.critic_alone_steps and jax.process_count() == 1
 
 

@@ -199,13 +199,13 @@ def check_prior(config: TrainConfig, prior: EpisodeStore, dims: Dims, spec: EnvS
         delta_mask(config),
         where=name,
         dims=(dims.state, dims.action),
-        cameras=prior.cameras if config.policy.kind in ("pi0", "pi05") else None,
+        cameras=prior.cameras if config.policy.traits.has_backbone else None,
     )
 
 
 def check_instructions(config: TrainConfig, sources: Sequence[Dataset], spec: EnvSpec | None) -> None:
     """Tell what has no instruction where the policy reads one; refuse several tasks that share an empty text."""
-    if config.policy.kind not in ("pi0", "pi05"):
+    if not config.policy.traits.has_backbone:
         return
     if spec is not None and not spec.instruction.strip():
         logger.warning("%s has no instruction, and the policy reads one: say it with --env.instruction", spec.name)
@@ -275,7 +275,7 @@ def make_interaction(
     collector = rollout.OnlineCollector(
         make_environments(config, config.online_envs),
         seed=config.seed,
-        execute_horizon=config.execute_horizon or config.policy.action_horizon,
+        execute_horizon=config.executed_steps,
         first_episode=ONLINE_FIRST_EPISODE,
         finished={entry["episode"] for entry in journal.metadata() if "episode" in entry},
     )
@@ -393,7 +393,10 @@ def is_best(path: Path) -> bool:
 def _best_step(file: Path) -> int:
     step = read_json(file, allow_nan=True).get("step")
     if not isinstance(step, int) or isinstance(step, bool):
-        raise ValueError(f"{file}: expected the step of the best evaluation, found {step!r:.100}")
+        raise ValueError(
+            f"{file}: expected the step of the best evaluation, found {step!r:.100}. Without this file, the newest "
+            "checkpoint is taken"
+        )
     return step
 
 
@@ -487,7 +490,7 @@ def _judge_stats(
     where = config.data.norm_stats or "the statistics of all data sets together"
     for name, store, source in zip(prior.names, prior.stores, sources, strict=True):
         own = _own_stats(config, Mixture((store,)), [source], 0.0)
-        normalize.warn_of_misfits(stats, own, where=where, of=name, quantiles=_has_quantiles(config))
+        normalize.warn_of_misfits(stats, own, where=where, of=name, quantiles=has_quantiles(config))
 
 
 def _given_stats(config: TrainConfig, prior: Mixture) -> dict[str, NormStats] | None:
@@ -495,7 +498,7 @@ def _given_stats(config: TrainConfig, prior: Mixture) -> dict[str, NormStats] | 
     if config.data.norm_stats is None:
         return None
     dims = {"state": prior.stores[0].state.shape[1], "actions": prior.stores[0].actions.shape[1]}
-    return normalize.load_for(config.data.norm_stats, dims, quantiles=_has_quantiles(config))
+    return normalize.load_for(config.data.norm_stats, dims, quantiles=has_quantiles(config))
 
 
 def make_transform(
@@ -509,8 +512,8 @@ def make_transform(
     return to_model(
         before_normalization(config),
         stats,
-        TokenizePrompt(make_tokenizer(policy), policy.kind == "pi05"),
-        quantiles=_has_quantiles(config),
+        TokenizePrompt(make_tokenizer(policy), policy.traits.state_in_prompt),
+        quantiles=has_quantiles(config),
         image_size=policy.image_size,
         action_dim=policy.action_dim,
         robot_action_dim=dims.action,
@@ -520,22 +523,25 @@ def make_transform(
 
 def make_tokenizer(policy: PolicyConfig) -> PromptTokenizer:
     """Its tokens are read by a pi0 alone."""
-    vocab_size = policy.vocab_size if policy.kind in ("pi0", "pi05") else None
+    vocab_size = policy.vocab_size if policy.traits.has_backbone else None
     return PromptTokenizer(policy.tokenizer, max_length=policy.max_token_len, vocab_size=vocab_size)
 
 
-def _has_quantiles(config: TrainConfig) -> bool:
-    return config.policy.kind == "pi05" or config.data.action_normalization == "quantile"
+def has_quantiles(config: TrainConfig) -> bool:
+    """Return whether states and actions are normalized by quantiles instead of mean and standard deviation."""
+    return config.policy.traits.state_in_prompt or config.data.action_normalization == "quantile"
 
 
 def before_normalization(config: TrainConfig) -> list[Transform]:
     """What the data passes first; nothing where it is used as it is."""
-    return mapping.before_normalization(config.data.robot, config.data.delta_mask, pi05=config.policy.kind == "pi05")
+    return mapping.before_normalization(
+        config.data.robot, config.data.delta_mask, pi05=config.policy.traits.state_in_prompt
+    )
 
 
 def delta_mask(config: TrainConfig) -> tuple[bool, ...]:
     """Which actions the policy has relative to the state."""
-    return mapping.delta_mask(config.data.robot, config.data.delta_mask, pi05=config.policy.kind == "pi05")
+    return mapping.delta_mask(config.data.robot, config.data.delta_mask, pi05=config.policy.traits.state_in_prompt)
 
 
 def model_cameras(config: TrainConfig, cameras: tuple[str, ...]) -> tuple[str, ...]:
@@ -556,7 +562,7 @@ def make_policy(config: PolicyConfig, dims: Dims, cameras: tuple[str, ...], rngs
 def pi0_config(config: PolicyConfig, dims: Dims, cameras: tuple[str, ...]) -> Pi0Config:
     """openpi's models have one width for state and action; a small one takes the data's own two."""
     return Pi0Config(
-        pi05=config.kind == "pi05",
+        pi05=config.traits.state_in_prompt,
         action_dim=config.action_dim or dims.action,
         state_dim=config.action_dim or dims.state,
         action_horizon=config.action_horizon,
@@ -583,7 +589,7 @@ def create_agent(
     config: TrainConfig, dims: Dims, cameras: tuple[str, ...], *, weights: str | None = None
 ) -> ACRLPDAgent:
     """A fresh agent where JAX puts it; without weights it may be traced, to see shapes without memory for them."""
-    if weights is not None and config.policy.kind in ("pi0", "pi05") and config.policy.vocab_size is not None:
+    if weights is not None and config.policy.traits.has_backbone and config.policy.vocab_size is not None:
         make_tokenizer(config.policy).check_trained(config.policy.vocab_size)
     policy_rng, agent_rng = jax.random.split(jax.random.key(config.seed))
     policy = make_policy(config.policy, dims, model_cameras(config, cameras), nnx.Rngs(params=policy_rng))

@@ -1,0 +1,27 @@
+"""The kinds of policies: everything that depends on the kind alone, in one table.
+
+A new kind is an entry here, a name in ``config.PolicyName``, and a case in ``training.setup.make_policy``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyKind:
+    """The properties of a kind of policy."""
+
+    has_backbone: bool  # a vision-language model: it reads cameras and a prompt, openpi's weights fit, it may be frozen
+    state_in_prompt: bool = (
+        False  # the state is written into the prompt, in 256 steps, so it is normalized by quantiles
+    )
+    is_flow: bool = True  # it samples by integrating a velocity; the steps of a flow can be guided
+
+
+POLICY_KINDS: dict[str, PolicyKind] = {
+    "pi0": PolicyKind(has_backbone=True),
+    "pi05": PolicyKind(has_backbone=True, state_in_prompt=True),
+    "mlp_flow": PolicyKind(has_backbone=False),
+    "gaussian": PolicyKind(has_backbone=False, is_flow=False),
+}

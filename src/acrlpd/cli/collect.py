@@ -27,6 +27,7 @@ class CollectArguments:
     noise_range: tuple[float, float] | None = None  # of the expert's smooth noise, in action units; None: 0 to 0.8
     checkpoint: str | None = None  # a run or the folder of one step
     mode: ActingMode = "explore"  # of a checkpoint: as online; greedy: the best by its critic; bc: imitation
+    extraction: str | None = None  # of a checkpoint: how to choose instead; code of your own must be named here
     num_envs: int = 8  # of a checkpoint: environments with one policy call
     num_workers: int = 1  # processes
     seed: int = 0
@@ -34,6 +35,8 @@ class CollectArguments:
     def __post_init__(self) -> None:
         if (self.policy == "checkpoint") != (self.checkpoint is not None):
             raise ValueError("--policy checkpoint and --checkpoint PATH belong together")
+        if self.extraction is not None and self.checkpoint is None:
+            raise ValueError(f"--extraction is a checkpoint's; --policy {self.policy} has no use for it")
         if self.noise_range is not None and self.policy != "expert":
             raise ValueError(f"--noise_range is the expert's; --policy {self.policy} has no use for it")
 
@@ -42,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     if arguments.checkpoint is None:
         return _by_script(arguments)
-    loaded = setup.load_stored(arguments.checkpoint)
+    loaded = setup.load_stored(arguments.checkpoint, arguments.extraction)
     config = loaded.config
     if config.env is not None:  # the run's environment, with what was said on the command line changed
         arguments = _parse(argv, default=CollectArguments(arguments.output, env=config.env))

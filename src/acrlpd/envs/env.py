@@ -18,17 +18,11 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from acrlpd.named_code import StoredName
+
 Obs: TypeAlias = dict[str, Any]
 RewardKind: TypeAlias = Literal["-1/0", "0/1"]
 LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
-
-
-class StoredName(str):
-    """The name of an environment that a checkpoint or a run's folder states, and nobody in the command.
-
-    As text it is like any other. But a name that is code of somebody's own (``custom/...``) is run only as plain text:
-    what a user or a script says takes the place of this one.
-    """
 
 
 @dataclasses.dataclass(frozen=True)

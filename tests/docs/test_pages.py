@@ -1,4 +1,4 @@
-"""The worked examples of CONTRIBUTING.md: written into a copy of the package as the page says, and run there."""
+"""What the pages at the root say is so. The worked examples of CONTRIBUTING.md are run in a copy of the package."""
 
 import os
 import re
@@ -9,6 +9,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+
+import acrlpd
+from acrlpd.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -105,3 +109,36 @@ def test_the_ladder_on_the_page_is_the_one_that_is_checked():
     section = PAGE.partition("\n## The import ladder\n")[2].partition("\n## ")[0]
     rows = [re.findall(r"`(\w+)`", row) for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)]
     assert rows == [re.findall(r"acrlpd\.(\w+)", layer) for layer in layers]
+
+
+def test_the_versions_agree():
+    """Of the package, of its metadata, of the newest release in the changelog, and of what to cite."""
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    released = re.findall(
+        r"^## \[(\d\S*)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert acrlpd.__version__ == metadata
+    assert released[0] == (metadata, cited["date-released"])
+    assert cited["version"] == metadata
+
+
+def test_the_readme_maps_every_module():
+    """Each under its folder; the commands are files of their own names."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.search(r"```\nsrc/acrlpd/\n(.*?)```", page, re.DOTALL)[1].splitlines()
+    folders: dict[str, str] = {}
+    folder = ""
+    for row in rows:
+        folder = match[1] if (match := re.match(r"  (\w+)/ ", row)) else "" if re.match(r"  \S", row) else folder
+        folders[folder] = folders.get(folder, "") + row
+    package = ROOT / "src/acrlpd"
+    commands = {name.replace("-", "_") for name in COMMANDS}
+    modules = [file.relative_to(package) for file in sorted(package.rglob("*.py")) if file.stem != "__init__"]
+    modules = [each for each in modules if each.parts[0] != "cli" or each.stem not in commands]
+    missing = [
+        str(each)
+        for each in modules
+        if not re.search(rf"(?<!\w){each.name}", folders.get(each.parts[0] if len(each.parts) > 1 else "", ""))
+    ]
+    assert not missing

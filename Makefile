@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LIBERO := .venv-libero
 
-.PHONY: demo demo-vision demo-cube test test-slow test-faults test-libero lint format lock clean help
+.PHONY: demo demo-vision demo-cube test test-fast test-slow test-faults test-libero lint format lock clean help
 
 help:
 	@grep -E '^## ' $(MAKEFILE_LIST) | sed 's/^## //'
@@ -26,6 +26,20 @@ demo-cube: $(INSTALLED)
 ## make test         parity, formats, the update, a whole run with kill and resume: about 10 minutes on two cores
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 -m "(not slow or golden) and not libero"
+
+## make test-fast    for the loop of editing: pure functions, losses, chunks, configurations; a minute on two cores
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 -m "not slow and not libero" \
+		-p tests.budget --cpu-budget 80 $(FAST)
+
+# Files whose tests start no process and compile next to nothing. A file that is gone or has grown slow fails the target.
+FAST := $(addprefix tests/,$(addsuffix .py,\
+	test_files test_pictures \
+	$(addprefix agents/test_,health losses sampling) \
+	$(addprefix data/test_,chunks episodes finals loader mixture normalize npz replay rewards robots sources \
+		tokenizer transforms) \
+	$(addprefix envs/test_,custom env) models/test_flow serving/test_codec \
+	$(addprefix training/test_,agreement checksum comparison config metrics optimizer)))
 
 ## make test-slow    the longer ones: kills at random moments, hostile messages, thousands of episodes
 test-slow: $(INSTALLED)

@@ -17,10 +17,11 @@ from acrlpd.agents.losses import LossWeights
 from acrlpd.data.options import DataSource, ReaderOptions
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.data.robots.mapping import Robot
-from acrlpd.envs.env import EnvConfig, StoredName
+from acrlpd.envs.env import EnvConfig
 from acrlpd.envs.vector import RolloutConfig
 from acrlpd.models import gemma
 from acrlpd.models.kinds import POLICY_KINDS, PolicyKind
+from acrlpd.named_code import StoredName, names_code
 
 T = TypeVar("T")
 PolicyName = Literal["pi0", "pi05", "mlp_flow", "gaussian"]
@@ -429,6 +430,9 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None,
 def from_stored(values: Mapping[str, Any]) -> TrainConfig:
     """The configuration that a checkpoint or a run's folder holds. It names no code to run: see ``StoredName``."""
     config = from_dict(TrainConfig, values)
+    if names_code(config.agent.extraction):
+        agent = dataclasses.replace(config.agent, extraction=StoredName(config.agent.extraction))
+        config = dataclasses.replace(config, agent=agent)
     if config.env is None:
         return config
     return dataclasses.replace(config, env=dataclasses.replace(config.env, name=StoredName(config.env.name)))

@@ -62,6 +62,7 @@ class ActingOptions:
     latency_budget_ms: float | None = None  # compute as many candidates and flow steps as fit; None: always all
     default_prompt: str | None = None  # the prompt for observations without one
     seed: int = 0  # the seed for requests that bring none of their own
+    extraction: str | None = None  # how to choose instead; code of your own (FILE.py:NAME) must be named here
 
     def __post_init__(self):
         if self.latency_budget_ms is not None and not 0 < self.latency_budget_ms < math.inf:
@@ -142,12 +143,16 @@ class Trained:
         return setup.Dims(len(self.stats["state"].mean), len(self.stats["actions"].mean))
 
 
-def load_trained(path: str | Path) -> Trained:
-    """Load the agent of a checkpoint, ready to act; ``path`` as in ``training.setup.load_checkpoint``.
+def load_trained(path: str | Path, extraction: str | None = None) -> Trained:
+    """Load the agent of a checkpoint, ready to act; arguments as in ``training.setup.load_checkpoint``.
 
     Optimiser state, twice the size of what it optimises, is never read.
     """
-    return setup.read_policy(Path(path), _load_trained)
+    trained = setup.read_policy(Path(path), _load_trained)
+    if extraction is None:
+        return trained
+    config = setup.with_extraction(trained.config, extraction)
+    return dataclasses.replace(trained, agent=trained.agent.with_extraction(extraction), config=config)
 
 
 def _load_trained(manager: ACRLPDCheckpointManager, step: int) -> Trained:
@@ -236,8 +241,8 @@ class Follower:
     def __init__(self, path: str | Path, options: ActingOptions):
         self._path = Path(path)
         self._options = options
-        self._trained = load_trained(path)
-        self._fixed = setup.locate_checkpoint(self._path)[1] is not None
+        self._trained = load_trained(path, options.extraction)
+        self._fixed = setup.locate_checkpoint(Path(path))[1] is not None
 
     @property
     def policy(self) -> Policy:
@@ -279,6 +284,7 @@ def export_acrlpd_model(
     *,
     platform: Platform | None = None,
     data: str | Path | None = None,
+    extraction: str | None = None,
 ) -> str:
     """Write a trained agent for production and return the folder.
 
@@ -291,13 +297,16 @@ def export_acrlpd_model(
             standard leaves the agent as it was trained.
         platform: use the numbers of the production table instead of the level's.
         data: episodes for the TD error, preferably not trained on. None: the run's own.
+        extraction: how the agent chooses instead; code of your own must be named here (``setup.load_checkpoint``).
     """
     output = Path(output_dir).absolute()
     if output.exists():
         raise ValueError(f"{output} exists already: name another folder to export to")
     if optimization_level not in LEVELS:
         raise ValueError(f"optimization_level must be one of {', '.join(LEVELS)}, got {optimization_level!r}")
-    trained = load_trained(checkpoint_path)
+    trained = load_trained(checkpoint_path, extraction)
+    if trained.agent.chooses:
+        trained.config.agent.make_extraction(trained.config.agent.flow_steps)  # what cannot be used is refused here
     num_critics, num_steps = LEVELS[optimization_level]
     agent_config = trained.config.agent
     if platform is not None:
@@ -426,6 +435,8 @@ def openpi_policy(
         )
     if options.num_samples not in (None, 1):
         raise ValueError(f"{path} has no critic to choose among num_samples={options.num_samples}: leave it out")
+    if options.extraction is not None:
+        raise ValueError(f"{path} has no critic that extraction={options.extraction!r} could use: leave it out")
     platform = ROBOTS[openpi.robot]
     mapping.check(
         openpi.robot,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
+import platform
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+import acrlpd
 from acrlpd import presets
 from acrlpd.config import DataConfig, PolicyConfig, TrainConfig
 from acrlpd.data import hdf5
@@ -52,7 +54,8 @@ def _tried(name: str, check: Callable[[], str], *, optional: bool = False) -> Ch
 
 
 def _versions() -> str:
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in REQUIRED)
+    own = [f"acrlpd {acrlpd.__version__}", f"Python {platform.python_version()} ({platform.platform(terse=True)})"]
+    return ", ".join([*own, *(f"{name} {importlib.metadata.version(name)}" for name in REQUIRED)])
 
 
 def _devices() -> str:

@@ -23,6 +23,7 @@ class ACRLPDRegressionTester:
 
     episodes: int = 50
     env_name: str | None = None  # names your own environment (custom/...), whose code a checkpoint alone may not run
+    extraction: str | None = None  # names your own extraction (FILE.py:NAME)
 
     def run_regression_suite(self, checkpoint_path: str | Path) -> dict[str, bool]:
         results = {
@@ -41,7 +42,7 @@ class ACRLPDRegressionTester:
 
     def test_numerical_stability(self, checkpoint_path: str | Path) -> bool:
         """Return whether the same observation and key give the same finite chunk twice."""
-        loaded = setup.load_stored(_exactly(checkpoint_path))
+        loaded = setup.load_stored(_exactly(checkpoint_path), self.extraction)
         stats = _norm_stats(checkpoint_path)
         dims = Dims(len(stats["state"].mean), len(stats["actions"].mean))
         manager, step = _manager(checkpoint_path)
@@ -60,7 +61,7 @@ class ACRLPDRegressionTester:
 
     def test_performance_metrics(self, checkpoint_path: str | Path) -> bool:
         """Return whether the success interval on the run's own seeds does not lie below the recorded one."""
-        loaded = setup.load_stored(_exactly(checkpoint_path))
+        loaded = setup.load_stored(_exactly(checkpoint_path), self.extraction)
         config, recorded = loaded.config, self._recorded(checkpoint_path)
         if self.env_name is not None:
             config = setup.with_task(config, self.env_name)

@@ -20,7 +20,7 @@ from acrlpd.cli.main import main
 from acrlpd.config import TrainConfig, to_dict
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TAKEN_BEFORE = {"config", "algorithm", "environment"}  # by other than the parser
 PLACEHOLDERS = {"PRESET": "demo", "NAME": "bc"}
 STARTS = {

@@ -21,7 +21,7 @@ SETTINGS = {  # of each rule: under which settings of the demo its fields are id
     "policy.freeze_pi0_backbone": ({}, {"policy.freeze_pi0_backbone": True}),
     "agent.best_of_n_strategy chunked": ({}, {"agent.best_of_n_strategy": "chunked"}),
     "agent.best_of_n_strategy auto": ({"agent.best_of_n_strategy": "parallel"}, {}),
-    "agent.extraction q_gradient": ({}, {"agent.extraction": "q_gradient"}),
+    "agent.extraction q_gradient or one of your own": ({}, {"agent.extraction": "q_gradient"}),
     "agent.extraction distill": ({}, {"agent.extraction": "distill"}),
     "an agent.bc_weighting": ({}, {"agent.bc_weighting": "importance"}),
     "agent.critic.use_pi0_features": ({"agent.critic.use_pi0_features": False}, {}),

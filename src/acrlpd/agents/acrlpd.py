@@ -178,6 +178,11 @@ class ACRLPDAgent:
         nets = dataclasses.replace(self.nets, policy_def=policy_def)
         return dataclasses.replace(self, params=params, frozen={}, ema={}, opt_state={}, target_critic={}, nets=nets)
 
+    def with_extraction(self, name: str) -> ACRLPDAgent:
+        """The same networks under another extraction. Naming a stored agent's own allows it to run that code."""
+        nets = dataclasses.replace(self.nets, config=dataclasses.replace(self.config, extraction=name))
+        return dataclasses.replace(self, nets=nets)
+
     def update(
         self, batch: ChunkBatch, rng: PRNGKeyArray, weights: LossWeights | None = None
     ) -> tuple[ACRLPDAgent, Metrics]:

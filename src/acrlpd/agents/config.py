@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from typing import Literal, get_args
 
-from acrlpd.agents.extraction import BestOfN, Distill, Extraction, ExtractionName, QGradient
+from acrlpd.agents.extraction import BestOfN, Distill, Extraction, ExtractionName, QGradient, make_own
 from acrlpd.agents.health import HealthConfig
 from acrlpd.agents.losses import LossWeights
 from acrlpd.models.critic import CriticConfig
+from acrlpd.named_code import names_code
 
 AlgorithmName = Literal["acrlpd", "bc", "rlpd_ac"]
 BCWeighting = Literal["none", "importance", "difficulty"]
@@ -41,7 +43,7 @@ class AgentConfig:
     critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
     temperature: TemperatureConfig = dataclasses.field(default_factory=TemperatureConfig)
     loss_weights: LossWeights = dataclasses.field(default_factory=LossWeights)
-    extraction: ExtractionName = "best_of_n"
+    extraction: str = "best_of_n"  # or q_gradient, distill, or FILE.py:NAME: code of your own (CONTRIBUTING.md)
     discount: float = 0.99
     target_update_tau: float = 0.005
     act_by_target_critic: bool = True  # the moving average of the critics chooses while acting, not the newest ones
@@ -69,12 +71,17 @@ class AgentConfig:
     def __post_init__(self):
         for name, choices in (
             ("algorithm", AlgorithmName),
-            ("extraction", ExtractionName),
             ("best_of_n_strategy", BestOfNStrategy),
             ("bc_weighting", BCWeighting),
         ):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"agent.{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
+        if self.extraction not in get_args(ExtractionName) and not names_code(self.extraction):
+            near = difflib.get_close_matches(self.extraction, get_args(ExtractionName), n=1)
+            raise ValueError(
+                f"agent.extraction must be one of {get_args(ExtractionName)} or FILE.py:NAME, got {self.extraction!r}"
+                + (f": did you mean {near[0]!r}?" if near else "")
+            )
         if not 0 < self.discount <= 1:
             raise ValueError(f"agent.discount must lie in (0, 1], got {self.discount}")
         if not 0 < self.target_update_tau <= 1:
@@ -121,11 +128,13 @@ class AgentConfig:
     @property
     def actor_draws(self) -> int:
         """Chunks per observation that the actor loss looks at."""
-        return self.actor_samples if self.extraction == "q_gradient" else 1
+        return 1 if self.extraction in ("best_of_n", "distill") else self.actor_samples
 
     def make_extraction(self, num_steps: int) -> Extraction:
         if self.extraction == "q_gradient":
             return QGradient(num_steps, self.action_clip)
         if self.extraction == "distill":
             return Distill(num_steps, self.action_clip, self.distill_weight)
-        return BestOfN(num_steps, self.action_clip)
+        if self.extraction == "best_of_n":
+            return BestOfN(num_steps, self.action_clip)
+        return make_own(self.extraction, num_steps, self.action_clip)

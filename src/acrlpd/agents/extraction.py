@@ -1,21 +1,28 @@
-"""The ways in which Q improves the policy (``docs/algorithm.md``, section 3): best_of_n, q_gradient, distill.
+"""How Q improves the policy (``docs/algorithm.md``, section 3): best_of_n, q_gradient, distill, or one of your own.
 
 An extraction defines which candidates the agent chooses among and which loss trains the policy beyond imitation.
+CONTRIBUTING.md has an example of one that stands in a file of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, Protocol
+import functools
+import os
+import shlex
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from acrlpd import named_code
 from acrlpd.agents import losses
 from acrlpd.models import flow
 from acrlpd.models.critic import CriticNetworks
 from acrlpd.models.flow import FlowPolicy, Prefix
+from acrlpd.named_code import StoredName
 from acrlpd.types import Metrics
 
 ExtractionName = Literal["best_of_n", "q_gradient", "distill"]
@@ -103,6 +110,37 @@ class Distill:
         distill = losses.distill_loss(student[0], teacher[0])
         q = _q(modules.critic, prefix, clip(student, self.action_clip))  # [e 1 b]: QC-FQL maximizes their mean
         return self.distill_weight * distill - jnp.mean(q), {"distill_loss": distill, "actor_q_mean": q.mean()}
+
+
+def make_own(name: str, num_steps: int, action_clip: float | None) -> Extraction:
+    """Return what the class or function that ``FILE.py:NAME`` or ``MODULE:NAME`` names makes.
+
+    It is called with ``num_steps`` (Euler steps of the flow) and ``action_clip`` by name, whenever a program that needs
+    the extraction is compiled. Its file runs once in a process.
+
+    Raises:
+        ValueError: a stored configuration alone names this code; there is no such file or name; what it makes is no
+            ``Extraction``.
+    """
+    if isinstance(name, StoredName):
+        raise ValueError(
+            f"the extraction {name} is code that the stored configuration names, and a checkpoint runs no code by "
+            f"itself. If you trust it, name it in the command: --extraction {shlex.quote(name)} (for train "
+            "--agent.extraction; in Python load_checkpoint(path, extraction=...))"
+        )
+    own = _loaded(name, os.getcwd())(num_steps=num_steps, action_clip=action_clip)
+    missing = [method for method in ("propose", "actor_loss") if not callable(getattr(own, method, None))]
+    if missing:
+        raise ValueError(
+            f"agent.extraction {name}: expected an object with the methods propose and actor_loss "
+            f"(acrlpd.agents.extraction.Extraction), but {type(own).__name__} has no {' and no '.join(missing)}"
+        )
+    return own
+
+
+@functools.cache
+def _loaded(name: str, working_directory: str) -> Callable[..., Any]:
+    return named_code.load(name)
 
 
 def one_step(student: FlowPolicy | None, prefix: Prefix, noise: Float[Array, "n b h a"]) -> Float[Array, "n b h a"]:

@@ -32,6 +32,8 @@ class EvalArguments:
     episodes: int | None = None  # number for each task; None: as in the run's own final evaluations
     first_seed: int | None = None  # None: the run's own, so results can be compared seed by seed
     mode: ActingMode = "greedy"  # bc: one sample of the flow, without the critic
+    extraction: str | None = None  # how to choose instead; code of your own (FILE.py:NAME) must be named here
+    compare_extraction: str | None = None  # the same for the second checkpoint
     num_envs: int | None = None
     seed: int = 0  # seeds the policy's noise
     full: bool = False  # also test noise, best of N, and whether Q predicts the outcome; shown by acrlpd report
@@ -43,8 +45,8 @@ class EvalArguments:
 
 def main(argv: Sequence[str]) -> int:
     arguments = tyro.cli(EvalArguments, args=argv, prog="acrlpd eval")
-    loaded = setup.load_stored(arguments.checkpoint)
-    other = setup.load_stored(arguments.compare) if arguments.compare else None
+    loaded = setup.load_stored(arguments.checkpoint, arguments.extraction)
+    other = setup.load_stored(arguments.compare, arguments.compare_extraction) if arguments.compare else None
     tasks = arguments.tasks or (loaded.config.env.name if loaded.config.env else "",)
     findings = {task: _evaluate(loaded, task, arguments) for task in tasks}
     rollouts = [each for of_task in findings.values() for each in of_task.task.rollouts]

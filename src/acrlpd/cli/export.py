@@ -20,6 +20,7 @@ class ExportArguments:
     optimization_level: OptimizationLevel = "standard"  # fast: 3 critics, 10 flow steps; accurate: all critics, 50
     platform: Platform | None = None  # use flow steps, candidates and critics of the production table
     data: str | None = None  # episodes to compare critics on, preferably not trained on; None: the run's
+    extraction: str | None = None  # how to choose instead; code of your own (FILE.py:NAME) must be named here
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
             arguments.optimization_level,
             platform=arguments.platform,
             data=arguments.data,
+            extraction=arguments.extraction,
         )
     )
     return 0

@@ -45,7 +45,11 @@ RULES = (
         ("agent.best_of_n_block",),
     ),
     Rule("agent.best_of_n_strategy auto", lambda c: c.agent.best_of_n_strategy == "auto", ("agent.best_of_n_bytes",)),
-    Rule("agent.extraction q_gradient", lambda c: c.agent.extraction == "q_gradient", ("agent.actor_samples",)),
+    Rule(
+        "agent.extraction q_gradient or one of your own",
+        lambda c: c.agent.extraction not in ("best_of_n", "distill"),
+        ("agent.actor_samples",),
+    ),
     Rule("agent.extraction distill", lambda c: c.agent.extraction == "distill", ("agent.distill_weight",)),
     Rule(
         "an agent.bc_weighting",

@@ -115,7 +115,9 @@ def _placed(config: TrainConfig, run: Path) -> TrainConfig:
 
 
 def as_named(stored: TrainConfig, said: TrainConfig) -> TrainConfig:
-    """Return ``stored``, allowed to run its environment's code if the command's own configuration names it."""
+    """A stored configuration that may run the code it names, as far as the command's own configuration names it."""
+    if said.agent.extraction == stored.agent.extraction:
+        stored = setup.with_extraction(stored, said.agent.extraction)
     if stored.env is None or said.env is None or said.env.name != stored.env.name:
         return stored
     return setup.with_task(stored, said.env.name)

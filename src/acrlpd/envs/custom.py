@@ -6,17 +6,13 @@ and returns a ``Simulator``, for a Gymnasium environment usually a ``GymnasiumSi
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from acrlpd import named_code
 from acrlpd.envs import rendering
 from acrlpd.envs.env import Outcome, Simulator, action_bounds
 from acrlpd.pictures import fit
@@ -24,13 +20,8 @@ from acrlpd.pictures import fit
 
 def load(task: str) -> Simulator:
     """Return the simulator that ``FILE.py:FUNCTION`` or ``MODULE:FUNCTION`` makes."""
-    where, _, function = task.partition(":")
-    if not where or not function:
-        raise ValueError(f"custom/{task}: expected custom/FILE.py:FUNCTION or custom/MODULE:FUNCTION")
-    module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    if not hasattr(module, function):
-        raise ValueError(f"custom/{task}: {where} has no function {function!r}")
-    return getattr(module, function)()
+    rendering.choose_backend()  # before the file imports a simulator
+    return named_code.load(task, prefix="custom/")()
 
 
 class GymnasiumSimulator:
@@ -113,18 +104,3 @@ class GymnasiumSimulator:
         if self._env.render_mode != "rgb_array":
             raise RuntimeError(f"{self._env} renders nothing: make it with render_mode='rgb_array'")
         return self._env.render()
-
-
-def _from_file(path: Path) -> ModuleType:
-    rendering.choose_backend()  # before the file imports a simulator
-    if not path.is_file():
-        raise ValueError(
-            f"custom/{path}: there is no such file; the path starts at the working directory, {Path.cwd()}"
-        )
-    spec = importlib.util.spec_from_file_location(f"custom_{path.stem}", path)  # hides no module of that name
-    assert spec is not None, "a path that ends in .py has a loader"
-    assert spec.loader is not None, "a path that ends in .py has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # dataclasses look there for the module they are defined in
-    spec.loader.exec_module(module)
-    return module

@@ -18,17 +18,11 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from acrlpd.named_code import StoredName
+
 Obs: TypeAlias = dict[str, Any]
 RewardKind: TypeAlias = Literal["-1/0", "0/1"]
 LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
-
-
-class StoredName(str):
-    """The name of an environment that was read from a checkpoint or a run's folder, not given in the command.
-
-    It behaves like any string. But a name of custom code (``custom/...``) is run only if it is a plain ``str``: the
-    user or a script must give the name and so replace this one.
-    """
 
 
 @dataclasses.dataclass(frozen=True)

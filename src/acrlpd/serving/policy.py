@@ -142,6 +142,8 @@ class AgentSampler:
         config = agent.config
         wanted = num_samples or config.best_of_n_samples
         self._alone = mode == "bc" or not agent.chooses
+        if not self._alone:
+            config.make_extraction(config.flow_steps)  # code of one's own that cannot be used is refused here
         self.plan = Plan(1 if self._alone else wanted, num_steps or config.flow_steps)
         self.action_shape = agent.nets.action_shape
         self._agent = agent.acting_only()
@@ -159,7 +161,9 @@ def best_chunk(
     config = agent.config
     modules = agent.acting_modules()
     modules = dataclasses.replace(modules, policy=_guided(modules.policy, draws))
-    if draws.guidance is not None:  # a student's single step cannot be guided; its teacher's can
+    if (
+        draws.guidance is not None and config.extraction == "distill"
+    ):  # a student's single step cannot be guided; its teacher's can
         config = dataclasses.replace(config, extraction="best_of_n")
     prefix = modules.policy.encode(observation)
     shape = (plan.num_samples, *agent.nets.action_shape)

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from acrlpd.config import TrainConfig, from_dict
-from acrlpd.envs.env import EnvConfig, StoredName, make
+from acrlpd.envs.env import EnvConfig, make
 from acrlpd.files import read_json, written_whole
+from acrlpd.named_code import StoredName
 from acrlpd.training import charts, films, markup
 from acrlpd.training.charts import POLICIES, Evaluated
 from acrlpd.training.ending import OVER

@@ -115,6 +115,8 @@ def _make_trainer(
     replaced: Replaced | None,
 ) -> ACRLPDTrainer:
     resuming.claim_directory(config, files, resume=resume, override=override)
+    if config.agent.algorithm == "acrlpd":
+        config.agent.make_extraction(config.agent.flow_steps)  # code of one's own that cannot be used is refused here
     if config.env is None and config.online_steps:
         logger.warning("no online phase: online_steps is %d, but env.name names no environment", config.online_steps)
     environments = make_environments(config, config.eval.num_envs) if config.env else None
@@ -295,21 +297,28 @@ class Loaded:
     step: int
 
 
-def load_checkpoint(path: str | Path) -> Loaded:
+def load_checkpoint(path: str | Path, *, extraction: str | None = None) -> Loaded:
     """Return the agent of a checkpoint, spread over devices as in training where their number allows.
 
     ``path`` is a run (its best policy, or the newest where none was evaluated), its ``checkpoints`` folder (the
     newest), one step's, or RUN/best. Loading runs no code of the checkpoint. A script that makes environments of its
     ``config`` runs what ``config.env.name`` names.
+
+    ``extraction``: how the agent acts instead. An agent that was trained with an extraction of one's own, which is
+    code, acts only where that is named here, or by a built-in one.
     """
-    loaded = load_stored(path)
+    loaded = load_stored(path, extraction)
     env = loaded.config.env
     return loaded if env is None else dataclasses.replace(loaded, config=with_task(loaded.config, str(env.name)))
 
 
-def load_stored(path: str | Path) -> Loaded:
+def load_stored(path: str | Path, extraction: str | None = None) -> Loaded:
     """Load the same for a command, which runs no code that its user does not name: see ``StoredName``."""
-    return read_policy(Path(path), _load)
+    loaded = read_policy(Path(path), _load)
+    if extraction is None:
+        return loaded
+    config = with_extraction(loaded.config, extraction)
+    return dataclasses.replace(loaded, agent=loaded.agent.with_extraction(extraction), config=config)
 
 
 def read_policy(path: Path, read: Callable[[ACRLPDCheckpointManager, int], T]) -> T:
@@ -626,6 +635,11 @@ def with_task(config: TrainConfig, task: str) -> TrainConfig:
         raise ValueError("this run has no environment: set env.name")
     instruction = config.env.instruction if task == config.env.name else None
     return dataclasses.replace(config, env=dataclasses.replace(config.env, name=task, instruction=instruction))
+
+
+def with_extraction(config: TrainConfig, name: str) -> TrainConfig:
+    """The same run under another extraction. Naming its own allows a checkpoint to run code that it alone names."""
+    return dataclasses.replace(config, agent=dataclasses.replace(config.agent, extraction=name))
 
 
 def make_environments(config: TrainConfig, count: int) -> VectorEnv:

@@ -25,7 +25,7 @@ import machine
 import numpy as np
 
 from acrlpd import presets
-from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import DataConfig, TrainConfig
 from acrlpd.data.normalize import NormStats
 from acrlpd.training import memory, setup

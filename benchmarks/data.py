@@ -32,7 +32,7 @@ import av
 import machine
 import numpy as np
 
-from acrlpd.data import convert, hdf5, normalize
+from acrlpd.data import convert, hdf5, statistics
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.frame_cache import FrameCache
 from acrlpd.data.hdf5 import H5DatasetReader
@@ -59,7 +59,7 @@ DEMO_SIZES, DEMO_STEPS, DEMO_UPDATES_PER_S = (39, 4), 150, 20
 CASES: dict[str, Callable[[Path, float], dict[str, Any]]] = {
     "open-10k": lambda folder, seconds: opening(folder, seconds),
     "open-10k-lerobot": lambda folder, seconds: opening_lerobot(folder, seconds),
-    "statistics-100": lambda folder, seconds: statistics(folder, seconds),
+    "statistics-100": lambda folder, seconds: chunk_statistics(folder, seconds),
     "state-1M": lambda folder, seconds: states(folder, seconds, num_episodes=1000),
     "state-10M": lambda folder, seconds: states(folder, seconds, num_episodes=10_000),
     "state-10M-to-1M": lambda folder, seconds: states_in_turn(folder, seconds),
@@ -162,7 +162,7 @@ def opening_lerobot(folder: Path, seconds: float) -> dict[str, Any]:
     return {"first_s": first_s, "again_s": again_s}
 
 
-def statistics(folder: Path, seconds: float) -> dict[str, Any]:
+def chunk_statistics(folder: Path, seconds: float) -> dict[str, Any]:
     """Compute statistics of chunks of 100 episodes, including opening. The videos are empty files: none is read."""
     root = folder / "statistics"
     if not root.exists():
@@ -175,7 +175,7 @@ def statistics(folder: Path, seconds: float) -> dict[str, Any]:
         return {}
     found = {}
     for horizon in (1, 50):
-        _, taken_s = timed(lambda: normalize.from_source(LeRobotSource(root), Compose(()), horizon=horizon))  # noqa: B023
+        _, taken_s = timed(lambda: statistics.from_source(LeRobotSource(root), Compose(()), horizon=horizon))  # noqa: B023
         found[f"horizon_{horizon}_s"] = taken_s
     return {"steps": 100 * VIDEO_STEPS} | found
 

@@ -22,7 +22,8 @@ import pinned
 from PIL import Image
 
 from acrlpd.config import from_dict
-from acrlpd.envs.env import EnvConfig, make
+from acrlpd.envs.env import EnvConfig
+from acrlpd.envs.registry import make
 from acrlpd.training import films
 from acrlpd.training.evaluate import wilson
 from acrlpd.training.metrics import read_jsonl

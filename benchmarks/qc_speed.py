@@ -21,8 +21,8 @@ import optax
 import sampling
 from flax import nnx
 
-from acrlpd.agents import acrlpd
-from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.agents import agent as agent_module
+from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.agents.config import AgentConfig, TemperatureConfig
 from acrlpd.models.critic import CriticConfig
 from acrlpd.models.mlp_flow import MLPFlowConfig
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def gradients(agent: ACRLPDAgent, data: ChunkBatch) -> Any:
-    return acrlpd._gradients(agent, data, jax.random.key(0), agent.config.loss_weights)
+    return agent_module._gradients(agent, data, jax.random.key(0), agent.config.loss_weights)
 
 
 def make_agent(width: int, changes: dict[str, Any]) -> ACRLPDAgent:

@@ -24,10 +24,11 @@ import machine
 import numpy as np
 
 from acrlpd.config import CollectConfig, EvalConfig, TrainConfig
-from acrlpd.data.normalize import bounds_stats
+from acrlpd.data.statistics import bounds_stats
 from acrlpd.envs.env import EnvConfig
+from acrlpd.envs.registry import make_vector
 from acrlpd.envs.rollout import Act, OnlineCollector
-from acrlpd.envs.vector import RolloutConfig, make_vector
+from acrlpd.envs.vector import RolloutConfig
 from acrlpd.presets import get_preset
 from acrlpd.training import setup
 from acrlpd.training.evaluate import chunk_policy

@@ -32,8 +32,9 @@ import optax
 import sampling
 from flax import nnx
 
-from acrlpd.agents import acrlpd, losses
-from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.agents import agent as agent_module
+from acrlpd.agents import losses
+from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.agents.config import AgentConfig, TemperatureConfig
 from acrlpd.agents.draws import Draws
 from acrlpd.agents.sampling import select
@@ -184,7 +185,7 @@ def accounts(setting: Setting, extraction: str, count: Callable[..., float]) -> 
     if extraction != "best_of_n":
         moved = {group: agent.params[group] for group in (("student",) if extraction == "distill" else ("policy",))}
         table["actor"] = count(jax.grad(climb), moved, prefix)
-    whole = count(lambda agent: acrlpd._gradients(agent, batch, rng, weights), agent)
+    whole = count(lambda agent: agent_module._gradients(agent, batch, rng, weights), agent)
     allowed = sum(table.values())
     return {name: value / 1e9 for name, value in table.items()} | {
         "allowed_gflop": allowed / 1e9,

@@ -15,7 +15,8 @@ import numpy as np
 from client import ask
 from websockets.sync.client import connect
 
-from acrlpd.envs.env import EnvConfig, make
+from acrlpd.envs.env import EnvConfig
+from acrlpd.envs.registry import make
 
 
 def main():

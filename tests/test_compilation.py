@@ -21,7 +21,8 @@ def outputs() -> dict[str, str]:
     import optax
     from flax import nnx
 
-    from acrlpd.agents.acrlpd import ACRLPDAgent, AgentConfig
+    from acrlpd.agents.agent import ACRLPDAgent
+    from acrlpd.agents.config import AgentConfig
     from acrlpd.models.critic import CriticConfig
     from acrlpd.models.pi0 import Pi0Config
     from acrlpd.types import ChunkBatch, Observation

@@ -35,7 +35,8 @@ def collecting():
 def stepping():
     from acrlpd.envs.env import EnvConfig
     from acrlpd.envs.episodes import Start
-    from acrlpd.envs.vector import RolloutConfig, make_vector
+    from acrlpd.envs.vector import RolloutConfig
+    from acrlpd.envs.registry import make_vector
     environments = make_vector(EnvConfig(f"custom/{Path(__file__)}:Slow"), 2, RolloutConfig(num_workers=2))
     for worker in environments._workers:
         worker.wait_until_ready()

@@ -11,7 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "acrlpd.agents.acrlpd": ("ACRLPDAgent",),
+    "acrlpd.agents.agent": ("ACRLPDAgent",),
     "acrlpd.agents.config": ("AgentConfig", "TemperatureConfig"),
     "acrlpd.agents.founding": (
         *("DEFAULT_LOSS_WEIGHTS", "ACRLPDPi0Agent", "BCLossComputer", "CriticLossComputer", "EntropyEstimator"),

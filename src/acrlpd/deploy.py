@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 
 from acrlpd import unfinished
-from acrlpd.agents.acrlpd import ACRLPDAgent, AgentConfig
+from acrlpd.agents.agent import ACRLPDAgent
+from acrlpd.agents.config import AgentConfig
 from acrlpd.config import TrainConfig, to_dict
 from acrlpd.data import normalize
 from acrlpd.data.fast_tokenizer import FastPromptTokenizer, FastTokenizer, TokenizeFast

@@ -16,8 +16,8 @@ import optax
 import pytest
 from flax import nnx
 
-from acrlpd.agents import acrlpd
-from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.agents import agent as agent_module
+from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.agents.config import AgentConfig
 from acrlpd.models.critic import CriticConfig
 from acrlpd.models.mlp_flow import MLPFlow, MLPFlowConfig
@@ -115,7 +115,7 @@ class Toys:
     @functools.cached_property
     def update(self) -> Callable[..., Any]:
         """The agent's update, compiled quickly and without donation, so that an agent may be used again."""
-        return self.jit(acrlpd._update.__wrapped__)
+        return self.jit(agent_module._update.__wrapped__)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.extend import core
 
 from acrlpd.agents import acrlpd, candidates, sampling
+from acrlpd.agents import agent as agent_module
 from acrlpd.agents.config import AgentConfig, TemperatureConfig
 from acrlpd.agents.draws import Draws
 from acrlpd.agents.losses import LossWeights
@@ -133,7 +134,7 @@ def test_critics_alone_learn_the_value_of_what_the_data_goes_on_with(case, agent
     agent, rng = agents[case], np.random.default_rng(0)
     batch = toys.batch(action_dim=agent.nets.action_shape[1])
     batch = dataclasses.replace(batch, next_actions=jnp.asarray(rng.uniform(-1, 1, batch.actions.shape), jnp.float32))
-    after, metrics = toys.jit(acrlpd._update_critic.__wrapped__)(agent, batch, toys.key(0))
+    after, metrics = toys.jit(agent_module._update_critic.__wrapped__)(agent, batch, toys.key(0))
 
     online, slow, facts = flat(agent.params["critic"]), flat(agent.target_critic), reference_batch(batch)
     next_q = reference.member_values(slow, facts.next_state, np.asarray(batch.next_actions, np.float64), 2)
@@ -196,7 +197,7 @@ def test_a_loss_moves_its_own_parameters_alone(extraction, toys, flat):
     one_hot = LossWeights(**{term: jnp.eye(len(TERMS))[i] for i, term in enumerate(TERMS)})
 
     def gradients(weights):
-        return acrlpd._gradients(agent, toys.batch(), toys.key(0), weights)[0]
+        return agent_module._gradients(agent, toys.batch(), toys.key(0), weights)[0]
 
     grads = toys.jit(jax.vmap(gradients))(one_hot)
     assert grads.keys() == agent.params.keys()
@@ -213,7 +214,7 @@ def test_aggregation_weights_learn_and_members_are_held_by_their_term(agents, to
 
     def gradient(agent):
         only = LossWeights(critic_weight=1.0, actor_weight=0.0, bc_weight=0.0, alpha_weight=0.0)
-        return acrlpd._gradients(agent, batch, toys.key(0), only)[0]["critic"]
+        return agent_module._gradients(agent, batch, toys.key(0), only)[0]["critic"]
 
     agent, batch = agents["weighted"], toys.batch()
     unweighted = dataclasses.replace(agent.config.critic, q_aggregation="mean")  # as equal logits weigh, without a term
@@ -306,7 +307,7 @@ def test_cost_of_an_update(name, expected, strategy, toys):
     assert evaluations(jaxpr) == expected
 
     ProbedFlow.trace = []
-    jax.make_jaxpr(acrlpd._gradients)(agent, batch, toys.key(0), WEIGHTS)
+    jax.make_jaxpr(agent_module._gradients)(agent, batch, toys.key(0), WEIGHTS)
     assert ProbedFlow.trace == ["encode", "encode", "backward"]
 
 
@@ -319,7 +320,7 @@ def test_nothing_runs_back_into_a_frozen_prefix(name, toys):
         toys.config(extraction=name), policy=toys.policy(kind=ProbedFlow), trainable=MLPFlow.is_suffix_param
     )
     ProbedFlow.trace = []
-    jax.make_jaxpr(acrlpd._gradients)(agent, toys.batch(), toys.key(0), WEIGHTS)
+    jax.make_jaxpr(agent_module._gradients)(agent, toys.batch(), toys.key(0), WEIGHTS)
     assert ProbedFlow.trace == ["encode", "encode"]
 
 
@@ -362,7 +363,7 @@ def test_overfits_one_batch_with_one_compilation(toys):
     )
     policy = MLPFlowConfig(4, 2, 3, (128, 128)).create(nnx.Rngs(0))
     agent = toys.agent(config, policy=policy, optimizer=optax.adam(3e-3))
-    compiled = acrlpd._update._cache_size()
+    compiled = agent_module._update._cache_size()
     history = []
     for step in range(300):
         consumed = agent
@@ -374,7 +375,7 @@ def test_overfits_one_batch_with_one_compilation(toys):
 
     agent, _ = agent.update(toys.batch("padded", seed=1), toys.key(0), LossWeights(0.1, 0.2, 0.3, 0.4))
     assert agent.step == 301
-    assert acrlpd._update._cache_size() == compiled + 1
+    assert agent_module._update._cache_size() == compiled + 1
     if jax.default_backend() in ("cpu", "gpu", "tpu"):
         assert all(x.is_deleted() for x in jax.tree.leaves((consumed.params, consumed.opt_state)))
 
@@ -430,7 +431,9 @@ def test_which_critics_choose_while_acting(by_target, toys):
         dataclasses.replace(plain, params=agent.params | {"critic": critics[which]})
         for which in (by_target, not by_target)
     )
-    act = toys.jit(lambda agent: acrlpd.act.__wrapped__(agent, Observation(state=jnp.ones((5, 4))), toys.key(2)))
+    act = toys.jit(
+        lambda agent: agent_module.choose_chunks.__wrapped__(agent, Observation(state=jnp.ones((5, 4))), toys.key(2))
+    )
     (chunks, values), (also, their_values) = act(agent), act(expected)
     np.testing.assert_array_equal(chunks, also)
     np.testing.assert_array_equal(values["q"], their_values["q"])
@@ -443,7 +446,7 @@ def test_which_critics_choose_while_acting(by_target, toys):
 def test_with_a_key_each_observations_draw_what_they_draw_alone(mode, agents):
     agent, state = agents["min"], jnp.ones((6, 4)) * jnp.arange(6.0)[:, None]
     keys = jax.random.split(jax.random.key(4), 6)  # threefry: the bits of others depend on what is beside them
-    together = acrlpd.act(agent, Observation(state=state), keys, mode=mode)[0]
+    together = agent_module.choose_chunks(agent, Observation(state=state), keys, mode=mode)[0]
     for row in range(6):
         alone = agent.sample_actions(Observation(state=state[row : row + 1]), keys[row], mode=mode)
         np.testing.assert_allclose(together[row], alone[0], atol=1e-5)
@@ -587,7 +590,7 @@ def test_what_only_acts_acts_the_same(name, unroll, toys):
         tokenized_prompt=jnp.array([[1, 2], [3, 4]]),
         tokenized_prompt_mask=jnp.ones((2, 2), bool),
     )
-    act = toys.jit(lambda agent: acrlpd.act.__wrapped__(agent, observation, toys.key(1)))
+    act = toys.jit(lambda agent: agent_module.choose_chunks.__wrapped__(agent, observation, toys.key(1)))
     before, after = act(agent), act(agent.acting_only())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), before, after)
     moved = dataclasses.replace(agent, ema=jax.tree.map(jnp.zeros_like, agent.ema))

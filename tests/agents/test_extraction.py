@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from acrlpd.agents import extraction, losses
-from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.agents.extraction import BestOfN, Distill, QGradient
 from acrlpd.models import flow
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from acrlpd.agents import acrlpd
+from acrlpd.agents import agent as agent_module
 from acrlpd.agents.config import AgentConfig
 from acrlpd.agents.extraction import QGradient, make_own
 from acrlpd.config import from_stored, to_dict
@@ -24,7 +24,7 @@ def test_one_of_ones_own_learns_and_acts_as_the_built_in_one(toys, changes):
     for one, other in zip(*map(jax.tree.leaves, ((a.params, m) for a, m in learned)), strict=True):
         np.testing.assert_array_equal(one, other)
     observations = batch.observations
-    chunks = [acrlpd.act(agent, observations, rng, mode="explore")[0] for agent, _ in learned]
+    chunks = [agent_module.choose_chunks(agent, observations, rng, mode="explore")[0] for agent, _ in learned]
     np.testing.assert_array_equal(*chunks)
 
 

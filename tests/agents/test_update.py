@@ -11,7 +11,8 @@ import optax
 import pytest
 from flax import nnx
 
-from acrlpd.agents import acrlpd, candidates, sampling
+from acrlpd.agents import agent as agent_module
+from acrlpd.agents import candidates, sampling
 from acrlpd.agents.draws import Draws, deal
 from acrlpd.agents.losses import LossWeights
 from acrlpd.models import flow
@@ -43,7 +44,7 @@ def test_micro_batches_add_up_to_the_batch(toys):
     agent, batch = toys.agent(config), toys.batch()
     parts = dataclasses.replace(config, gradient_accumulation_steps=3)
     in_parts = dataclasses.replace(agent, nets=dataclasses.replace(agent.nets, config=parts))
-    gradients = toys.jit(lambda agent: acrlpd._gradients(agent, batch, toys.key(0), WEIGHTS))
+    gradients = toys.jit(lambda agent: agent_module._gradients(agent, batch, toys.key(0), WEIGHTS))
     (whole, metrics), (summed, part_metrics) = gradients(agent), gradients(in_parts)
     assert_close(summed, whole, rtol=1e-4, atol=1e-6)
     for name in ("total_loss", "critic_loss", "bc_loss", "actor_loss", "alpha_loss", "q_mean", "target_q_mean"):
@@ -65,7 +66,7 @@ def test_updates_in_one_call_are_the_single_ones(toys):
         singles.append(metrics)
         average = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, average, single.params["policy"])
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
-    together, metrics = toys.jit(acrlpd._updates.__wrapped__)(
+    together, metrics = toys.jit(agent_module._updates.__wrapped__)(
         agent, stacked, jnp.stack(keys), jax.tree.map(lambda *x: jnp.array(x), *weights)
     )
     assert_close((together.params, together.ema), (single.params, single.ema), rtol=1e-4, atol=1e-6)

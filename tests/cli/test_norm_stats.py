@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from acrlpd.cli.main import main
-from acrlpd.data import convert, hdf5, normalize
+from acrlpd.data import convert, hdf5, normalize, statistics
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.sources import open_episodes
 from acrlpd.data.transforms import DeltaActions
@@ -73,7 +73,7 @@ def test_dimensions_that_hardly_move_are_named(folder, caplog, capsys):
     [warning] = [message for message in printed["warnings"] if "rarely move" in message]
     assert warning.startswith("state: 1 of 3 dimensions (2) hardly or rarely move")
     assert warning in caplog.messages
-    assert printed["norm_stats"]["state"]["std"][2] == normalize.MIN_STD
+    assert printed["norm_stats"]["state"]["std"][2] == statistics.MIN_STD
     assert printed["file"] is None
 
 
@@ -93,7 +93,7 @@ def test_chunks_and_relative_actions(folder, episodes, capsys):
     assert main(["norm-stats", str(folder), *arguments]) == 0
     printed = json.loads(capsys.readouterr().out)["norm_stats"]
     store = EpisodeStore.from_episodes(episodes)
-    expected = normalize.from_store(store, DeltaActions((True, False)), horizon=3, min_std=0.0)
+    expected = statistics.from_store(store, DeltaActions((True, False)), horizon=3, min_std=0.0)
     for name in ("mean", "std"):
         np.testing.assert_allclose(printed["actions"][name], getattr(expected["actions"], name), rtol=1e-5)
     assert not np.allclose(printed["actions"]["std"], store.actions.std(axis=0), rtol=0.1)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from acrlpd.data import convert, hdf5, normalize, windows
+from acrlpd.data import convert, hdf5, statistics, windows
 from acrlpd.data import lerobot_checks as checks
 from acrlpd.data.frame_cache import FrameCache
 from acrlpd.data.hdf5 import H5DatasetReader
@@ -260,7 +260,7 @@ def test_no_video_is_opened_before_pictures_are_asked_for(tmp_path, monkeypatch)
     for path in folder.rglob("*.mp4"):
         path.write_bytes(b"no video")
     source = LeRobotSource(folder)
-    assert len(normalize.from_source(source)["state"].mean) == source.window(0, "state", 0, 1).shape[1]
+    assert len(statistics.from_source(source)["state"].mean) == source.window(0, "state", 0, 1).shape[1]
     with pytest.raises(ValueError, match=r"file-000\.mp4: episode 0: .* cannot be opened"):
         windows.open_store(source)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acrlpd.data import normalize
+from acrlpd.data import statistics
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.mixture import Facts, Mixture, check_alike
@@ -158,7 +158,7 @@ def test_statistics_count_each_set_as_it_is_drawn(horizon):
     """As those of a set in which the rows of each are repeated by weight."""
     one, other = make_store([40], seed=1), make_store([10], seed=2, scale=5.0)
     shares = (0.25, 0.75)
-    found = normalize.from_sources([one, other], shares, horizon=horizon, min_std=0)["state"]
+    found = statistics.from_sources([one, other], shares, horizon=horizon, min_std=0)["state"]
     values = np.concatenate([one.state, *[other.state] * 12]).astype(np.float64)  # 40 to 120
     np.testing.assert_allclose(found.mean, values.mean(axis=0), atol=1e-6)
     np.testing.assert_allclose(found.std, values.std(axis=0), rtol=1e-6)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from acrlpd.data import normalize as norm
+from acrlpd.data import statistics
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.transforms import DeltaActions
@@ -99,10 +100,10 @@ def test_absent_file(tmp_path):
 
 def test_running_statistics_agree_with_exact_ones():
     values = np.random.default_rng(0).normal(size=(5000, 3)) * [1.0, 10.0, 0.01] + [0.0, 5.0, -1.0]
-    running = norm.RunningStats()
+    running = statistics.RunningStats()
     for part in np.split(values, [10, 700, 3001]):
         running.update(part[None])
-    result, exact = running.result(), norm.exact(values)
+    result, exact = running.result(), statistics.exact(values)
     np.testing.assert_allclose(result.mean, exact.mean, atol=1e-12)
     np.testing.assert_allclose(result.std, exact.std, rtol=1e-9)
     for name in ("q01", "q99"):
@@ -110,14 +111,14 @@ def test_running_statistics_agree_with_exact_ones():
 
 
 def test_running_statistics_of_too_little_or_changing_data():
-    running = norm.RunningStats()
+    running = statistics.RunningStats()
     running.update(np.zeros((1, 2)))
     with pytest.raises(ValueError, match="at least 2 vectors, got 1"):
         running.result()
     with pytest.raises(ValueError, match="3 dimensions, expected 2"):
         running.update(np.zeros((1, 3)))
     with pytest.raises(ValueError, match="at least 2 vectors, got 1"):
-        norm.exact(np.zeros((1, 2)))
+        statistics.exact(np.zeros((1, 2)))
 
 
 def test_floor_widens_still_dimensions_and_names_them():
@@ -128,7 +129,7 @@ def test_floor_widens_still_dimensions_and_names_them():
         q99=np.array([2.0, 5.0, 0.0]),  # the last one moves, but in fewer than one step in a hundred
     )
     with pytest.warns(UserWarning, match=r"actions: 2 of 3 dimensions \(1-2\) hardly or rarely move"):
-        floored = norm.with_floor(stats, "actions", min_std=0.1)
+        floored = statistics.with_floor(stats, "actions", min_std=0.1)
     np.testing.assert_array_equal(floored.std, [1.0, 0.1, 0.2])
     np.testing.assert_allclose(floored.q01, [-2.0, 4.9, -0.1])
     np.testing.assert_allclose(floored.q99, [2.0, 5.1, 0.1])
@@ -169,27 +170,31 @@ def test_what_rarely_moves_is_not_blown_up(column, quantiles):
     rng = np.random.default_rng(0)
     state = np.stack([rng.normal(size=3000).astype(np.float32), column(rng)], axis=1)
     episode = Episode(state, state, np.zeros(3000, np.float32), np.zeros(3000, bool), task="lift")
-    for make in (norm.from_store, norm.from_source):
-        source = EpisodeStore.from_episodes([episode]) if make is norm.from_store else OneEpisode(state)
+    for make in (statistics.from_store, statistics.from_source):
+        source = EpisodeStore.from_episodes([episode]) if make is statistics.from_store else OneEpisode(state)
         with pytest.warns(UserWarning, match=r"state: 1 of 2 dimensions \(1\) hardly or rarely move"):
             stats = make(source)["state"]
         values = norm.normalize(state, stats, quantiles=quantiles)
-        assert 1.0 < np.abs(values[:, 1]).max() <= (norm.MAX_NORMALIZED if quantiles or column is rarely_closed else 16)
-        exact = norm.exact(state)
+        assert (
+            1.0
+            < np.abs(values[:, 1]).max()
+            <= (statistics.MAX_NORMALIZED if quantiles or column is rarely_closed else 16)
+        )
+        exact = statistics.exact(state)
         np.testing.assert_allclose([stats.std[0], stats.q01[0]], [exact.std[0], exact.q01[0]], atol=0.01)
         bare = make(source, min_std=0.0)["state"]
         np.testing.assert_allclose(bare.std, exact.std, rtol=1e-5)
 
 
 @pytest.mark.parametrize("fault", [50.0, 1e3, 1e6, 1e9, 1e15])
-@pytest.mark.parametrize("make", [norm.from_store, norm.from_source])
+@pytest.mark.parametrize("make", [statistics.from_store, statistics.from_source])
 def test_a_faulty_value_neither_moves_the_quantiles_nor_hides_the_others(make, fault):
     rng = np.random.default_rng(0)
     state = rng.normal(size=(3000, 1)).astype(np.float32)
-    clean = norm.exact(state)
+    clean = statistics.exact(state)
     state[7] = fault
     episode = Episode(state, state, np.zeros(3000, np.float32), np.zeros(3000, bool), task="lift")
-    source = EpisodeStore.from_episodes([episode]) if make is norm.from_store else OneEpisode(state)
+    source = EpisodeStore.from_episodes([episode]) if make is statistics.from_store else OneEpisode(state)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         stats = make(source)["state"]
@@ -203,7 +208,7 @@ def test_a_faulty_value_neither_moves_the_quantiles_nor_hides_the_others(make, f
 def test_floor_leaves_moving_dimensions_alone():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        floored = norm.with_floor(STATS, "state")
+        floored = statistics.with_floor(STATS, "state")
     np.testing.assert_array_equal(floored.std, STATS.std)
     np.testing.assert_array_equal(floored.q01, STATS.q01)
 
@@ -216,7 +221,7 @@ def test_formulas_put_no_floor():
 @pytest.mark.parametrize("quantiles", [False, True])
 def test_bounds_map_to_one(quantiles):
     low, high = np.array([-1.0, -0.05, 0.0]), np.array([1.0, 0.05, 200.0])
-    stats = norm.bounds_stats(low, high)
+    stats = statistics.bounds_stats(low, high)
     np.testing.assert_allclose(norm.normalize(low, stats, quantiles=quantiles), -np.ones(3), atol=1e-9)
     np.testing.assert_allclose(norm.normalize(high, stats, quantiles=quantiles), np.ones(3), atol=1e-9)
     np.testing.assert_allclose(norm.unnormalize(np.zeros(3), stats, quantiles=quantiles), (low + high) / 2, atol=1e-6)
@@ -225,7 +230,7 @@ def test_bounds_map_to_one(quantiles):
 @pytest.mark.parametrize("high", [[1.0, 0.0], [1.0, np.inf]])
 def test_bounds_must_be_bounds(high):
     with pytest.raises(ValueError, match="bounds must be finite"):
-        norm.bounds_stats(np.zeros(2), np.array(high))
+        statistics.bounds_stats(np.zeros(2), np.array(high))
 
 
 def make_store(lengths):
@@ -244,7 +249,7 @@ def make_store(lengths):
 
 def test_from_store_is_exact():
     store = make_store([100, 60])
-    stats = norm.from_store(store)
+    stats = statistics.from_store(store)
     np.testing.assert_allclose(stats["state"].mean, store.state.astype(np.float64).mean(0), rtol=1e-6)
     np.testing.assert_allclose(stats["actions"].std, store.actions.astype(np.float64).std(0), rtol=1e-6)
     np.testing.assert_allclose(stats["actions"].q99, np.quantile(store.actions, 0.99, axis=0), rtol=1e-6)
@@ -260,7 +265,7 @@ def test_from_store_takes_transformed_chunks_with_repeated_actions():
                 action = episode.actions[min(t + k, len(episode) - 1)].copy()
                 action[0] -= episode.state[t, 0]
                 deltas.append(action)
-    stats = norm.from_store(store, DeltaActions((True,)), horizon=horizon)
+    stats = statistics.from_store(store, DeltaActions((True,)), horizon=horizon)
     np.testing.assert_allclose(stats["actions"].mean, np.mean(deltas, axis=0, dtype=np.float64), atol=1e-7)
     np.testing.assert_allclose(stats["actions"].q01, np.quantile(deltas, 0.01, axis=0), atol=1e-6)
     np.testing.assert_allclose(stats["state"].std, store.state.std(0, dtype=np.float64), rtol=1e-6)
@@ -277,7 +282,7 @@ def golden_stats(golden):
 
 @pytest.mark.golden
 def test_running_statistics_are_openpis(golden):
-    running = norm.RunningStats()
+    running = statistics.RunningStats()
     for key in sorted(key for key in golden.files if key.startswith("stats/batch_")):
         running.update(golden[key])
     result = running.result()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from acrlpd.data import chunks, normalize
+from acrlpd.data import chunks, statistics
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.lerobot import LeRobotSource
 
@@ -129,6 +129,6 @@ def test_versions_of_a_set_hold_the_same_rows(sets):
 @pytest.mark.filterwarnings("ignore:.*rarely move")
 def test_statistics(sets):
     for source, reference in sets:
-        stats = normalize.from_source(source)
+        stats = statistics.from_source(source)
         mean = reference[f"sum__{reference['action_key']}"] / reference["total_frames"]
         np.testing.assert_allclose(stats["actions"].mean, mean, rtol=1e-9, atol=1e-12)

@@ -5,7 +5,8 @@ import pytest
 
 from acrlpd.envs import aloha
 from acrlpd.envs.collect import collect
-from acrlpd.envs.env import EnvConfig, make
+from acrlpd.envs.env import EnvConfig
+from acrlpd.envs.registry import make
 
 pytest.importorskip("gym_aloha")
 CUBE = EnvConfig("aloha/transfer_cube")

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from acrlpd.envs.custom import GymnasiumSimulator
-from acrlpd.envs.env import EnvConfig, Outcome, SimulatedEnvironment, make
+from acrlpd.envs.env import EnvConfig, Outcome, SimulatedEnvironment
+from acrlpd.envs.registry import make
 from acrlpd.envs.rollout import rollout
 from acrlpd.envs.vector import LocalVectorEnv
 

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from acrlpd.envs.env import EnvConfig, PhysicsError, check_physics, make
+from acrlpd.envs.env import EnvConfig, PhysicsError, check_physics
+from acrlpd.envs.registry import make
 
 UP = np.array([1.0, 0.0], np.float32)
 STAY = np.zeros(2, np.float32)

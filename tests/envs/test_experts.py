@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from acrlpd.envs.collect import collect
-from acrlpd.envs.env import EnvConfig, make
+from acrlpd.envs.env import EnvConfig
 from acrlpd.envs.experts import RandomPolicy, SmoothNoise, make_expert
+from acrlpd.envs.registry import make
 
 
 def noise_of(strength, steps=20_000):

@@ -14,8 +14,9 @@ from acrlpd.envs.collect import collect
 from acrlpd.envs.env import EnvConfig
 from acrlpd.envs.episodes import Execute, Start
 from acrlpd.envs.failure import Failure, WorkerError
+from acrlpd.envs.registry import make_vector
 from acrlpd.envs.rollout import rollout
-from acrlpd.envs.vector import RolloutConfig, make_vector
+from acrlpd.envs.vector import RolloutConfig
 
 
 class ForceLimitError(Exception):
@@ -207,7 +208,8 @@ def test_actors_answer(named, monkeypatch):
 UNGUARDED = {
     "vector": """
         from acrlpd.envs.env import EnvConfig
-        from acrlpd.envs.vector import RolloutConfig, make_vector
+        from acrlpd.envs.vector import RolloutConfig
+        from acrlpd.envs.registry import make_vector
         make_vector(EnvConfig("custom/FILE:sometimes"), 2, RolloutConfig(num_workers=2))
     """,
     "collect": """

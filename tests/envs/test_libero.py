@@ -12,7 +12,8 @@ import pytest
 from acrlpd.data.robots.mapping import ToRobot
 from acrlpd.envs import libero, rendering
 from acrlpd.envs.collect import collect
-from acrlpd.envs.env import EnvConfig, make
+from acrlpd.envs.env import EnvConfig
+from acrlpd.envs.registry import make
 
 BOWL = "libero_spatial/0"
 
@@ -217,7 +218,8 @@ def test_what_no_expert_solves_says_so(name):
 
 @needs_libero
 def test_nothing_is_written_or_asked_outside_the_cache(tmp_path):
-    script = f"from acrlpd.envs.env import EnvConfig, make\nmake(EnvConfig({BOWL!r})).reset(0)"
+    imports = "from acrlpd.envs.env import EnvConfig\nfrom acrlpd.envs.registry import make\n"
+    script = f"{imports}make(EnvConfig({BOWL!r})).reset(0)"
     environment = os.environ | {
         "HOME": str(tmp_path / "home"),
         "TMPDIR": str(tmp_path / "tmp"),
@@ -236,7 +238,8 @@ def test_nothing_is_written_or_asked_outside_the_cache(tmp_path):
 
 SAME_AS_ROBOSUITE = """
 import numpy as np
-from acrlpd.envs.env import EnvConfig, make
+from acrlpd.envs.env import EnvConfig
+from acrlpd.envs.registry import make
 environment = make(EnvConfig("libero_spatial/0", cameras=("image", "wrist_image"), image_size=64))
 pictures = environment.reset(3)["image"]
 environment.step(np.array([0, 0.4, 0, 0, 0, 0, 1]), render=True)

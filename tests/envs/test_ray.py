@@ -8,8 +8,9 @@ from tests.envs.test_custom import CAR
 from tests.envs.test_vector import assert_same, swing
 
 from acrlpd.envs.env import EnvConfig
+from acrlpd.envs.registry import make_vector
 from acrlpd.envs.rollout import rollout
-from acrlpd.envs.vector import RolloutConfig, make_vector
+from acrlpd.envs.vector import RolloutConfig
 
 CONFIG = EnvConfig(CAR, max_episode_steps=40)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from acrlpd.envs import metaworld, ogbench, rendering
-from acrlpd.envs.env import EnvConfig, make
+from acrlpd.envs.env import EnvConfig
+from acrlpd.envs.registry import make
 
 DRAWER = "metaworld/drawer-open-v3"
 CUBE = "ogbench/cube-single-play-singletask-task1-v0"
@@ -156,7 +157,8 @@ def test_backends_in_order_of_preference(monkeypatch, egl, osmesa, expected):
 
 RENDER = """
 import numpy as np
-from acrlpd.envs.env import EnvConfig, make
+from acrlpd.envs.env import EnvConfig
+from acrlpd.envs.registry import make
 environment = make(EnvConfig({name!r}, cameras=({camera!r},), image_size=32))
 with_pictures = [environment.reset(3)]
 action = np.full(environment.spec.action_dim, 0.5)

@@ -8,8 +8,9 @@ import pytest
 from tests.envs.test_custom import CAR
 
 from acrlpd.envs.env import EnvConfig
+from acrlpd.envs.registry import make_vector
 from acrlpd.envs.rollout import OnlineCollector, rollout
-from acrlpd.envs.vector import ProcessVectorEnv, RolloutConfig, make_vector
+from acrlpd.envs.vector import ProcessVectorEnv, RolloutConfig
 
 CONFIG = EnvConfig(CAR, max_episode_steps=40)
 

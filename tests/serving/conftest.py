@@ -15,7 +15,7 @@ import pytest
 from websockets.sync.client import ClientConnection, connect
 
 from acrlpd import deploy
-from acrlpd.agents.acrlpd import AgentConfig
+from acrlpd.agents.config import AgentConfig
 from acrlpd.config import DataConfig, PolicyConfig, TrainConfig, to_dict
 from acrlpd.data.normalize import NormStats
 from acrlpd.models.critic import CriticConfig

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from acrlpd.data.normalize import NormStats
-from acrlpd.envs.env import EnvConfig, make
+from acrlpd.envs.env import EnvConfig
+from acrlpd.envs.registry import make
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import save, spawned

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from acrlpd import deploy
-from acrlpd.data import normalize
+from acrlpd.data import normalize, statistics
 from acrlpd.data.tokenizer import PromptTokenizer
 from acrlpd.models import gemma, siglip, weights
 from acrlpd.models.pi0 import Pi0Config
@@ -63,7 +63,7 @@ def write_released(folder, *, vocab_size, asset_ids=("lab/arm",)):
     arrays = weights.flatten(nnx.eval_shape(lambda: model.create(nnx.Rngs(0))))
     weights.write_params(folder / "params", {path: np.zeros(leaf.shape, np.float32) for path, leaf in arrays.items()})
     for number, asset_id in enumerate(asset_ids, start=1):
-        stats = normalize.bounds_stats(np.zeros(8), np.full(8, 2.0 * number))  # its mean is the number
+        stats = statistics.bounds_stats(np.zeros(8), np.full(8, 2.0 * number))  # its mean is the number
         normalize.save(folder / "assets" / asset_id / normalize.FILE_NAME, {"state": stats, "actions": stats})
     return folder
 

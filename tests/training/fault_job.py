@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from acrlpd import deploy
-from acrlpd.agents.acrlpd import AgentConfig
+from acrlpd.agents.config import AgentConfig
 from acrlpd.cli import eval as eval_command
 from acrlpd.config import CollectConfig, DataConfig, EvalConfig, PolicyConfig, TrainConfig
 from acrlpd.data import replay
-from acrlpd.envs import collect, vector
+from acrlpd.envs import collect, registry
 from acrlpd.envs.env import EnvConfig, Outcome, SimulatedEnvironment
 from acrlpd.envs.vector import RolloutConfig
 from acrlpd.models.critic import CriticConfig
@@ -188,6 +188,6 @@ def train(run_dir: Path, fault: str, *, num_workers: int) -> int:
 
 
 if __name__ in ("__main__", "__mp_main__"):  # in worker processes too
-    vector.make = collect.make = make_point
+    registry.make = collect.make = make_point
 if __name__ == "__main__":
     sys.exit(main(*sys.argv[1:]))

@@ -21,15 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 from tests.envs.conftest import CountingSimulator
 
-from acrlpd.agents import acrlpd
+from acrlpd.agents import agent as agent_module
 from acrlpd.agents.losses import LossWeights
 from acrlpd.config import OptimizersConfig, PolicyConfig, TrainConfig
 from acrlpd.data import rewards
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.mixture import Mixture
 from acrlpd.data.normalize import NormStats
-from acrlpd.envs import vector
-from acrlpd.envs.env import EnvConfig, SimulatedEnvironment, make
+from acrlpd.envs import registry
+from acrlpd.envs.env import EnvConfig, SimulatedEnvironment
+from acrlpd.envs.registry import make
 from acrlpd.envs.rollout import Collected
 from acrlpd.overrides import to_yaml
 from acrlpd.presets import NANO
@@ -68,7 +69,7 @@ def update_program(config: TrainConfig) -> str:
     agent = jax.eval_shape(lambda: setup.create_agent(config, DIMS, CAMERAS))
     batch = memory.batch_shapes(config, DIMS, CAMERAS, BATCH)
     rng = jax.eval_shape(lambda: jax.random.key(0))
-    return str(jax.make_jaxpr(acrlpd._update.__wrapped__)(agent, batch, rng, config.agent.loss_weights))
+    return str(jax.make_jaxpr(agent_module._update.__wrapped__)(agent, batch, rng, config.agent.loss_weights))
 
 
 def narrow(config: TrainConfig) -> TrainConfig:
@@ -91,7 +92,7 @@ def acting(config: TrainConfig) -> str:
     agent = jax.eval_shape(lambda: setup.create_agent(config, DIMS, ()))
     seen = memory.batch_shapes(config, DIMS, (), BATCH).observations
     rng = jax.eval_shape(lambda: jax.random.key(0))
-    return str(jax.make_jaxpr(lambda *x: acrlpd.act.__wrapped__(*x, mode="explore"))(agent, seen, rng))
+    return str(jax.make_jaxpr(lambda *x: agent_module.choose_chunks.__wrapped__(*x, mode="explore"))(agent, seen, rng))
 
 
 def valuing(config: TrainConfig) -> Any:
@@ -260,7 +261,7 @@ def staging(config: TrainConfig) -> Any:
     asked: list[Any] = []
     ray = types.SimpleNamespace(RayVectorEnv=_recorder(asked, "ray"))
     local = {"LocalVectorEnv": _recorder(asked, "local"), "ProcessVectorEnv": _recorder(asked, "processes")}
-    with _counting(), _patched(vector, **local), mock.patch.dict(sys.modules, {"acrlpd.envs.ray": ray}):
+    with _counting(), _patched(registry, **local), mock.patch.dict(sys.modules, {"acrlpd.envs.ray": ray}):
         setup.make_environments(config, 6)
     return [(where, {name: each for name, each in options.items() if name != "make_one"}) for where, options in asked]
 
@@ -470,7 +471,7 @@ def _patched(module: Any, **values: Any) -> Any:
 
 def _counting() -> Any:
     """Environments that cost nothing, in the place of simulators."""
-    return _patched(vector, make=lambda config: SimulatedEnvironment(CountingSimulator(), config))
+    return _patched(registry, make=lambda config: SimulatedEnvironment(CountingSimulator(), config))
 
 
 def leaves(values: Any, path: str = "") -> dict[str, Any]:

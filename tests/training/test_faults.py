@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import pytest
 
-from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.data import hdf5
 from acrlpd.models import weights
 from acrlpd.training import loop, setup

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.envs.test_custom import CAR
 
 from acrlpd import deploy
-from acrlpd.agents.acrlpd import AgentConfig
+from acrlpd.agents.config import AgentConfig
 from acrlpd.cli import train as cli
 from acrlpd.config import CollectConfig, DataConfig, EvalConfig, PolicyConfig, TrainConfig
 from acrlpd.data.replay import ReplayJournal

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import acrlpd
-from acrlpd.agents.acrlpd import AgentConfig
+from acrlpd.agents.config import AgentConfig
 from acrlpd.config import PolicyConfig, TrainConfig
-from acrlpd.data.normalize import bounds_stats
+from acrlpd.data.statistics import bounds_stats
 from acrlpd.data.transforms import Compose, PadToModel
 from acrlpd.envs.env import EnvConfig, Outcome, SimulatedEnvironment
 from acrlpd.envs.vector import LocalVectorEnv

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from acrlpd import deploy
-from acrlpd.agents import acrlpd
+from acrlpd.agents import agent as agent_module
 from acrlpd.config import PolicyConfig, TrainConfig
-from acrlpd.data import hdf5, normalize
+from acrlpd.data import hdf5, normalize, statistics
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.normalize import NormStats
@@ -154,7 +154,7 @@ def test_a_run_of_aloha_acts_the_same_wherever_it_is_loaded(tiny_config, tmp_pat
     loaded = setup.load_checkpoint(run)
     assert loaded.config.data.robot == "aloha"
     (store,) = trainer.loader._prior.stores
-    seen = normalize.from_store(store, loaded.transform.before(Normalize), horizon=3)
+    seen = statistics.from_store(store, loaded.transform.before(Normalize), horizon=3)
     for key, stats in trainer.norm_stats.items():
         np.testing.assert_allclose(stats.mean, seen[key].mean, atol=1e-6)
         np.testing.assert_allclose(stats.std, seen[key].std, atol=1e-6)
@@ -196,7 +196,7 @@ def test_a_pi0_fits_the_robots_cameras_in_training_and_export(tiny_config, tmp_p
         lambda leaf: (leaf.shape, leaf.dtype.name), shapes
     )
     rng = jax.eval_shape(lambda: jax.random.key(0))
-    jax.eval_shape(acrlpd._update, agent, batch, rng, config.agent.loss_weights)
+    jax.eval_shape(agent_module._update, agent, batch, rng, config.agent.loss_weights)
     trained = deploy.Trained(agent, config, stats, ("top",), 0, None)
     interface = deploy._interface(trained)
     inputs = export._inputs(interface, 1)

@@ -21,7 +21,7 @@ from acrlpd import deploy
 from acrlpd.cli import train
 from acrlpd.data import hdf5
 from acrlpd.data.replay import ReplayJournal
-from acrlpd.envs import collect, vector
+from acrlpd.envs import collect, registry
 from acrlpd.envs.env import SimulatedEnvironment
 from acrlpd.training import checkpoint, setup
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager, DamagedCheckpoint, LaterVersion
@@ -53,7 +53,7 @@ def make_config(run_dir, seed):
 def point():
     """The toy world instead of simulators."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (vector, collect):
+        for module in (registry, collect):
             patch.setattr(module, "make", lambda config: SimulatedEnvironment(fault_job.Point(), config))
         yield
 

@@ -10,8 +10,9 @@ from tests.training.test_online import CONFIG
 from acrlpd.cli.main import main
 from acrlpd.config import from_stored, to_dict
 from acrlpd.envs import collect
-from acrlpd.envs.env import EnvConfig, make
-from acrlpd.envs.vector import RolloutConfig, make_vector
+from acrlpd.envs.env import EnvConfig
+from acrlpd.envs.registry import make, make_vector
+from acrlpd.envs.vector import RolloutConfig
 from acrlpd.named_code import StoredName
 from acrlpd.regression import ACRLPDRegressionTester
 from acrlpd.training import setup

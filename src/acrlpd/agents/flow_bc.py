@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -10,15 +10,13 @@ from jaxtyping import Array, Float
 from acrlpd.agents import losses
 from acrlpd.agents.draws import Draws
 from acrlpd.agents.losses import LossWeights
+from acrlpd.agents.state import AgentState
 from acrlpd.models import flow
 from acrlpd.types import ChunkBatch
 
-if TYPE_CHECKING:
-    from acrlpd.agents.acrlpd import ACRLPDAgent
-
 
 def joint_loss(
-    params: dict[str, Any], agent: ACRLPDAgent, batch: ChunkBatch, draws: Draws, weights: LossWeights
+    params: dict[str, Any], agent: AgentState, batch: ChunkBatch, draws: Draws, weights: LossWeights
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Return the flow loss and metrics. It takes one prefix pass at s and one velocity."""
     policy = agent.nets.modules(params, agent.frozen).policy

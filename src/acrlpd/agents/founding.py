@@ -17,7 +17,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from acrlpd.agents import losses
-from acrlpd.agents.acrlpd import ACRLPDAgent, loss_and_metrics
+from acrlpd.agents.agent import ACRLPDAgent, loss_and_metrics
 from acrlpd.agents.losses import LossWeights
 from acrlpd.models import flow
 from acrlpd.models.critic import CriticConfig, CriticNetworks

@@ -6,7 +6,7 @@ RLPD-AC, 0.01 is QC-RLPD. As in Q-chunking's code, the target has no entropy bon
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,13 @@ from jaxtyping import Array, Float
 from acrlpd.agents import losses, td
 from acrlpd.agents.draws import Draws
 from acrlpd.agents.losses import LossWeights
+from acrlpd.agents.state import AgentState
 from acrlpd.models.gaussian import ChunkGaussian
 from acrlpd.types import ChunkBatch
 
-if TYPE_CHECKING:
-    from acrlpd.agents.acrlpd import ACRLPDAgent
-
 
 def joint_loss(
-    params: dict[str, Any], agent: ACRLPDAgent, batch: ChunkBatch, draws: Draws, weights: LossWeights
+    params: dict[str, Any], agent: AgentState, batch: ChunkBatch, draws: Draws, weights: LossWeights
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Return the loss and metrics: the critic's at the dataset's chunk, actor's and temperature's at the policy's."""
     config, nets = agent.config, agent.nets

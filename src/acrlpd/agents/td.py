@@ -5,8 +5,6 @@ The equations are in ``losses.py``; this file computes their inputs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,17 +12,15 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from acrlpd.agents import losses
 from acrlpd.agents.draws import Draws
+from acrlpd.agents.state import AgentState
 from acrlpd.models.critic import CriticNetworks
 from acrlpd.models.flow import Prefix
 from acrlpd.types import ChunkBatch
 
-if TYPE_CHECKING:
-    from acrlpd.agents.acrlpd import ACRLPDAgent
-
 
 def loss_and_values(
     critic: CriticNetworks,
-    agent: ACRLPDAgent,
+    agent: AgentState,
     batch: ChunkBatch,
     draws: Draws,
     prefix: Prefix,
@@ -44,7 +40,7 @@ def loss_and_values(
 
 
 def target_values(
-    agent: ACRLPDAgent,
+    agent: AgentState,
     batch: ChunkBatch,
     next_prefix: Prefix,
     next_chunk: Float[Array, "b h a"],

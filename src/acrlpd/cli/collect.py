@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from acrlpd.agents.acrlpd import ActingMode
+from acrlpd.agents.agent import ActingMode
 from acrlpd.config import CollectConfig
 from acrlpd.envs.env import EnvConfig
 from acrlpd.training import setup

@@ -10,8 +10,8 @@ from typing import Any
 
 import tyro
 
-from acrlpd.agents.acrlpd import ActingMode
-from acrlpd.envs.env import make
+from acrlpd.agents.agent import ActingMode
+from acrlpd.envs.registry import make
 from acrlpd.training import setup
 from acrlpd.training.comparison import compare
 from acrlpd.training.evaluate import Evaluation, summarize

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from acrlpd.config import DataConfig
-from acrlpd.data import normalize
+from acrlpd.data import normalize, statistics
 from acrlpd.data.episodes import EpisodeSource
 from acrlpd.data.mixture import Facts, check_alike
 from acrlpd.data.normalize import NormStats
@@ -41,7 +41,7 @@ class NormStatsArguments:
     """6 -1: six actions relative to the state, one not; None: the robot's"""
     pi05: bool = False  # the robot's relative actions as for pi0.5: none in LIBERO
     num_episodes: int | None = None  # use only this many, evenly spread
-    min_std: float = normalize.MIN_STD  # floor for dimensions that hardly move, in raw units; 0: no floor, as in openpi
+    min_std: float = statistics.MIN_STD  # floor for dimensions that hardly move, raw units; 0: none, as in openpi
     on_bad_episode: Literal["error", "skip"] = "error"
     read: ReaderOptions = dataclasses.field(default_factory=ReaderOptions)
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         check_alike([Facts.of(source, each.path) for source, each in zip(sources, sets, strict=True)])
         steps = [int(source.lengths.sum()) for source in sources]
         weights = arguments.weights or steps
-        stats = normalize.from_sources(
+        stats = statistics.from_sources(
             sources,
             [weight / sum(weights) for weight in weights],
             _before_normalization(arguments, sources[0], sets[0].path),

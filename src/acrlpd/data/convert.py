@@ -29,9 +29,9 @@ from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.lerobot import REWARD, SUCCESS, TERMINAL, LeRobotSource
 from acrlpd.data.lerobot_checks import told_size
 from acrlpd.data.lerobot_meta import DEFAULT_CHUNKS_SIZE, INDEX, TASK_INDEX, TIMESTAMP
-from acrlpd.data.normalize import RunningStats
 from acrlpd.data.parquet import import_pyarrow
 from acrlpd.data.sources import Dataset
+from acrlpd.data.statistics import RunningStats
 from acrlpd.data.video import import_av
 from acrlpd.data.windows import check_videos
 from acrlpd.files import inside, remove_abandoned, temporary_path

@@ -15,10 +15,11 @@ import numpy as np
 from tqdm import tqdm
 
 from acrlpd import main_guard
-from acrlpd.envs.env import EnvConfig, SimulatedEnvironment, check_named, clip_action, make
+from acrlpd.envs.env import EnvConfig, SimulatedEnvironment, clip_action
 from acrlpd.envs.episodes import EpisodeRunner, Lost, Rollout, Start
 from acrlpd.envs.experts import CollectPolicy, SmoothNoise, make_expert
 from acrlpd.envs.failure import Failure
+from acrlpd.envs.registry import check_named, make
 from acrlpd.envs.rollout import MAX_BAD_STARTS_IN_A_ROW, episode_seed
 from acrlpd.orphans import end_with_parent
 

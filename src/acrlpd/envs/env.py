@@ -10,19 +10,14 @@ An observation is one step, unbatched, in the form of openpi's data dictionary::
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
-import shlex
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from acrlpd.named_code import StoredName
-
 Obs: TypeAlias = dict[str, Any]
 RewardKind: TypeAlias = Literal["-1/0", "0/1"]
-LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,30 +218,6 @@ def clip_action(spec: EnvSpec, action: Float[np.ndarray, "*b a"]) -> Float[np.nd
     return np.clip(np.asarray(action, np.float32), spec.action_low, spec.action_high)
 
 
-def make(config: EnvConfig) -> SimulatedEnvironment:
-    """Create the environment that ``config`` names.
-
-    >>> make(EnvConfig("metaworld/drawer-open-v3", max_episode_steps=150))
-    """
-    check_named(config)
-    family, _, task = config.name.partition("/")
-    simulators = {"metaworld": _metaworld, "ogbench": _ogbench, "aloha": _aloha, "custom": _custom}
-    simulators |= dict.fromkeys(LIBERO_SUITES, _libero)
-    if family not in simulators:
-        raise ValueError(_unknown(config.name, [f"{name}/" for name in simulators]))
-    return SimulatedEnvironment(simulators[family](config.name, task), config)
-
-
-def check_named(config: EnvConfig) -> None:
-    """Refuse to run code that only a stored configuration names."""
-    if isinstance(config.name, StoredName) and config.name.startswith("custom/"):
-        raise ValueError(
-            f"the environment {config.name} is code that the stored configuration names, and a checkpoint runs no code "
-            f"by itself. If you trust it, name it in the command: --env.name {shlex.quote(config.name)} (for eval "
-            "--tasks, for collect --name; in Python setup.with_task)"
-        )
-
-
 def check_physics(data: Any) -> None:
     """Raise if MuJoCo has found numbers that are not finite: it then resets itself and only counts a warning."""
     import mujoco
@@ -254,51 +225,3 @@ def check_physics(data: Any) -> None:
     for kind in (mujoco.mjtWarning.mjWARN_BADQPOS, mujoco.mjtWarning.mjWARN_BADQVEL, mujoco.mjtWarning.mjWARN_BADQACC):
         if data.warning[kind].number:
             raise PhysicsError(f"the simulation became unstable ({kind.name}) at {data.time:.2f} s")
-
-
-def _metaworld(name: str, task: str) -> Simulator:
-    from acrlpd.envs import metaworld  # imported here because the simulators import this module
-
-    if task not in metaworld.task_names():
-        raise ValueError(_unknown(name, [f"metaworld/{known}" for known in metaworld.task_names()]))
-    return metaworld.MetaWorld(task)
-
-
-def _ogbench(name: str, task: str) -> Simulator:
-    from acrlpd.envs import ogbench
-
-    if task not in ogbench.task_names():
-        raise ValueError(_unknown(name, [f"ogbench/{known}" for known in ogbench.task_names()]))
-    return ogbench.OGBench(task)
-
-
-def _aloha(name: str, task: str) -> Simulator:
-    from acrlpd.envs import aloha
-
-    if task not in aloha.task_names():
-        raise ValueError(_unknown(name, [f"aloha/{known}" for known in aloha.task_names()]))
-    return aloha.Aloha(task)
-
-
-def _libero(name: str, task: str) -> Simulator:
-    from acrlpd.envs import libero
-
-    suite = name.partition("/")[0]
-    index = libero.task_index(suite, task)
-    if index is None:
-        names = libero.task_names(suite)
-        raise ValueError(
-            _unknown(name, [f"{suite}/{known}" for known in names]) + f" Or by number, 0 to {len(names) - 1}"
-        )
-    return libero.Libero(suite, index)
-
-
-def _custom(name: str, task: str) -> Simulator:
-    from acrlpd.envs import custom
-
-    return custom.load(task)
-
-
-def _unknown(name: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
-    return f"unknown environment {name!r}; did you mean {' or '.join(map(repr, nearest or known[:3]))}?"

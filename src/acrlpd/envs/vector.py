@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import multiprocessing
 import signal
 import time
@@ -17,7 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol, TypeAlias
 
 from acrlpd import main_guard
-from acrlpd.envs.env import EnvConfig, Environment, EnvSpec, check_named, make
+from acrlpd.envs.env import Environment, EnvSpec
 from acrlpd.envs.episodes import Command, EpisodeRunner, Lost, Report
 from acrlpd.envs.failure import Failure
 from acrlpd.orphans import end_with_parent
@@ -57,21 +56,6 @@ class VectorEnv(Protocol):
     def receive(self) -> dict[int, Report | Lost]: ...
 
     def close(self) -> None: ...
-
-
-def make_vector(config: EnvConfig, num_envs: int, rollout: RolloutConfig | None = None) -> VectorEnv:
-    """Create ``num_envs`` environments of one kind in the place that ``rollout`` says; by default in this process."""
-    check_named(config)
-    rollout = RolloutConfig() if rollout is None else rollout
-    num_workers = min(rollout.num_workers, num_envs)
-    if not num_workers:
-        return LocalVectorEnv([make(config) for _ in range(num_envs)])
-    make_one = functools.partial(make, config)
-    if rollout.backend == "ray":
-        from acrlpd.envs.ray import RayVectorEnv
-
-        return RayVectorEnv(make_one, num_envs, num_workers=num_workers, timeout_s=rollout.timeout_s)
-    return ProcessVectorEnv(make_one, num_envs, num_workers=num_workers, timeout_s=rollout.timeout_s)
 
 
 class LocalVectorEnv:

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from acrlpd.agents import candidates, sampling, td
-from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.robots.mapping import Platform
 from acrlpd.models.parameters import Params

@@ -21,7 +21,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from acrlpd.agents import candidates, sampling
-from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.data.transforms import Data, Transform, to_observation
 from acrlpd.models import flow, stacked
 from acrlpd.models.flow import FlowPolicy, Guidance

@@ -23,7 +23,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.data import normalize
 from acrlpd.data.normalize import NormStats
 from acrlpd.files import read_json

@@ -10,15 +10,16 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from acrlpd.agents.acrlpd import ACRLPDAgent, ActingMode
+from acrlpd.agents.agent import ACRLPDAgent, ActingMode
 from acrlpd.config import CollectConfig, to_dict
 from acrlpd.data import hdf5
 from acrlpd.data.transforms import Transform
 from acrlpd.envs import collect
 from acrlpd.envs.env import EnvConfig
 from acrlpd.envs.episodes import Rollout
+from acrlpd.envs.registry import make_vector
 from acrlpd.envs.rollout import episode_seed, rollout
-from acrlpd.envs.vector import RolloutConfig, make_vector
+from acrlpd.envs.vector import RolloutConfig
 from acrlpd.files import remove_abandoned
 from acrlpd.training.evaluate import EpisodeDraws, chunk_policy
 

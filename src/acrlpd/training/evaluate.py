@@ -11,8 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt32
 
-from acrlpd.agents import acrlpd
-from acrlpd.agents.acrlpd import ACRLPDAgent, ActingMode
+from acrlpd.agents.agent import ACRLPDAgent, ActingMode, choose_chunks
 from acrlpd.data.transforms import Compose, Data, Normalize, Transform, to_observation
 from acrlpd.envs.env import Obs
 from acrlpd.envs.rollout import Act, Rollout, Seconds, rollout
@@ -202,7 +201,7 @@ def chunk_policy(
         if observation_noise:
             seen = with_observation_noise(transform, observation_noise, drawn.generators(ON_OBSERVATIONS))
         data = seen(stack(observations))
-        chosen, values = acrlpd.act(agent, to_observation(data), drawn.keys, mode=mode, num_samples=num_samples)
+        chosen, values = choose_chunks(agent, to_observation(data), drawn.keys, mode=mode, num_samples=num_samples)
         chunks = np.asarray(chosen)
         if action_noise:
             noise = [rng.standard_normal(chunks.shape[1:], np.float32) for rng in drawn.generators(ON_ACTIONS)]

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from acrlpd.agents.acrlpd import ACRLPDAgent, ActingMode
+from acrlpd.agents.agent import ACRLPDAgent, ActingMode
 from acrlpd.agents.losses import LossWeights
 from acrlpd.config import TrainConfig, to_dict
 from acrlpd.data.loader import ChunkLoader

@@ -17,10 +17,10 @@ import numpy as np
 from jax.sharding import AbstractMesh
 from jax.stages import Lowered
 
-from acrlpd.agents import acrlpd
-from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.agents import agent as agent_module
+from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import TrainConfig
-from acrlpd.envs.vector import make_vector
+from acrlpd.envs.registry import make_vector
 from acrlpd.training import setup
 from acrlpd.training.setup import Dims
 from acrlpd.training.sharding import BATCH_AXIS, FSDP_AXIS, parameter_sharding
@@ -183,7 +183,7 @@ def batch_shapes(config: TrainConfig, dims: Dims, cameras: tuple[str, ...], size
 def lower_update(agent: ACRLPDAgent, batch: ChunkBatch) -> Lowered:
     """Lower the agent's update for shapes alone."""
     rng = jax.eval_shape(lambda: jax.random.key(0))
-    return acrlpd._update.lower(agent, batch, rng, agent.config.loss_weights)
+    return agent_module._update.lower(agent, batch, rng, agent.config.loss_weights)
 
 
 def _local_batch(config: TrainConfig, machine: Machine) -> int:

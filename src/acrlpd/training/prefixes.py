@@ -33,7 +33,7 @@ from flax import nnx
 from jaxtyping import Int
 
 from acrlpd import unfinished
-from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import TrainConfig, to_dict
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.loader import read_observations

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from acrlpd.agents.acrlpd import ACRLPDAgent, ActingMode
+from acrlpd.agents.agent import ACRLPDAgent, ActingMode
 from acrlpd.data.transforms import Transform
 from acrlpd.envs.rollout import Rollout
 from acrlpd.envs.vector import VectorEnv

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from acrlpd.config import TrainConfig, from_dict
-from acrlpd.envs.env import EnvConfig, make
+from acrlpd.envs.env import EnvConfig
+from acrlpd.envs.registry import make
 from acrlpd.files import read_json, written_whole
 from acrlpd.named_code import StoredName
 from acrlpd.training import charts, films, markup

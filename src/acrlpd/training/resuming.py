@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import TrainConfig, from_stored, to_dict
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.replay import Entry, ReplayJournal

@@ -16,9 +16,9 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from acrlpd.agents.acrlpd import ACRLPDAgent
+from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import PolicyConfig, TrainConfig, from_stored
-from acrlpd.data import chunks, instructions, normalize, windows
+from acrlpd.data import chunks, instructions, normalize, statistics, windows
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.frame_cache import FrameCache
 from acrlpd.data.loader import ChunkLoader
@@ -32,7 +32,8 @@ from acrlpd.data.tokenizer import PromptTokenizer
 from acrlpd.data.transforms import Compose, TokenizePrompt, Transform, to_model
 from acrlpd.envs import rollout
 from acrlpd.envs.env import EnvSpec
-from acrlpd.envs.vector import VectorEnv, make_vector
+from acrlpd.envs.registry import make_vector
+from acrlpd.envs.vector import VectorEnv
 from acrlpd.files import read_json
 from acrlpd.models import weights as policy_weights
 from acrlpd.models.flow import FlowPolicy
@@ -478,7 +479,7 @@ def make_norm_stats(
                 "data.action_normalization='bounds' needs an environment, which knows its action space; "
                 "use 'z_score' or 'quantile' for data alone"
             )
-        stats["actions"] = normalize.bounds_stats(spec.action_low, spec.action_high)
+        stats["actions"] = statistics.bounds_stats(spec.action_low, spec.action_high)
     return stats
 
 
@@ -486,10 +487,10 @@ def _own_stats(config: TrainConfig, prior: Mixture, sources: Sequence[Dataset], 
     before, store = before_normalization(config), prior.stores[0]
     in_memory = isinstance(store.state, np.ndarray) and isinstance(store.actions, np.ndarray)
     if in_memory and not before and len(sources) == 1:
-        return normalize.from_store(store, min_std=min_std)
+        return statistics.from_store(store, min_std=min_std)
     transform = Compose(before) if before else None
     horizon = config.policy.action_horizon if before else 1
-    return normalize.from_sources(sources, prior.shares, transform, horizon=horizon, min_std=min_std)
+    return statistics.from_sources(sources, prior.shares, transform, horizon=horizon, min_std=min_std)
 
 
 def _judge_stats(
@@ -499,7 +500,7 @@ def _judge_stats(
     where = config.data.norm_stats or "the statistics of all data sets together"
     for name, store, source in zip(prior.names, prior.stores, sources, strict=True):
         own = _own_stats(config, Mixture((store,)), [source], 0.0)
-        normalize.warn_of_misfits(stats, own, where=where, of=name, quantiles=has_quantiles(config))
+        statistics.warn_of_misfits(stats, own, where=where, of=name, quantiles=has_quantiles(config))
 
 
 def _given_stats(config: TrainConfig, prior: Mixture) -> dict[str, NormStats] | None:

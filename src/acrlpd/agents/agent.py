@@ -1,0 +1,302 @@
+"""An agent: how it is made, updated and asked for actions, whichever algorithm computes its loss.
+
+One update is one jitted function that consumes the old agent. The losses are ``acrlpd.py`` and the baselines'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+from jaxtyping import Array, Float, Key, PRNGKeyArray
+
+from acrlpd.agents import acrlpd, candidates, flow_bc, rlpd_ac, sampling
+from acrlpd.agents.config import AgentConfig
+from acrlpd.agents.draws import Draws, deal
+from acrlpd.agents.extraction import Modules
+from acrlpd.agents.health import Health, judge, keep_if
+from acrlpd.agents.losses import LossWeights
+from acrlpd.agents.state import AgentState, Networks
+from acrlpd.models import flow, parameters
+from acrlpd.models.critic import CriticNetworks
+from acrlpd.models.flow import FlowPolicy
+from acrlpd.models.parameters import Params
+from acrlpd.types import ChunkBatch, Metrics, Observation
+
+ActingMode = Literal["greedy", "explore", "bc"]
+_HELD = optax.set_to_zero()  # one object, so that networks with it can be equal
+
+
+@struct.dataclass
+class ACRLPDAgent(AgentState):
+    """Policy, critics, temperature and their optimisers as one immutable pytree."""
+
+    @classmethod
+    def create(
+        cls,
+        config: AgentConfig,
+        policy: FlowPolicy,
+        optimizers: Mapping[str, optax.GradientTransformation],
+        *,
+        state_dim: int,
+        rng: PRNGKeyArray,
+        action_dim: int | None = None,
+        trainable: Callable[[str], bool] = lambda path: True,
+    ) -> ACRLPDAgent:
+        """A fresh agent around ``policy``, whose arrays it takes over: the first update gives their memory away.
+
+        ``optimizers`` has one entry per group: policy, critic, temperature; a student uses the policy's.
+        ``action_dim`` is the robot's, where the policy's is wider (openpi pads to 32).
+        ``trainable`` takes a policy parameter's path, joined by '/', and says whether it may change.
+        """
+
+        policy_def, policy_params = parameters.split(cast(nnx.Module, policy))
+        policy_params, frozen = parameters.divide(policy_params, trainable)
+        action_dim = policy.action_dim if action_dim is None else action_dim
+        critic = CriticNetworks(
+            config.critic,
+            feature_dim=policy.feature_dim,
+            state_dim=state_dim,
+            action_horizon=policy.action_horizon,
+            action_dim=action_dim,
+            rngs=nnx.Rngs(params=rng),
+        )
+        critic_def, critic_params = parameters.split(critic)
+        params: dict[str, Params] = {
+            "policy": policy_params,
+            "critic": critic_params,
+            "temperature": {"log_temperature": jnp.log(jnp.float32(config.temperature.initial_temp))},
+        }
+        optimizers = dict(optimizers)
+        if not config.temperature.adaptive:
+            optimizers["temperature"] = _HELD  # no gradient, and no weight decay either
+        if config.extraction == "distill":
+            suffix, _ = parameters.divide(policy_params, policy.is_suffix_param)  # frozen parts are shared
+            params["student"] = jax.tree.map(jnp.copy, suffix)  # at first, the flow's own single Euler step
+            optimizers["student"] = optimizers["policy"]
+        action_shape = (policy.action_horizon, policy.action_dim)
+        nets = Networks(config, policy_def, critic_def, optimizers, action_shape, action_dim)
+        return cls(
+            params=params,
+            frozen=frozen,
+            target_critic=jax.tree.map(jnp.copy, critic_params),
+            opt_state={group: optimizers[group].init(params[group]) for group in params},
+            ema={} if config.policy_ema_decay is None else jax.tree.map(jnp.copy, _acting(params)),
+            health=Health.create(("loss", *optimizers)),
+            step=jnp.zeros((), jnp.int32),
+            nets=nets,
+        )
+
+    @property
+    def temperature(self) -> Float[Array, ""]:
+        return jnp.exp(self.params["temperature"]["log_temperature"])
+
+    @property
+    def chooses(self) -> bool:
+        """Whether acting is a choice among candidates; of the baselines, some take the policy at its word."""
+        return self.config.algorithm == "acrlpd"
+
+    @property
+    def acting_policy(self) -> Params:
+        """All of the policy that acts, trainable and frozen, under openpi's names."""
+        return parameters.join((self.params | self.ema)["policy"], self.frozen)
+
+    @property
+    def acting_critic(self) -> Params:
+        """The critics that choose while acting; an agent that only acts has no others."""
+        averaged = self.config.act_by_target_critic and self.target_critic
+        return self.target_critic if averaged else self.params["critic"]
+
+    def acting_modules(self) -> Modules:
+        """Return the networks that act: the moving averages of policy and critics, where there are some."""
+        return self.nets.modules(self.params | self.ema | {"critic": self.acting_critic}, self.frozen)
+
+    def acting_only(self) -> ACRLPDAgent:
+        """Without what only training needs, and with layers apart where the policy unrolls them: it acts the same."""
+        modules = self.acting_modules()
+        policy_def, policy = parameters.split(cast(nnx.Module, modules.policy))
+        params = self.params | {"policy": policy, "critic": self.acting_critic}
+        if modules.student is not None:
+            params["student"] = parameters.split(cast(nnx.Module, modules.student))[1]
+        nets = dataclasses.replace(self.nets, policy_def=policy_def)
+        return dataclasses.replace(self, params=params, frozen={}, ema={}, opt_state={}, target_critic={}, nets=nets)
+
+    def with_extraction(self, name: str) -> ACRLPDAgent:
+        """The same networks under another extraction. Naming a stored agent's own allows it to run that code."""
+        nets = dataclasses.replace(self.nets, config=dataclasses.replace(self.config, extraction=name))
+        return dataclasses.replace(self, nets=nets)
+
+    def update(
+        self, batch: ChunkBatch, rng: PRNGKeyArray, weights: LossWeights | None = None
+    ) -> tuple[ACRLPDAgent, Metrics]:
+        """One gradient step of every group and the target update: one compiled call that consumes this agent."""
+        return _update(self, batch, rng, self.config.loss_weights if weights is None else weights)
+
+    def update_critic(self, batch: ChunkBatch, rng: PRNGKeyArray) -> tuple[ACRLPDAgent, Metrics]:
+        """The same for the critics alone, at the data's own ``next_actions``; the policy is not even sampled."""
+        return _update_critic(self, batch, rng)
+
+    def updates(self, batches: ChunkBatch, rngs: PRNGKeyArray, weights: LossWeights) -> tuple[ACRLPDAgent, Metrics]:
+        """``update`` for each entry of the leading axis that all three have, in one call; so have the metrics."""
+        return _updates(self, batches, rngs, weights)
+
+    def sample_actions(
+        self,
+        observations: Observation,
+        rng: PRNGKeyArray,
+        *,
+        mode: ActingMode = "greedy",
+        num_samples: int | None = None,
+        num_steps: int | None = None,
+    ) -> Float[Array, "b h a"]:
+        """Normalized chunks for a batch of observations.
+
+        ``greedy``: the best of N by the critic. ``explore``: drawn from N at the learned temperature. ``bc``: one
+        sample of the flow, without the critic.
+        """
+        return choose_chunks(self, observations, rng, mode=mode, num_samples=num_samples, num_steps=num_steps)[0]
+
+
+def _acting(params: dict[str, Params]) -> dict[str, Params]:
+    """The groups that make chunks."""
+    return {group: params[group] for group in ("policy", "student") if group in params}
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _update(
+    agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray, weights: LossWeights
+) -> tuple[ACRLPDAgent, Metrics]:
+    return _apply(agent, batch, *_gradients(agent, batch, rng, weights))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _update_critic(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -> tuple[ACRLPDAgent, Metrics]:
+    gradient = jax.grad(acrlpd.critic_alone_loss, has_aux=True)
+    grads, metrics = gradient(agent.params["critic"], agent, batch, _draw(agent, batch, rng))
+    return _apply(agent, batch, {"critic": grads}, metrics)
+
+
+def _apply(
+    agent: ACRLPDAgent, batch: ChunkBatch, grads: dict[str, Params], metrics: dict[str, Array]
+) -> tuple[ACRLPDAgent, Metrics]:
+    """A step of every group that has gradients, then of the target critics; nothing at all if the numbers are ill."""
+    config, nets = agent.config, agent.nets
+    params, opt_state = dict(agent.params), dict(agent.opt_state)
+    for group in grads:
+        updates, opt_state[group] = nets.optimizers[group].update(grads[group], opt_state[group], params[group])
+        params[group] = optax.apply_updates(params[group], updates)
+        metrics[f"grad_norm/{group}"] = optax.tree.norm(grads[group])
+    target_critic = optax.incremental_update(params["critic"], agent.target_critic, config.target_update_tau)
+    ema = agent.ema
+    if config.policy_ema_decay is not None:
+        ema = optax.incremental_update(_acting(params), ema, 1 - config.policy_ema_decay)
+    norms = {group: metrics[f"grad_norm/{group}"] for group in grads}
+    ok, health = judge(agent.health, {"loss": jnp.abs(metrics["total_loss"]), **norms}, config.health)
+    metrics |= {"skipped": 1.0 - ok, "skipped_in_a_row": health.skipped_in_a_row}
+    metrics |= {"valid_samples": batch.sequence_mask.sum(), "mask_ratio": batch.valid.mean()}
+    before = (agent.params, agent.opt_state, agent.target_critic, agent.ema)
+    params, opt_state, target_critic, ema = keep_if(ok, (params, opt_state, target_critic, ema), before)
+    agent = dataclasses.replace(
+        agent,
+        params=params,
+        opt_state=opt_state,
+        target_critic=target_critic,
+        ema=ema,
+        health=health,
+        step=agent.step + 1,
+    )
+    return agent, metrics
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _updates(
+    agent: ACRLPDAgent, batches: ChunkBatch, rngs: PRNGKeyArray, weights: LossWeights
+) -> tuple[ACRLPDAgent, Metrics]:
+    return jax.lax.scan(lambda agent, each: _update(agent, *each), agent, (batches, rngs, weights))
+
+
+def _gradients(
+    agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray, weights: LossWeights
+) -> tuple[dict[str, Params], dict[str, Array]]:
+    """Of the joint loss, by group, with its metrics; the mean over micro-batches, which run one after the other.
+
+    Every loss is a mean over the batch, so this is the gradient of the whole, but for three things: what is normalised
+    over a batch (bounded BC weights; mean abs Q under q_gradient) is normalised within a micro-batch, and dropout's
+    masks are others.
+    """
+    gradient = jax.grad(_algorithm(agent.config), has_aux=True)
+    draws = _draw(agent, batch, rng)
+    parts = agent.config.gradient_accumulation_steps
+    if parts == 1:
+        return gradient(agent.params, agent, batch, draws, weights)
+
+    def of_part(part: tuple[ChunkBatch, Draws]) -> tuple[dict[str, Params], dict[str, Array]]:
+        return gradient(agent.params, agent, *part, weights)
+
+    def add(total: Any, part: tuple[ChunkBatch, Draws]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of_part(part)), None
+
+    dealt = (deal(batch, parts), draws.deal(parts))
+    like = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], dealt))
+    total, _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), dealt)
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+def loss_and_metrics(
+    agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray, weights: LossWeights
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """What an update would descend, for a look at it."""
+    return _algorithm(agent.config)(agent.params, agent, batch, _draw(agent, batch, rng), weights)
+
+
+def _algorithm(config: AgentConfig) -> Callable[..., tuple[Float[Array, ""], dict[str, Array]]]:
+    return {"acrlpd": acrlpd.joint_loss, "bc": flow_bc.joint_loss, "rlpd_ac": rlpd_ac.joint_loss}[config.algorithm]
+
+
+def _draw(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -> Draws:
+    return Draws.of_update(rng, agent.config, (batch.actions.shape[0], *agent.nets.action_shape))
+
+
+@functools.partial(jax.jit, static_argnames=("mode", "num_samples", "num_steps"))
+def choose_chunks(
+    agent: ACRLPDAgent,
+    observations: Observation,
+    rng: Key[Array, "..."],
+    *,
+    mode: ActingMode = "greedy",
+    num_samples: int | None = None,
+    num_steps: int | None = None,
+) -> tuple[Float[Array, "b h a"], Metrics]:
+    """Chosen chunks and, per observation, the values they were chosen by, if they were.
+
+    With [b] keys, each observation gets the chunk that it gets alone with its key, whatever else is in the batch.
+    """
+    config, num_steps = agent.config, num_steps or agent.config.flow_steps
+    modules = agent.acting_modules()
+    prefix = flow.encode(modules.policy, observations)
+    noise_rng, choice_rng = jax.random.split(rng) if rng.ndim == 0 else jax.vmap(jax.random.split, out_axes=1)(rng)
+    alone = mode == "bc" or not agent.chooses
+    n = 1 if alone else num_samples or config.best_of_n_samples
+    noise = sampling.draw(jax.random.normal, noise_rng, n, prefix.state.shape[0], agent.nets.action_shape)
+    if alone:
+        return candidates.unchosen(modules, config, prefix, noise, num_steps), {}
+    chunks, scores = candidates.propose(modules, config, prefix, noise, num_steps)
+    if mode == "explore":
+        _, best = sampling.select(
+            chunks[..., : agent.nets.action_dim],  # the diversity of the padding would be no diversity
+            scores,
+            choice_rng,
+            temperature=agent.temperature,
+            top_k=config.top_k,
+            diversity_bonus=config.diversity_bonus,
+        )
+    else:
+        _, best = sampling.select(chunks, scores)
+    values = {"q": sampling.take(scores, best), "q_mean": scores.mean(axis=0), "q_std": scores.std(axis=0)}
+    return candidates.finish(modules, config, prefix, noise, chunks, best, num_steps), values

@@ -1,0 +1,75 @@
+"""The state of an agent: an immutable pytree, and beside it all that never changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import optax
+from flax import nnx, struct
+from jaxtyping import Array, Int
+
+from acrlpd.agents.config import AgentConfig
+from acrlpd.agents.extraction import Modules
+from acrlpd.agents.health import Health
+from acrlpd.models import parameters, stacked
+from acrlpd.models.parameters import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The structure, choices and optimisers of an agent: everything that no update changes.
+
+    Agents whose networks are equal share compiled programs. Optimisers are functions, so they are equal only where they
+    are the same objects, as ``training.optimizer`` makes them for equal configurations.
+    """
+
+    config: AgentConfig
+    policy_def: nnx.GraphDef
+    critic_def: nnx.GraphDef
+    optimizers: Mapping[str, optax.GradientTransformation]
+    action_shape: tuple[int, int]  # horizon and width of the policy's chunks
+    action_dim: int  # of the robot; dimensions beyond it are the policy's padding
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Once for all calls: walking the definition of a large policy takes as long as a small update."""
+        optimizers = frozenset(self.optimizers.items())
+        return hash((self.config, self.policy_def, self.critic_def, self.action_shape, self.action_dim, optimizers))
+
+    def modules(self, params: dict[str, Params], frozen: Params) -> Modules:
+        def policy(*parts: Params) -> Any:
+            return stacked.unrolled(nnx.merge(self.policy_def, parameters.join(*parts)))
+
+        return Modules(
+            policy=policy(params["policy"], frozen),
+            critic=nnx.merge(self.critic_def, params["critic"]),
+            student=policy(params["policy"], frozen, params["student"]) if "student" in params else None,
+        )
+
+    @property
+    def target_entropy(self) -> float:
+        return -self.config.temperature.target_entropy_multiplier * self.action_shape[0] * self.action_dim
+
+
+@struct.dataclass
+class AgentState:
+    """Policy, critics, temperature and their optimisers: what an update replaces, and what losses read."""
+
+    params: dict[str, Params]  # by group: "policy", "critic", "temperature", and "student" under distill
+    frozen: Params  # the policy's frozen part; no optimiser state exists for it
+    target_critic: Params
+    opt_state: dict[str, optax.OptState]
+    ema: dict[str, Params]  # of what acts ("policy", "student"), where ``policy_ema_decay`` asks for moving averages
+    health: Health
+    step: Int[Array, ""]  # counts skipped updates too, as batches do
+    nets: Networks = struct.field(pytree_node=False)
+
+    @property
+    def config(self) -> AgentConfig:
+        return self.nets.config

@@ -1,0 +1,100 @@
+"""The environments by name, one at a time or many side by side. A new simulator is an entry of ``make``."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import shlex
+
+from acrlpd.envs.env import EnvConfig, SimulatedEnvironment, Simulator
+from acrlpd.envs.vector import LocalVectorEnv, ProcessVectorEnv, RolloutConfig, VectorEnv
+from acrlpd.named_code import StoredName
+
+LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+
+
+def make(config: EnvConfig) -> SimulatedEnvironment:
+    """Create the environment that ``config`` names.
+
+    >>> make(EnvConfig("metaworld/drawer-open-v3", max_episode_steps=150))
+    """
+    check_named(config)
+    family, _, task = config.name.partition("/")
+    simulators = {"metaworld": _metaworld, "ogbench": _ogbench, "aloha": _aloha, "custom": _custom}
+    simulators |= dict.fromkeys(LIBERO_SUITES, _libero)
+    if family not in simulators:
+        raise ValueError(_unknown(config.name, [f"{name}/" for name in simulators]))
+    return SimulatedEnvironment(simulators[family](config.name, task), config)
+
+
+def check_named(config: EnvConfig) -> None:
+    """Refuse to run code that only a stored configuration names."""
+    if isinstance(config.name, StoredName) and config.name.startswith("custom/"):
+        raise ValueError(
+            f"the environment {config.name} is code that the stored configuration names, and a checkpoint runs no code "
+            f"by itself. If you trust it, name it in the command: --env.name {shlex.quote(config.name)} (for eval "
+            "--tasks, for collect --name; in Python setup.with_task)"
+        )
+
+
+def make_vector(config: EnvConfig, num_envs: int, rollout: RolloutConfig | None = None) -> VectorEnv:
+    """Create ``num_envs`` environments of one kind in the place that ``rollout`` says; by default in this process."""
+    check_named(config)
+    rollout = RolloutConfig() if rollout is None else rollout
+    num_workers = min(rollout.num_workers, num_envs)
+    if not num_workers:
+        return LocalVectorEnv([make(config) for _ in range(num_envs)])
+    make_one = functools.partial(make, config)
+    if rollout.backend == "ray":
+        from acrlpd.envs.ray import RayVectorEnv
+
+        return RayVectorEnv(make_one, num_envs, num_workers=num_workers, timeout_s=rollout.timeout_s)
+    return ProcessVectorEnv(make_one, num_envs, num_workers=num_workers, timeout_s=rollout.timeout_s)
+
+
+def _metaworld(name: str, task: str) -> Simulator:
+    from acrlpd.envs import metaworld  # its simulator is an extra, imported where it is used
+
+    if task not in metaworld.task_names():
+        raise ValueError(_unknown(name, [f"metaworld/{known}" for known in metaworld.task_names()]))
+    return metaworld.MetaWorld(task)
+
+
+def _ogbench(name: str, task: str) -> Simulator:
+    from acrlpd.envs import ogbench
+
+    if task not in ogbench.task_names():
+        raise ValueError(_unknown(name, [f"ogbench/{known}" for known in ogbench.task_names()]))
+    return ogbench.OGBench(task)
+
+
+def _aloha(name: str, task: str) -> Simulator:
+    from acrlpd.envs import aloha
+
+    if task not in aloha.task_names():
+        raise ValueError(_unknown(name, [f"aloha/{known}" for known in aloha.task_names()]))
+    return aloha.Aloha(task)
+
+
+def _libero(name: str, task: str) -> Simulator:
+    from acrlpd.envs import libero
+
+    suite = name.partition("/")[0]
+    index = libero.task_index(suite, task)
+    if index is None:
+        names = libero.task_names(suite)
+        raise ValueError(
+            _unknown(name, [f"{suite}/{known}" for known in names]) + f" Or by number, 0 to {len(names) - 1}"
+        )
+    return libero.Libero(suite, index)
+
+
+def _custom(name: str, task: str) -> Simulator:
+    from acrlpd.envs import custom
+
+    return custom.load(task)
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+    return f"unknown environment {name!r}; did you mean {' or '.join(map(repr, nearest or known[:3]))}?"

@@ -357,9 +357,12 @@ def _with_critics(trained: Trained, agent_config: AgentConfig, members: np.ndarr
     if members is not None:
         critic = dataclasses.replace(agent_config.critic, num_critics=len(members))
         agent_config = dataclasses.replace(agent_config, critic=critic)
-        params = agent.params | {"critic": export.keep_critics(agent.params["critic"], members)}
+        params, ema = (
+            groups | {name: export.keep_critics(groups[name], members) for name in groups if name == "critic"}
+            for groups in (agent.params, agent.ema)
+        )
         target_critic = export.keep_critics(agent.target_critic, members)
-        agent = dataclasses.replace(agent, params=params, target_critic=target_critic)
+        agent = dataclasses.replace(agent, params=params, ema=ema, target_critic=target_critic)
     config = dataclasses.replace(trained.config, agent=agent_config)
     nets = _abstract_agent(config, trained.stats, trained.cameras).nets
     return dataclasses.replace(trained, agent=dataclasses.replace(agent, nets=nets), config=config)

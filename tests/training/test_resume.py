@@ -51,7 +51,7 @@ def test_another_seed_is_another_run(finished, tiny_config):
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in pairs)
 
 
-def test_updates_two_in_a_call_end_where_single_ones_do(finished, tiny_config):
+def test_updates_two_in_a_call_end_where_single_ones_do(finished, tiny_config, tmp_path):
     """Log points, losses and parameters; and a moving average beside them is what a checkpoint gives to act."""
     agent = dataclasses.replace(tiny_config.agent, policy_ema_decay=0.5)
     trainer = setup.make_trainer(dataclasses.replace(tiny_config, agent=agent, updates_per_call=2))
@@ -68,6 +68,15 @@ def test_updates_two_in_a_call_end_where_single_ones_do(finished, tiny_config):
     jax.tree.map(np.testing.assert_array_equal, loaded.agent.ema, trainer.agent.ema)
     with np.testing.assert_raises(AssertionError):
         jax.tree.map(np.testing.assert_array_equal, trainer.agent.ema["policy"], trainer.agent.params["policy"])
+
+    # earlier versions averaged the policy alone: the targets are the average that there is of the critics
+    earlier = dataclasses.replace(trainer.agent, ema={"policy": trainer.agent.ema["policy"]})
+    manager = ACRLPDCheckpointManager(tmp_path / "earlier", writer=True)
+    manager.save(earlier, asset_id="acrlpd", norm_stats=trainer.norm_stats, run={"progress": {}})
+    manager.wait()
+    restored = manager.restore(trainer.agent).agent
+    jax.tree.map(np.testing.assert_array_equal, restored.ema["critic"], trainer.agent.target_critic)
+    jax.tree.map(np.testing.assert_array_equal, restored.ema["policy"], trainer.agent.ema["policy"])
 
 
 @pytest.mark.slow

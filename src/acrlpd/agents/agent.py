@@ -110,6 +110,8 @@ class ACRLPDAgent(AgentState):
     @property
     def acting_critic(self) -> Params:
         """The critics that choose while acting; an agent that only acts has no others."""
+        if "critic" in self.ema:
+            return self.ema["critic"]
         averaged = self.config.act_by_target_critic and self.target_critic
         return self.target_critic if averaged else self.params["critic"]
 
@@ -164,8 +166,8 @@ class ACRLPDAgent(AgentState):
 
 
 def _acting(params: dict[str, Params]) -> dict[str, Params]:
-    """The groups that make chunks."""
-    return {group: params[group] for group in ("policy", "student") if group in params}
+    """Return the groups that act: those that make chunks, and the critics that choose among them."""
+    return {group: params[group] for group in ("policy", "student", "critic") if group in params}
 
 
 @functools.partial(jax.jit, donate_argnums=0)

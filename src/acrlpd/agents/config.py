@@ -46,8 +46,8 @@ class AgentConfig:
     extraction: str = "best_of_n"  # or q_gradient, distill, or FILE.py:NAME: code of your own (CONTRIBUTING.md)
     discount: float = 0.99
     target_update_tau: float = 0.005
-    act_by_target_critic: bool = True  # the moving average of the critics chooses while acting, not the newest ones
-    policy_ema_decay: float | None = None  # acting and checkpoints use this moving average of the policy; None: none
+    act_by_target_critic: bool = True  # without moving averages, the target critics choose while acting, not the newest
+    policy_ema_decay: float | None = None  # of the policy that acts, flow and critics: a moving average; None: none
     gradient_accumulation_steps: int = 1  # micro-batches of one update, which bounds its activations
     best_of_n_samples: int = 32  # candidates while acting
     target_samples: int | None = None  # candidates in the TD target; None: as while acting

@@ -65,7 +65,7 @@ class AgentState:
     frozen: Params  # the policy's frozen part; no optimiser state exists for it
     target_critic: Params
     opt_state: dict[str, optax.OptState]
-    ema: dict[str, Params]  # of what acts ("policy", "student"), where ``policy_ema_decay`` asks for moving averages
+    ema: dict[str, Params]  # moving averages of "policy", "student", "critic" under ``policy_ema_decay``
     health: Health
     step: Int[Array, ""]  # counts skipped updates too, as batches do
     nets: Networks = struct.field(pytree_node=False)

@@ -145,7 +145,8 @@ def member_td_errors(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -
     """Return each critic's mean absolute TD error on a batch, against the target of the whole ensemble."""
     config = agent.config
     noise_rng, subset_rng = jax.random.split(rng)
-    modules = agent.nets.modules(agent.params | agent.ema, agent.frozen)  # errors of the critics that are trained
+    newest = {"critic": agent.params["critic"]}  # the errors are those of the critics that are trained
+    modules = agent.nets.modules(agent.params | agent.ema | newest, agent.frozen)
     prefix, next_prefix = modules.policy.encode(batch.observations), modules.policy.encode(batch.next_observations)
     shape = (config.candidates_in_target, len(batch.rewards), *agent.nets.action_shape)
     noise, steps = jax.random.normal(noise_rng, shape), config.steps_in_target

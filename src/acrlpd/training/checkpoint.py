@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -248,8 +249,11 @@ class ACRLPDCheckpointManager:
             ValueError: it is intact, but its agent has another structure.
         """
         step = self._resolve(step)
-        policy, rest = (jax.tree.map(ocp.utils.to_shape_dtype_struct, tree) for tree in _split(template))
         run = self.read_run(step)
+        averages_critics = "critic" in template.ema
+        if averages_critics and not self._has_averaged_critics(step):  # earlier versions averaged the policy alone
+            template = dataclasses.replace(template, ema={k: v for k, v in template.ema.items() if k != "critic"})
+        policy, rest = (jax.tree.map(ocp.utils.to_shape_dtype_struct, tree) for tree in _split(template))
         acts_only = not template.opt_state
         expected = {"params": {"params": policy}, "acrlpd": rest}
         self._check_structure(step, expected, run.get("structure"), unread="/opt_state/" if acts_only else "")
@@ -259,7 +263,15 @@ class ACRLPDCheckpointManager:
         different = [name for name, value in found.items() if run["checksums"].get(name) != value]
         if different:
             raise self._damaged(step, f"the checksum of {', '.join(different)} is not that of what was saved")
-        return Restored(_join(template, policy, rest), self.read_norm_stats(step), run, step)
+        agent = _join(template, policy, rest)
+        if averages_critics and "critic" not in agent.ema:
+            agent = dataclasses.replace(agent, ema=agent.ema | {"critic": jax.tree.map(jnp.copy, agent.target_critic)})
+        return Restored(agent, self.read_norm_stats(step), run, step)
+
+    def _has_averaged_critics(self, step: int) -> bool:
+        with self._naming(step, folder := self.directory / str(step) / "acrlpd"):
+            stored = _shapes(self._arrays.metadata(folder).tree)
+        return any(path.startswith("/ema/critic/") for path in stored)
 
     def release(self, step: int | None) -> None:
         """Stop keeping ``step``, unless it was named at the start."""

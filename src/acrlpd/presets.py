@@ -63,7 +63,7 @@ def get_demo_config() -> TrainConfig:
             target_flow_steps=3,
             discount=0.99,
             target_update_tau=0.05,  # an episode is 30 chunks long: values must travel that far in few updates
-            policy_ema_decay=0.99,
+            policy_ema_decay=0.998,  # acts by an average over 500 updates, at first over the last third of them
             action_clip=1.0,
         ),
         data=DataConfig(collect=CollectConfig(episodes=100, noise_range=(0.4, 1.0)), batch_size=64),

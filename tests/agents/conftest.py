@@ -49,7 +49,8 @@ class Toys:
 
     def config(self, **changes: Any) -> AgentConfig:
         critic = {"num_critics": 3, "hidden_dims": (8,), **changes.pop("critic", {})}
-        fields = {"best_of_n_samples": 4, "flow_steps": 3, "target_update_tau": 0.1, "discount": 0.9, **changes}
+        fields = {"best_of_n_samples": 4, "flow_steps": 3, "target_update_tau": 0.1, "discount": 0.9}
+        fields |= {"act_by_target_critic": False, **changes}  # the critics of the update choose, unless asked otherwise
         return AgentConfig(critic=CriticConfig(**critic), **fields)
 
     def policy(self, action_dim: int = ACTION_DIM, kind: type[MLPFlow] = MLPFlow) -> MLPFlow:

@@ -16,7 +16,7 @@ import optax
 from flax import nnx, struct
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
-from acrlpd.agents import acrlpd, candidates, flow_bc, rlpd_ac, sampling
+from acrlpd.agents import acrlpd, candidates, flow_bc, losses, rlpd_ac, sampling
 from acrlpd.agents.config import AgentConfig
 from acrlpd.agents.draws import Draws, deal
 from acrlpd.agents.extraction import Modules
@@ -197,7 +197,8 @@ def _apply(
     target_critic = optax.incremental_update(params["critic"], agent.target_critic, config.target_update_tau)
     ema = agent.ema
     if config.policy_ema_decay is not None:
-        ema = optax.incremental_update(_acting(params), ema, 1 - config.policy_ema_decay)
+        share = losses.averaging_share(agent.step, decay=config.policy_ema_decay)
+        ema = optax.incremental_update(_acting(params), ema, share)
     norms = {group: metrics[f"grad_norm/{group}"] for group in grads}
     ok, health = judge(agent.health, {"loss": jnp.abs(metrics["total_loss"]), **norms}, config.health)
     metrics |= {"skipped": 1.0 - ok, "skipped_in_a_row": health.skipped_in_a_row}

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from acrlpd.types import typed
 
@@ -120,3 +120,12 @@ def soft_actor_loss(
 ) -> Float[Array, ""]:
     """Return alpha * log pi - Q of the policy's own chunk, where Q is the members' mean (SAC as in RLPD)."""
     return jnp.mean(temperature * log_prob - q.mean(axis=0))
+
+
+def averaging_share(step: Int[Array, ""], *, decay: float) -> Float[Array, ""]:
+    """Return the share of the newest parameters in their moving average: 1 - ``decay``, but 3 / (step + 3) at first.
+
+    The average so forgets the parameters it began with: it is over the last third of the updates until it spans
+    1 / (1 - decay) of them (polynomial-decay averaging, Shamir and Zhang 2013, arXiv:1212.1824).
+    """
+    return jnp.maximum(1 - decay, 3 / (step + 3))

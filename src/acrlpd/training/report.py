@@ -82,8 +82,12 @@ class Run:
     def results(self) -> dict[str, Evaluated]:
         """The final result of each policy: the summary's, or the newest evaluation if there is no summary."""
         newest = {name: evaluations[-1] for name, evaluations in self.evaluations.items()}
-        for name, result in (self.summary or {}).get("phases", {}).items():
+        summary = self.summary or {}
+        for name, result in summary.get("phases", {}).items():
             known = newest.get(name)
+            if name == [*summary["phases"]][-1]:  # of the policy that the run keeps
+                kept = summary.get("best", {}).get("step")
+                known = next((each for each in self.evaluations.get(name, ()) if each.step == kept), known)
             where = (known.step, known.env_steps) if known else (None, None)
             newest[name] = Evaluated(*where, result["success"], result["low"], result["high"], int(result["episodes"]))
         return {name: newest[name] for name in POLICIES if name in newest}
@@ -390,7 +394,7 @@ def _go_on(run: Run) -> str:
     commands = [("write this page again", f"acrlpd report {shown}{env}")]
     if run.config.get("env") and run.results:
         test = f"acrlpd eval --checkpoint {shown}{tasks}"
-        commands.insert(0, ("evaluate the newest checkpoint", test))
+        commands.insert(0, ("evaluate the best policy", test))
         commands.insert(1, ("with noise, best of N and the critic's word", f"{test} --full"))
     if not run.is_over:
         commands.insert(0, ("go on where it stopped", " ".join(train) + env))

@@ -63,7 +63,7 @@ def get_demo_config() -> TrainConfig:
             target_flow_steps=3,
             discount=0.99,
             target_update_tau=0.05,  # an episode is 30 chunks long: values must travel that far in few updates
-            policy_ema_decay=0.998,  # acts by an average over 500 updates, at first over the last third of them
+            policy_ema_decay=0.998,  # acts by an average over 500 updates, at first over the last sixth of them
             action_clip=1.0,
         ),
         data=DataConfig(collect=CollectConfig(episodes=100, noise_range=(0.4, 1.0)), batch_size=64),
@@ -71,8 +71,8 @@ def get_demo_config() -> TrainConfig:
             policy=_constant(1e-3, warmup_steps=100), critic=_constant(1e-3), temperature=_constant(3e-4)
         ),
         eval=EvalConfig(episodes=50, frequency=750, num_envs=10),
-        offline_steps=1500,
-        online_steps=4000,
+        offline_steps=2000,
+        online_steps=3500,
         utd_ratio=0.5,
         online_envs=2,  # one choice for both costs less than two
         log_frequency=100,

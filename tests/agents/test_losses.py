@@ -176,3 +176,14 @@ def test_temperature_loss(entropy, expected):
     value, (slope, to_entropy) = jax.value_and_grad(loss, argnums=(0, 1))(log_temperature, entropy)
     np.testing.assert_allclose([value, slope], [expected, expected], rtol=1e-6)
     np.testing.assert_array_equal(to_entropy, jnp.zeros(2))
+
+
+def test_an_average_spans_the_last_sixth_of_the_updates_until_it_spans_its_own_length():
+    """What it began with is forgotten at once, and weights grow as the fifth power of the step."""
+    shares = np.array([losses.averaging_share(jnp.int32(step), decay=0.999) for step in range(600)])
+    weights = shares * np.append(np.cumprod((1 - shares)[::-1])[-2::-1], 1.0)
+    np.testing.assert_allclose(weights.sum(), 1.0, rtol=1e-5)
+    assert weights[0] < 1e-10
+    assert 0.64 < weights[-100:].sum() < 0.68
+    np.testing.assert_allclose(weights[599] / weights[299], 2.0**5, rtol=0.05)
+    assert losses.averaging_share(jnp.int32(10_000), decay=0.999) == np.float32(1 - 0.999)

@@ -57,21 +57,22 @@ def test_micro_batches_add_up_to_the_batch(toys):
 def test_updates_in_one_call_are_the_single_ones(toys):
     """Other batches, keys and weights each time; with a moving average of the policy, which is what acts."""
     agent = toys.agent(toys.config(policy_ema_decay=0.75, best_of_n_samples=2))
+    agent = dataclasses.replace(agent, step=jnp.int32(8))
     batches = [toys.batch(seed=seed) for seed in range(3)]
     keys = [toys.key(seed) for seed in range(3)]
     weights = [dataclasses.replace(WEIGHTS, bc_weight=0.1 * seed) for seed in range(3)]
     single, singles, average = agent, [], agent.ema["policy"]
-    for each in zip(batches, keys, weights, strict=True):
+    for share, *each in zip((6 / 14, 6 / 15, 6 / 16), batches, keys, weights, strict=True):
         single, metrics = toys.update(single, *each)
         singles.append(metrics)
-        average = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, average, single.params["policy"])
+        average = jax.tree.map(lambda a, b, s=share: (1 - s) * a + s * b, average, single.params["policy"])
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
     together, metrics = toys.jit(agent_module._updates.__wrapped__)(
         agent, stacked, jnp.stack(keys), jax.tree.map(lambda *x: jnp.array(x), *weights)
     )
     assert_close((together.params, together.ema), (single.params, single.ema), rtol=1e-4, atol=1e-6)
     assert_close(single.ema["policy"], average, rtol=1e-5, atol=1e-6)
-    assert together.step == 3
+    assert together.step == 8 + 3
     assert_close(metrics, jax.tree.map(lambda *x: jnp.stack(x), *singles), rtol=1e-3, atol=1e-5)
 
     observations = toys.batch().observations

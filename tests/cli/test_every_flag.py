@@ -26,7 +26,7 @@ from acrlpd.cli import eval as evaluation
 from acrlpd.cli.main import COMMANDS as NAMES
 from acrlpd.cli.main import main
 from acrlpd.config import TrainConfig
-from acrlpd.data import convert, hdf5, inspection, normalize, sources
+from acrlpd.data import convert, hdf5, inspection, normalize, sources, statistics
 from acrlpd.data.robots import mapping
 from acrlpd.doctor import Check
 from acrlpd.envs.env import EnvConfig
@@ -312,7 +312,7 @@ COMMANDS = {
             (norm_stats, "identify", "hdf5"),
             (norm_stats, "open_episodes", SOURCE),
             (mapping, "check", None),  # of the data's widths, which are no robot's here
-            (normalize, "from_sources", STATS),
+            (statistics, "from_sources", STATS),
             (normalize, "save", None),
         ),
     ),

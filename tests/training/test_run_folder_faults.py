@@ -445,13 +445,13 @@ def old_run(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_of_before_goes_on(old_run):
-    assert setup.load_checkpoint(old_run).step == NEWEST
-    assert setup.load_checkpoint(old_run / "best").step == BEFORE
-    assert deploy.load_trained(old_run).step == NEWEST
+    assert setup.load_checkpoint(old_run / "checkpoints").step == NEWEST
+    assert setup.load_checkpoint(old_run / "best").step == setup.load_checkpoint(old_run).step == BEFORE
+    assert deploy.load_trained(old_run / "checkpoints").step == NEWEST
     trainer = setup.make_trainer(dataclasses.replace(train.stored_config(old_run), online_steps=44), resume=True)
     assert (int(trainer.agent.step), len(trainer._interaction.journal)) == (NEWEST, EPISODES)
     trainer.train()
-    assert int(setup.load_checkpoint(old_run).agent.step) > NEWEST
+    assert int(setup.load_checkpoint(old_run / "checkpoints").agent.step) > NEWEST
     assert ACRLPDCheckpointManager(old_run / "checkpoints").read_run()["format_version"] == 1
     lines = (old_run / "replay" / "journal.jsonl").read_text().splitlines()
     assert len(lines) > EPISODES
@@ -461,7 +461,7 @@ def test_a_run_of_before_goes_on(old_run):
 @pytest.mark.parametrize("file", ["run/metadata", "params/_METADATA", "acrlpd/manifest.ocdbt"])
 def test_a_damaged_checkpoint_of_before_falls_back(old_run, damage, file, caplog):
     damage(old_run / "checkpoints" / str(NEWEST) / file, None)
-    assert setup.load_checkpoint(old_run).step == BEFORE
+    assert setup.load_checkpoint(old_run / "checkpoints").step == BEFORE
     assert f"{NEWEST} is damaged" in caplog.text
 
 

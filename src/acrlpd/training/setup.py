@@ -121,19 +121,12 @@ def _make_trainer(
     if config.env is None and config.online_steps:
         logger.warning("no online phase: online_steps is %d, but env.name names no environment", config.online_steps)
     environments = make_environments(config, config.eval.num_envs) if config.env else None
+    spec = environments.spec if environments else None
     sources = open_sets(config)
-    check_instructions(config, sources, environments.spec if environments else None)
+    check_instructions(config, sources, spec)
     prior = open_mixture(config, sources)
     dims = Dims(prior.stores[0].state.shape[1], prior.stores[0].actions.shape[1])
-    spec = environments.spec if environments else None
-    for name, store in zip(prior.names, prior.stores, strict=True):
-        check_prior(config, store, dims, spec, name)
-        if config.agent.algorithm != "bc" and (num_cut := chunks.num_cut(store)):
-            logger.info(
-                "%s: %d of %d episodes were cut and do not say what was seen after their last action: their last whole "
-                "window stays out of the TD loss",
-                *(name, num_cut, store.num_episodes),
-            )
+    _check_stores(config, prior, dims, spec)
     contents = fingerprint(prior.stores)
     checkpoints = ACRLPDCheckpointManager(
         files.checkpoints,
@@ -165,10 +158,9 @@ def _make_trainer(
     interaction = None
     if config.env and config.online_steps:
         interaction = make_interaction(config, files, progress, override=override)
-    loader = make_loader(config, prior, transform, interaction, agent, stats)
     return ACRLPDTrainer(
         agent,
-        loader,
+        make_loader(config, prior, transform, interaction, agent, stats),
         config,
         transform=transform,
         norm_stats=stats,
@@ -182,6 +174,18 @@ def _make_trainer(
         replaced=replaced,
         prior=contents,
     )
+
+
+def _check_stores(config: TrainConfig, prior: Mixture, dims: Dims, spec: EnvSpec | None) -> None:
+    """Check each data set of the prior episodes, and tell how many of its episodes were cut."""
+    for name, store in zip(prior.names, prior.stores, strict=True):
+        check_prior(config, store, dims, spec, name)
+        if config.agent.algorithm != "bc" and (num_cut := chunks.num_cut(store)):
+            logger.info(
+                "%s: %d of %d episodes were cut and do not say what was seen after their last action: their last whole "
+                "window stays out of the TD loss",
+                *(name, num_cut, store.num_episodes),
+            )
 
 
 def check_prior(config: TrainConfig, prior: EpisodeStore, dims: Dims, spec: EnvSpec | None, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation in the simulator: success with its Wilson interval, always on the same seeds."""
+"""Evaluation in the simulator, always on the same seeds: the success rate with its Wilson interval."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OnChoice = Callable[[Int[np.ndarray, " n"], Mapping[str, Float[np.ndarray, " n"]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Result of one policy on a list of seeds."""
+    """The result of one policy on a list of seeds."""
 
     successes: int
     episodes: int
@@ -31,7 +31,7 @@ class Evaluation:
     return_mean: float
     return_std: float
     length_mean: float
-    lost: int = 0  # episodes whose worker died or whose reset failed; they count nowhere else
+    lost: int = 0  # episodes whose worker died or whose reset failed; no other field counts them
 
     @property
     def success(self) -> float:
@@ -47,7 +47,7 @@ class Evaluation:
         }
 
     def to_dict(self) -> dict[str, float]:
-        """All of it, for JSON."""
+        """Return the success rate and every field, for JSON."""
         return self.summary() | {
             name: getattr(self, name) for name in ("return_mean", "return_std", "length_mean", "lost")
         }
@@ -70,9 +70,9 @@ class Evaluation:
 
 
 def wilson(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a success rate (Wilson 1927); ``z`` of the normal for its coverage.
+    """Return Wilson's score interval of a success rate (Wilson 1927); ``z`` is the normal quantile of its coverage.
 
-    ``wilson(0, 50)`` is (0, 0.071) and not (0, 0): no success in 50 does not prove that there is none.
+    ``wilson(0, 50)`` is (0, 0.071), not (0, 0): 50 failures do not prove that the policy never succeeds.
     """
     if episodes < 1:
         raise ValueError("an interval needs at least one episode")
@@ -95,9 +95,9 @@ def evaluate(
     seconds: Seconds | None = None,
     **options: Any,
 ) -> tuple[Evaluation, list[Rollout]]:
-    """Runs every seed once, the environments side by side with one batched policy call a chunk.
+    """Run one episode per seed in parallel environments, with one batched policy call per chunk.
 
-    An episode is a function of ``rng`` and its seed, whatever runs beside it. ``options``: those of ``chunk_policy``.
+    An episode depends only on ``rng`` and its seed, not on what runs beside it. ``options`` go to ``chunk_policy``.
     """
     act = chunk_policy(agent, transform, EpisodeDraws(rng, seeds), mode=mode, **options)
     rollouts = rollout(environments, act, seeds, execute_horizon=execute_horizon, seconds=seconds)
@@ -121,11 +121,11 @@ def summarize(rollouts: Sequence[Rollout], *, lost: int = 0) -> Evaluation:
 
 
 def outcomes(rollouts: Sequence[Rollout]) -> dict[str, bool]:
-    """Return whether each episode succeeded, by its seed in digits, as JSON has it."""
+    """Return whether each episode succeeded, by its seed as text, because JSON keys are text."""
     return {str(each.seed): each.success for each in rollouts}
 
 
-fold_in = jax.jit(jax.random.fold_in)  # compiled, for the plain one takes as long as a tenth of a choice
+fold_in = jax.jit(jax.random.fold_in)  # compiled: the plain function takes a tenth of the time of choosing a chunk
 
 
 @jax.jit
@@ -135,7 +135,7 @@ def _fold_in_pairs(rng: PRNGKeyArray, seeds: UInt32[Array, " n"], chunks: UInt32
 
 @dataclasses.dataclass(frozen=True)
 class ChunkDraws:
-    """All that is random about one chunk of each of n episodes."""
+    """The randomness of one chunk of each of n episodes."""
 
     rng: PRNGKeyArray
     seeds: UInt32[np.ndarray, " n"]
@@ -146,7 +146,7 @@ class ChunkDraws:
         return _fold_in_pairs(self.rng, self.seeds, self.chunks)
 
     def generators(self, purpose: int) -> list[np.random.Generator]:
-        """Make generators of noise on the host, one an episode; those of another purpose are independent of them."""
+        """Return one host noise generator per episode; generators of different purposes are independent."""
         words = np.asarray(jax.random.key_data(self.rng)).tolist()
         pairs = zip(self.seeds.tolist(), self.chunks.tolist(), strict=True)
         return [np.random.default_rng((purpose, *words, seed, chunk)) for seed, chunk in pairs]
@@ -154,17 +154,17 @@ class ChunkDraws:
 
 @dataclasses.dataclass
 class EpisodeDraws:
-    """The randomness of a policy: a function of an episode's seed and the number of the chunk in it, and nothing else.
+    """The randomness of a policy, which depends only on an episode's seed and the index of the chunk in it.
 
-    So it does not matter which episodes run side by side, or in which order they are begun.
+    So it does not matter which episodes run side by side, or in which order they start.
     """
 
     rng: PRNGKeyArray
-    seeds: Sequence[int] | None = None  # by the number of an episode; None: the number itself
-    counts: dict[int, int] = dataclasses.field(default_factory=dict)  # chunks so far, by the number of an episode
+    seeds: Sequence[int] | None = None  # by episode number; None: the number is the seed
+    counts: dict[int, int] = dataclasses.field(default_factory=dict)  # chunks so far, by episode number
 
     def next(self, numbers: Int[np.ndarray, " n"]) -> ChunkDraws:
-        """Return what is random about the next chunk of each of these episodes; -1 is padding."""
+        """Return the randomness of the next chunk of each of these episodes; the number -1 is padding."""
         chunks = [self.counts.get(number, 0) for number in numbers.tolist()]
         self.counts |= {number: chunk + 1 for number, chunk in zip(numbers.tolist(), chunks, strict=True)}
         seeds = [self._seed(number) for number in numbers.tolist()]
@@ -186,14 +186,14 @@ def chunk_policy(
     action_noise: float = 0.0,
     on_choice: OnChoice | None = None,
 ) -> Act:
-    """The agent as a function from raw observations to chunks in the environment's units.
+    """Return the agent as a function from raw observations to chunks in the environment's units.
 
-    ``draws`` are shared by the policies of an episode, where it has several; a key stands for fresh ones.
-    ``observation_noise`` and ``action_noise`` are deviations of Gaussian noise in normalized units, on what the policy
-    sees and on every executed action. ``on_choice`` is told the numbers of the episodes and the values by which their
-    chunks were chosen; imitation (bc) has none.
+    Several policies that act in one episode share their ``draws``; a key stands for fresh ones. ``observation_noise``
+    and ``action_noise`` are standard deviations of Gaussian noise in normalized units, on what the policy sees and on
+    every executed action. ``on_choice`` is called with the episode numbers and the values by which their chunks were
+    chosen; imitation ("bc") has no such values.
     """
-    agent = dataclasses.replace(agent, opt_state={})  # acting needs none, and a call walks through all it is given
+    agent = dataclasses.replace(agent, opt_state={})  # acting does not need it, and every call flattens its arguments
     episodes = draws if isinstance(draws, EpisodeDraws) else EpisodeDraws(draws)
 
     def act(observations: list[Obs], numbers: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n h a"]:
@@ -213,14 +213,14 @@ def chunk_policy(
     return act
 
 
-ON_OBSERVATIONS, ON_ACTIONS = 0, 1  # purposes of noise
+ON_OBSERVATIONS, ON_ACTIONS = 0, 1  # the purposes of ``ChunkDraws.generators``
 
 
 @dataclasses.dataclass(frozen=True)
 class ObservationNoise:
-    """A transform: Gaussian noise of ``deviation`` on the normalized state, and on pictures as the model scales them.
+    """A transform that adds Gaussian noise to the normalized state, and to images in the model's range -1 .. 1.
 
-    Row i of a batch draws from ``rngs[i]``.
+    ``deviation`` is the standard deviation. Row i of a batch draws from ``rngs[i]``.
     """
 
     deviation: float
@@ -235,7 +235,7 @@ class ObservationNoise:
         return data
 
     def _on_picture(self, image: np.ndarray) -> np.ndarray:
-        noisy = image + 127.5 * self._draw(image.shape)  # uint8 stands for -1 .. 1
+        noisy = image + 127.5 * self._draw(image.shape)  # the model maps uint8 to -1 .. 1
         return np.clip(np.round(noisy), 0, 255).astype(np.uint8)
 
     def _draw(self, shape: tuple[int, ...]) -> np.ndarray:
@@ -243,7 +243,7 @@ class ObservationNoise:
 
 
 def with_observation_noise(transform: Transform, deviation: float, rngs: Sequence[np.random.Generator]) -> Compose:
-    """The same transform with noise right behind its normalization: before pi0.5 writes the state into its prompt."""
+    """Return ``transform`` with noise right after its normalization, before pi0.5 writes the state into the prompt."""
     if not isinstance(transform, Compose) or not any(isinstance(step, Normalize) for step in transform.transforms):
         raise ValueError("observation noise is in normalized units: the transform must be a Compose with a Normalize")
     place = len(transform.before(Normalize).transforms) + 1
@@ -252,7 +252,7 @@ def with_observation_noise(transform: Transform, deviation: float, rngs: Sequenc
 
 
 def stack(observations: Sequence[Obs]) -> dict[str, Any]:
-    """Unbatched observations as one batch in the data-dictionary form."""
+    """Stack unbatched observations into one batch, as a data dictionary."""
     return {
         "state": np.stack([obs["state"] for obs in observations]),
         "image": {

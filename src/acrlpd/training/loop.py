@@ -1,4 +1,4 @@
-"""One loop, two phases: updates on prior data, then updates between the steps of one's own episodes."""
+"""The training loop, in two phases: updates on prior data, then updates in between the steps of online episodes."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ from acrlpd.types import ChunkBatch
 logger = logging.getLogger(__name__)
 
 Phase = Literal["offline", "online"]
-BAR_SECONDS = 1.0 if sys.stderr.isatty() else 30.0  # a log file needs no animation
+BAR_SECONDS = 1.0 if sys.stderr.isatty() else 30.0  # between redraws; a log file needs few
 PHASES: tuple[Phase, ...] = ("offline", "online")
 _fold_in_each = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
-ROLLBACK_STRIDE = 2**30  # after a rollback, batches and noise are those of other, far away steps
+ROLLBACK_STRIDE = 2**30  # after a rollback, batches and noise are drawn as for steps this much later
 
 
 class _Evaluated(NamedTuple):
-    """A policy to evaluate, and when it was the newest one."""
+    """A policy to evaluate, with the update and environment step at which it was the newest."""
 
     agent: ACRLPDAgent
     step: int
@@ -56,9 +56,9 @@ class _Evaluated(NamedTuple):
 
 
 class ACRLPDTrainer:
-    """Trains an agent offline, then online, and evaluates it at the end of each phase.
+    """A trainer that trains an agent offline, then online, and evaluates it at the end of each phase.
 
-    Everything that is not an update happens between two updates; the device is waited for at log points alone.
+    Everything except the updates happens between two updates. Logging waits for the device only at log points.
     """
 
     def __init__(
@@ -98,19 +98,19 @@ class ACRLPDTrainer:
         self._checkpoints = checkpoints
         self._fresh_agent = fresh_agent
         self._monitor = ACRLPDTrainingMonitor()
-        self._logged = time.perf_counter(), self._step  # when, and after which update
+        self._logged = time.perf_counter(), self._step  # time and step of the last log point
         self._lock = lock
-        self._replaced = replaced  # the run before this one in its folder, until this one has a checkpoint
+        self._replaced = replaced  # the previous run in this folder, kept until this one has a checkpoint
         self._skipped = SkippedUpdates(files.skipped, limit=config.max_skipped_updates)
         self._started = time.perf_counter(), time.process_time()
-        self._compiled: set[tuple[int, bool, bool]] = set()  # by the number of updates in a call, and what batches hold
+        self._compiled: set[tuple[int, bool, bool]] = set()  # (updates per call, no stored prefix, critic alone)
         self._has_acted = self._has_saved = False
-        self._chosen_at = 0  # update whose policy chose the chunks under way
-        self._ages: list[int] = []  # in updates, of the policies whose chunks were executed since the last log point
-        self._newest: Any = None  # an array of the last update, perhaps still being computed
+        self._chosen_at = 0  # update at which the chunks that are being executed were chosen
+        self._ages: list[int] = []  # policy ages, in updates, of the chunks executed since the last log point
+        self._newest: Any = None  # an array of the last update; the device may still be computing it
 
     def train(self) -> dict[str, Any]:
-        """Runs what is left of both phases and returns the summary, which also lies in ``summary.json``."""
+        """Run the rest of both phases; return the summary, which is also written to ``summary.json``."""
         with (
             guards.explain_storage(self._files.directory),
             guards.stop_on_signal() as stop,
@@ -145,7 +145,7 @@ class ACRLPDTrainer:
 
     def _run(self, phase: Phase, stop: StopRequest) -> None:
         total, done = self._extent(phase)
-        self.progress.finished = [each for each in self.progress.finished if each != phase]  # it may be lengthened
+        self.progress.finished = [each for each in self.progress.finished if each != phase]  # a resume may lengthen it
         with tqdm(total=total, initial=done, desc=phase, unit="step", mininterval=BAR_SECONDS) as bar:
             while not self._finished(phase):
                 loop = self._watch.span("loop", behind="update", busy=self._is_updating)
@@ -169,7 +169,7 @@ class ACRLPDTrainer:
     # ---- one step
 
     def _update(self, phase: Phase) -> None:
-        """One update, or ``updates_per_call`` in one compiled call."""
+        """Make one update, or ``updates_per_call`` of them in one compiled call."""
         steps = range(self._step, self._step + self._updates_at_once(phase))
         draws = [self._draw(step) for step in steps]
         critic_alone = self._step < self.config.critic_alone_steps
@@ -196,7 +196,7 @@ class ACRLPDTrainer:
         self._newest = metrics["total_loss"]
 
     def _updates_at_once(self, phase: Phase) -> int:
-        """``updates_per_call`` where nothing is due between those updates, else one."""
+        """Return ``updates_per_call`` if nothing is due in between these updates, else 1."""
         config = self.config
         if self._step < config.critic_alone_steps:
             return 1
@@ -216,25 +216,25 @@ class ACRLPDTrainer:
             ) from error
 
     def _draw(self, step: int) -> int:
-        """The number from which an update draws its batch and noise: its step, unless the run rolled back."""
+        """Return the seed of an update's batch and noise: its step, shifted after each rollback."""
         return step + self.progress.rollbacks * ROLLBACK_STRIDE
 
     def _is_updating(self) -> bool:
-        """Whether the device is still at the last update."""
+        """Return whether the device is still computing the last update."""
         return self._newest is not None and not self._newest.is_ready()
 
     def _interact(self) -> None:
-        """Executes chunks until an update is owed.
+        """Execute chunks until an update is owed.
 
-        With ``overlap_rollouts`` the next chunks are chosen at once and executed during the updates that are owed, so
-        the policy that chose them is older than what they are learned with, by as many updates: its age.
+        With ``overlap_rollouts`` the next chunks are chosen at once and executed during the updates that are owed. The
+        policy that chose them is then a number of updates older than the learner: its age.
         """
         assert self._interaction is not None, "_finished ends the online phase of a run without an environment"
         collector = self._interaction.collector
         while self._updates_owed() < 1:
             if not collector.begun:
                 self._choose(collector)
-            self._ages.append(max(0, self._step - self._chosen_at))  # a rollback makes the learner younger
+            self._ages.append(max(0, self._step - self._chosen_at))  # a rollback lowers the learner's step
             with self._watch.span("act"):
                 before = collector.seconds.simulator
                 collected = collector.finish()
@@ -250,16 +250,16 @@ class ACRLPDTrainer:
                 self._choose(collector)
 
     def _choose(self, collector: OnlineCollector) -> None:
-        """Asks the newest policy for a chunk in every environment and sends it there."""
+        """Let the newest policy choose a chunk for every environment, and start executing them."""
         with self._watch.span("update"):
-            jax.block_until_ready(self.agent.step)  # the policy that acts is the newest: wait for it
+            jax.block_until_ready(self.agent.step)  # the newest policy acts, so wait until it is computed
         with self._watch.span("act" if self._has_acted else "compile"):
             collector.begin(chunk_policy(self.agent, self._transform, self._act_draws, mode="explore"))
         self._has_acted = True
         self._chosen_at = self._step
 
     def loss_weights(self, step: int) -> LossWeights:
-        """The weights of an update: no actor loss at first, a linear change early in the online phase."""
+        """Return the loss weights of an update: no actor loss at first, a linear change early in the online phase."""
         config = self.config
         weights = config.agent.loss_weights
         if config.online_loss_weights is not None and step >= config.offline_steps:
@@ -269,15 +269,15 @@ class ACRLPDTrainer:
             weights = dataclasses.replace(weights, actor_weight=0.0)
         return weights
 
-    # ---- how far
+    # ---- progress
 
     def _updates_owed(self) -> float:
-        """Updates that ``utd_ratio`` asks for and that have not been made."""
+        """Return the number of updates that ``utd_ratio`` requires and that have not been made."""
         due = (self.progress.counted_steps - self.config.warmup_env_steps) * self.config.utd_ratio
         return due - (self._step - self.config.offline_steps)
 
     def _extent(self, phase: Phase) -> tuple[int, int]:
-        """Length of a phase and how much of it is done, in updates offline and environment steps online."""
+        """Return the length of a phase and how much of it is done: updates offline, environment steps online."""
         if phase == "offline":
             return self.config.offline_steps, min(self._step, self.config.offline_steps)
         total = self.config.online_steps if self.config.env is not None else 0
@@ -304,11 +304,11 @@ class ACRLPDTrainer:
                 numbers |= self._about_rollouts()
             self._monitor.monitor_training_step(self._step, numbers)
             self._writer.write(record | numbers)
-        shown = {"loss": "total_loss", "q": "q_mean"}  # imitation alone has no Q
+        shown = {"loss": "total_loss", "q": "q_mean"}  # pure imitation has no Q
         return {name: f"{metrics[metric]:.3g}" for name, metric in shown.items() if metric in metrics}
 
     def _throughput(self) -> dict[str, float]:
-        """Since the last log point, whatever happened in between; bytes where the device counts them."""
+        """Return the time per update since the last log point, everything included, and the device memory if known."""
         now, (before, step) = time.perf_counter(), self._logged
         self._logged = now, self._step
         seconds = (now - before) / max(self._step - step, 1)
@@ -317,7 +317,7 @@ class ACRLPDTrainer:
         return found | ({"memory/gpu_usage": memory["bytes_in_use"]} if memory else {})
 
     def _roll_back_if_diverged(self) -> None:
-        """To the newest checkpoint before a long row of skipped updates, or to the beginning."""
+        """Go back to the newest checkpoint before many skipped updates in a row, or to the start of the run."""
         diverged_at = self._skipped.settle()
         if diverged_at is None:
             return
@@ -339,7 +339,7 @@ class ACRLPDTrainer:
         logger.warning("%s. Rolled back to step %d, where other batches and noise are drawn.", what, self._step)
 
     def _lighten(self, reason: str) -> None:
-        """Goes on with the same batches in smaller pieces. The call that failed may have used up the agent."""
+        """Go on with smaller micro-batches. If the failed call consumed the agent, restore the last good one."""
         agent_config = guards.lighter(self.config.agent, self.config.data.batch_size, jax.device_count())
         if agent_config is None:
             raise RunFault(
@@ -367,7 +367,7 @@ class ACRLPDTrainer:
         self.agent = dataclasses.replace(self.agent, nets=nets)
 
     def _last_good(self, before: int) -> tuple[ACRLPDAgent, Progress]:
-        """The agent, and how far the run was then."""
+        """Return the newest saved agent up to step ``before``, or a fresh one, and the run's progress at that time."""
         if any(step <= before for step in self._checkpoints.steps()):
             restored = self._checkpoints.restore_newest(self.agent, before=before)
             return restored.agent, Progress(**restored.run["progress"])
@@ -384,7 +384,7 @@ class ACRLPDTrainer:
         return max(1, self.config.eval.frequency // (2 if phase == "online" else 1))
 
     def _evaluate_on_the_way(self, phase: Phase) -> None:
-        """Evaluate what is being trained, on the seeds that choose the policy that the run keeps."""
+        """Evaluate the agent in training on the seeds that decide which policy the run keeps."""
         if self._eval_environments is None or self.progress.evaluated_step == self._step:
             return
         result, rollouts = self._evaluate(phase, "greedy", self.config.eval.progress_seeds, self._newest_policy())
@@ -396,11 +396,11 @@ class ACRLPDTrainer:
             self._monitor.monitor_evaluation(self._step, self.progress.offline_outcomes, outcomes(rollouts))
         elif self._step >= self.config.offline_steps:
             self.progress.offline_outcomes = outcomes(rollouts)
-        if result.success >= self.progress.best_step_success:  # of two that are as good, the one trained for longer
+        if result.success >= self.progress.best_step_success:  # a tie goes to the policy that trained for longer
             self._keep_as_best(result.success)
 
     def _keep_as_best(self, success: float) -> None:
-        """Keep this checkpoint. The one before it is given up when this one is complete and ``best.json`` names it."""
+        """Keep this checkpoint. The previous best is released once this one is complete and ``best.json`` names it."""
         before = self.progress.best_step
         self.progress.best_step, self.progress.best_step_success = self._step, success
         self._checkpoints.keep.add(self._step)
@@ -414,7 +414,7 @@ class ACRLPDTrainer:
         return _Evaluated(self.agent, self._step, self.progress.env_steps)
 
     def _kept_policy(self) -> _Evaluated:
-        """Return the policy that the run keeps, without what only training needs."""
+        """Return the policy that the run keeps; a restored one has no optimiser state."""
         step = self.progress.best_step
         if step is None or step == self._step:
             return self._newest_policy()
@@ -435,7 +435,7 @@ class ACRLPDTrainer:
                 self._eval_environments,
                 seeds,
                 mode=mode,
-                rng=self._eval_rng,  # the same noise each time, so that two evaluations differ by their policies alone
+                rng=self._eval_rng,  # the same noise each time, so two evaluations differ only in their policies
                 execute_horizon=self.config.executed_steps,
             )
         record = {"step": policy.step, "phase": name, "env_steps": policy.env_steps, "wall_s": self._wall()}
@@ -445,11 +445,11 @@ class ACRLPDTrainer:
         return result, rollouts
 
     def _end(self, phase: Phase) -> None:
-        """Save and evaluate. After the offline phase the flow alone, without the critic, is evaluated too: BC.
+        """Save and evaluate. After the offline phase, also evaluate the flow without the critic ("bc").
 
-        The last phase's result is of the policy that the run keeps.
+        The result of the last phase is that of the policy that the run keeps.
         """
-        self.save()  # first: an evaluation may take long, and a kill in it should cost no update
+        self.save()  # before the evaluation, which may take long: a kill during it costs no updates
         if self._eval_environments is not None:
             self._evaluate_on_the_way(phase)
             if phase == "offline":
@@ -467,7 +467,7 @@ class ACRLPDTrainer:
         save_rollouts(self._files.evaluation(name), rollouts)
 
     def save(self) -> None:
-        """Starts a checkpoint of this moment; training goes on while it is written."""
+        """Start saving a checkpoint of the current state; training goes on while it is written."""
         with self._watch.span("update"):
             jax.block_until_ready(self.agent.step)
         if not self._has_saved:
@@ -498,11 +498,11 @@ class ACRLPDTrainer:
 
     @contextlib.contextmanager
     def _save_before_leaving(self) -> Iterator[None]:
-        """What was learned outlives an error that nobody foresaw: of a simulator, of a logger's network."""
+        """Save the agent before an unforeseen error leaves the loop, such as one of a simulator or a logger."""
         try:
             yield
         except (Interrupted, RunFault):
-            raise  # these have saved, or say why they have not
+            raise  # the run was saved before these were raised, or their message says why not
         except Exception as error:
             if not guards.is_of_storage(error, self._files.directory) and jax.process_count() == 1:
                 self._try_to_save(error)
@@ -516,12 +516,12 @@ class ACRLPDTrainer:
                 return
             self.save()
             self._checkpoints.wait()
-        except Exception:  # whatever it is, the first error is the one to raise
+        except Exception:  # the caller raises the first error
             logger.exception("after %r, update %d could not be saved", reason, self._step)
         else:
             logger.error("%r ends the run; update %d is saved, use --resume.", reason, self._step)
 
-    # ---- accounts
+    # ---- clocks and summary
 
     def _wall(self) -> float:
         return self.progress.wall_s + time.perf_counter() - self._started[0]
@@ -530,7 +530,7 @@ class ACRLPDTrainer:
         return self.progress.cpu_s + time.process_time() - self._started[1]
 
     def _settle_clocks(self) -> None:
-        """Moves the time since the last call into the run's account, which outlives this process."""
+        """Add the time since the last call to the run's progress, which is saved with its checkpoints."""
         now = time.perf_counter(), time.process_time()
         self.progress.wall_s += now[0] - self._started[0]
         self.progress.cpu_s += now[1] - self._started[1]
@@ -541,13 +541,13 @@ class ACRLPDTrainer:
 
     @contextlib.contextmanager
     def _note_the_end(self) -> Iterator[None]:
-        """Writes down why a run ends before its time."""
+        """Write to the summary why a run ended early."""
         try:
             yield
         except Exception as error:
             try:
                 self._summarize(ending.cut_short(error, self._step))
-            except Exception:  # whatever it is, the first error is the one to raise
+            except Exception:  # the first error is raised below
                 logger.exception("%s could not be written", self._files.summary)
             raise
 

@@ -1,4 +1,4 @@
-"""What a run's numbers say about its health: looked at whenever they are logged, and afterwards."""
+"""Checks of a run's metrics for signs of trouble, at every log point and in a report afterwards."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from acrlpd.training.metrics import read_metrics
 
 logger = logging.getLogger(__name__)
 
-BASELINE_POINTS = 5  # log points whose mean loss is what later ones are compared with
+BASELINE_POINTS = 5  # first log points; later losses are compared with their mean loss
 TREND_POINTS = 20
 
 
 class TrainingMetrics:
-    """The numbers of a run by name, in order."""
+    """The metrics of a run: for each name, its values in the order of their steps."""
 
     def __init__(self) -> None:
-        self.metrics: dict[str, float] = {}  # the newest of each
+        self.metrics: dict[str, float] = {}  # the newest value of each
         self._series: dict[str, list[tuple[int, float]]] = {}
 
     @classmethod
     def read(cls, file: str | Path) -> TrainingMetrics:
-        """Those of a run's ``metrics.jsonl``."""
+        """Read the metrics from a run's ``metrics.jsonl``."""
         found = cls()
         for record in read_metrics(file):
             found.update(record["step"], {name: value for name, value in record.items() if "/" in name})
@@ -40,11 +40,11 @@ class TrainingMetrics:
             self._series.setdefault(name, []).append((step, value))
 
     def series(self, name: str) -> list[float]:
-        """Finite values, oldest first."""
+        """Return the finite values, oldest first."""
         return [value for _, value in self._series.get(name, []) if math.isfinite(value)]
 
     def trend(self, name: str) -> float:
-        """Relative change from the first to the second half of the last values; 0 where there are too few."""
+        """Return the relative change from the first to the second half of the last values; 0 if there are too few."""
         recent = self.series(name)[-TREND_POINTS:]
         if len(recent) < 4:
             return 0.0
@@ -53,14 +53,14 @@ class TrainingMetrics:
 
 
 class ACRLPDTrainingMonitor:
-    """Warns once when something begins to look wrong, and says what usually helps."""
+    """A monitor that warns once when a metric begins to look wrong, and says what usually helps."""
 
     def __init__(self) -> None:
         self.history = TrainingMetrics()
         self._known: set[str] = set()
 
     def monitor_training_step(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        """Anomalies of this log point; those that were not there at the last one are logged."""
+        """Return the anomalies of this log point; log those that the last one did not have."""
         found = self.detect_training_anomalies(metrics)
         for anomaly in found:
             if anomaly not in self._known:
@@ -70,10 +70,10 @@ class ACRLPDTrainingMonitor:
         return found
 
     def monitor_evaluation(self, step: int, offline: Mapping[str, bool], online: Mapping[str, bool]) -> str | None:
-        """Return, and log, that the online policy is below the offline one by more than chance; None if it is not.
+        """Log and return a warning if the online policy is worse than the offline one by more than chance, else None.
 
-        Both are outcomes by seed. Seeds that both policies finished count, and of those the ones that one alone solved
-        (McNemar's test at 5 %).
+        Both arguments are outcomes by seed. McNemar's test at 5 % compares, among the seeds that both policies
+        finished, those that only one of them solved.
         """
         pairs = [(before, online[seed]) for seed, before in offline.items() if seed in online]
         lost, won = pairs.count((True, False)), pairs.count((False, True))
@@ -90,12 +90,12 @@ class ACRLPDTrainingMonitor:
         return found
 
     def detect_training_anomalies(self, metrics: Mapping[str, float]) -> list[str]:
-        """``metrics`` as logged, with their "train/" names."""
+        """Return the anomalies in ``metrics``, which have their logged names ("train/...")."""
         helps = TROUBLESHOOTING_GUIDE["training_instability"]["solutions"]
         found = []
         if metrics["train/total_loss"] > 10 * self.loss_baseline:
             found.append(f"the loss is above ten times what it was at first. {helps[0]}")
-        if "train/critic_loss" in metrics:  # imitation alone has none
+        if "train/critic_loss" in metrics:  # pure imitation has none
             found += self._critic_anomalies(metrics, helps)
         if metrics.get("train/skipped", 0) > 0:
             found.append("updates were skipped for NaN or spikes, see skipped_updates.jsonl")
@@ -105,7 +105,7 @@ class ACRLPDTrainingMonitor:
         found = []
         if metrics["train/q_std"] < 0.01 and metrics["train/td_error_mean"] > 0.1:
             found.append(f"all Q values are the same, although targets differ. {helps[2]}")
-        if "train/bc_loss" not in metrics:  # critics alone
+        if "train/bc_loss" not in metrics:  # an update of the critics alone
             return found
         ratio = metrics["train/bc_loss"] / (metrics["train/critic_loss"] + 1e-8)
         if ratio > 100:
@@ -118,12 +118,12 @@ class ACRLPDTrainingMonitor:
 
     @property
     def loss_baseline(self) -> float:
-        """Mean size of the first losses; infinite while there are none."""
+        """Mean absolute value of the first losses; infinite until there are enough of them."""
         first = self.history.series("train/total_loss")[:BASELINE_POINTS]
         return float(np.mean(np.abs(first))) if len(first) == BASELINE_POINTS else math.inf
 
     def suggest_lr_adjustment(self) -> str | None:
-        """From the trend of the critic's loss over the last log points."""
+        """Suggest a learning rate from the trend of the critic's loss over the last log points."""
         change = self.history.trend("train/critic_loss")
         if change > 0.5:
             return f"the critic's loss rose by {change:.0%} lately: halve optimizers.critic.schedule.peak_lr"
@@ -133,7 +133,7 @@ class ACRLPDTrainingMonitor:
 
 
 class ACRLPDDebugger:
-    """A report in words about a finished or running run, from what it wrote."""
+    """A writer of reports on a finished or running run, from the metrics that it logged."""
 
     def __init__(self, run: str | Path):
         self._metrics = TrainingMetrics.read(Path(run) / "metrics.jsonl")

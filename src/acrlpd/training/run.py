@@ -1,4 +1,4 @@
-"""What a run has beside its agent: its folder, its counters, its own episodes."""
+"""The parts of a run other than its agent: its files, its progress, and its online episodes."""
 
 from __future__ import annotations
 
@@ -17,47 +17,47 @@ from acrlpd.training.metrics import write_json
 
 @dataclasses.dataclass
 class Progress:
-    """What a run has done, saved with every checkpoint. The number of updates is the agent's step."""
+    """The progress of a run, saved with every checkpoint. The number of updates is the agent's step."""
 
-    env_steps: int = 0  # executed, all in all
-    lost_steps: int = 0  # of them, in episodes that a stop cut short: they are made again
+    env_steps: int = 0  # all environment steps executed so far
+    lost_steps: int = 0  # those in episodes that a stop cut short; they are executed again
     finished: list[str] = dataclasses.field(default_factory=list)  # phases
     results: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # "bc", "offline", "online"
     best_success: float = -1.0
     evaluations_since_best: int = 0
-    best_step: int | None = None  # whose checkpoint is kept, and what it reached
+    best_step: int | None = None  # the step of the checkpoint that is kept as the best
     best_step_success: float = -1.0
-    evaluated_step: int | None = None  # of the newest evaluation on the way
-    offline_outcomes: dict[str, bool] = dataclasses.field(default_factory=dict)  # at its end, by seed
+    evaluated_step: int | None = None  # the step of the newest evaluation on the way
+    offline_outcomes: dict[str, bool] = dataclasses.field(default_factory=dict)  # by seed, at the end of that phase
     rollbacks: int = 0
-    lost_episodes: int = 0  # online, with a worker that died or hung, or a reset that failed
-    next_episode: int = 0  # in the journal: those before it were there at this moment
-    journal_episodes: int = 0  # how many those were
+    lost_episodes: int = 0  # online episodes whose worker died or hung, or whose reset failed
+    next_episode: int = 0  # the next number in the journal, which held only smaller ones at this moment
+    journal_episodes: int = 0  # the number of episodes in the journal at this moment
     wall_s: float = 0.0
     cpu_s: float = 0.0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def counted_steps(self) -> int:
-        """Those towards ``online_steps``: of episodes in the journal or under way."""
+        """The steps that count towards ``online_steps``: those of episodes in the journal or in progress."""
         return self.env_steps - self.lost_steps
 
     def count_from(self, journal_steps: int) -> None:
-        """Goes on with the steps that the journal holds; others were lost with their episodes."""
+        """Count only the steps that the journal holds; the others were lost with their episodes."""
         self.env_steps = max(self.env_steps, self.lost_steps + journal_steps)
         self.lost_steps = self.env_steps - journal_steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Interaction:
-    """The online side of a run: where episodes come from and where they go."""
+    """The online side of a run: the collector that makes episodes, and the journal and replay that keep them."""
 
     collector: OnlineCollector
     journal: ReplayJournal
     replay: EpisodeStore
 
     def keep(self, finished: Rollout) -> None:
-        """To the journal first: an episode that is used is on disk, and one that cannot be used is not."""
+        """Check an episode, then store it in the journal and the replay, so every episode that is used is on disk."""
         self.replay.checked(finished.episode)
         self.journal.append(finished.episode, {"seed": finished.seed, "episode": finished.number})
         self.replay.append(finished.episode)
@@ -65,7 +65,7 @@ class Interaction:
 
 @dataclasses.dataclass(frozen=True)
 class RunFiles:
-    """What a run leaves behind, under ``run_dir/name``."""
+    """The files that a run writes, under ``run_dir/name``."""
 
     directory: Path
 
@@ -75,7 +75,7 @@ class RunFiles:
 
     @property
     def skipped(self) -> Path:
-        """The updates that were refused, with the episodes in their batches."""
+        """The updates that were skipped, with the episodes in their batches."""
         return self.directory / "skipped_updates.jsonl"
 
     @property
@@ -84,7 +84,7 @@ class RunFiles:
 
     @property
     def best(self) -> Path:
-        """The step of the best evaluation on the way, whose checkpoint is kept."""
+        """The step and success of the best evaluation on the way; its checkpoint is kept."""
         return self.directory / "best.json"
 
     @property
@@ -101,7 +101,7 @@ class RunFiles:
 
     @property
     def full_evaluation(self) -> Path:
-        """What ``acrlpd eval --full`` found."""
+        """The results of ``acrlpd eval --full``."""
         return self.directory / "evaluations" / "full.json"
 
     @property
@@ -114,7 +114,7 @@ class RunFiles:
 
 
 def settle_best(progress: Progress, earlier: Progress, checkpoints: ACRLPDCheckpointManager, files: RunFiles) -> None:
-    """Lets the best be one whose checkpoint is there, else that of ``earlier``, else none; ``best.json`` says so."""
+    """Fall back to the best of ``earlier``, else to none, if the best checkpoint is missing; rewrite ``best.json``."""
     for known in (progress, earlier, Progress()):
         if known.best_step is None or known.best_step in checkpoints.steps():
             break
@@ -128,7 +128,7 @@ def settle_best(progress: Progress, earlier: Progress, checkpoints: ACRLPDCheckp
 
 
 def save_rollouts(path: Path, rollouts: list[Rollout]) -> None:
-    """Outcomes and executed actions, from which an episode can be played again with pictures."""
+    """Save outcomes and executed actions, from which an episode can be replayed with pictures."""
     longest = max(each.length for each in rollouts)
     actions = np.zeros((len(rollouts), longest, rollouts[0].episode.actions.shape[1]), np.float32)
     for row, each in zip(actions, rollouts, strict=True):

@@ -1,4 +1,4 @@
-"""One run, completely described: fields and validation only. Presets fill it, the command line overrides it."""
+"""The complete configuration of a run: fields and validation only. Presets fill it, the command line overrides it."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ LoggerKind = Literal["tensorboard", "wandb", "trackio"]
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
-    """Which policy, and its sizes. State and action size come from the data unless the model is wider."""
+    """The kind of policy and its sizes. State and action size come from the data unless the model is wider."""
 
     kind: PolicyName = "pi0"
     action_horizon: int = 50
-    action_dim: int | None = None  # the model's width; actions and state are zero-padded to it. None: the data's own
+    action_dim: int | None = None  # the model's width; actions and state are zero-padded to it. None: the data's sizes
     paligemma_variant: str = "gemma_2b"
     action_expert_variant: str = "gemma_300m"
     vision_variant: str = "so400m_14"
     vocab_size: int | None = None  # None: the tokenizer's
     max_token_len: int = 48
     image_size: int = 224
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of computation; parameters are float32
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # for computation; parameters are float32
     remat: bool = True  # recompute activations in the backward pass
-    unroll: bool = False  # layers one after the other, not in a loop: slower to compile, faster for few layers
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # mlp_flow and gaussian alone
+    unroll: bool = False  # write out the layers instead of a loop: slower to compile, faster with few layers
+    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # only for mlp_flow and gaussian
     tokenizer: str | None = None  # a SentencePiece file; None: the small one in this package
     weights: str | None = None  # start from this checkpoint; None: from scratch
-    freeze_pi0_backbone: bool = False  # image tower and vision-language expert; a LoRA variant freezes its bases anyway
-    frozen_dtype: Literal["bfloat16", "float32"] = "float32"  # in which frozen parameters are kept
+    freeze_pi0_backbone: bool = False  # image tower and vision-language expert; LoRA variants always freeze their bases
+    frozen_dtype: Literal["bfloat16", "float32"] = "float32"  # dtype in which frozen parameters are stored
 
     def __post_init__(self):
         for name in ("action_horizon", "action_dim", "vocab_size", "max_token_len", "image_size"):
@@ -61,8 +61,8 @@ class PolicyConfig:
             raise ValueError(f"policy.freeze_pi0_backbone needs a pi0 policy: {self.kind} has no backbone")
         if self.frozen_dtype != "float32" and not (self.freeze_pi0_backbone or self.has_lora):
             raise ValueError(
-                f"policy.frozen_dtype={self.frozen_dtype!r} has nothing to work on: no parameter is frozen. Set "
-                "policy.freeze_pi0_backbone or choose a LoRA variant, or leave frozen_dtype alone"
+                f"policy.frozen_dtype={self.frozen_dtype!r} has no effect: no parameter is frozen. Set "
+                "policy.freeze_pi0_backbone, choose a LoRA variant, or leave frozen_dtype at its default"
             )
 
     @property
@@ -72,14 +72,14 @@ class PolicyConfig:
 
     @property
     def has_lora(self) -> bool:
-        """Whether adapters train in the place of what they adapt."""
+        """Return whether LoRA adapters train instead of the weights that they adapt."""
         variants = (self.paligemma_variant, self.action_expert_variant)
         return self.traits.has_backbone and any(gemma.get_config(variant).has_lora for variant in variants)
 
 
 @dataclasses.dataclass(frozen=True)
 class CollectConfig:
-    """How to make prior data where none is: a scripted expert with smooth noise of a strength drawn per episode."""
+    """How to collect prior data if none is given: an expert with smooth noise, whose strength is drawn per episode."""
 
     episodes: int = 100
     policy: Literal["expert", "random"] = "expert"
@@ -99,32 +99,32 @@ class CollectConfig:
 class DataConfig(ReaderOptions):
     """Prior data, how to read it, batches and replay."""
 
-    path: str | tuple[str, ...] | None = None  # episodes in any format we read, or several; None: collected by the run
-    weights: tuple[float, ...] = ()  # of several paths: how often each is drawn from; empty: every step is as likely
-    sources: tuple[DataSource, ...] = ()  # instead of path and weights, where data sets have options of their own
-    action_dim: int | None = None  # the robot's; data of another is refused. None: whatever the data has
-    robot: Robot | None = None  # see the data as openpi's checkpoints for this robot do; None: as it is
+    path: str | tuple[str, ...] | None = None  # one or several data sets in a supported format; None: the run collects
+    weights: tuple[float, ...] = ()  # relative sampling weight of each path; empty: every step is equally likely
+    sources: tuple[DataSource, ...] = ()  # replaces path and weights when data sets need options of their own
+    action_dim: int | None = None  # the robot's; data of another robot is refused. None: whatever the data has
+    robot: Robot | None = None  # convert the data as openpi's checkpoints for this robot expect it; None: unchanged
     delta_mask: tuple[int, ...] | None = (
-        None  # 6 -1: six actions relative to the state, one not; 0: none are; None: the robot's
+        None  # 6 -1: six actions are relative to the state, one is not; 0: none are; None: the robot's mask
     )
     frame_cache: str | None = None  # folder that `acrlpd data cache` filled at policy.image_size
     rewards: RewardConfig = dataclasses.field(default_factory=RewardConfig)
-    on_bad_episode: Literal["error", "skip"] = "error"  # an episode that cannot be used; skip warns and goes on
-    memory_bytes: int | None = None  # what may be held in memory, the rest is read when asked for; None: half of it
-    prefix_bytes: int = 4 * 1024**3  # on disk, for what a frozen backbone makes of the data; more is not stored
+    on_bad_episode: Literal["error", "skip"] = "error"  # for an episode that cannot be used; skip warns and goes on
+    memory_bytes: int | None = None  # max data in memory, the rest is read on demand; None: half of physical memory
+    prefix_bytes: int = 4 * 1024**3  # max disk space for a frozen backbone's outputs; larger ones are not stored
     num_workers: int = 0  # processes that read many episodes when they are opened, and decode what is not in memory
     collect: CollectConfig = dataclasses.field(default_factory=CollectConfig)
     batch_size: int = 256
-    sequence_ratio: float = 0.5  # share of a batch that starts where a whole chunk fits
-    online_ratio: float | None = 0.5  # share of an online batch that comes from replay (RLPD); None: all rows are equal
+    sequence_ratio: float = 0.5  # share of a batch whose rows start where a whole chunk fits
+    online_ratio: float | None = 0.5  # share of an online batch from replay (RLPD); None: all rows are equally likely
     online_ratio_episodes: int = (
-        25  # own episodes with which online_ratio is reached; before, the share grows with them
+        25  # online episodes at which online_ratio is reached; until then the share grows linearly
     )
     ends_in_chunks: bool = True  # chunks that a terminal cuts short count in the TD loss; QC drops them
     max_replay_bytes: int = 2 * 1024**3
-    norm_stats: str | None = None  # openpi's norm_stats.json, its folder, or a checkpoint with assets; None: made
-    min_std: float = 1e-2  # floor of a state dimension's standard deviation when statistics are made
-    action_normalization: Literal["bounds", "z_score", "quantile"] = "bounds"  # bounds: of the action space
+    norm_stats: str | None = None  # openpi's norm_stats.json, its folder, or a checkpoint with assets; None: computed
+    min_std: float = 1e-2  # floor of a state dimension's standard deviation when statistics are computed
+    action_normalization: Literal["bounds", "z_score", "quantile"] = "bounds"  # bounds: those of the action space
 
     def __post_init__(self):
         self._check_sets()
@@ -143,17 +143,17 @@ class DataConfig(ReaderOptions):
                 raise ValueError(f"data.{name} must lie in [0, 1], got {ratio}")
         if (self.robot or any(n > 0 for n in self.delta_mask or ())) and self.action_normalization == "bounds":
             raise ValueError(
-                "data.action_normalization='bounds' is of actions as the environment takes them, which data.robot and "
+                "data.action_normalization='bounds' applies to the environment's own actions, which data.robot and "
                 "data.delta_mask change: use 'z_score' (openpi's for pi0) or 'quantile' (for pi0.5)"
             )
         if self.norm_stats is not None and self.action_normalization == "bounds":
             raise ValueError(
-                "data.action_normalization='bounds' is of the environment's action space, but data.norm_stats brings "
+                "data.action_normalization='bounds' uses the environment's action space, but data.norm_stats brings "
                 "statistics of the actions, too: use 'z_score' (openpi's for pi0) or 'quantile' (for pi0.5)"
             )
 
     def _check_sets(self) -> None:
-        """Refuses weights and options that do not belong to the data sets which are named."""
+        """Refuse weights and options that do not fit the named data sets."""
         if self.sources and (self.path is not None or self.weights):
             raise ValueError("data.sources exclude data.path and data.weights: each of them has a path and a weight")
         if "" in self._paths or self.path == ():
@@ -161,7 +161,7 @@ class DataConfig(ReaderOptions):
         count = len(self.sources or self._paths)
         weights = [each.weight for each in self.sources if each.weight is not None] or self.weights
         if weights and (len(weights) != count or count == 1):
-            raise ValueError(f"weights are of several data sets, one for each: got {len(weights)} for {count}")
+            raise ValueError(f"weights need several data sets, one for each: got {len(weights)} for {count}")
         if not all(0 < weight < math.inf for weight in weights):
             raise ValueError(f"the weights of data sets must be finite and above 0, got {weights}")
         for each in (self, *self.sets):
@@ -177,12 +177,12 @@ class DataConfig(ReaderOptions):
 
     @property
     def name(self) -> str | None:
-        """What the prior data is called in results."""
+        """The name of the prior data in results."""
         return " + ".join(self._paths) or None
 
     @property
     def sets(self) -> tuple[DataSource, ...]:
-        """The data sets that are named, each with all of its options; empty: the run collects its own."""
+        """The named data sets, each with all of its options; if there are none, the run collects its own."""
         weights = self.weights or (None,) * len(self._paths)
         pairs = zip(self._paths, weights, strict=True)
         sets = self.sources or [DataSource(path=path, weight=weight) for path, weight in pairs]
@@ -191,9 +191,9 @@ class DataConfig(ReaderOptions):
 
 @dataclasses.dataclass(frozen=True)
 class CosineDecaySchedule:
-    """Linear warm-up to ``peak_lr``, cosine to ``decay_lr`` at ``decay_steps``, which include the warm-up (openpi).
+    """Linear warm-up to ``peak_lr``, then cosine to ``decay_lr`` at ``decay_steps``, counted from step 0 (openpi).
 
-    With ``rsqrt_timescale`` it falls as 1 / sqrt(1 + steps since the warm-up / timescale) instead, without an end.
+    With ``rsqrt_timescale`` it falls without end, as 1 / sqrt(1 + steps since the warm-up / timescale), instead.
     """
 
     warmup_steps: int = 1000
@@ -217,7 +217,7 @@ class CosineDecaySchedule:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW behind global-norm clipping, as openpi's."""
+    """AdamW after clipping by the global norm, as in openpi."""
 
     schedule: CosineDecaySchedule = dataclasses.field(default_factory=CosineDecaySchedule)
     b1: float = 0.9
@@ -248,17 +248,17 @@ class OptimizersConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation in the simulator, always on the same seeds, so that two policies meet the same tasks.
+    """Evaluation in the simulator, always on the same seeds, so that all policies face the same tasks.
 
-    The evaluations on the way choose the policy that a run keeps. They have seeds of their own, so that the result at
-    the end of a phase is not the one by which its policy was chosen.
+    The evaluations on the way choose the policy that a run keeps. They use other seeds than the evaluation at the end
+    of a phase, so that its result is not biased by this choice.
     """
 
     episodes: int = 50  # at the end of each phase
-    frequency: int = 10_000  # updates between evaluations on the way; half of it online
-    progress_episodes: int = 50  # episodes of those
-    num_envs: int = 10  # side by side, with one policy call for all
-    first_seed: int = 1_000_000  # of the episodes at the end of a phase, far from the seeds of collection and training
+    frequency: int = 10_000  # updates between evaluations on the way; half as many in the online phase
+    progress_episodes: int = 50  # episodes of each evaluation on the way
+    num_envs: int = 10  # environments side by side, with one policy call for all
+    first_seed: int = 1_000_000  # for the end of a phase; far from the seeds of collection and training
 
     def __post_init__(self):
         for name in ("episodes", "frequency", "progress_episodes", "num_envs"):
@@ -276,32 +276,32 @@ class EvalConfig:
 
     @property
     def progress_seeds(self) -> range:
-        """Seeds of the episodes on the way; no final one is among them."""
+        """Seeds of the evaluations on the way; none of them is a final seed."""
         first = self.first_seed + PROGRESS_OFFSET
         return range(first, first + self.progress_episodes)
 
 
-PROGRESS_OFFSET = 500_000  # from the seeds at the end of a phase to those on the way
+PROGRESS_OFFSET = 500_000  # distance from the seeds at the end of a phase to those on the way
 
 
 @dataclasses.dataclass(frozen=True)
 class LoggerConfig:
-    """Who gets the numbers beside ``metrics.jsonl``."""
+    """The loggers that get the metrics in addition to ``metrics.jsonl``."""
 
     kinds: tuple[LoggerKind, ...] = ()
-    project: str = "acrlpd_pi0"  # of wandb and trackio; a run there has the run's name
+    project: str = "acrlpd_pi0"  # in wandb and trackio, where a run has the run's name
     wandb_mode: Literal["online", "offline", "disabled"] = "online"
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """A run: what is trained, on what, for how long, and where its files go."""
+    """The configuration of a run: policy, algorithm, data, lengths of the phases, and the place of its files."""
 
-    preset: str | None = None  # where the values come from, for messages
+    preset: str | None = None  # name of the preset that it started from, for messages
     name: str = "run"
     run_dir: str = "runs"  # the run's own folder is run_dir/name
     seed: int = 0
-    env: EnvConfig | None = None  # None: offline only, from data.path, whatever online_steps says
+    env: EnvConfig | None = None  # None: offline only, on data.path, regardless of online_steps
     policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
     agent: AgentConfig = dataclasses.field(default_factory=AgentConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -310,25 +310,25 @@ class TrainConfig:
     offline_steps: int = 1_000_000  # updates
     online_steps: int = 500_000  # environment steps
     utd_ratio: float = 1.0  # updates per environment step
-    updates_per_call: int = 1  # updates in one compiled call, which saves the time between small ones
-    warmup_env_steps: int = 0  # online steps with data collection alone
+    updates_per_call: int = 1  # updates in one compiled call, which avoids the overhead between small updates
+    warmup_env_steps: int = 0  # online steps of pure data collection before the first online update
     online_envs: int = 1  # environments that collect side by side
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     overlap_rollouts: bool = False  # execute chunks during updates, by a policy that is some updates old
     execute_horizon: int | None = None  # steps of a chunk that are executed; None: all of them
-    critic_alone_steps: int = 0  # first offline updates, of the critics alone, at the chunks that the data goes on with
-    actor_warmup_steps: int = 0  # updates before the actor loss counts; the critic knows nothing at first
-    online_loss_weights: LossWeights | None = None  # reached linearly ...
-    online_transition_steps: int = 1000  # ... over this many updates of the online phase
+    critic_alone_steps: int = 0  # first offline updates, which train only the critics, on the data's own next chunks
+    actor_warmup_steps: int = 0  # updates before the actor loss counts, because the critic knows nothing at first
+    online_loss_weights: LossWeights | None = None  # approached linearly after the offline phase; None: no change
+    online_transition_steps: int = 1000  # online updates after which online_loss_weights are reached
     log_frequency: int = 100  # updates
     loggers: LoggerConfig = dataclasses.field(default_factory=LoggerConfig)
     save_frequency: int = 50_000  # updates
-    max_to_keep: int = 2  # newest checkpoints, beside the best and that at the end of the offline phase
-    keep_period: int | None = None  # updates: checkpoints at its multiples are never deleted
+    max_to_keep: int = 2  # newest checkpoints, in addition to the best and the one at the end of the offline phase
+    keep_period: int | None = None  # updates; checkpoints at multiples of it are never deleted
     max_skipped_updates: int = 10  # in a row, for NaN or spikes; then the run rolls back to a checkpoint before them
-    max_rollbacks: int = 3  # then the run ends; each draws other batches and noise
-    early_stopping_patience: int = 50  # online evaluations without a better result
-    early_stopping_success: float | None = None  # an online evaluation this good ends the run
+    max_rollbacks: int = 3  # after these the run ends; each rollback draws other batches and noise
+    early_stopping_patience: int = 50  # online evaluations without a better result, after which the run ends
+    early_stopping_success: float | None = None  # success rate of an online evaluation at which the run ends
     asset_id: str = "acrlpd"  # folder of the normalization statistics in a checkpoint, as openpi's
     fsdp_devices: int = 1
 
@@ -364,13 +364,13 @@ class TrainConfig:
         if (self.policy.kind == "gaussian") != (self.agent.algorithm == "rlpd_ac"):
             raise ValueError(
                 f"agent.algorithm={self.agent.algorithm!r} does not go with policy.kind={self.policy.kind!r}: "
-                "rlpd_ac, and nothing else, has the gaussian policy (--algorithm rlpd-ac sets both)"
+                "rlpd_ac needs the gaussian policy, and only rlpd_ac can use it (--algorithm rlpd-ac sets both)"
             )
         files.inside("assets", self.asset_id, "asset_id")
         if self.policy.traits.state_in_prompt and self.data.action_normalization == "z_score":
             raise ValueError(
-                f"data.action_normalization='z_score' cannot be had with policy.kind={self.policy.kind!r}, which reads "
-                "the state as 256 steps from -1 to 1: that takes quantiles. Say --data.action_normalization quantile"
+                f"data.action_normalization='z_score' does not work with policy.kind={self.policy.kind!r}, which reads "
+                "the state in 256 steps from -1 to 1 and so needs quantiles: use --data.action_normalization quantile"
             )
         if self.critic_alone_steps > self.offline_steps:
             raise ValueError(
@@ -378,7 +378,7 @@ class TrainConfig:
                 f"({self.offline_steps}), so they cannot be more"
             )
         if self.critic_alone_steps and self.agent.algorithm == "bc":
-            raise ValueError("critic_alone_steps must be 0 with agent.algorithm='bc', which has no use for critics")
+            raise ValueError("critic_alone_steps must be 0 with agent.algorithm='bc', which does not use critics")
         if not 0 < self.utd_ratio < math.inf:
             raise ValueError(f"utd_ratio must be positive, got {self.utd_ratio}")
         if self.env is None and not self.data.sets:
@@ -386,15 +386,15 @@ class TrainConfig:
 
     @property
     def executed_steps(self) -> int:
-        """How many steps of each chunk are executed."""
+        """The number of steps of each chunk that are executed."""
         return self.execute_horizon or self.policy.action_horizon
 
 
-ACRLPDPi0Config = ACRLPDTrainingConfig = TrainConfig  # two names of the founding design for one description of a run
+ACRLPDPi0Config = ACRLPDTrainingConfig = TrainConfig  # its two names in the founding design
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON values."""
+    """Return a configuration as plain JSON values."""
     return typing.cast(dict[str, Any], _plain(dataclasses.asdict(config)))
 
 
@@ -407,13 +407,13 @@ def _plain(value: Any) -> Any:
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with a description of a run, one problem a line."""
+    """An error that lists everything wrong with a configuration, one problem per line."""
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None, judge: bool = True) -> T:
-    """The inverse of ``to_dict``: what is not named keeps the value of ``base``, or its default.
+    """Make a configuration from the form of ``to_dict``; missing fields keep the value of ``base``, or the default.
 
-    Without ``judge`` values need not be right together yet: whoever changes the result once more judges it then.
+    Without ``judge``, the values need not fit together yet: the caller changes the result once more and judges it then.
 
     Raises:
         ConfigError: unknown names, with the nearest valid one; values of the wrong kind or out of range. All at once.
@@ -428,7 +428,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None,
 
 
 def from_stored(values: Mapping[str, Any]) -> TrainConfig:
-    """The configuration that a checkpoint or a run's folder holds. It names no code to run: see ``StoredName``."""
+    """Return the configuration stored in a checkpoint or run folder. Code it names is not run: see ``StoredName``."""
     config = from_dict(TrainConfig, values)
     if names_code(config.agent.extraction):
         agent = dataclasses.replace(config.agent, extraction=StoredName(config.agent.extraction))
@@ -439,14 +439,14 @@ def from_stored(values: Mapping[str, Any]) -> TrainConfig:
 
 
 def _faults(config: Any) -> list[str]:
-    """What each part of a configuration says of its own values, where ``base`` had not been judged."""
+    """Return the errors of every part of a configuration, for a ``base`` that may not have been judged."""
     parts = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]
     own = _refusal(getattr(config, "__post_init__", lambda: None), {})
     return [*(fault for part in parts for fault in _faults(part)), *([own] if own else [])]
 
 
 def _unjudged(cls: type, base: Any, changes: Mapping[str, Any]) -> Any:
-    """A ``cls`` whose constructor was not asked."""
+    """Return a ``cls`` made without its constructor, so without validation."""
     found: Any = object.__new__(cls)
     for field in dataclasses.fields(cls):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -456,7 +456,7 @@ def _unjudged(cls: type, base: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def _build(cls: type, values: Mapping[str, Any], base: Any, path: str, problems: list[str], judge: bool) -> Any:
-    """A ``cls`` from nested values; what is wrong is added to ``problems``, and then the result means nothing."""
+    """Build a ``cls`` from nested values. Errors are added to ``problems``; the result is then meaningless."""
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     changes = {}
@@ -487,7 +487,7 @@ def _build(cls: type, values: Mapping[str, Any], base: Any, path: str, problems:
 
 
 def _apart(make: Any, changes: Mapping[str, Any]) -> list[str]:
-    """One message for each value that is wrong whatever the others are: a constructor stops at the first."""
+    """Return a message for each value that is wrong by itself, because a constructor stops at the first error."""
     guilty = [name for name, value in changes.items() if _refusal(make, {name: value})]
     good = {name: value for name, value in changes.items() if name not in guilty}
     messages = [_refusal(make, {**good, name: changes[name]}) for name in guilty]
@@ -514,7 +514,7 @@ def _dataclass_of(hint: Any) -> type | None:
 
 
 def _typed_value(hint: Any, value: Any, path: str) -> Any:
-    """``value`` as the field has it: lists become tuples, and YAML's 2e-5, which is text to it, a number."""
+    """Convert ``value`` to the field's type: lists become tuples, and 2e-5, which YAML reads as text, a number."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) or _is_union(hint) else (hint,)
     if value is None and types.NoneType in options:
         return None
@@ -535,7 +535,7 @@ def _typed_value(hint: Any, value: Any, path: str) -> Any:
 
 
 def _part(kind: Any, values: Mapping[str, Any], path: str) -> Any:
-    """One of a list of parts."""
+    """Build one element of a list of dataclasses."""
     problems: list[str] = []
     found = _build(kind, values, None, f"{path}.", problems, judge=True)
     if problems:
@@ -555,7 +555,7 @@ def _chosen(choices: tuple[Any, ...], value: Any, path: str) -> Any:
         return value
     near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"{path}: {value!r} is none of its values. {hint}There are {', '.join(map(repr, choices))}")
+    raise ValueError(f"{path}: {value!r} is not a valid value. {hint}There are {', '.join(map(repr, choices))}")
 
 
 def _items(hints: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Everything a run needs, built from its configuration: data, transforms, policy, agent, environments."""
+"""Construction of the parts of a run from its configuration: data, transforms, policy, agent, environments."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ def make_trainer(
     override: Collection[str] = (),
     from_step: int | None = None,
 ) -> ACRLPDTrainer:
-    """A trainer at the start of its run, or where the newest checkpoint left it.
+    """Make a trainer at the start of its run, or at the newest checkpoint of a resumed one.
 
-    ``override`` has patterns of fields ("optimizers.*.schedule.*") in which a resumed run may differ from what it was
-    started with. ``from_step`` goes back to an older checkpoint and, once that is restored, deletes those after it.
+    ``override`` has patterns of fields ("optimizers.*.schedule.*") in which a resumed run may differ from its first
+    configuration. ``from_step`` goes back to an older checkpoint and, once that is restored, deletes the later ones.
     """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
@@ -117,7 +117,7 @@ def _make_trainer(
 ) -> ACRLPDTrainer:
     resuming.claim_directory(config, files, resume=resume, override=override)
     if config.agent.algorithm == "acrlpd":
-        config.agent.make_extraction(config.agent.flow_steps)  # code of one's own that cannot be used is refused here
+        config.agent.make_extraction(config.agent.flow_steps)  # refuses a user's extraction code that cannot be used
     if config.env is None and config.online_steps:
         logger.warning("no online phase: online_steps is %d, but env.name names no environment", config.online_steps)
     environments = make_environments(config, config.eval.num_envs) if config.env else None
@@ -177,7 +177,7 @@ def _make_trainer(
 
 
 def _check_stores(config: TrainConfig, prior: Mixture, dims: Dims, spec: EnvSpec | None) -> None:
-    """Check each data set of the prior episodes, and tell how many of its episodes were cut."""
+    """Check each data set of the prior episodes, and log how many of its episodes were cut."""
     for name, store in zip(prior.names, prior.stores, strict=True):
         check_prior(config, store, dims, spec, name)
         if config.agent.algorithm != "bc" and (num_cut := chunks.num_cut(store)):
@@ -189,7 +189,7 @@ def _check_stores(config: TrainConfig, prior: Mixture, dims: Dims, spec: EnvSpec
 
 
 def check_prior(config: TrainConfig, prior: EpisodeStore, dims: Dims, spec: EnvSpec | None, name: str) -> None:
-    """Refuses data of another robot than the configuration speaks of, or the environment is."""
+    """Refuse data whose robot is not that of the configuration or of the environment."""
     if config.data.action_dim not in (None, dims.action):
         raise ValueError(
             f"data.action_dim is {config.data.action_dim}, but the actions in {name} have {dims.action} "
@@ -211,7 +211,7 @@ def check_prior(config: TrainConfig, prior: EpisodeStore, dims: Dims, spec: EnvS
 
 
 def check_instructions(config: TrainConfig, sources: Sequence[Dataset], spec: EnvSpec | None) -> None:
-    """Tell what has no instruction where the policy reads one; refuse several tasks that share an empty text."""
+    """Warn of missing instructions if the policy reads them; refuse several tasks that share an empty instruction."""
     if not config.policy.traits.has_backbone:
         return
     if spec is not None and not spec.instruction.strip():
@@ -238,7 +238,7 @@ def make_loader(
     agent: ACRLPDAgent,
     stats: Mapping[str, NormStats],
 ) -> ChunkLoader:
-    """Batches of this process, from prior data and own episodes; with the stored prefixes of a frozen backbone."""
+    """Make the loader of this process, for prior data and online episodes, with stored prefixes where they are used."""
     stored = features = None
     data = [Path(each.path) for each in prior_sets(config)]
     if all(path.exists() for path in data):
@@ -269,7 +269,7 @@ def make_loader(
 def make_interaction(
     config: TrainConfig, files: RunFiles, progress: Progress, *, override: Collection[str] = ()
 ) -> Interaction:
-    """The online side, with what a stopped run has already experienced: every journalled episode, once."""
+    """Make the online side of a run; its replay gets every episode in the journal of a resumed run, once."""
     journal = ReplayJournal(files.replay)
     replay = EpisodeStore(max_bytes=config.data.max_replay_bytes)
     journal_steps = 0
@@ -289,7 +289,7 @@ def make_interaction(
     return Interaction(collector, journal, replay)
 
 
-ONLINE_FIRST_EPISODE = 1_000_000  # apart from the prior data's episodes, which count from 0 under the same seed
+ONLINE_FIRST_EPISODE = 1_000_000  # away from the prior data's episodes, which count from 0 under the same seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,14 +303,14 @@ class Loaded:
 
 
 def load_checkpoint(path: str | Path, *, extraction: str | None = None) -> Loaded:
-    """Return the agent of a checkpoint, spread over devices as in training where their number allows.
+    """Return the agent of a checkpoint, sharded over devices as in training if their number allows it.
 
-    ``path`` is a run (its best policy, or the newest where none was evaluated), its ``checkpoints`` folder (the
-    newest), one step's, or RUN/best. Loading runs no code of the checkpoint. A script that makes environments of its
-    ``config`` runs what ``config.env.name`` names.
+    ``path`` is a run (its best policy, or the newest if none was evaluated), its ``checkpoints`` folder (the newest),
+    the folder of one step, or RUN/best. Loading runs no code that the checkpoint names, but a script that makes
+    environments from its ``config`` runs the code that ``config.env.name`` names.
 
-    ``extraction``: how the agent acts instead. An agent that was trained with an extraction of one's own, which is
-    code, acts only where that is named here, or by a built-in one.
+    ``extraction`` replaces the one that the agent was trained with. An agent that was trained with a user's extraction,
+    which is code, acts only if that code or a built-in extraction is named here.
     """
     loaded = load_stored(path, extraction)
     env = loaded.config.env
@@ -318,7 +318,7 @@ def load_checkpoint(path: str | Path, *, extraction: str | None = None) -> Loade
 
 
 def load_stored(path: str | Path, extraction: str | None = None) -> Loaded:
-    """Load the same for a command, which runs no code that its user does not name: see ``StoredName``."""
+    """Load as ``load_checkpoint``, for a command, which runs only code that its user names: see ``StoredName``."""
     loaded = read_policy(Path(path), _load)
     if extraction is None:
         return loaded
@@ -327,9 +327,9 @@ def load_stored(path: str | Path, extraction: str | None = None) -> Loaded:
 
 
 def read_policy(path: Path, read: Callable[[ACRLPDCheckpointManager, int], T]) -> T:
-    """Read the checkpoint that ``path`` names; of a run the one it keeps as its best, of several the newest.
+    """Read the checkpoint that ``path`` names: for a run its best one, for a folder of several the newest.
 
-    Where that one is damaged, and ``path`` does not name it, another is read, and this is told.
+    If that one is damaged and ``path`` does not name it explicitly, log an error and read another one.
     """
     directory, step = locate_checkpoint(path)
     manager = ACRLPDCheckpointManager(directory)
@@ -345,9 +345,9 @@ def read_policy(path: Path, read: Callable[[ACRLPDCheckpointManager, int], T]) -
 
 
 def kept_step(path: Path) -> int | None:
-    """Return the step of the best policy of the run ``path``; None where no evaluation chose one that is still there.
+    """Return the step of the best policy of the run ``path``; None if no evaluation chose one, or it is gone.
 
-    The best is chosen by the evaluations on the way, whose seeds are not those of a run's results.
+    The best is chosen by the evaluations on the way, which use other seeds than the run's results.
     """
     if not (path / "checkpoints").is_dir() or not RunFiles(path).best.is_file():
         return None
@@ -365,7 +365,7 @@ def _load(manager: ACRLPDCheckpointManager, step: int) -> Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class SavedInterface:
-    """What a checkpoint says of its agent, from which one of the same shapes can be made."""
+    """The configuration, statistics and cameras in a checkpoint: enough to make an agent of the same shapes."""
 
     config: TrainConfig
     stats: dict[str, NormStats]
@@ -377,7 +377,7 @@ class SavedInterface:
 
 
 def read_interface(manager: ACRLPDCheckpointManager, step: int) -> SavedInterface:
-    """Read everything but the arrays; raise ``DamagedCheckpoint`` as reading those does."""
+    """Read everything except the arrays. Like reading them, this raises ``DamagedCheckpoint``."""
     run, stats = manager.read_run(step), manager.read_norm_stats(step)
     try:
         config = from_stored(run["config"])
@@ -387,7 +387,7 @@ def read_interface(manager: ACRLPDCheckpointManager, step: int) -> SavedInterfac
 
 
 def locate_checkpoint(path: Path) -> tuple[Path, int | None]:
-    """The folder of a manager, and the step if ``path`` names one; ``<run>/best`` is that of the best evaluation."""
+    """Return the checkpoints folder, and the step if ``path`` names one; ``<run>/best`` names the best evaluation's."""
     overwriting.tell_of_set_aside(path)
     best = RunFiles(path.parent).best
     if is_best(path):
@@ -400,7 +400,7 @@ def locate_checkpoint(path: Path) -> tuple[Path, int | None]:
 
 
 def is_best(path: Path) -> bool:
-    """Whether ``path`` names the best checkpoint of a run, which is no folder of its own."""
+    """Return whether ``path`` is ``<run>/best``, which names a run's best checkpoint but is not a folder."""
     return path.name == "best" and RunFiles(path.parent).best.is_file()
 
 
@@ -415,18 +415,18 @@ def _best_step(file: Path) -> int:
 
 
 def prior_sets(config: TrainConfig) -> tuple[DataSource, ...]:
-    """The data sets of the prior episodes: those given, or that collected into the run's own folder."""
+    """Return the data sets of the prior episodes: those given, or the one collected in the run's own folder."""
     own = DataSource(path=str(run_files(config).directory / "prior"))
     return config.data.sets or (own.over(config.data),)
 
 
 def open_sets(config: TrainConfig) -> list[Dataset]:
-    """Every data set of the prior episodes."""
+    """Open every data set of the prior episodes."""
     return [open_prior(config, number) for number in range(len(prior_sets(config)))]
 
 
 def open_prior(config: TrainConfig, number: int = 0) -> Dataset:
-    """One data set of the prior episodes; collected first where the configuration has an environment and no data."""
+    """Open one data set of the prior episodes; collect it first if there is an environment and no data is named."""
     data, given = config.data, prior_sets(config)[number]
     if not data.sets and config.env is not None:
         collect_prior(config.env, data.collect, Path(given.path), seed=config.seed)
@@ -445,7 +445,7 @@ def open_prior(config: TrainConfig, number: int = 0) -> Dataset:
 
 
 def open_mixture(config: TrainConfig, sources: Sequence[Dataset]) -> Mixture:
-    """The episodes of all ``sources`` for training, if they go together."""
+    """Open the episodes of all ``sources`` for training; refuse data sets that do not fit each other."""
     data, sets = config.data, prior_sets(config)
     with _told():
         facts = [Facts.of(source, each.path) for source, each in zip(sources, sets, strict=True)]
@@ -457,7 +457,7 @@ def open_mixture(config: TrainConfig, sources: Sequence[Dataset]) -> Mixture:
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """Logs the warnings that come up inside."""
+    """Log the warnings that are raised inside the context."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -468,9 +468,9 @@ def _told() -> Iterator[None]:
 def make_norm_stats(
     config: TrainConfig, prior: Mixture, sources: Sequence[Dataset], spec: EnvSpec | None
 ) -> dict[str, NormStats]:
-    """Statistics of the prior data, as it comes to normalization, unless the configuration names some.
+    """Return the configured statistics, or compute those of the prior data as it reaches normalization.
 
-    Several data sets count by their shares. A bounded action space speaks for itself.
+    Several data sets are weighted by their shares. With "bounds", the action space gives the statistics of actions.
     """
     with _told():
         given = _given_stats(config, prior)
@@ -500,7 +500,7 @@ def _own_stats(config: TrainConfig, prior: Mixture, sources: Sequence[Dataset], 
 def _judge_stats(
     config: TrainConfig, stats: Mapping[str, NormStats], prior: Mixture, sources: Sequence[Dataset]
 ) -> None:
-    """Warns where statistics that are somebody's, or those of several data sets together, do not fit one of them."""
+    """Warn if statistics that were given, or computed over several data sets, do not fit one of the data sets."""
     where = config.data.norm_stats or "the statistics of all data sets together"
     for name, store, source in zip(prior.names, prior.stores, sources, strict=True):
         own = _own_stats(config, Mixture((store,)), [source], 0.0)
@@ -508,7 +508,7 @@ def _judge_stats(
 
 
 def _given_stats(config: TrainConfig, prior: Mixture) -> dict[str, NormStats] | None:
-    """Somebody's statistics, if the configuration names them."""
+    """Load the statistics that the configuration names, if any."""
     if config.data.norm_stats is None:
         return None
     dims = {"state": prior.stores[0].state.shape[1], "actions": prior.stores[0].actions.shape[1]}
@@ -518,9 +518,9 @@ def _given_stats(config: TrainConfig, prior: Mixture) -> dict[str, NormStats] | 
 def make_transform(
     config: TrainConfig, stats: Mapping[str, NormStats], dims: Dims, cameras: tuple[str, ...] | None = None
 ) -> Transform:
-    """From raw observations to the model's, in openpi's order; serving uses the same list.
+    """Return the transform from raw to model observations, in openpi's order; serving uses the same list.
 
-    ``cameras`` of the data that are read; others are ignored, whatever they hold. None: all are.
+    ``cameras`` are the data's cameras to read; all others are ignored. None reads all.
     """
     policy = config.policy
     return to_model(
@@ -536,7 +536,7 @@ def make_transform(
 
 
 def make_tokenizer(policy: PolicyConfig) -> PromptTokenizer:
-    """Its tokens are read by a pi0 alone."""
+    """Make the prompt tokenizer; only policies with a backbone read its tokens."""
     vocab_size = policy.vocab_size if policy.traits.has_backbone else None
     return PromptTokenizer(policy.tokenizer, max_length=policy.max_token_len, vocab_size=vocab_size)
 
@@ -547,34 +547,34 @@ def has_quantiles(config: TrainConfig) -> bool:
 
 
 def before_normalization(config: TrainConfig) -> list[Transform]:
-    """What the data passes first; nothing where it is used as it is."""
+    """Return the transforms before normalization; none if the data is used unchanged."""
     return mapping.before_normalization(
         config.data.robot, config.data.delta_mask, pi05=config.policy.traits.state_in_prompt
     )
 
 
 def delta_mask(config: TrainConfig) -> tuple[bool, ...]:
-    """Which actions the policy has relative to the state."""
+    """Return which action dimensions are relative to the state for the policy."""
     return mapping.delta_mask(config.data.robot, config.data.delta_mask, pi05=config.policy.traits.state_in_prompt)
 
 
 def model_cameras(config: TrainConfig, cameras: tuple[str, ...]) -> tuple[str, ...]:
-    """The model's names of its cameras, where ``cameras`` are the data's."""
+    """Return the model's camera names for the data's ``cameras``."""
     return cameras if config.data.robot is None else CAMERAS
 
 
 def make_policy(config: PolicyConfig, dims: Dims, cameras: tuple[str, ...], rngs: nnx.Rngs) -> FlowPolicy:
-    """A policy of the configured kind with fresh parameters."""
+    """Make a policy of the configured kind with fresh parameters."""
     sizes = (dims.state, dims.action, config.action_horizon, config.hidden_dims)
     if config.kind == "mlp_flow":
         return MLPFlowConfig(*sizes).create(rngs)
-    if config.kind == "gaussian":  # no flow, which rlpd_ac, its only user, never asks for
+    if config.kind == "gaussian":  # it is no flow, but rlpd_ac, its only user, never uses it as one
         return cast(FlowPolicy, ChunkGaussianConfig(*sizes).create(rngs))
     return pi0_config(config, dims, cameras).create(rngs)
 
 
 def pi0_config(config: PolicyConfig, dims: Dims, cameras: tuple[str, ...]) -> Pi0Config:
-    """openpi's models have one width for state and action; a small one takes the data's own two."""
+    """Return the model configuration. openpi uses one width for state and action; a small model the data's two."""
     return Pi0Config(
         pi05=config.traits.state_in_prompt,
         action_dim=config.action_dim or dims.action,
@@ -594,7 +594,7 @@ def pi0_config(config: PolicyConfig, dims: Dims, cameras: tuple[str, ...]) -> Pi
 
 
 def make_agent(config: TrainConfig, dims: Dims, cameras: tuple[str, ...], *, weights: str | None = None) -> ACRLPDAgent:
-    """A fresh agent, placed on the mesh; its policy starts from ``weights``, if they are given."""
+    """Make a fresh agent, placed on the mesh; its policy starts from ``weights`` if given."""
     agent = create_agent(config, dims, cameras, weights=weights)
     return jax.device_put(agent, parameter_sharding(make_mesh(config.fsdp_devices), agent))
 
@@ -602,7 +602,7 @@ def make_agent(config: TrainConfig, dims: Dims, cameras: tuple[str, ...], *, wei
 def create_agent(
     config: TrainConfig, dims: Dims, cameras: tuple[str, ...], *, weights: str | None = None
 ) -> ACRLPDAgent:
-    """A fresh agent where JAX puts it; without weights it may be traced, to see shapes without memory for them."""
+    """Make a fresh agent on JAX's default device. Without weights it can be traced, for shapes without memory."""
     if weights is not None and config.policy.traits.has_backbone and config.policy.vocab_size is not None:
         make_tokenizer(config.policy).check_trained(config.policy.vocab_size)
     policy_rng, agent_rng = jax.random.split(jax.random.key(config.seed))
@@ -623,7 +623,7 @@ def create_agent(
 
 
 def load_weights(policy: FlowPolicy, path: str) -> None:
-    """Puts a checkpoint's parameters into ``policy``. Beside a bare PaliGemma the others stay fresh, as in openpi."""
+    """Load a checkpoint's parameters into ``policy``. A bare PaliGemma leaves the other ones fresh, as in openpi."""
     arrays = policy_weights.read_params(path)
     bare = recognize(arrays).get("model") == "paligemma"
     may_miss = policy_weights.NOT_IN_PALIGEMMA if bare else policy_weights.LORA
@@ -632,9 +632,9 @@ def load_weights(policy: FlowPolicy, path: str) -> None:
 
 
 def with_task(config: TrainConfig, task: str) -> TrainConfig:
-    """The same run in another environment of its robot; the instruction is that environment's own.
+    """Return the run's configuration with another environment of its robot, which brings its own instruction.
 
-    Naming the run's own allows a checkpoint to run code that it alone names.
+    Passing the run's own environment name as plain text permits running the code that the checkpoint names.
     """
     if config.env is None:
         raise ValueError("this run has no environment: set env.name")
@@ -643,7 +643,7 @@ def with_task(config: TrainConfig, task: str) -> TrainConfig:
 
 
 def with_extraction(config: TrainConfig, name: str) -> TrainConfig:
-    """The same run under another extraction. Naming its own allows a checkpoint to run code that it alone names."""
+    """Return the configuration with another extraction. Passing its own as plain text permits running its code."""
     return dataclasses.replace(config, agent=dataclasses.replace(config.agent, extraction=name))
 
 
@@ -654,7 +654,7 @@ def make_environments(config: TrainConfig, count: int) -> VectorEnv:
 
 
 def trainable_part(config: PolicyConfig, policy: FlowPolicy) -> Callable[[str], bool]:
-    """Which parameters train, by path: all but what adapters stand in for (openpi's rule) and a frozen backbone."""
+    """Return which paths train: all except weights that adapters replace (openpi's rule) and a frozen backbone."""
     if not isinstance(policy, Pi0):
         return lambda path: True
     freezes, frozen_backbone = policy.config.freezes, config.freeze_pi0_backbone

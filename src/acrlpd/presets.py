@@ -1,4 +1,4 @@
-"""Named configurations. Above each: the command, and what to expect of it."""
+"""Named configurations. The comment above each one has its command and the result to expect."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NANO = PolicyConfig(
 
 
 def _constant(learning_rate: float, *, warmup_steps: int = 0) -> OptimizerConfig:
-    """Adam at one learning rate, as QC and RLPD have it; clipping and warm-up are ours."""
+    """Return Adam with a constant learning rate, as in QC and RLPD; clipping and warm-up are ours."""
     schedule = CosineDecaySchedule(warmup_steps=warmup_steps, peak_lr=learning_rate, decay_lr=learning_rate)
     return OptimizerConfig(schedule=schedule, b2=0.999, clip_gradient_norm=10.0)
 
@@ -55,15 +55,15 @@ def get_demo_config() -> TrainConfig:
         policy=NANO,
         agent=AgentConfig(
             critic=CriticConfig(num_critics=10, hidden_dims=(128, 128), q_aggregation="mean"),
-            # The target lies below the spread of imitation, so exploration grows greedier from update to update.
+            # The target entropy is below that of imitation, so exploration becomes greedier from update to update.
             temperature=TemperatureConfig(initial_temp=0.5, target_entropy_multiplier=2.0),
             best_of_n_samples=16,
             target_samples=4,
             flow_steps=5,
             target_flow_steps=3,
             discount=0.99,
-            target_update_tau=0.05,  # an episode is 30 chunks long: values must travel that far in few updates
-            policy_ema_decay=0.998,  # acts by an average over 500 updates, at first over the last sixth of them
+            target_update_tau=0.05,  # an episode has 30 chunks: values must propagate that far in few updates
+            policy_ema_decay=0.998,  # an average over 500 updates acts; at first it spans the last sixth of all updates
             action_clip=1.0,
         ),
         data=DataConfig(collect=CollectConfig(episodes=100, noise_range=(0.4, 1.0)), batch_size=64),
@@ -74,7 +74,7 @@ def get_demo_config() -> TrainConfig:
         offline_steps=2000,
         online_steps=3500,
         utd_ratio=0.5,
-        online_envs=2,  # one choice for both costs less than two
+        online_envs=2,  # choosing chunks for both in one call costs less than two calls
         log_frequency=100,
         save_frequency=1000,
         early_stopping_patience=4,
@@ -82,14 +82,14 @@ def get_demo_config() -> TrainConfig:
 
 
 # acrlpd train demo-vision     (make demo-vision)
-# The same with a 64 px camera beside the state: 8 % by imitation, 100 % after online training (one seed); 20 CPU-min.
+# The same with a 64 px camera and the state: 8 % by imitation, 100 % after online training (one seed); 20 CPU-min.
 def get_demo_vision_config() -> TrainConfig:
     env = dataclasses.replace(DRAWER, cameras=("corner2",), image_size=64)
     return dataclasses.replace(get_demo_config(), name="demo-vision", env=env)
 
 
 # acrlpd train demo-cube
-# OGBench's cube-single, the second simulator: harder, and its offline phase already helps.
+# OGBench's cube-single, in the second simulator. It is harder, and its offline phase already helps.
 def get_demo_cube_config() -> TrainConfig:
     config = get_demo_config()
     return dataclasses.replace(
@@ -113,9 +113,9 @@ def get_demo_aloha_config() -> TrainConfig:
         policy=dataclasses.replace(NANO, action_horizon=20, max_token_len=12),  # 0.4 s: an episode is 15 chunks
         agent=dataclasses.replace(config.agent, action_clip=None),  # z-scores go beyond 1
         data=DataConfig(
-            collect=CollectConfig(episodes=60, noise_range=(0.0, 0.05)),  # rad; the expert solves three in four
+            collect=CollectConfig(episodes=60, noise_range=(0.0, 0.05)),  # rad; the expert solves 3 of 4 episodes
             batch_size=64,
-            action_normalization="z_score",  # joint limits are far from where the arms go
+            action_normalization="z_score",  # the arms stay far from their joint limits
         ),
         offline_steps=3000,
         online_steps=6000,
@@ -142,7 +142,7 @@ def get_demo_libero_config() -> TrainConfig:
 
 
 # acrlpd train debug
-# Everything once, in a minute: for tests and for a look at the files a run leaves.
+# Every part of a run once, in a minute: for tests, and to see which files a run writes.
 def get_debug_config() -> TrainConfig:
     config = get_demo_config()
     return dataclasses.replace(
@@ -180,7 +180,7 @@ def _cosine(warmup_steps: int, peak_lr: float, decay_steps: int, decay_lr: float
 
 # acrlpd train droid --data.path /path/to/droid --policy.weights /path/to/pi0_droid/params \
 #     --policy.tokenizer /path/to/paligemma_tokenizer.model --data.norm_stats /path/to/pi0_droid
-# Offline, on the large DROID set: conservative rates, long phases. Needs accelerators.
+# Offline training on the large DROID set, with conservative learning rates and long phases. Needs accelerators.
 def get_droid_config() -> TrainConfig:
     return TrainConfig(
         name="droid",
@@ -208,13 +208,13 @@ def get_droid_config() -> TrainConfig:
             temperature=_cosine(2000, 5e-4, 80_000, 5e-5),
         ),
         offline_steps=2_000_000,
-        online_steps=200_000,  # of a simulator or robot, once env.name is set
+        online_steps=200_000,  # in a simulator or on a robot, once env.name is set
     )
 
 
 # acrlpd train aloha --data.path /path/to/aloha --policy.weights /path/to/pi0_base/params \
 #     --policy.tokenizer /path/to/paligemma_tokenizer.model
-# Fine-tunes the action expert for two arms; the backbone stays as it is.
+# Fine-tunes the action expert for two arms; the backbone is frozen.
 def get_aloha_config() -> TrainConfig:
     return TrainConfig(
         name="aloha",
@@ -256,7 +256,7 @@ def get_aloha_config() -> TrainConfig:
 
 # acrlpd train libero --data.path /path/to/libero --policy.weights /path/to/pi0_base/params \
 #     --policy.tokenizer /path/to/paligemma_tokenizer.model
-# Everything trains, at high rates: for simulation.
+# Trains all parameters at high learning rates, for simulation.
 def get_libero_config() -> TrainConfig:
     return TrainConfig(
         name="libero",
@@ -291,7 +291,7 @@ def get_libero_config() -> TrainConfig:
     )
 
 
-get_droid_acrlpd_config = get_droid_config  # their other names in the founding design
+get_droid_acrlpd_config = get_droid_config  # the names in the founding design
 get_aloha_acrlpd_config = get_aloha_config
 get_libero_acrlpd_config = get_libero_config
 
@@ -309,7 +309,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
 
 
 def get_preset(name: str) -> TrainConfig:
-    """The configuration of that name."""
+    """Return the preset ``name``; the error for an unknown one suggests the nearest."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -318,9 +318,9 @@ def get_preset(name: str) -> TrainConfig:
 
 
 def with_algorithm(config: TrainConfig, name: str, *, judge: bool = True) -> TrainConfig:
-    """The same run by another algorithm; sizes, rates, N and K stay the preset's. docs/algorithm.md says what differs.
+    """Return ``config`` with another algorithm, but its sizes, rates, N and K. docs/algorithm.md lists the differences.
 
-    ``bc``: the flow imitates. ``qc``, ``qc-fql``: Q-chunking (Li et al. 2025) by best of N and by distillation.
+    ``bc``: imitation with the flow. ``qc``, ``qc-fql``: Q-chunking (Li et al. 2025) with best of N or distillation.
     ``rlpd-ac``: soft actor-critic on chunks with prior data (Ball et al. 2023), online from the first step.
     ``judge``: see ``from_dict``.
     """
@@ -338,7 +338,7 @@ def _qc(config: TrainConfig, **changes: Any) -> Changes:
         config,
         critic=_plain_critic(config, num_critics=2),
         temperature=to_dict(TemperatureConfig(adaptive=False)),
-        **{"top_k": 1, **changes},  # it explores as it acts: by the best
+        **{"top_k": 1, **changes},  # QC explores with the best candidate, as it acts
     )
     return {"agent": agent, "data": {"sequence_ratio": 0.0, "online_ratio": None, "ends_in_chunks": False}}
 
@@ -358,7 +358,7 @@ def _rlpd_ac(config: TrainConfig) -> Changes:
     )
     return {
         "agent": agent,
-        "data": {"online_ratio_episodes": 1},  # RLPD: half from the first episode on
+        "data": {"online_ratio_episodes": 1},  # RLPD: half of each batch is online data from the first episode on
         "policy": {"kind": "gaussian", "freeze_pi0_backbone": False, "weights": None},
         "offline_steps": 0 if config.online_steps else config.offline_steps,
         "online_loss_weights": None,
@@ -366,7 +366,7 @@ def _rlpd_ac(config: TrainConfig) -> Changes:
 
 
 def _plain(config: TrainConfig, **changes: Any) -> Changes:
-    """An agent without what is ours alone, of the preset's sizes."""
+    """Return an agent's fields at the preset's sizes, without the features that only our algorithm has."""
     sizes = ("discount", "target_update_tau", "best_of_n_samples", "best_of_n_strategy", "flow_steps", "action_clip")
     plain = to_dict(AgentConfig(act_by_target_critic=False))
     return plain | {name: getattr(config.agent, name) for name in sizes} | changes
@@ -377,7 +377,7 @@ def _plain_critic(config: TrainConfig, *, num_critics: int) -> Changes:
     return to_dict(config.agent.critic) | plain
 
 
-Changes = dict[str, Any]  # of a configuration, nested
+Changes = dict[str, Any]  # changed fields of a configuration, nested
 ALGORITHMS: dict[str, Callable[[TrainConfig], Changes]] = {
     "acrlpd": lambda config: {},
     "bc": _bc,

@@ -1,6 +1,6 @@
-"""ACRLPD: action-chunked reinforcement learning with prior data, for a flow policy. The whole algorithm on this page.
+"""ACRLPD: action-chunked reinforcement learning with prior data for a flow policy. This page has the whole algorithm.
 
-Read it beside ``docs/algorithm.md``: ``joint_loss`` has the sections in order, ``losses.py`` each equation once.
+Read it with ``docs/algorithm.md``: ``joint_loss`` follows its sections in order, and ``losses.py`` has the equations.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from acrlpd.types import ChunkBatch
 def joint_loss(
     params: dict[str, Params], agent: AgentState, batch: ChunkBatch, draws: Draws, weights: LossWeights
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Critic + behaviour cloning + actor + temperature, with one prefix pass each at s and s'."""
+    """Return the sum of critic, imitation, actor and temperature losses; s and s' take one prefix pass each."""
     config, nets = agent.config, agent.nets
     modules = nets.modules(params, agent.frozen)
     constant = nets.modules(jax.lax.stop_gradient(params), agent.frozen)
@@ -33,14 +33,14 @@ def joint_loss(
     prefix = flow.encode(modules.policy, batch.observations)
     next_prefix = flow.encode(constant.policy, batch.next_observations)
 
-    # Section 2: the critic, at the dataset's chunk.
+    # Section 2: the critic's loss at the chunk in the data.
     noise, num_steps = draws.candidates, config.steps_in_target
     chunks, scores = candidates.propose(constant, config, next_prefix, noise, num_steps)
     _, best = sampling.select(chunks, scores)
     next_chunk = candidates.finish(constant, config, next_prefix, noise, chunks, best, num_steps)
     critic_loss, q, target = td.loss_and_values(modules.critic, agent, batch, draws, prefix, next_prefix, next_chunk)
 
-    # Section 3: the policy, by imitation and by the extraction.
+    # Section 3: the policy's losses, from imitation and from the extraction.
     flow_loss = flow.flow_loss(modules.policy, prefix, batch.actions, draws.flow_noise, draws.flow_time)
     sample_weights = _bc_sample_weights(config, flow_loss, batch.valid, q, target)
     bc_loss = losses.bc_loss(flow_loss, batch.valid, sample_weights)
@@ -49,7 +49,7 @@ def joint_loss(
         climbing, prefix, draws.actor, temperature
     )
 
-    # Section 4: the temperature, from the spread of the candidates already drawn.
+    # Section 4: the temperature's loss, from the spread of the candidates drawn above.
     robot_candidates = chunks[..., : nets.action_dim]
     entropy = losses.gaussian_entropy(robot_candidates)
     alpha_loss = jnp.zeros(())
@@ -74,7 +74,7 @@ def joint_loss(
         "alpha_value": temperature,
         "entropy_estimate": entropy.mean(),
         "best_of_n_variance": scores.var(axis=0).mean(),
-        "action_diversity": jnp.sqrt(2.0) * spread.mean(),  # root mean squared distance between two candidates
+        "action_diversity": jnp.sqrt(2.0) * spread.mean(),  # root mean square distance between two candidates
     }
     return total, metrics | td.metrics(q, target) | dict(actor_metrics)
 
@@ -82,7 +82,7 @@ def joint_loss(
 def critic_alone_loss(
     params: Params, agent: AgentState, batch: ChunkBatch, draws: Draws
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Section 2 at the chunk that the data itself goes on with, instead of the policy's: its value as recorded."""
+    """Return the loss of section 2 with the next chunk of the data instead of the policy's: the value as recorded."""
     if batch.next_actions is None:
         raise ValueError("this batch has no next_actions: make it with ChunkLoader.batch(..., critic_alone=True)")
     modules = agent.nets.modules(agent.params | {"critic": params}, agent.frozen)
@@ -98,7 +98,7 @@ def _bc_sample_weights(
     q: Float[Array, "e b"],
     target: Float[Array, " b"],
 ) -> Float[Array, " b"]:
-    """Importance: chunks better than the critic thought. Difficulty: chunks the policy imitates badly."""
+    """Return weights that favour chunks better than the critic expected (importance) or imitated badly (difficulty)."""
     if config.bc_weighting == "none":
         return jnp.ones(flow_loss.shape[:1])
     if config.bc_weighting == "importance":

@@ -1,6 +1,6 @@
-"""An agent: how it is made, updated and asked for actions, whichever algorithm computes its loss.
+"""The agent of every algorithm: its creation, its updates, and the choice of its actions.
 
-One update is one jitted function that consumes the old agent. The losses are ``acrlpd.py`` and the baselines'.
+An update is one jitted function that consumes the old agent. The losses are in ``acrlpd.py`` and in the baselines.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _HELD = optax.set_to_zero()  # one object, so that networks with it can be equal
 
 @struct.dataclass
 class ACRLPDAgent(AgentState):
-    """Policy, critics, temperature and their optimisers as one immutable pytree."""
+    """An agent as one immutable pytree: policy, critics, temperature and the states of their optimisers."""
 
     @classmethod
     def create(
@@ -49,11 +49,11 @@ class ACRLPDAgent(AgentState):
         action_dim: int | None = None,
         trainable: Callable[[str], bool] = lambda path: True,
     ) -> ACRLPDAgent:
-        """A fresh agent around ``policy``, whose arrays it takes over: the first update gives their memory away.
+        """Create a fresh agent that takes over the arrays of ``policy``; the first update donates their memory.
 
         ``optimizers`` has one entry per group: policy, critic, temperature; a student uses the policy's.
-        ``action_dim`` is the robot's, where the policy's is wider (openpi pads to 32).
-        ``trainable`` takes a policy parameter's path, joined by '/', and says whether it may change.
+        ``action_dim`` is the robot's, if the policy's is wider (openpi pads to 32).
+        ``trainable`` gets the path of a policy parameter, joined by '/', and returns whether it may change.
         """
 
         policy_def, policy_params = parameters.split(cast(nnx.Module, policy))
@@ -75,10 +75,10 @@ class ACRLPDAgent(AgentState):
         }
         optimizers = dict(optimizers)
         if not config.temperature.adaptive:
-            optimizers["temperature"] = _HELD  # no gradient, and no weight decay either
+            optimizers["temperature"] = _HELD  # neither gradients nor weight decay change it
         if config.extraction == "distill":
             suffix, _ = parameters.divide(policy_params, policy.is_suffix_param)  # frozen parts are shared
-            params["student"] = jax.tree.map(jnp.copy, suffix)  # at first, the flow's own single Euler step
+            params["student"] = jax.tree.map(jnp.copy, suffix)  # starts as one Euler step of the flow
             optimizers["student"] = optimizers["policy"]
         action_shape = (policy.action_horizon, policy.action_dim)
         nets = Networks(config, policy_def, critic_def, optimizers, action_shape, action_dim)
@@ -99,28 +99,28 @@ class ACRLPDAgent(AgentState):
 
     @property
     def chooses(self) -> bool:
-        """Whether acting is a choice among candidates; of the baselines, some take the policy at its word."""
+        """Return whether the agent acts by choosing among candidates; bc and rlpd_ac use the policy's own sample."""
         return self.config.algorithm == "acrlpd"
 
     @property
     def acting_policy(self) -> Params:
-        """All of the policy that acts, trainable and frozen, under openpi's names."""
+        """All parameters of the policy that acts, trainable and frozen, under openpi's names."""
         return parameters.join((self.params | self.ema)["policy"], self.frozen)
 
     @property
     def acting_critic(self) -> Params:
-        """The critics that choose while acting; an agent that only acts has no others."""
+        """The critics that choose while acting; they are the only ones in an agent that only acts."""
         if "critic" in self.ema:
             return self.ema["critic"]
         averaged = self.config.act_by_target_critic and self.target_critic
         return self.target_critic if averaged else self.params["critic"]
 
     def acting_modules(self) -> Modules:
-        """Return the networks that act: the moving averages of policy and critics, where there are some."""
+        """Return the networks that act: the moving averages of policy and critics, if there are any."""
         return self.nets.modules(self.params | self.ema | {"critic": self.acting_critic}, self.frozen)
 
     def acting_only(self) -> ACRLPDAgent:
-        """Without what only training needs, and with layers apart where the policy unrolls them: it acts the same."""
+        """Return an agent that acts the same without training state; its layers are apart if the policy unrolls them."""
         modules = self.acting_modules()
         policy_def, policy = parameters.split(cast(nnx.Module, modules.policy))
         params = self.params | {"policy": policy, "critic": self.acting_critic}
@@ -130,22 +130,22 @@ class ACRLPDAgent(AgentState):
         return dataclasses.replace(self, params=params, frozen={}, ema={}, opt_state={}, target_critic={}, nets=nets)
 
     def with_extraction(self, name: str) -> ACRLPDAgent:
-        """The same networks under another extraction. Naming a stored agent's own allows it to run that code."""
+        """Return the agent with another extraction. Naming a stored agent's own permits running that code."""
         nets = dataclasses.replace(self.nets, config=dataclasses.replace(self.config, extraction=name))
         return dataclasses.replace(self, nets=nets)
 
     def update(
         self, batch: ChunkBatch, rng: PRNGKeyArray, weights: LossWeights | None = None
     ) -> tuple[ACRLPDAgent, Metrics]:
-        """One gradient step of every group and the target update: one compiled call that consumes this agent."""
+        """Make a gradient step of every group and the target update, in one compiled call that consumes this agent."""
         return _update(self, batch, rng, self.config.loss_weights if weights is None else weights)
 
     def update_critic(self, batch: ChunkBatch, rng: PRNGKeyArray) -> tuple[ACRLPDAgent, Metrics]:
-        """The same for the critics alone, at the data's own ``next_actions``; the policy is not even sampled."""
+        """Update only the critics, at the data's own ``next_actions``, without sampling the policy."""
         return _update_critic(self, batch, rng)
 
     def updates(self, batches: ChunkBatch, rngs: PRNGKeyArray, weights: LossWeights) -> tuple[ACRLPDAgent, Metrics]:
-        """``update`` for each entry of the leading axis that all three have, in one call; so have the metrics."""
+        """Make one ``update`` per entry of the arguments' leading axis in one call; metrics get the same axis."""
         return _updates(self, batches, rngs, weights)
 
     def sample_actions(
@@ -157,16 +157,16 @@ class ACRLPDAgent(AgentState):
         num_samples: int | None = None,
         num_steps: int | None = None,
     ) -> Float[Array, "b h a"]:
-        """Normalized chunks for a batch of observations.
+        """Return normalized chunks for a batch of observations.
 
-        ``greedy``: the best of N by the critic. ``explore``: drawn from N at the learned temperature. ``bc``: one
+        ``greedy``: the best of N by the critic. ``explore``: one of N, drawn at the learned temperature. ``bc``: one
         sample of the flow, without the critic.
         """
         return choose_chunks(self, observations, rng, mode=mode, num_samples=num_samples, num_steps=num_steps)[0]
 
 
 def _acting(params: dict[str, Params]) -> dict[str, Params]:
-    """Return the groups that act: those that make chunks, and the critics that choose among them."""
+    """Return the groups of parameters that act: those that generate chunks, and the critics that choose among them."""
     return {group: params[group] for group in ("policy", "student", "critic") if group in params}
 
 
@@ -187,7 +187,7 @@ def _update_critic(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -> 
 def _apply(
     agent: ACRLPDAgent, batch: ChunkBatch, grads: dict[str, Params], metrics: dict[str, Array]
 ) -> tuple[ACRLPDAgent, Metrics]:
-    """A step of every group that has gradients, then of the target critics; nothing at all if the numbers are ill."""
+    """Step every group that has gradients, then the target critics; skip the update if loss or gradients are bad."""
     config, nets = agent.config, agent.nets
     params, opt_state = dict(agent.params), dict(agent.opt_state)
     for group in grads:
@@ -227,11 +227,10 @@ def _updates(
 def _gradients(
     agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray, weights: LossWeights
 ) -> tuple[dict[str, Params], dict[str, Array]]:
-    """Of the joint loss, by group, with its metrics; the mean over micro-batches, which run one after the other.
+    """Return the gradients of the joint loss by group, and its metrics: means over micro-batches, made in sequence.
 
-    Every loss is a mean over the batch, so this is the gradient of the whole, but for three things: what is normalised
-    over a batch (bounded BC weights; mean abs Q under q_gradient) is normalised within a micro-batch, and dropout's
-    masks are others.
+    Every loss is a mean over the batch, so this is the gradient over the whole batch, with three exceptions: bounded BC
+    weights, and the mean abs Q under q_gradient, are normalised within a micro-batch, and dropout draws other masks.
     """
     gradient = jax.grad(_algorithm(agent.config), has_aux=True)
     draws = _draw(agent, batch, rng)
@@ -254,7 +253,7 @@ def _gradients(
 def loss_and_metrics(
     agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray, weights: LossWeights
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """What an update would descend, for a look at it."""
+    """Return the loss and metrics of an update without making it."""
     return _algorithm(agent.config)(agent.params, agent, batch, _draw(agent, batch, rng), weights)
 
 
@@ -276,9 +275,9 @@ def choose_chunks(
     num_samples: int | None = None,
     num_steps: int | None = None,
 ) -> tuple[Float[Array, "b h a"], Metrics]:
-    """Chosen chunks and, per observation, the values they were chosen by, if they were.
+    """Return a chunk per observation and the values by which it was chosen; "bc" and the baselines have no values.
 
-    With [b] keys, each observation gets the chunk that it gets alone with its key, whatever else is in the batch.
+    With [b] keys, the chunk of an observation depends only on it and its key, not on what else is in the batch.
     """
     config, num_steps = agent.config, num_steps or agent.config.flow_steps
     modules = agent.acting_modules()
@@ -292,7 +291,7 @@ def choose_chunks(
     chunks, scores = candidates.propose(modules, config, prefix, noise, num_steps)
     if mode == "explore":
         _, best = sampling.select(
-            chunks[..., : agent.nets.action_dim],  # the diversity of the padding would be no diversity
+            chunks[..., : agent.nets.action_dim],  # padding must not count in the diversity
             scores,
             choice_rng,
             temperature=agent.temperature,

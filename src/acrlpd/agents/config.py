@@ -1,4 +1,4 @@
-"""Every choice of the algorithm: fields and validation only."""
+"""The configuration of the algorithms: fields and validation only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BestOfNStrategy = Literal["parallel", "chunked", "sequential", "auto"]
 
 @dataclasses.dataclass(frozen=True)
 class TemperatureConfig:
-    """alpha: the softmax temperature of exploration and the weight of the entropy bonus under q_gradient."""
+    """The temperature alpha: of the softmax in exploration, and the weight of the entropy bonus under q_gradient."""
 
     initial_temp: float = 1.0
     target_entropy_multiplier: float = 0.5  # target entropy = -multiplier * horizon * action_dim
@@ -29,7 +29,7 @@ class TemperatureConfig:
     def __post_init__(self):
         if not 0 < self.initial_temp < math.inf:
             raise ValueError(f"temperature.initial_temp must be positive, got {self.initial_temp}")
-        if not math.isfinite(self.target_entropy_multiplier):  # either sign: an entropy of densities has both
+        if not math.isfinite(self.target_entropy_multiplier):  # negative is fine: differential entropy has both signs
             raise ValueError(
                 f"temperature.target_entropy_multiplier must be finite, got {self.target_entropy_multiplier}"
             )
@@ -37,35 +37,35 @@ class TemperatureConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AgentConfig:
-    """Sizes of the policy are not here: they are the policy's own."""
+    """The choices of an algorithm, with its critics. Sizes of the policy are in ``PolicyConfig``."""
 
-    algorithm: AlgorithmName = "acrlpd"  # which page of agents/ makes the update; bc and rlpd_ac are baselines
+    algorithm: AlgorithmName = "acrlpd"  # the module of agents/ that has the loss; bc and rlpd_ac are baselines
     critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
     temperature: TemperatureConfig = dataclasses.field(default_factory=TemperatureConfig)
     loss_weights: LossWeights = dataclasses.field(default_factory=LossWeights)
     extraction: str = "best_of_n"  # or q_gradient, distill, or FILE.py:NAME: code of your own (CONTRIBUTING.md)
     discount: float = 0.99
     target_update_tau: float = 0.005
-    act_by_target_critic: bool = True  # without moving averages, the target critics choose while acting, not the newest
-    policy_ema_decay: float | None = None  # of the policy that acts, flow and critics: a moving average; None: none
-    gradient_accumulation_steps: int = 1  # micro-batches of one update, which bounds its activations
+    act_by_target_critic: bool = True  # if there are no moving averages, target critics choose while acting
+    policy_ema_decay: float | None = None  # decay of the moving average of flow and critics that acts; None: none
+    gradient_accumulation_steps: int = 1  # micro-batches per update; more of them need less activation memory
     best_of_n_samples: int = 32  # candidates while acting
-    target_samples: int | None = None  # candidates in the TD target; None: as while acting
+    target_samples: int | None = None  # candidates in the TD target; None: best_of_n_samples
     best_of_n_strategy: BestOfNStrategy = "auto"
     best_of_n_block: int = 8  # candidates at a time under "chunked"
-    best_of_n_bytes: int = 2 * 1024**3  # under "auto": as many candidates at a time as fit, on a CPU into its cache
+    best_of_n_bytes: int = 2 * 1024**3  # "auto": candidates at a time fit in this and, on a CPU, in its cache
     top_k: int | None = None  # explore among this many best candidates; None: among all
     diversity_bonus: float = 0.0  # added to Q while exploring, times the mean distance to the other candidates
     flow_steps: int = 10  # Euler steps while acting
-    candidate_flow_steps: int | None = None  # rank candidates after so few, draw the chosen one again; None: one draw
-    target_flow_steps: int | None = None  # Euler steps in the TD target; None: as while acting
+    candidate_flow_steps: int | None = None  # rank candidates after these few steps, then redo the best; None: no redo
+    target_flow_steps: int | None = None  # Euler steps in the TD target; None: flow_steps
     action_clip: float | None = None  # candidates are clipped to +- this, in normalized units
     huber_delta: float | None = None  # None: squared TD error
     actor_samples: int = 2  # q_gradient: chunks per observation; 1 switches the entropy bonus off
-    distill_weight: float = 100.0  # distill: weight of the distance to the flow against Q
+    distill_weight: float = 100.0  # distill: weight of the distance to the flow, relative to Q
     bc_weighting: BCWeighting = "none"
     bc_weighting_temperature: float = 1.0
-    bc_weighting_bound: float = 4.0  # largest over smallest weight
+    bc_weighting_bound: float = 4.0  # max ratio of two weights in a batch
     health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
 
     def __post_init__(self):
@@ -108,7 +108,7 @@ class AgentConfig:
             raise ValueError(f"agent.bc_weighting_bound must be at least 1, got {self.bc_weighting_bound}")
         if self.extraction == "distill" and self.candidate_flow_steps is not None:
             raise ValueError(
-                "agent.candidate_flow_steps has no meaning under extraction='distill': a student's candidate takes one "
+                "agent.candidate_flow_steps has no effect with extraction='distill': a student's candidate takes one "
                 "step. Leave it out."
             )
         if self.algorithm == "acrlpd" and self.temperature.adaptive and self.candidates_in_target < 2:
@@ -127,7 +127,7 @@ class AgentConfig:
 
     @property
     def actor_draws(self) -> int:
-        """Chunks per observation that the actor loss looks at."""
+        """The number of chunks per observation in the actor loss."""
         return 1 if self.extraction in ("best_of_n", "distill") else self.actor_samples
 
     def make_extraction(self, num_steps: int) -> Extraction:

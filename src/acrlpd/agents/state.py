@@ -1,4 +1,4 @@
-"""The state of an agent: an immutable pytree, and beside it all that never changes."""
+"""The state of an agent, an immutable pytree, and the static part of an agent, which never changes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from acrlpd.models.parameters import Params
 class Networks:
     """The structure, choices and optimisers of an agent: everything that no update changes.
 
-    Agents whose networks are equal share compiled programs. Optimisers are functions, so they are equal only where they
-    are the same objects, as ``training.optimizer`` makes them for equal configurations.
+    Agents with equal networks share compiled programs. Optimisers are functions, which are equal only if they are the
+    same objects; ``training.optimizer`` returns the same objects for equal configurations.
     """
 
     config: AgentConfig
@@ -31,14 +31,14 @@ class Networks:
     critic_def: nnx.GraphDef
     optimizers: Mapping[str, optax.GradientTransformation]
     action_shape: tuple[int, int]  # horizon and width of the policy's chunks
-    action_dim: int  # of the robot; dimensions beyond it are the policy's padding
+    action_dim: int  # the robot's; further dimensions are the policy's padding
 
     def __hash__(self) -> int:
         return self._hash
 
     @functools.cached_property
     def _hash(self) -> int:
-        """Once for all calls: walking the definition of a large policy takes as long as a small update."""
+        """The hash, computed once: walking the definition of a large policy takes as long as a small update."""
         optimizers = frozenset(self.optimizers.items())
         return hash((self.config, self.policy_def, self.critic_def, self.action_shape, self.action_dim, optimizers))
 
@@ -59,15 +59,15 @@ class Networks:
 
 @struct.dataclass
 class AgentState:
-    """Policy, critics, temperature and their optimisers: what an update replaces, and what losses read."""
+    """The state that an update replaces and losses read: policy, critics, temperature and their optimisers."""
 
     params: dict[str, Params]  # by group: "policy", "critic", "temperature", and "student" under distill
-    frozen: Params  # the policy's frozen part; no optimiser state exists for it
+    frozen: Params  # the policy's frozen part, which has no optimiser state
     target_critic: Params
     opt_state: dict[str, optax.OptState]
     ema: dict[str, Params]  # moving averages of "policy", "student", "critic" under ``policy_ema_decay``
     health: Health
-    step: Int[Array, ""]  # counts skipped updates too, as batches do
+    step: Int[Array, ""]  # number of updates, skipped ones included, so it also counts batches
     nets: Networks = struct.field(pytree_node=False)
 
     @property

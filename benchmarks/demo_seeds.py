@@ -1,12 +1,12 @@
-"""The README's table: the demo for several seeds, each a run of its own with its own prior data.
+"""The table in the README: the demo with several seeds, each a separate run with its own prior data.
 
     python benchmarks/demo_seeds.py --seeds 0 1 2 [--preset demo] [--task metaworld/window-open-v3] [--jobs 2]
         [--set agent.best_of_n_samples=4] [--pictures docs/assets] [--json]
 
-Each run has one core. A run that has finished before is read, not made again. Results are of the policy that a run
-keeps. The table also has the evaluations of the online phase, of whatever policy was newest then, behind that of the
-offline phase's last policy on the same episodes: what a robot would have done in the meantime.
-``--pictures`` draws the curves of all seeds, and one episode of the first seed before and after.
+Each run has one core. A run that has already finished is read, not made again. Results are those of the policy that a
+run keeps. The table also has the success of the last offline policy, and then of the newest policy at each evaluation
+of the online phase, on the same episodes: how well a robot would have worked in the meantime.
+``--pictures`` draws the curves of all seeds, and one episode of the first seed before and after online training.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from acrlpd.training import films
 from acrlpd.training.evaluate import wilson
 from acrlpd.training.metrics import read_jsonl
 
-DIP = 0.1  # below the offline phase's own result by more than this counts as a fall
+DIP = 0.1  # an online evaluation lower than the last offline policy by more than this counts as a fall
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def folder(arguments: argparse.Namespace, seed: int) -> Path:
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """Return a run's summary with the success of its ``online_curve``, which begins with the offline phase's last."""
+    """Return a run's summary with its ``online_curve``: success rates from the last offline policy on."""
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     rates = [rate for step, rate in curve(directory).items() if step >= offline_steps(directory)]
     return summary | {"online_curve": rates}
@@ -77,7 +77,7 @@ def offline_steps(directory: Path) -> int:
 
 
 def curve(directory: Path) -> dict[int, float]:
-    """Return the success of the evaluations on the way by step. At one step, they come before a phase's final one."""
+    """Return the success of the evaluations on the way by step. At one step, they precede the final one of a phase."""
     found: dict[int, float] = {}
     for record in read_jsonl(directory / "metrics.jsonl"):
         if "eval/success_rate" in record and record["phase"] != "bc":
@@ -133,7 +133,7 @@ def interval(phase: dict) -> str:
 
 
 def draw_curves(folders: dict[int, Path], path: Path) -> None:
-    """Draw success over updates, one thin line a seed, and their mean; imitation alone is a cross."""
+    """Draw success over updates as one thin line per seed, with their mean; pure imitation is a cross."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -158,7 +158,7 @@ def draw_curves(folders: dict[int, Path], path: Path) -> None:
 
 
 def draw_film(directory: Path, path: Path) -> None:
-    """The same episode by imitation (above) and after online training (below), executed again with pictures."""
+    """Draw the same episode by imitation (above) and after online training (below), replayed with pictures."""
     outcomes = {name: films.load_outcomes(directory / "evaluations" / f"{name}.npz") for name in ("bc", "online")}
     seed = films.improved_seed(outcomes["bc"], outcomes["online"])
     if seed is None:

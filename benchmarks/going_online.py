@@ -1,10 +1,10 @@
-"""What happens when the online phase begins: offline runs, each continued in several ways from its last checkpoint.
+"""The success at the start of the online phase: offline runs, each continued in several ways from its last checkpoint.
 
     python benchmarks/going_online.py --seeds 14 15 [--preset demo] [--task metaworld/faucet-open-v3] [--steps 2250]
         [--variants before default] [--jobs 2] [--picture docs/assets/going-online.svg] [--json]
 
 An offline run is made once and copied for each variant; ``VARIANTS`` has their flags. The table has the success of the
-last offline policy and of each evaluation of the online phase, all on the same episodes.
+last offline policy and of each online evaluation, all on the same episodes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import demo_seeds
 import machine
 import pinned
 
-PLAIN = {"agent.policy_ema_decay": "None"}  # nothing that acts is averaged, so the offline run is another
+PLAIN = {"agent.policy_ema_decay": "None"}  # no moving average acts, which needs another offline run
 BEFORE = {"agent.act_by_target_critic": "False", "data.online_ratio_episodes": "1"}
 RATES = ("policy.schedule.peak_lr", "policy.schedule.decay_lr", "critic.schedule.peak_lr", "critic.schedule.decay_lr")
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """Flags of the offline run, and those that change when it goes online."""
+    """The flags of the offline run, and those that change when it goes online."""
 
     offline: dict[str, str]
     online: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -84,7 +84,7 @@ def offline_command(arguments: argparse.Namespace, path: Path, name: str, seed: 
 
 
 def continued(arguments: argparse.Namespace, offline: Path, path: Path, variant: Variant) -> list[str]:
-    """Return the command that trains a copy of an offline run online; nothing where that is done."""
+    """Copy an offline run and return the command that trains it online; nothing if that is already done."""
     if pinned.is_finished(path) and demo_seeds.read(path)["env_steps"]:
         return []
     shutil.rmtree(path, ignore_errors=True)

@@ -120,7 +120,7 @@ class ACRLPDAgent(AgentState):
         return self.nets.modules(self.params | self.ema | {"critic": self.acting_critic}, self.frozen)
 
     def acting_only(self) -> ACRLPDAgent:
-        """Return an agent that acts the same without training state; its layers are apart if the policy unrolls them."""
+        """Return an agent that acts the same, without training state, its layers apart if the policy unrolls them."""
         modules = self.acting_modules()
         policy_def, policy = parameters.split(cast(nnx.Module, modules.policy))
         params = self.params | {"policy": policy, "critic": self.acting_critic}

@@ -34,7 +34,7 @@ class NormStats:
 
 @typed
 def normalize(x: Shaped[np.ndarray, "*batch d"], stats: NormStats, *, quantiles: bool) -> Float[np.ndarray, "*batch d"]:
-    """Return ``x`` normalized; statistics longer than ``x`` are cut to its length."""
+    """Normalize ``x``; statistics with more dimensions than ``x`` are cut to its number."""
     dim = x.shape[-1]
     if not quantiles:
         return (x - stats.mean[:dim]) / (stats.std[:dim] + EPSILON)
@@ -65,13 +65,13 @@ def quantiles_of(stats: NormStats) -> tuple[np.ndarray, np.ndarray]:
     if stats.q01 is None or stats.q99 is None:
         raise ValueError(
             "these normalization statistics have no q01 and q99, which quantile normalization (pi0.5, pi0-FAST) needs. "
-            "Compute them anew, or normalize with mean and std."
+            "Compute them again, or normalize with mean and std."
         )
     return stats.q01, stats.q99
 
 
 def save(path: Path | str, stats: Mapping[str, NormStats]) -> None:
-    """Write openpi's ``norm_stats.json`` to the file ``path``; create its folder and replace a file atomically."""
+    """Write openpi's ``norm_stats.json`` to the file ``path``; create its folder and replace an old file atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.written_whole(path) as partial:
@@ -111,13 +111,13 @@ def _check_numbers(file: Path, key: str, stats: NormStats) -> None:
     for name, value in vars(stats).items():
         if value is not None and not np.isfinite(value).all():
             wrong = ranges(np.flatnonzero(~np.isfinite(value)))
-            raise ValueError(f"{file}: {key}: {name} must be finite, and is not in dimension {wrong}. Make it anew.")
+            raise ValueError(f"{file}: {key}: {name} must be finite, and is not in dimension {wrong}. Make it again.")
     if (stats.std < 0).any():
         wrong = ranges(np.flatnonzero(stats.std < 0))
-        raise ValueError(f"{file}: {key}: std must not be negative, and is in dimension {wrong}. Make it anew.")
+        raise ValueError(f"{file}: {key}: std must not be negative, and is in dimension {wrong}. Make it again.")
     if stats.q01 is not None and stats.q99 is not None and (stats.q01 > stats.q99).any():
         wrong = ranges(np.flatnonzero(stats.q01 > stats.q99))
-        raise ValueError(f"{file}: {key}: q01 exceeds q99 in dimension {wrong}. Make it anew.")
+        raise ValueError(f"{file}: {key}: q01 exceeds q99 in dimension {wrong}. Make it again.")
 
 
 def load_for(path: Path | str, dims: Mapping[str, int], *, quantiles: bool) -> dict[str, NormStats]:
@@ -128,7 +128,7 @@ def load_for(path: Path | str, dims: Mapping[str, int], *, quantiles: bool) -> d
 
     Raises:
         FileNotFoundError: there are no statistics.
-        ValueError: there are several files, or the statistics do not fit; the error names the key and what it has.
+        ValueError: there are several files, or the statistics do not fit; the error names the key and what was found.
     """
     file = _find(Path(path))
     stats = load(file)

@@ -1,6 +1,6 @@
-"""Normalization statistics of recorded data, in memory or not, in one pass or as few as exact quantiles take.
+"""Normalization statistics of recorded data, whether it fits in memory or takes several passes over its files.
 
-Dimensions that hardly or rarely move get floors (``with_floor``), which openpi does not have.
+Dimensions that hardly or rarely move are widened (``with_floor``), which openpi does not do.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from acrlpd.data.transforms import Transform
 from acrlpd.types import Episode, typed
 
 MIN_STD = 1e-3  # default floor, in raw units
-MAX_NORMALIZED = 10.0  # a widened dimension is so wide that no value seen normalizes beyond this
+MAX_NORMALIZED = 10.0  # a dimension is widened until no value seen normalizes beyond this
 FAULTY = 100.0  # values farther out than this many half widths (q99 - q01) / 2 are probably recording faults
 MAX_AWAY = 5.0  # max distance between the middles of statistics and data that fit each other, in half widths
 MAX_WIDER, MAX_NARROWER = 10.0, 30.0  # max ratios of their half widths; degrees for radians would be a factor of 57
 HARDLY = 1e-2  # raw units; a half width below this does not reveal units and may have been widened (``with_floor``)
 FEW = 5  # up to this many values far out, or a thousandth of all, count as faults; more are rare motions
-MAX_RECOUNTS = 8  # max number of passes that count values in ever finer bins
+MAX_RECOUNTS = 8  # max number of passes that count values in increasingly fine bins
 
 
 class RunningStats:
@@ -162,14 +162,14 @@ def with_floor(
     if faulty.any():
         warnings.warn(
             f"{key}: {_named(faulty)} have a few values more than {FAULTY:g} times as far out as most. Check that "
-            "these are no faults of the recording.",
+            "these are not recording errors.",
             stacklevel=2,
         )
     return NormStats(mean=stats.mean, std=std, q01=q01, q99=q99)
 
 
 def _middle(stats: NormStats) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:
-    """Return the middle of most values, and their half width around it."""
+    """Return the middle and half width of the range of most values: from q01 to q99, or the mean and std."""
     if stats.q01 is None or stats.q99 is None:
         return stats.mean, stats.std
     return (stats.q01 + stats.q99) / 2, (stats.q99 - stats.q01) / 2
@@ -189,7 +189,7 @@ class _FarOut:
 
     @property
     def are_rare_motions(self) -> Bool[np.ndarray, " d"]:
-        """Dimensions with too many such values for faults."""
+        """The dimensions that have too many such values for these to be faults."""
         return self._far > max(FEW, self._count / 1000)
 
 
@@ -198,9 +198,9 @@ def warn_of_misfits(
 ) -> None:
     """Warn of dimensions that ``stats`` would not normalize to numbers of order 1.
 
-    Examples are angles in degrees under statistics of radians (or vice versa), or a dimension that moves although the
-    statistics have no spread. ``data`` are the bare statistics of the data to be normalized, which ``of`` names;
-    ``where`` names the origin of ``stats``.
+    Examples are angles in degrees with statistics in radians (or vice versa), or a dimension that moves although the
+    statistics have no spread. ``data`` has the statistics, without floors, of the data to be normalized. ``of`` is the
+    name of that data, ``where`` that of the origin of ``stats``.
     """
     for key, given in stats.items():
         middle, half = (_middle if quantiles else _moments)(given)
@@ -233,9 +233,9 @@ def from_store(
 ) -> dict[str, NormStats]:
     """Return exact statistics of ``state`` and ``actions`` over all episodes in memory.
 
-    ``transform`` comes before normalization (robot, delta actions). With it, the statistics cover, as in openpi, all
-    ``horizon`` steps of the chunk at every row, including repeated last actions. This holds num_rows * horizon *
-    action size numbers in memory at once: for large sets use a ``RunningStats`` instead.
+    ``transform`` runs before normalization (robot, delta actions). With it, the statistics cover, as in openpi, all
+    ``horizon`` steps of the chunk at every row, including repeated last actions. That keeps num_rows * horizon *
+    action size numbers in memory at once: for large sets use ``from_source`` instead.
     """
     if transform is None:
         values = {"state": store.state, "actions": store.actions}
@@ -295,7 +295,7 @@ def from_sources(
     cameras: Sequence[str] = (),
     min_std: float = MIN_STD,
 ) -> dict[str, NormStats]:
-    """Compute the statistics of ``from_source`` over several sets, weighted by the shares in which batches use them."""
+    """Compute the statistics of ``from_source`` over several sets, weighted by their shares of a batch."""
     chosen = [_spread(source, num_episodes) for source in sources]
     weights = _weights(sources, chosen, shares) if len(sources) > 1 else [1.0]
 
@@ -343,7 +343,7 @@ def from_sources(
 def _weights(
     sources: Sequence[EpisodeSource], chosen: Sequence[Int[np.ndarray, " n"]], shares: Sequence[float]
 ) -> list[float]:
-    """Return the weight of a row of each source; the average over all rows is 1."""
+    """Return the weight of a row of each source; the weights of all rows average to 1."""
     steps = [int(source.lengths[indices].sum()) for source, indices in zip(sources, chosen, strict=True)]
     return [share * sum(steps) / own for share, own in zip(shares, steps, strict=True)]
 
@@ -362,7 +362,7 @@ class _CloserQuantiles:
         self.dims = bin_width > np.maximum(self._q99 - self._q01, max(min_std, 1e-6)) / 50
         self._edges = np.linspace(self._q01 - bin_width, self._q99 + 2 * bin_width, num_bins + 1, axis=-1)
         self.bin_width = np.where(self.dims, self._edges[:, 1] - self._edges[:, 0], bin_width)
-        self._counts = np.zeros((len(self._edges), num_bins + 1))  # the first one counts all values below
+        self._counts = np.zeros((len(self._edges), num_bins + 1))  # the first one counts all values below the range
         self._count = 0.0
 
     def update(self, batch: Float[np.ndarray, "n d"], weight: float = 1.0) -> None:

@@ -1,4 +1,4 @@
-"""The environments by name, one at a time or many side by side. A new simulator is an entry of ``make``."""
+"""Creation of environments by name, one or many side by side. A new simulator is an entry in ``make``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_named(config: EnvConfig) -> None:
 
 
 def make_vector(config: EnvConfig, num_envs: int, rollout: RolloutConfig | None = None) -> VectorEnv:
-    """Create ``num_envs`` environments of one kind in the place that ``rollout`` says; by default in this process."""
+    """Create ``num_envs`` equal environments, in this process by default, else in the workers of ``rollout``."""
     check_named(config)
     rollout = RolloutConfig() if rollout is None else rollout
     num_workers = min(rollout.num_workers, num_envs)
@@ -53,7 +53,7 @@ def make_vector(config: EnvConfig, num_envs: int, rollout: RolloutConfig | None 
 
 
 def _metaworld(name: str, task: str) -> Simulator:
-    from acrlpd.envs import metaworld  # its simulator is an extra, imported where it is used
+    from acrlpd.envs import metaworld  # simulators are optional packages, so they are imported where they are used
 
     if task not in metaworld.task_names():
         raise ValueError(_unknown(name, [f"metaworld/{known}" for known in metaworld.task_names()]))

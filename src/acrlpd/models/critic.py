@@ -1,6 +1,6 @@
-"""The critic ensemble: Q of a whole action chunk, all members in one stacked network.
+"""The critic ensemble: Q of a whole action chunk, with all members in one stacked network.
 
-Every parameter has the member as its leading axis, so ten critics are one batched matrix product per layer.
+The leading axis of every parameter is the member, so ten critics are one batched matrix product per layer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class CriticConfig:
-    """The ensemble's size and shape, and how its members become one value."""
+    """The size and shape of the ensemble, and the aggregation of its members to one value."""
 
     num_critics: int = 10
     hidden_dims: tuple[int, ...] = (256, 256)
@@ -40,7 +40,7 @@ class CriticConfig:
     dropout_rate: float = 0.0  # off in targets and while acting
     kernel_init_scale: float = 1.0  # variance scaling, fan-in, uniform
     q_aggregation: QAggregation = "min"
-    use_pi0_features: bool = True  # pooled prefix tokens beside the state; without them the state alone
+    use_pi0_features: bool = True  # read the policy's pooled prefix tokens and the state; False: only the state
     feature_fusion_method: FeatureFusion = "concat"
 
     def __post_init__(self):
@@ -66,7 +66,7 @@ class CriticConfig:
 
 
 class StackedLinear(nnx.Module):
-    """One linear layer per member: [... in] or [e ... in] to [e ... out]."""
+    """A linear layer per member: maps [... in] or [e ... in] to [e ... out]."""
 
     def __init__(self, members: int, inputs: int, outputs: int, init_scale: float, rngs: nnx.Rngs):
         init = nnx.initializers.variance_scaling(init_scale, "fan_in", "uniform", batch_axis=(0,))
@@ -74,7 +74,7 @@ class StackedLinear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((members, outputs)))
 
     def shared(self, x: Float[Array, "n b i"]) -> Float[Array, "e n b o"]:
-        """Every member sees the same input: one product with the kernels side by side."""
+        """Apply every member to the same input, in one product with all kernels."""
         return jnp.einsum("nbi,eio->enbo", x, self.kernel[...]) + self.bias[...][:, None, None, :]
 
     def __call__(self, x: Float[Array, "e n b i"]) -> Float[Array, "e n b o"]:
@@ -84,7 +84,7 @@ class StackedLinear(nnx.Module):
 
 
 class StackedLayerNorm(nnx.Module):
-    """Layer norm with a scale and bias per member."""
+    """Layer normalization with a scale and bias per member."""
 
     def __init__(self, members: int, width: int):
         self.scale = nnx.Param(jnp.ones((members, width)))
@@ -98,10 +98,10 @@ class StackedLayerNorm(nnx.Module):
 
 
 class CriticNetworks(nnx.Module):
-    """Q_e(observation, chunk) of every member, and their aggregate.
+    """The critics: Q_e(observation, chunk) of every member, and their aggregate.
 
-    An observation enters as the policy's pooled prefix features and the state. The target ensemble is a second set of
-    this module's parameters, kept by the agent.
+    An observation is given as the policy's pooled prefix features and the state. The target ensemble is a second set of
+    this module's parameters, which the agent holds.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class CriticNetworks(nnx.Module):
             if config.feature_fusion_method == "mlp":
                 self.fusion = StackedLinear(members, feature_dim + state_dim, feature_dim, scale, rngs)
         widths = config.hidden_dims
-        # The first layer in two pieces: the observation's share is computed once for all candidates.
+        # The first layer has two parts, so that the observation's part is computed once for all candidates.
         self.observation_in = StackedLinear(members, fused_dim, widths[0], scale, rngs)
         self.chunk_in = StackedLinear(members, action_horizon * action_dim, widths[0], scale, rngs)
         self.hidden = nnx.List([StackedLinear(members, a, b, scale, rngs) for a, b in itertools.pairwise(widths)])
@@ -145,9 +145,9 @@ class CriticNetworks(nnx.Module):
         *,
         dropout_rng: PRNGKeyArray | None = None,
     ) -> Float[Array, "e n b"]:
-        """Values of n chunks for each observation. ``dropout_rng`` switches dropout on, one mask per member.
+        """Return the values of n chunks per observation. ``dropout_rng`` switches dropout on, with a mask per member.
 
-        Action dimensions beyond the robot's are a model's padding and are not read.
+        Action dimensions beyond the robot's are the policy's padding and are not read.
         """
         n, b = chunks.shape[:2]
         flat = chunks[..., : self.action_dim].reshape(n, b, -1)
@@ -174,10 +174,10 @@ class CriticNetworks(nnx.Module):
 
     @typed
     def aggregate(self, q: Float[Array, "e *rest"], rng: PRNGKeyArray | None = None) -> Float[Array, "*rest"]:
-        """One value from all members.
+        """Return one value from those of all members.
 
-        ``subset`` is the minimum of a random pair (REDQ, RLPD) when an ``rng`` is given, as for targets, and the mean
-        without one, as for ranking candidates, where a random pair would only add noise.
+        ``subset`` takes the minimum of a random pair (REDQ, RLPD) if an ``rng`` is given, as for targets. Otherwise it
+        takes the mean, as for ranking candidates, where a random pair would only add noise.
         """
         if self.config.q_aggregation == "min":
             return q.min(axis=0)

@@ -1,4 +1,4 @@
-"""The kinds of policies: everything that depends on the kind alone, in one table.
+"""A table of the kinds of policies, with everything that depends only on the kind.
 
 A new kind is an entry here, a name in ``config.PolicyName``, and a case in ``training.setup.make_policy``.
 """
@@ -12,11 +12,11 @@ import dataclasses
 class PolicyKind:
     """The properties of a kind of policy."""
 
-    has_backbone: bool  # a vision-language model: it reads cameras and a prompt, openpi's weights fit, it may be frozen
+    has_backbone: bool  # a vision-language model: reads cameras and a prompt, takes openpi's weights, may be frozen
     state_in_prompt: bool = (
-        False  # the state is written into the prompt, in 256 steps, so it is normalized by quantiles
+        False  # the state is written into the prompt in 256 steps, and is therefore normalized by quantiles
     )
-    is_flow: bool = True  # it samples by integrating a velocity; the steps of a flow can be guided
+    is_flow: bool = True  # samples by integrating a velocity, so its steps can be guided
 
 
 POLICY_KINDS: dict[str, PolicyKind] = {

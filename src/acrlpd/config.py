@@ -193,7 +193,7 @@ class DataConfig(ReaderOptions):
 class CosineDecaySchedule:
     """Linear warm-up to ``peak_lr``, then cosine to ``decay_lr`` at ``decay_steps``, counted from step 0 (openpi).
 
-    With ``rsqrt_timescale`` it falls without end, as 1 / sqrt(1 + steps since the warm-up / timescale), instead.
+    With ``rsqrt_timescale`` the rate falls as 1 / sqrt(1 + steps since the warm-up / timescale) instead, without end.
     """
 
     warmup_steps: int = 1000

@@ -1,4 +1,4 @@
-"""Normalization statistics of recorded data, whether it fits in memory or takes several passes over its files.
+"""Normalization statistics of recorded data: exact in memory, else in as few passes as accurate quantiles take.
 
 Dimensions that hardly or rarely move are widened (``with_floor``), which openpi does not do.
 """

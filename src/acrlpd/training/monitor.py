@@ -133,7 +133,7 @@ class ACRLPDTrainingMonitor:
 
 
 class ACRLPDDebugger:
-    """A writer of reports on a finished or running run, from the metrics that it logged."""
+    """A debugger that reports in words on a finished or running run, from the metrics that it logged."""
 
     def __init__(self, run: str | Path):
         self._metrics = TrainingMetrics.read(Path(run) / "metrics.jsonl")

@@ -632,7 +632,7 @@ def load_weights(policy: FlowPolicy, path: str) -> None:
 
 
 def with_task(config: TrainConfig, task: str) -> TrainConfig:
-    """Return the run's configuration with another environment of its robot, which brings its own instruction.
+    """Return the configuration with another environment of the run's robot, whose instruction is its own.
 
     Passing the run's own environment name as plain text permits running the code that the checkpoint names.
     """

@@ -82,7 +82,7 @@ def joint_loss(
 def critic_alone_loss(
     params: Params, agent: AgentState, batch: ChunkBatch, draws: Draws
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Return section 2's loss at the data's next chunk, not the policy's, which gives the value of the data's policy."""
+    """Return section 2's loss at the data's next chunk, not the policy's: it learns the value of the data's policy."""
     if batch.next_actions is None:
         raise ValueError("this batch has no next_actions: make it with ChunkLoader.batch(..., critic_alone=True)")
     modules = agent.nets.modules(agent.params | {"critic": params}, agent.frozen)

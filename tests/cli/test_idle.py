@@ -33,6 +33,8 @@ SETTINGS = {  # of each rule: under which settings of the demo its fields are id
     "rollout.num_workers above 0": ({}, {"rollout.num_workers": 2}),
     "an online phase (env.name and online_steps)": ({"online_steps": 0}, {}),
     "an environment (env.name)": ({"env": None, "data.path": "there"}, {}),
+    "a data.online_ratio": ({"data.online_ratio": None}, {}),
+    "no agent.policy_ema_decay": ({}, {"agent.policy_ema_decay": None}),
     "online_loss_weights": ({}, {"online_loss_weights.bc_weight": 0.5}),
     "loggers.kinds wandb or trackio": ({"loggers.kinds": ["tensorboard"]}, {"loggers.kinds": ["trackio"]}),
     "loggers.kinds wandb": ({"loggers.kinds": ["trackio"]}, {"loggers.kinds": ["wandb"]}),
@@ -52,6 +54,7 @@ FIELDS = [(rule.needs, field) for rule in RULES for field in rule.fields]
 NOT_IDLE = {
     *("env.name", "env.image_size", "policy.kind", "policy.paligemma_variant", "policy.action_expert_variant"),
     *("policy.vision_variant", "policy.frozen_dtype", "rollout.backend", "data.weights", "data.sources"),
+    *("data.online_ratio", "data.ends_in_chunks"),
 }
 
 

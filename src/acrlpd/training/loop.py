@@ -388,6 +388,7 @@ class ACRLPDTrainer:
         if self._eval_environments is None or self.progress.evaluated_step == self._step:
             return
         result, rollouts = self._evaluate(phase, "greedy", self.config.eval.progress_seeds, self._newest_policy())
+        tqdm.write(f"{phase}, step {self._step}: success {result}")
         self.progress.evaluated_step = self._step
         if phase == "online":
             improved = result.success > self.progress.best_success
@@ -441,7 +442,6 @@ class ACRLPDTrainer:
         record = {"step": policy.step, "phase": name, "env_steps": policy.env_steps, "wall_s": self._wall()}
         cpu = self._cpu()
         self._writer.write(record | {"cpu_s": cpu, "evaluation_cpu_s": cpu - before} | result.metrics())
-        tqdm.write(f"{name}, step {policy.step}: success {result}")
         return result, rollouts
 
     def _end(self, phase: Phase) -> None:
@@ -463,6 +463,8 @@ class ACRLPDTrainer:
 
     def _evaluate_at_end(self, name: str, mode: ActingMode, policy: _Evaluated) -> None:
         result, rollouts = self._evaluate(name, mode, self.config.eval.final_seeds, policy)
+        told = {"bc": "imitation alone"}.get(name, f"after the {name} phase")
+        tqdm.write(f"{told}, policy of step {policy.step}: success {result}")
         self.progress.results[name] = result.summary()
         save_rollouts(self._files.evaluation(name), rollouts)
 

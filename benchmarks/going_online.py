@@ -114,7 +114,7 @@ def draw(runs: dict[tuple[str, int], Path], picture: Path) -> None:
             panel.plot([step - start for step in steps], [curve[step] for step in steps], "o-", color=color, label=name)
         panel.set(title=f"seed {seed}", xlabel="online updates", ylim=(-0.03, 1.03))
     panels[0][0].set_ylabel("success rate (dotted: offline)")
-    panels[0][-1].legend(loc="lower right", frameon=False)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", frameon=False)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, metadata={"Date": None})
 

@@ -47,7 +47,7 @@ def _constant(learning_rate: float, *, warmup_steps: int = 0) -> OptimizerConfig
 
 
 # acrlpd train demo            (make demo)
-# A small pi0 opens MetaWorld's drawer: 16 to 34 % by imitation, 82 to 100 % after online training; 5 minutes, two cores.
+# A small pi0 opens MetaWorld's drawer: 16 to 34 % by imitation, 82 to 100 % after online training; 5 min, two cores.
 def get_demo_config() -> TrainConfig:
     return TrainConfig(
         name="demo",

@@ -199,6 +199,8 @@ def test_a_rollback_goes_back_to_the_best_before_it(tmp_path, monkeypatch):
     trainer.loader.batch = poisoned
     trainer.train()
     assert trainer.progress.rollbacks == 1
+    evaluated = [each["step"] for each in read_jsonl(files.metrics) if "eval/success_rate" in each]
+    assert evaluated.count(6) == 2  # the policy that reached this step again is another one
     assert (trainer.progress.best_step, best_of(files)) == (4, {"step": 4, "success": 0.4})
     assert 4 in trainer._checkpoints.steps()
 

@@ -385,7 +385,7 @@ class ACRLPDTrainer:
 
     def _evaluate_on_the_way(self, phase: Phase) -> None:
         """Evaluate the agent in training on the seeds that decide which policy the run keeps."""
-        if self._eval_environments is None or self.progress.evaluated_step == self._step:
+        if self._eval_environments is None:
             return
         result, rollouts = self._evaluate(phase, "greedy", self.config.eval.progress_seeds, self._newest_policy())
         tqdm.write(f"{phase}, step {self._step}: success {result}")
@@ -451,7 +451,8 @@ class ACRLPDTrainer:
         """
         self.save()  # before the evaluation, which may take long: a kill during it costs no updates
         if self._eval_environments is not None:
-            self._evaluate_on_the_way(phase)
+            if self.progress.evaluated_step != self._step:  # else the loop has just done it
+                self._evaluate_on_the_way(phase)
             if phase == "offline":
                 self._evaluate_at_end("bc", "bc", self._newest_policy())
             is_last = phase == "online" or not self._extent("online")[0]

@@ -320,20 +320,25 @@ def get_preset(name: str) -> TrainConfig:
 def with_algorithm(config: TrainConfig, name: str, *, judge: bool = True) -> TrainConfig:
     """Return ``config`` with another algorithm, but its sizes, rates, N and K. docs/algorithm.md lists the differences.
 
-    ``bc``: imitation with the flow. ``qc``, ``qc-fql``: Q-chunking (Li et al. 2025) with best of N or distillation.
-    ``rlpd-ac``: soft actor-critic on chunks with prior data (Ball et al. 2023), online from the first step.
-    ``judge``: see ``from_dict``.
+    ``name``: one of ``ALGORITHMS``. ``judge``: see ``from_dict``.
     """
     if name not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {name!r}: there are {', '.join(ALGORITHMS)}")
     return from_dict(TrainConfig, ALGORITHMS[name](config), base=config, judge=judge)
 
 
+def _acrlpd(config: TrainConfig) -> Changes:
+    """The preset as it is."""
+    return {}
+
+
 def _bc(config: TrainConfig) -> Changes:
+    """Imitation with the flow alone, without critics or an online phase."""
     return {"agent": {"algorithm": "bc"}, "online_steps": 0}
 
 
 def _qc(config: TrainConfig, **changes: Any) -> Changes:
+    """Q-chunking with best of N (Li et al. 2025, arXiv:2507.07969)."""
     agent = _plain(
         config,
         critic=_plain_critic(config, num_critics=2),
@@ -344,10 +349,12 @@ def _qc(config: TrainConfig, **changes: Any) -> Changes:
 
 
 def _qc_fql(config: TrainConfig) -> Changes:
+    """Q-chunking with a distilled one-step policy (Li et al. 2025, arXiv:2507.07969)."""
     return _qc(config, extraction="distill", best_of_n_samples=1, distill_weight=100.0)
 
 
 def _rlpd_ac(config: TrainConfig) -> Changes:
+    """Soft actor-critic on chunks with prior data, online from the first step (Ball et al. 2023, arXiv:2302.02948)."""
     agent = _plain(
         config,
         algorithm="rlpd_ac",
@@ -379,7 +386,7 @@ def _plain_critic(config: TrainConfig, *, num_critics: int) -> Changes:
 
 Changes = dict[str, Any]  # changed fields of a configuration, nested
 ALGORITHMS: dict[str, Callable[[TrainConfig], Changes]] = {
-    "acrlpd": lambda config: {},
+    "acrlpd": _acrlpd,
     "bc": _bc,
     "qc": _qc,
     "qc-fql": _qc_fql,

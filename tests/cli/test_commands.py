@@ -1,5 +1,6 @@
 """The command line as a person meets it: help, typing mistakes, and a whole run with a kill in the middle."""
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -10,13 +11,50 @@ from pathlib import Path
 
 import pytest
 
-from acrlpd.cli.main import main
+from acrlpd.cli.main import EXIT_BROKEN_PIPE, main
+from acrlpd.data.robots import mapping
+from acrlpd.presets import get_preset, with_algorithm
 from acrlpd.training.faults import EXIT_INTERRUPTED
 
 
 def test_usage_lists_the_commands(capsys):
     assert main(["--help"]) == 0
     assert "train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["help"], ["-h"], ["help", "list"], ["list"]])
+def test_help_is_there_in_every_way_that_people_ask(words, capsys):
+    assert main(words) == (2 if words == ["list"] else 0)  # without a name it is a mistake, which the usage answers
+    assert "usage: acrlpd" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", ["--version", "-V", "version"])
+def test_the_version_is_the_packages(word, capsys):
+    assert main([word]) == 0
+    assert capsys.readouterr().out == f"acrlpd {importlib.metadata.version('acrlpd')}\n"
+
+
+def test_every_listed_name_is_taken(capsys):
+    def listed(*words):
+        assert main(["list", *words]) == 0
+        return [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+
+    assert {"demo", "droid"} <= {get_preset(name).preset for name in listed("presets")}
+    assert {"acrlpd", "qc"} <= {name for name in listed("algorithms") if with_algorithm(get_preset("demo"), name)}
+    assert set(listed("robots")) == set(mapping.ROBOTS)
+    assert {"metaworld", "aloha", "custom"} <= set(listed("environments"))
+    assert "aloha/transfer_cube" in listed("environments", "aloha")
+    assert main(["list", "environments", "alhoa"]) == 2
+    assert "there are metaworld" in capsys.readouterr().err
+
+
+def test_a_reader_who_leaves_early_is_no_error(monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", encoding="utf-8") as nobody_reads:
+        monkeypatch.setattr(sys, "stdout", nobody_reads)
+        assert main(["list", "robots"]) == EXIT_BROKEN_PIPE
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -371,7 +371,7 @@ def listener(told: list[Any], name: str, returns: Any) -> Any:
 
 
 def test_no_command_and_no_flag_is_forgotten():
-    assert {name.split()[0] for name in COMMANDS} == set(NAMES)
+    assert {name.split()[0] for name in COMMANDS} == set(NAMES) - {"list"}  # which has no flags
     for command in COMMANDS.values():
         assert flags_of(command.arguments) == set(command.flags)
 

@@ -12,9 +12,11 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import acrlpd
 from acrlpd.files import printable
 from acrlpd.training.faults import EXIT_FAULT, EXIT_KEYBOARD, RunFault
 
+EXIT_BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 COMMANDS = {
     "train": "train a preset offline, then online; resume an interrupted run",
     "serve": "answer openpi's clients over a websocket with a checkpoint's policy",
@@ -25,25 +27,35 @@ COMMANDS = {
     "weights": "list a checkpoint's arrays; convert between openpi's layout, PaliGemma, safetensors and npz",
     "data": "show what a data set holds and what is wrong with it; convert it; decode its pictures once",
     "config": "show, compare and save configurations",
+    "list": "name the presets, environments, algorithms and robots that commands take",
     "doctor": "check that everything a run needs is installed and works",
     "plan": "compute parameters, memory and checkpoint size of a run before it starts",
     "norm-stats": "compute normalization statistics of a data set, in openpi's file",
 }
 
 USAGE = "usage: acrlpd COMMAND ...\n\n" + "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
+HELP = f"""{USAGE}
+
+acrlpd COMMAND --help explains a command; acrlpd --version prints the version.
+A first run is `acrlpd train demo`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code.
 
     0: done; 2: the user's mistake; 70: the run cannot go on; 75: interrupted and saved; 130: interrupted when there
-    was nothing to save.
+    was nothing to save; 141: whoever read the output stopped reading.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _print_safely()
     logging.getLogger("acrlpd").setLevel(logging.INFO)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"{USAGE}\n\nacrlpd COMMAND --help explains a command.")
+    if arguments in (["-V"], ["--version"], ["version"]):
+        print(f"acrlpd {acrlpd.__version__}")
+        return 0
+    if len(arguments) > 1 and arguments[0] == "help":
+        arguments = [*arguments[1:], "--help"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
         return 0 if arguments else 2
     command, *rest = arguments
     if command not in COMMANDS:
@@ -51,13 +63,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"unknown command {command!r}{f': did you mean {near[0]!r}?' if near else ''}\n{USAGE}")
     _keep_compiled_programs()
     try:
-        return importlib.import_module(f"acrlpd.cli.{command.replace('-', '_')}").main(rest)
+        code: int = importlib.import_module(f"acrlpd.cli.{command.replace('-', '_')}").main(rest)
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `| head`: nobody reads the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
+        return EXIT_BROKEN_PIPE
     except (ValueError, ImportError, OSError, RunFault) as error:
         if os.environ.get("ACRLPD_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         return _fail(str(error) or type(error).__name__, EXIT_FAULT if isinstance(error, RunFault) else 2)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_KEYBOARD)
+    return code
 
 
 def _keep_compiled_programs() -> None:

@@ -1,15 +1,18 @@
-"""Creation of environments by name, one or many side by side. A new simulator is an entry in ``make``."""
+"""Creation of environments by name, one or many side by side. A new simulator is an entry in ``FAMILIES``."""
 
 from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import shlex
 
 from acrlpd.envs.env import EnvConfig, SimulatedEnvironment, Simulator
 from acrlpd.envs.vector import LocalVectorEnv, ProcessVectorEnv, RolloutConfig, VectorEnv
 from acrlpd.named_code import StoredName
 
+# the class of each family, in the module of its name
+FAMILIES = {"metaworld": "MetaWorld", "ogbench": "OGBench", "aloha": "Aloha"}
 LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 
 
@@ -20,11 +23,23 @@ def make(config: EnvConfig) -> SimulatedEnvironment:
     """
     check_named(config)
     family, _, task = config.name.partition("/")
-    simulators = {"metaworld": _metaworld, "ogbench": _ogbench, "aloha": _aloha, "custom": _custom}
-    simulators |= dict.fromkeys(LIBERO_SUITES, _libero)
+    simulators = {**dict.fromkeys(FAMILIES, _simulator), **dict.fromkeys(LIBERO_SUITES, _libero), "custom": _custom}
     if family not in simulators:
         raise ValueError(_unknown(config.name, [f"{name}/" for name in simulators]))
     return SimulatedEnvironment(simulators[family](config.name, task), config)
+
+
+def names(family: str) -> list[str]:
+    """Return the environments of a family of ``FAMILIES`` or ``LIBERO_SUITES``.
+
+    Raises:
+        ImportError: the family's extra is not installed; the message names it.
+    """
+    if family in LIBERO_SUITES:
+        from acrlpd.envs import libero  # simulators are optional packages, so they are imported where they are used
+
+        return [f"{family}/{task}" for task in libero.task_names(family)]
+    return [f"{family}/{task}" for task in importlib.import_module(f"acrlpd.envs.{family}").task_names()]
 
 
 def check_named(config: EnvConfig) -> None:
@@ -52,28 +67,13 @@ def make_vector(config: EnvConfig, num_envs: int, rollout: RolloutConfig | None 
     return ProcessVectorEnv(make_one, num_envs, num_workers=num_workers, timeout_s=rollout.timeout_s)
 
 
-def _metaworld(name: str, task: str) -> Simulator:
-    from acrlpd.envs import metaworld  # simulators are optional packages, so they are imported where they are used
-
-    if task not in metaworld.task_names():
-        raise ValueError(_unknown(name, [f"metaworld/{known}" for known in metaworld.task_names()]))
-    return metaworld.MetaWorld(task)
-
-
-def _ogbench(name: str, task: str) -> Simulator:
-    from acrlpd.envs import ogbench
-
-    if task not in ogbench.task_names():
-        raise ValueError(_unknown(name, [f"ogbench/{known}" for known in ogbench.task_names()]))
-    return ogbench.OGBench(task)
-
-
-def _aloha(name: str, task: str) -> Simulator:
-    from acrlpd.envs import aloha
-
-    if task not in aloha.task_names():
-        raise ValueError(_unknown(name, [f"aloha/{known}" for known in aloha.task_names()]))
-    return aloha.Aloha(task)
+def _simulator(name: str, task: str) -> Simulator:
+    family = name.partition("/")[0]
+    known = names(family)
+    if name not in known:
+        raise ValueError(_unknown(name, known))
+    simulator: Simulator = getattr(importlib.import_module(f"acrlpd.envs.{family}"), FAMILIES[family])(task)
+    return simulator
 
 
 def _libero(name: str, task: str) -> Simulator:

@@ -320,6 +320,7 @@ def get_preset(name: str) -> TrainConfig:
 def with_algorithm(config: TrainConfig, name: str, *, judge: bool = True) -> TrainConfig:
     """Return ``config`` with another algorithm, but its sizes, rates, N and K. docs/algorithm.md lists the differences.
 
+    ``lean``: ours with few critics and no learned temperature; ``lean-cheap``: the same with a cheaper target.
     ``bc``: imitation with the flow. ``qc``, ``qc-fql``: Q-chunking (Li et al. 2025) with best of N or distillation.
     ``rlpd-ac``: soft actor-critic on chunks with prior data (Ball et al. 2023), online from the first step.
     ``judge``: see ``from_dict``.
@@ -327,6 +328,21 @@ def with_algorithm(config: TrainConfig, name: str, *, judge: bool = True) -> Tra
     if name not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {name!r}: there are {', '.join(ALGORITHMS)}")
     return from_dict(TrainConfig, ALGORITHMS[name](config), base=config, judge=judge)
+
+
+# acrlpd train PRESET --algorithm lean
+# One cube of OGBench's in 37 % [29, 45] of the episodes, two in 36 % [29, 44], where qc has 23 % [17, 30] and 26 %
+# [20, 34] at equal data and updates (docs/results.md, "What each method learns").
+def _lean(config: TrainConfig, **target: int) -> Changes:
+    agent = {"critic": {"num_critics": 2}, "temperature": {"adaptive": False}, "top_k": 1, "policy_ema_decay": 0.998}
+    return {"agent": agent | {"target_samples": None, "target_flow_steps": None} | target, "updates_per_call": 5}
+
+
+# acrlpd train PRESET --algorithm lean-cheap
+# 80 % on cube-single's play data in 0.32 of the CPU time of qc (docs/results.md, "Time to success on play data"); it is
+# behind qc on few scripted episodes. The target takes the best of 2 chunks by three Euler steps.
+def _lean_cheap(config: TrainConfig) -> Changes:
+    return _lean(config, target_samples=2, target_flow_steps=3)
 
 
 def _bc(config: TrainConfig) -> Changes:
@@ -380,6 +396,8 @@ def _plain_critic(config: TrainConfig, *, num_critics: int) -> Changes:
 Changes = dict[str, Any]  # changed fields of a configuration, nested
 ALGORITHMS: dict[str, Callable[[TrainConfig], Changes]] = {
     "acrlpd": lambda config: {},
+    "lean": _lean,
+    "lean-cheap": _lean_cheap,
     "bc": _bc,
     "qc": _qc,
     "qc-fql": _qc_fql,

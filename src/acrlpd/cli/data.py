@@ -20,6 +20,7 @@ from acrlpd.data.inspection import Contents, Inspection, Problem, Range
 from acrlpd.data.options import ReaderOptions
 from acrlpd.data.sources import Dataset
 from acrlpd.data.windows import check_videos
+from acrlpd.fields import NonNegativeInt, PositiveInt
 from acrlpd.files import printable
 
 SHOWN = 20  # tasks in a table
@@ -30,7 +31,7 @@ EXIT_UNUSABLE = 1
 class ReadArguments(ReaderOptions):
     """Options for reading the format; those left out are found in the files."""
 
-    num_workers: int = os.cpu_count() or 1  # processes that read many HDF5 episodes; 0: only this one
+    num_workers: NonNegativeInt = os.cpu_count() or 1  # processes that read many HDF5 episodes; 0: only this one
 
     def options(self) -> dict[str, Any]:
         return self.for_reader() | {"num_workers": self.num_workers}
@@ -76,8 +77,8 @@ class CacheArguments:
 
     path: tyro.conf.Positional[str]  # a folder or file of episodes with videos or pictures
     output: tyro.conf.Positional[str]  # the cache's folder, one for each data set
-    height: int = 224
-    width: int = 224
+    height: PositiveInt = 224
+    width: PositiveInt = 224
     on_bad_episode: Literal["error", "skip"] = "error"
     read: ReadArguments = dataclasses.field(default_factory=ReadArguments)
 

@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 class ActingOptions:
     """Options for how a trained agent chooses its actions."""
 
-    mode: Literal["greedy", "bc"] = "greedy"  # bc: one sample of the flow, without the critic
+    mode: Literal["greedy", "bc"] = "greedy"  # bc: imitation, one sample of the flow without the critic
     num_samples: PositiveInt | None = None  # candidates; None: as trained
     num_steps: PositiveInt | None = None  # Euler steps of the flow; None: as trained, 10 for openpi's models
     real_time: bool = False  # chunks may continue the one being executed, if a client sends it

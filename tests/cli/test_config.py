@@ -55,6 +55,20 @@ def test_every_range_is_shown_beside_its_value(capsys, tmp_path):
     assert "a number in (0, 1]" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("eval --checkpoint x --episodes 0", "episodes must be a whole number of at least 1 or None, got 0"),
+        ("eval --checkpoint x --videos -1", "videos must be a whole number of at least 0, got -1"),
+        ("collect --output x --episodes 0", "episodes must be a whole number of at least 1, got 0"),
+        ("collect --output x --noise_range -1 1", "noise_range[0] must be a number of at least 0, got -1.0"),
+    ],
+)
+def test_other_commands_refuse_a_value_in_one_line(words, told, capsys):
+    assert main(words.split()) == 2
+    assert capsys.readouterr().err == f"acrlpd: {told}\n"
+
+
 TOGETHER = {  # changes that contradict a preset each alone, and not together
     "data instead of an environment": ("debug", {"env": None}, {"data.path": "somewhere"}),
     "a robot and its statistics": ("demo", {"data.robot": "libero"}, {"data.action_normalization": "z_score"}),

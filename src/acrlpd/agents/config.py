@@ -36,7 +36,7 @@ class TemperatureConfig:
 class AgentConfig:
     """The choices of an algorithm, with its critics. Sizes of the policy are in ``PolicyConfig``."""
 
-    algorithm: AlgorithmName = "acrlpd"  # the module of agents/ that has the loss; bc and rlpd_ac are baselines
+    algorithm: AlgorithmName = "acrlpd"  # bc (imitation alone) and rlpd_ac are baselines
     critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
     temperature: TemperatureConfig = dataclasses.field(default_factory=TemperatureConfig)
     loss_weights: LossWeights = dataclasses.field(default_factory=LossWeights)

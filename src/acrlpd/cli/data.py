@@ -194,7 +194,7 @@ def _finite(content: Any) -> Any:
 
 
 def _table(path: str, contents: Contents) -> list[str]:
-    least, mean, most = contents.lengths
+    shortest, mean, longest = contents.lengths
     rate = "rate unknown" if contents.fps is None else f"{contents.fps:g} fps"
     known = contents.successes + contents.failures
     success = f"{contents.successes} of {known} ({contents.success_rate:.0%})" if known else "unknown"
@@ -205,7 +205,7 @@ def _table(path: str, contents: Contents) -> list[str]:
     cameras = ", ".join(f"{name} {height}x{width}" for name, (height, width) in contents.cameras.items())
     return [
         f"{path}: {contents.format}, {contents.episodes} episodes, {contents.steps} steps, {rate}",
-        f"lengths   {least} to {most}, mean {mean:.1f}",
+        f"lengths   {shortest} to {longest}, mean {mean:.1f}",
         f"success   {success}{f', unknown in {unknown}' if unknown else ''}",
         f"rewards   {low:g} to {high:g}",
         f"cameras   {cameras or 'none'}",

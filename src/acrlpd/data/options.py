@@ -47,7 +47,7 @@ class ReaderOptions:
     jpeg_bgr: bool = _of(False, "aloha")
     # DROID: leave out the steps at which the operator was not driving
     drop_idle: bool = _of(False, "droid")
-    # OGBench: clip actions to at least 1e-5 from -1 and 1, as QC does
+    # OGBench: clip actions to 1e-5 or more from -1 and 1, as QC does
     clip_actions: bool = _of(False, "npz")
     # OGBench play data: where each cube should be, in m
     cube_goal: tuple[tuple[float, float, float], ...] = _of((), "npz")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
-import math
-import types
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
-from acrlpd import files
+from acrlpd import fields, files
 from acrlpd.agents.config import AgentConfig
 from acrlpd.agents.losses import LossWeights
 from acrlpd.data.options import DataSource, ReaderOptions
@@ -19,6 +16,7 @@ from acrlpd.data.rewards import RewardConfig
 from acrlpd.data.robots.mapping import Robot
 from acrlpd.envs.env import EnvConfig
 from acrlpd.envs.vector import RolloutConfig
+from acrlpd.fields import Interval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share
 from acrlpd.models import gemma
 from acrlpd.models.kinds import POLICY_KINDS, PolicyKind
 from acrlpd.named_code import StoredName, names_code
@@ -32,31 +30,27 @@ LoggerKind = Literal["tensorboard", "wandb", "trackio"]
 class PolicyConfig:
     """The kind of policy and its sizes. State and action size come from the data unless the model is wider."""
 
-    kind: PolicyName = "pi0"
-    action_horizon: int = 50
-    action_dim: int | None = None  # the model's width; actions and state are zero-padded to it. None: the data's sizes
-    paligemma_variant: str = "gemma_2b"
-    action_expert_variant: str = "gemma_300m"
-    vision_variant: str = "so400m_14"
-    vocab_size: int | None = None  # None: the tokenizer's
-    max_token_len: int = 48
-    image_size: int = 224
+    kind: PolicyName = "pi0"  # mlp_flow: a flow MLP on the state alone; gaussian: rlpd_ac's
+    action_horizon: PositiveInt = 50  # steps of a chunk
+    # the model's width; actions and state are zero-padded to it. None: the data's sizes
+    action_dim: PositiveInt | None = None
+    paligemma_variant: str = "gemma_2b"  # size of the vision-language expert (models/gemma.py); _lora: adapters train
+    action_expert_variant: str = "gemma_300m"  # size of the action expert, likewise
+    vision_variant: str = "so400m_14"  # size of the image tower (models/siglip.py)
+    vocab_size: PositiveInt | None = None  # None: the tokenizer's
+    max_token_len: PositiveInt = 48  # tokens of the prompt
+    image_size: PositiveInt = 224  # pixels; pictures are resized to this height and width
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # for computation; parameters are float32
     remat: bool = True  # recompute activations in the backward pass
     unroll: bool = False  # write out the layers instead of a loop: slower to compile, faster with few layers
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)  # only for mlp_flow and gaussian
+    hidden_dims: tuple[PositiveInt, ...] = (512, 512, 512, 512)  # only for mlp_flow and gaussian
     tokenizer: str | None = None  # a SentencePiece file; None: the small one in this package
     weights: str | None = None  # start from this checkpoint; None: from scratch
     freeze_pi0_backbone: bool = False  # image tower and vision-language expert; LoRA variants always freeze their bases
-    frozen_dtype: Literal["bfloat16", "float32"] = "float32"  # dtype in which frozen parameters are stored
+    frozen_dtype: Literal["bfloat16", "float32"] = "float32"  # dtype of frozen parameters; bfloat16 halves their memory
 
     def __post_init__(self):
-        for name in ("action_horizon", "action_dim", "vocab_size", "max_token_len", "image_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"policy.{name} must be at least 1, got {value}")
-        if any(width < 1 for width in self.hidden_dims):
-            raise ValueError(f"policy.hidden_dims must be at least 1 each, got {self.hidden_dims}")
+        fields.check(self)
         if self.freeze_pi0_backbone and not self.traits.has_backbone:
             raise ValueError(f"policy.freeze_pi0_backbone needs a pi0 policy: {self.kind} has no backbone")
         if self.frozen_dtype != "float32" and not (self.freeze_pi0_backbone or self.has_lora):
@@ -81,18 +75,15 @@ class PolicyConfig:
 class CollectConfig:
     """How to collect prior data if none is given: an expert with smooth noise, whose strength is drawn per episode."""
 
-    episodes: int = 100
-    policy: Literal["expert", "random"] = "expert"
-    noise_range: tuple[float, float] = (0.0, 0.8)
-    num_workers: int = 1  # processes
+    episodes: PositiveInt = 100  # successes and failures
+    policy: Literal["expert", "random"] = "expert"  # who acts
+    noise_range: tuple[NonNegativeFloat, NonNegativeFloat] = (0.0, 0.8)  # from ... to, in the units of the actions
+    num_workers: PositiveInt = 1  # processes
 
     def __post_init__(self):
-        for name in ("episodes", "num_workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.collect.{name} must be at least 1, got {getattr(self, name)}")
-        low, high = self.noise_range
-        if not 0 <= low <= high:
-            raise ValueError(f"data.collect.noise_range must be 0 <= low <= high, got {self.noise_range}")
+        fields.check(self)
+        if self.noise_range[0] > self.noise_range[1]:
+            raise ValueError(f"data.collect.noise_range must be low <= high, got {self.noise_range}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,47 +91,38 @@ class DataConfig(ReaderOptions):
     """Prior data, how to read it, batches and replay."""
 
     path: str | tuple[str, ...] | None = None  # one or several data sets in a supported format; None: the run collects
-    weights: tuple[float, ...] = ()  # relative sampling weight of each path; empty: every step is equally likely
+    weights: tuple[
+        PositiveFloat, ...
+    ] = ()  # relative sampling weight of each path; empty: every step is equally likely
     sources: tuple[DataSource, ...] = ()  # replaces path and weights when data sets need options of their own
-    action_dim: int | None = None  # the robot's; data of another robot is refused. None: whatever the data has
+    action_dim: PositiveInt | None = None  # the robot's; data of another robot is refused. None: whatever the data has
     robot: Robot | None = None  # convert the data as openpi's checkpoints for this robot expect it; None: unchanged
-    delta_mask: tuple[int, ...] | None = (
-        None  # 6 -1: six actions are relative to the state, one is not; 0: none are; None: the robot's mask
-    )
+    # 6 -1: six actions are relative to the state, one is not; 0: none are; None: the robot's mask
+    delta_mask: tuple[int, ...] | None = None
     frame_cache: str | None = None  # folder that `acrlpd data cache` filled at policy.image_size
     rewards: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     on_bad_episode: Literal["error", "skip"] = "error"  # for an episode that cannot be used; skip warns and goes on
-    memory_bytes: int | None = None  # max data in memory, the rest is read on demand; None: half of physical memory
-    prefix_bytes: int = 4 * 1024**3  # max disk space for a frozen backbone's outputs; larger ones are not stored
-    num_workers: int = 0  # processes that read many episodes when they are opened, and decode what is not in memory
+    # max data in memory, the rest is read on demand; None: half of physical memory
+    memory_bytes: NonNegativeInt | None = None
+    # max disk space for a frozen backbone's outputs; larger ones are not stored
+    prefix_bytes: NonNegativeInt = 4 * 1024**3
+    # processes that read many episodes when they are opened, and decode what is not in memory
+    num_workers: NonNegativeInt = 0
     collect: CollectConfig = dataclasses.field(default_factory=CollectConfig)
-    batch_size: int = 256
-    sequence_ratio: float = 0.5  # share of a batch whose rows start where a whole chunk fits
-    online_ratio: float | None = 0.5  # share of an online batch from replay (RLPD); None: all rows are equally likely
-    online_ratio_episodes: int = (
-        25  # online episodes at which online_ratio is reached; until then the share grows linearly
-    )
+    batch_size: PositiveInt = 256  # chunks in an update
+    sequence_ratio: Share = 0.5  # share of a batch whose rows start where a whole chunk fits
+    online_ratio: Share | None = 0.5  # share of an online batch from replay (RLPD); None: all rows are equally likely
+    # online episodes at which online_ratio is reached; until then the share grows linearly
+    online_ratio_episodes: PositiveInt = 25
     ends_in_chunks: bool = True  # chunks that a terminal cuts short count in the TD loss; QC drops them
-    max_replay_bytes: int = 2 * 1024**3
+    max_replay_bytes: PositiveInt = 2 * 1024**3  # own episodes beyond this size are forgotten, the oldest first
     norm_stats: str | None = None  # openpi's norm_stats.json, its folder, or a checkpoint with assets; None: computed
-    min_std: float = 1e-2  # floor of a state dimension's standard deviation when statistics are computed
+    min_std: NonNegativeFloat = 1e-2  # floor of a state dimension's standard deviation when statistics are computed
     action_normalization: Literal["bounds", "z_score", "quantile"] = "bounds"  # bounds: those of the action space
 
     def __post_init__(self):
+        fields.check(self)
         self._check_sets()
-        positive = ("batch_size", "action_dim", "max_replay_bytes", "online_ratio_episodes")
-        for name, least in (*((name, 1) for name in positive), ("num_workers", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"data.{name} must be at least {least}, got {value}")
-        for name in ("memory_bytes", "prefix_bytes", "min_std"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"data.{name} must be finite and not negative, got {value}")
-        for name in ("sequence_ratio", "online_ratio"):
-            ratio = getattr(self, name)
-            if ratio is not None and not 0 <= ratio <= 1:
-                raise ValueError(f"data.{name} must lie in [0, 1], got {ratio}")
         if (self.robot or any(n > 0 for n in self.delta_mask or ())) and self.action_normalization == "bounds":
             raise ValueError(
                 "data.action_normalization='bounds' applies to the environment's own actions, which data.robot and "
@@ -162,8 +144,6 @@ class DataConfig(ReaderOptions):
         weights = [each.weight for each in self.sources if each.weight is not None] or self.weights
         if weights and (len(weights) != count or count == 1):
             raise ValueError(f"weights need several data sets, one for each: got {len(weights)} for {count}")
-        if not all(0 < weight < math.inf for weight in weights):
-            raise ValueError(f"the weights of data sets must be finite and above 0, got {weights}")
         for each in (self, *self.sets):
             each.check()
         if count > 1 and self.frame_cache is not None:
@@ -196,23 +176,20 @@ class CosineDecaySchedule:
     With ``rsqrt_timescale`` the rate falls as 1 / sqrt(1 + steps since the warm-up / timescale) instead, without end.
     """
 
-    warmup_steps: int = 1000
-    peak_lr: float = 2.5e-5
-    decay_steps: int = 30_000
-    decay_lr: float = 2.5e-6
-    rsqrt_timescale: float | None = None
+    warmup_steps: NonNegativeInt = 1000  # updates
+    peak_lr: NonNegativeFloat = 2.5e-5  # learning rate after the warm-up
+    decay_steps: PositiveInt = 30_000  # updates, the warm-up among them
+    decay_lr: NonNegativeFloat = 2.5e-6  # learning rate from then on
+    # updates; openpi's second schedule, without decay_steps and decay_lr. None: cosine
+    rsqrt_timescale: Annotated[float, Interval("(0, inf]")] | None = None
 
     def __post_init__(self):
-        for name in ("warmup_steps", "peak_lr", "decay_lr"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative or infinite, got {getattr(self, name)}")
+        fields.check(self)
         if self.decay_steps <= self.warmup_steps:
             raise ValueError(
                 f"decay_steps ({self.decay_steps}) counts from step 0 and must exceed warmup_steps "
                 f"({self.warmup_steps})"
             )
-        if self.rsqrt_timescale is not None and not self.rsqrt_timescale > 0:
-            raise ValueError(f"rsqrt_timescale must be positive, got {self.rsqrt_timescale}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,21 +197,14 @@ class OptimizerConfig:
     """AdamW after clipping by the global norm, as in openpi."""
 
     schedule: CosineDecaySchedule = dataclasses.field(default_factory=CosineDecaySchedule)
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 1e-10
-    clip_gradient_norm: float = 1.0
+    b1: Annotated[float, Interval("[0, 1)")] = 0.9  # decay of the mean of the gradients
+    b2: Annotated[float, Interval("[0, 1)")] = 0.95  # decay of the mean of their squares
+    eps: PositiveFloat = 1e-8  # added to the root of that mean
+    weight_decay: NonNegativeFloat = 1e-10  # decoupled, of all parameters
+    clip_gradient_norm: Annotated[float, Interval("(0, inf]")] = 1.0  # of the group's whole gradient; inf: no clipping
 
     def __post_init__(self):
-        for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
-        for name in ("eps", "clip_gradient_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        fields.check(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +215,12 @@ class OptimizersConfig:
     critic: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     temperature: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
+    def __post_init__(self):
+        fields.check(self)
+
+
+PROGRESS_OFFSET = 500_000  # distance from the seeds at the end of a phase to those on the way
+
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
@@ -254,20 +230,14 @@ class EvalConfig:
     of a phase, so that its result is not biased by this choice.
     """
 
-    episodes: int = 50  # at the end of each phase
-    frequency: int = 10_000  # updates between evaluations on the way; half as many in the online phase
-    progress_episodes: int = 50  # episodes of each evaluation on the way
-    num_envs: int = 10  # environments side by side, with one policy call for all
-    first_seed: int = 1_000_000  # for the end of a phase; far from the seeds of collection and training
+    episodes: Annotated[int, Interval(f"[1, {PROGRESS_OFFSET}]")] = 50  # at the end of each phase
+    frequency: PositiveInt = 10_000  # updates between evaluations on the way; half as many in the online phase
+    progress_episodes: PositiveInt = 50  # episodes of each evaluation on the way
+    num_envs: PositiveInt = 10  # environments side by side, with one policy call for all
+    first_seed: NonNegativeInt = 1_000_000  # for the end of a phase; far from the seeds of collection and training
 
     def __post_init__(self):
-        for name in ("episodes", "frequency", "progress_episodes", "num_envs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"eval.{name} must be at least 1, got {getattr(self, name)}")
-        if self.first_seed < 0:
-            raise ValueError(f"eval.first_seed must not be negative, got {self.first_seed}")
-        if self.episodes > PROGRESS_OFFSET:
-            raise ValueError(f"eval.episodes must be at most {PROGRESS_OFFSET}, got {self.episodes}")
+        fields.check(self)
 
     @property
     def final_seeds(self) -> range:
@@ -281,16 +251,16 @@ class EvalConfig:
         return range(first, first + self.progress_episodes)
 
 
-PROGRESS_OFFSET = 500_000  # distance from the seeds at the end of a phase to those on the way
-
-
 @dataclasses.dataclass(frozen=True)
 class LoggerConfig:
     """The loggers that get the metrics in addition to ``metrics.jsonl``."""
 
-    kinds: tuple[LoggerKind, ...] = ()
+    kinds: tuple[LoggerKind, ...] = ()  # each needs its package
     project: str = "acrlpd_pi0"  # in wandb and trackio, where a run has the run's name
-    wandb_mode: Literal["online", "offline", "disabled"] = "online"
+    wandb_mode: Literal["online", "offline", "disabled"] = "online"  # wandb's own
+
+    def __post_init__(self):
+        fields.check(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,64 +268,53 @@ class TrainConfig:
     """The configuration of a run: policy, algorithm, data, lengths of the phases, and the place of its files."""
 
     preset: str | None = None  # name of the preset that it started from, for messages
-    name: str = "run"
+    name: str = "run"  # of the run
     run_dir: str = "runs"  # the run's own folder is run_dir/name
-    seed: int = 0
+    seed: NonNegativeInt = 0  # of parameters, batches, noise and training episodes
     env: EnvConfig | None = None  # None: offline only, on data.path, regardless of online_steps
     policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
     agent: AgentConfig = dataclasses.field(default_factory=AgentConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizers: OptimizersConfig = dataclasses.field(default_factory=OptimizersConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-    offline_steps: int = 1_000_000  # updates
-    online_steps: int = 500_000  # environment steps
-    utd_ratio: float = 1.0  # updates per environment step
-    updates_per_call: int = 1  # updates in one compiled call, which avoids the overhead between small updates
-    warmup_env_steps: int = 0  # online steps of pure data collection before the first online update
-    online_envs: int = 1  # environments that collect side by side
+    offline_steps: NonNegativeInt = 1_000_000  # updates
+    online_steps: NonNegativeInt = 500_000  # environment steps
+    utd_ratio: PositiveFloat = 1.0  # updates per environment step
+    updates_per_call: PositiveInt = 1  # updates in one compiled call, which avoids the overhead between small updates
+    warmup_env_steps: NonNegativeInt = 0  # online steps of pure data collection before the first online update
+    online_envs: PositiveInt = 1  # environments that collect side by side
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     overlap_rollouts: bool = False  # execute chunks during updates, by a policy that is some updates old
-    execute_horizon: int | None = None  # steps of a chunk that are executed; None: all of them
-    critic_alone_steps: int = 0  # first offline updates, which train only the critics, on the data's own next chunks
-    actor_warmup_steps: int = 0  # updates before the actor loss counts, because the critic knows nothing at first
+    execute_horizon: PositiveInt | None = None  # steps of a chunk that are executed; None: all of them
+    # first offline updates, which train only the critics, on the data's own next chunks
+    critic_alone_steps: NonNegativeInt = 0
+    # updates before the actor loss counts, because the critic knows nothing at first
+    actor_warmup_steps: NonNegativeInt = 0
     online_loss_weights: LossWeights | None = None  # approached linearly after the offline phase; None: no change
-    online_transition_steps: int = 1000  # online updates after which online_loss_weights are reached
-    log_frequency: int = 100  # updates
+    online_transition_steps: PositiveInt = 1000  # online updates after which online_loss_weights are reached
+    log_frequency: PositiveInt = 100  # updates
     loggers: LoggerConfig = dataclasses.field(default_factory=LoggerConfig)
-    save_frequency: int = 50_000  # updates
-    max_to_keep: int = 2  # newest checkpoints, in addition to the best and the one at the end of the offline phase
-    keep_period: int | None = None  # updates; checkpoints at multiples of it are never deleted
-    max_skipped_updates: int = 10  # in a row, for NaN or spikes; then the run rolls back to a checkpoint before them
-    max_rollbacks: int = 3  # after these the run ends; each rollback draws other batches and noise
-    early_stopping_patience: int = 50  # online evaluations without a better result, after which the run ends
-    early_stopping_success: float | None = None  # success rate of an online evaluation at which the run ends
+    save_frequency: PositiveInt = 50_000  # updates
+    # newest checkpoints, in addition to the best and the one at the end of the offline phase
+    max_to_keep: PositiveInt = 2
+    keep_period: PositiveInt | None = None  # updates; checkpoints at multiples of it are never deleted
+    # in a row, for NaN or spikes; then the run rolls back to a checkpoint before them
+    max_skipped_updates: PositiveInt = 10
+    # after these the run ends; each rollback draws other batches and noise
+    max_rollbacks: Annotated[int, Interval("[0, 3]")] = 3
+    early_stopping_patience: PositiveInt = 50  # online evaluations without a better result, after which the run ends
+    early_stopping_success: Share | None = None  # success rate of an online evaluation at which the run ends
     asset_id: str = "acrlpd"  # folder of the normalization statistics in a checkpoint, as openpi's
-    fsdp_devices: int = 1
+    fsdp_devices: PositiveInt = 1  # devices that share large arrays; the others hold copies
 
     def __post_init__(self):
+        fields.check(self)
         horizon = self.policy.action_horizon
-        if self.execute_horizon is not None and not 1 <= self.execute_horizon <= horizon:
+        if self.execute_horizon is not None and self.execute_horizon > horizon:
             raise ValueError(
-                f"execute_horizon ({self.execute_horizon}) must lie between 1 and policy.action_horizon ({horizon}): "
-                "the policy cannot execute more steps than it predicts. Lower it or train with a longer chunk."
+                f"execute_horizon ({self.execute_horizon}) exceeds policy.action_horizon ({horizon}): the policy "
+                "cannot execute more steps than it predicts. Lower it or train with a longer chunk."
             )
-        steps = ("offline_steps", "online_steps", "warmup_env_steps", "actor_warmup_steps", "critic_alone_steps")
-        for name in ("seed", *steps):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        counts = ("log_frequency", "save_frequency", "online_envs", "early_stopping_patience", "max_to_keep")
-        for name in (*counts, "updates_per_call", "online_transition_steps", "fsdp_devices"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_skipped_updates < 1 or not 0 <= self.max_rollbacks <= 3:
-            raise ValueError(
-                "max_skipped_updates must be at least 1 and max_rollbacks lie in 0..3, "
-                f"got {self.max_skipped_updates} and {self.max_rollbacks}"
-            )
-        if self.keep_period is not None and self.keep_period < 1:
-            raise ValueError(f"keep_period must be at least 1, got {self.keep_period}")
-        if self.early_stopping_success is not None and not 0 <= self.early_stopping_success <= 1:
-            raise ValueError(f"early_stopping_success must lie in [0, 1], got {self.early_stopping_success}")
         if self.data.batch_size % self.agent.gradient_accumulation_steps:
             raise ValueError(
                 f"agent.gradient_accumulation_steps ({self.agent.gradient_accumulation_steps}) must divide "
@@ -379,8 +338,6 @@ class TrainConfig:
             )
         if self.critic_alone_steps and self.agent.algorithm == "bc":
             raise ValueError("critic_alone_steps must be 0 with agent.algorithm='bc', which does not use critics")
-        if not 0 < self.utd_ratio < math.inf:
-            raise ValueError(f"utd_ratio must be positive, got {self.utd_ratio}")
         if self.env is None and not self.data.sets:
             raise ValueError("a run needs data.path (a folder of episodes), env.name (to collect some), or both")
 
@@ -416,15 +373,21 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None,
     Without ``judge``, the values need not fit together yet: the caller changes the result once more and judges it then.
 
     Raises:
-        ConfigError: unknown names, with the nearest valid one; values of the wrong kind or out of range. All at once.
+        ConfigError: unknown names, with the nearest valid one; values that a field does not allow; values that do not
+            fit together. All at once: a wrong value is told, and what it replaces is judged with the others.
     """
     problems: list[str] = []
-    found = _build(cls, values, base, "", problems, judge)
-    if judge and base is not None and not problems:
-        problems += _faults(found)
+    found = _build(cls, values, base, "", problems)
+    if judge:
+        problems += _contradictions(found)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return typing.cast(T, found)
+
+
+def judged(config: T, base: T) -> T:
+    """Return a configuration that was made without its constructor, if it is right; see ``from_dict`` for errors."""
+    return from_dict(type(config), _nested(config), base=base)
 
 
 def from_stored(values: Mapping[str, Any]) -> TrainConfig:
@@ -438,68 +401,48 @@ def from_stored(values: Mapping[str, Any]) -> TrainConfig:
     return dataclasses.replace(config, env=dataclasses.replace(config.env, name=StoredName(config.env.name)))
 
 
-def _faults(config: Any) -> list[str]:
-    """Return the errors of every part of a configuration, for a ``base`` that may not have been judged."""
-    parts = [value for value in vars(config).values() if dataclasses.is_dataclass(value)]
-    own = _refusal(getattr(config, "__post_init__", lambda: None), {})
-    return [*(fault for part in parts for fault in _faults(part)), *([own] if own else [])]
+def _nested(config: Any) -> dict[str, Any]:
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: _nested(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
 
 
-def _unjudged(cls: type, base: Any, changes: Mapping[str, Any]) -> Any:
-    """Return a ``cls`` made without its constructor, so without validation."""
-    found: Any = object.__new__(cls)
-    for field in dataclasses.fields(cls):
+def unjudged(cls: type[T], values: Mapping[str, Any], base: T | None = None) -> T:
+    """Return a ``cls`` made without its constructor, so without any check."""
+    found = object.__new__(cls)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         value = default if base is None else getattr(base, field.name)
-        object.__setattr__(found, field.name, changes.get(field.name, value))
+        object.__setattr__(found, field.name, values.get(field.name, value))
     return found
 
 
-def _build(cls: type, values: Mapping[str, Any], base: Any, path: str, problems: list[str], judge: bool) -> Any:
-    """Build a ``cls`` from nested values. Errors are added to ``problems``; the result is then meaningless."""
-    hints = typing.get_type_hints(cls)
+def _contradictions(config: Any) -> Iterator[str]:
+    """Yield the first error of each part of a configuration whose fields are all allowed, its parts first."""
+    for value in vars(config).values():
+        if dataclasses.is_dataclass(value):
+            yield from _contradictions(value)
+    try:
+        config.__post_init__()
+    except ValueError as error:
+        yield str(error)
+
+
+def _build(cls: type, values: Mapping[str, Any], base: Any, path: str, problems: list[str]) -> Any:
+    """Return a ``cls`` with those of ``values`` that its fields allow; the others are told in ``problems``."""
+    hints, sound = fields.hints(cls), {}
     names = [field.name for field in dataclasses.fields(cls)]
-    changes = {}
-    before = len(problems)
     for name, value in values.items():
         if name not in names:
             problems.append(_unknown(f"{path}{name}", name, names, path))
             continue
-        part = _dataclass_of(hints[name])
-        try:
-            if part is not None and isinstance(value, Mapping):
-                inner = None if base is None else getattr(base, name)
-                changes[name] = _build(part, value, inner, f"{path}{name}.", problems, judge)
-            else:
-                changes[name] = _typed_value(hints[name], value, f"{path}{name}")
-        except ValueError as error:
-            problems.append(str(error))
-    sound = {name: value for name, value in changes.items() if value is not None or values[name] is None}
-    if not judge:
-        return _unjudged(cls, base, sound)
-    make = cls if base is None else functools.partial(dataclasses.replace, base)
-    try:
-        found = make(**sound)
-    except ValueError as error:
-        problems += _apart(make, sound) or [str(error)]
-        return None
-    return found if len(problems) == before else None
-
-
-def _apart(make: Any, changes: Mapping[str, Any]) -> list[str]:
-    """Return a message for each value that is wrong by itself, because a constructor stops at the first error."""
-    guilty = [name for name, value in changes.items() if _refusal(make, {name: value})]
-    good = {name: value for name, value in changes.items() if name not in guilty}
-    messages = [_refusal(make, {**good, name: changes[name]}) for name in guilty]
-    return [message for message in messages if message]
-
-
-def _refusal(make: Any, changes: Mapping[str, Any]) -> str:
-    try:
-        make(**changes)
-    except ValueError as error:
-        return str(error)
-    return ""
+        inner = None if base is None else getattr(base, name)
+        before = len(problems)
+        found = _read(hints[name], value, inner, f"{path}{name}", problems)
+        faults = [] if len(problems) > before else fields.faults(hints[name], found, f"{path}{name}")
+        problems += faults
+        if not faults:
+            sound[name] = found
+    return unjudged(cls, sound, base)
 
 
 def _unknown(full: str, name: str, names: list[str], path: str) -> str:
@@ -508,71 +451,27 @@ def _unknown(full: str, name: str, names: list[str], path: str) -> str:
     return f"unknown configuration field {full}: {hint}"
 
 
-def _dataclass_of(hint: Any) -> type | None:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((typing.cast(type, option) for option in options if dataclasses.is_dataclass(option)), None)
+def _read(hint: Any, value: Any, base: Any, path: str, problems: list[str]) -> Any:
+    """Return ``value`` as the field has it: lists become tuples, and 2e-5, which YAML reads as text, a number."""
+    part = fields.dataclass_in(hint)
+    if part is not None and isinstance(value, Mapping):
+        return _build(part, value, base, f"{path}.", problems)
+    if isinstance(value, (list, tuple)):
+        kinds = fields.items_of(hint, len(value))
+        pairs = enumerate(zip(kinds or (), value, strict=kinds is not None))
+        items = [_read(kind, item, None, f"{path}[{place}]", problems) for place, (kind, item) in pairs]
+        return tuple(items) if kinds is not None else value
+    return _number(fields.kinds(hint), value)
 
 
-def _typed_value(hint: Any, value: Any, path: str) -> Any:
-    """Convert ``value`` to the field's type: lists become tuples, and 2e-5, which YAML reads as text, a number."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or _is_union(hint) else (hint,)
-    if value is None and types.NoneType in options:
-        return None
-    kinds = [option for option in options if option is not types.NoneType]
-    fitting = (kind for kind in kinds if (typing.get_origin(kind) is tuple) == isinstance(value, (list, tuple)))
-    hint = next(fitting, kinds[0])
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return _part(hint, value, path)
-    if typing.get_origin(hint) is typing.Literal:
-        return _chosen(typing.get_args(hint), value, path)
-    if typing.get_origin(hint) is tuple:
-        return _items(typing.get_args(hint), value, path)
-    if hint in (int, float):
-        return _number(hint, value, path)
-    if isinstance(hint, type) and not isinstance(value, hint):
-        raise ValueError(f"{path}: expected {_KINDS.get(hint, 'a group of fields')}, got {value!r}")
-    return value
-
-
-def _part(kind: Any, values: Mapping[str, Any], path: str) -> Any:
-    """Build one element of a list of dataclasses."""
-    problems: list[str] = []
-    found = _build(kind, values, None, f"{path}.", problems, judge=True)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return found
-
-
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) is typing.Union
-
-
-def _chosen(choices: tuple[Any, ...], value: Any, path: str) -> Any:
-    if value in choices:
+def _number(kinds: tuple[Any, ...], value: Any) -> Any:
+    """Return text or a number as an int or a float if the field has such numbers, and anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or not {int, float} & set(kinds):
         return value
-    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"{path}: {value!r} is not a valid value. {hint}There are {', '.join(map(repr, choices))}")
-
-
-def _items(hints: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{path}: expected a list, got {value!r}")
-    kinds = [hints[0]] * len(value) if hints[-1] is Ellipsis else list(hints)
-    if len(kinds) != len(value):
-        raise ValueError(f"{path}: expected {len(kinds)} values, got {value!r}")
-    pairs = enumerate(zip(kinds, value, strict=True))
-    return tuple(_typed_value(kind, item, f"{path}[{place}]") for place, (kind, item) in pairs)
-
-
-def _number(kind: type, value: Any, path: str) -> Any:
     try:
-        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
-    except ValueError:
-        number = math.nan
-    if math.isnan(number) or (kind is int and not number.is_integer()):
-        raise ValueError(f"{path}: expected {_KINDS[kind]}, got {value!r}")
-    return value if type(value) is kind else kind(number)
+        number = float(value)
+    except (ValueError, OverflowError):
+        return value
+    if float in kinds:
+        return number
+    return int(number) if number.is_integer() and not isinstance(value, int) else value

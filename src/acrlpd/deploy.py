@@ -6,16 +6,15 @@ import dataclasses
 import functools
 import json
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 from flax import nnx
 
-from acrlpd import unfinished
+from acrlpd import fields, unfinished
 from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.agents.config import AgentConfig
 from acrlpd.config import TrainConfig, to_dict
@@ -35,6 +34,7 @@ from acrlpd.data.transforms import (
     make_bool_mask,
     to_model,
 )
+from acrlpd.fields import Interval, NonNegativeFloat, PositiveFloat, PositiveInt
 from acrlpd.models import lora, paligemma, torch_names, weights
 from acrlpd.models.pi0 import Pi0, Pi0Config
 from acrlpd.models.pi0_fast import Pi0Fast, Pi0FastConfig
@@ -56,23 +56,17 @@ logger = logging.getLogger(__name__)
 class ActingOptions:
     """Options for how a trained agent chooses its actions."""
 
-    mode: Literal["greedy", "bc"] = "greedy"  # bc: one sample of the flow, without the critic
-    num_samples: int | None = None  # candidates; None: as trained
-    num_steps: int | None = None  # Euler steps of the flow; None: as trained, 10 for openpi's models
+    mode: Literal["greedy", "bc"] = "greedy"  # bc: imitation, one sample of the flow without the critic
+    num_samples: PositiveInt | None = None  # candidates; None: as trained
+    num_steps: PositiveInt | None = None  # Euler steps of the flow; None: as trained, 10 for openpi's models
     real_time: bool = False  # chunks may continue the one being executed, if a client sends it
-    latency_budget_ms: float | None = None  # compute as many candidates and flow steps as fit; None: always all
+    latency_budget_ms: PositiveFloat | None = None  # compute as many candidates and flow steps as fit; None: always all
     default_prompt: str | None = None  # the prompt for observations without one
-    seed: int = 0  # the seed for requests that bring none of their own
+    seed: Annotated[int, Interval(f"[0, {2**32})")] = 0  # the seed for requests that bring none of their own
     extraction: str | None = None  # how to choose instead; code of your own (FILE.py:NAME) must be named here
 
     def __post_init__(self):
-        if self.latency_budget_ms is not None and not 0 < self.latency_budget_ms < math.inf:
-            raise ValueError(f"latency_budget_ms must be a positive number or absent, got {self.latency_budget_ms}")
-        for name in ("num_samples", "num_steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 or absent, got {value}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be from 0 below 2**32, got {self.seed}")
+        fields.check(self)
 
     @property
     def budget_s(self) -> float | None:
@@ -84,24 +78,19 @@ class OpenPIOptions:
     """Settings that openpi keeps in its configurations and not in its checkpoints."""
 
     robot: Robot | None = None  # the robot whose observations and actions the checkpoint has
-    action_horizon: int = 50  # as trained; it cannot be read from the parameters
+    action_horizon: PositiveInt = 50  # as trained; it cannot be read from the parameters
     asset_id: str | None = None  # which statistics, if the checkpoint has several; None: the only ones
     tokenizer: str | None = None  # PaliGemma's paligemma_tokenizer.model; None: the one for nano models
     fast_tokenizer: str | None = None  # folder of the FAST tokenizer, for a pi0-FAST checkpoint
-    temperature: float = 0.0  # temperature for sampling pi0-FAST's tokens; 0: the most likely
+    temperature: NonNegativeFloat = 0.0  # temperature for sampling pi0-FAST's tokens; 0: the most likely
     delta_mask: tuple[int, ...] | None = None  # 6 -1: six joints relative to the state, one not; None: the robot's
-    max_token_len: int | None = None  # None: 48 for pi0, 200 for pi0.5, 250 for pi0-FAST
+    max_token_len: PositiveInt | None = None  # None: 48 for pi0, 200 for pi0.5, 250 for pi0-FAST
     discrete_state_input: bool | None = None  # write the state into the prompt; None: for pi0.5 only
     quantiles: bool | None = None  # normalize state and actions by quantiles; None: for all but pi0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # dtype of parameters and computation; openpi serves bfloat16
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or a positive number, got {self.temperature}")
-        for name in ("action_horizon", "max_token_len"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        fields.check(self)
 
 
 class ActionsOnly:

@@ -141,9 +141,9 @@ class ConfigValidator:
                 )
         rates = {"pi0": config.optimizers.policy, "critic": config.optimizers.critic}
         for name, optimizer in rates.items():
-            peak, most = optimizer.schedule.peak_lr, PLATFORM_MAX_LR[platform][name]
-            if peak > most:
-                warnings.append(f"the {name} learning rate ({peak:g}) may be too high: up to {most:g} on {platform}")
+            peak, max_lr = optimizer.schedule.peak_lr, PLATFORM_MAX_LR[platform][name]
+            if peak > max_lr:
+                warnings.append(f"the {name} learning rate ({peak:g}) may be too high: up to {max_lr:g} on {platform}")
         if config.data.batch_size < PLATFORM_MIN_BATCH_SIZE[platform]:
             warnings.append(
                 f"data.batch_size {config.data.batch_size} is below the {PLATFORM_MIN_BATCH_SIZE[platform]} that is "

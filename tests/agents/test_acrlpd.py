@@ -506,9 +506,9 @@ def test_strategies_choose_alike(strategy, block, agents, toys):
         ({"extraction": "best"}, "extraction must be one of"),
         ({"discount": 1.5}, "discount"),
         ({"target_update_tau": 0.0}, "target_update_tau"),
-        ({"target_samples": 0}, "target_samples must be at least 1"),
-        ({"target_flow_steps": 0}, "target_flow_steps must be at least 1"),
-        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"target_samples": 0}, "target_samples must be a whole number of at least 1"),
+        ({"target_flow_steps": 0}, "target_flow_steps must be a whole number of at least 1"),
+        ({"top_k": 0}, "top_k must be a whole number of at least 1"),
         ({"target_samples": 1}, "raise agent.target_samples"),
     ],
 )
@@ -518,7 +518,7 @@ def test_config_refuses(changes, message):
 
 
 def test_temperature_must_be_positive():
-    with pytest.raises(ValueError, match="initial_temp must be positive"):
+    with pytest.raises(ValueError, match="initial_temp must be a number above 0, got 0"):
         TemperatureConfig(initial_temp=0.0)
 
 

@@ -67,13 +67,19 @@ def test_nothing_usable(folder, capsys):
         (["data", "inspect", "{tmp}/absent"], "no such file or folder"),
         (["data", "convert", "{set}", "{tmp}/new"], "give fps"),
         (["data", "inspect", "{set}", "--cameras", "wrist"], "no such camera"),
-        (["data", "convert", "{set}", "{tmp}/new", "--fps", "nan"], "fps must be positive, got nan"),
-        (["data", "convert", "{set}", "{tmp}/new", "--to", "hdf5", "--fps", "inf"], "fps must be positive"),
+        (["data", "convert", "{set}", "{tmp}/new", "--fps", "nan"], "fps must be a number above 0 or None, got nan"),
+        (["data", "convert", "{set}", "{tmp}/new", "--to", "hdf5", "--fps", "inf"], "fps must be a number above 0"),
         (["data", "convert", "{set}", "{tmp}/new", "--to", "hdf5", "--pictures", "png"], "--pictures means nothing"),
         (["data", "convert", "{set}", "{tmp}/new", "--to", "hdf5", "--robot-type", "arm"], "--robot-type means"),
         (["data", "convert", "{set}", "{tmp}/new", "--compression", "gzip"], "--compression means nothing"),
-        (["data", "cache", "{set}", "{tmp}/new", "--height", "0"], "height must be at least 1 pixel, got 0"),
-        (["data", "cache", "{set}", "{tmp}/new", "--width", "-5"], "width must be at least 1 pixel, got -5"),
+        (
+            ["data", "cache", "{set}", "{tmp}/new", "--height", "0"],
+            "height must be a whole number of at least 1, got 0",
+        ),
+        (
+            ["data", "cache", "{set}", "{tmp}/new", "--width", "-5"],
+            "width must be a whole number of at least 1, got -5",
+        ),
     ],
 )
 def test_mistakes(folder, capsys, tmp_path, arguments, hint):

@@ -109,8 +109,8 @@ def test_part_of_the_episodes(folder, episodes, capsys):
 @pytest.mark.parametrize(
     ("flag", "values", "complaint"),
     [
-        ("--min_std", ("nan", "inf", "-1"), "min_std must be finite and not negative"),
-        ("--num_episodes", ("0", "-2"), "num_episodes must be at least 1"),
+        ("--min_std", ("nan", "inf", "-1"), "min_std must be a number of at least 0, got"),
+        ("--num_episodes", ("0", "-2"), "num_episodes must be a whole number of at least 1 or None, got"),
     ],
 )
 def test_numbers_without_meaning_are_refused(folder, capsys, flag, values, complaint):
@@ -188,7 +188,7 @@ def walk_of(state_dim, action_dim):
         (["{tmp}/nowhere"], "no such file or folder"),
         (["{tmp}"], "an empty folder"),
         (["{folder}", "--delta", "3"], "delta_mask names 3 dimensions, but state and actions have 3 and 2"),
-        (["{folder}", "--horizon", "0"], "horizon must be at least 1"),
+        (["{folder}", "--horizon", "0"], "horizon must be a whole number of at least 1"),
         (["{folder}", "--robot", "aloha"], "robot='aloha' needs 14 state and 14 action dimensions"),
         (["{folder}", "--robot", "droid"], "robot='droid' needs 8 state and 8 action dimensions"),
         (["{folder}", "--robot", "libero"], "or leave robot out (--robot None)"),

@@ -44,8 +44,8 @@ COUNTS = (*COUNTS, "max_message_bytes", "max_picture_pixels", "num_samples", "nu
         ("--tls_cert {cert} --tls_key {tmp}/garbage", "{cert} and {tmp}/garbage are not a certificate in PEM"),
         ("--tls_cert {cert} --tls_key {tmp}/other.pem", "{tmp}/other.pem are not a certificate in PEM and its key"),
         ("--tls_cert {cert} --tls_key {tmp}/encrypted.pem", "{tmp}/encrypted.pem is encrypted"),
-        ("--port 70000", "port must be from 0"),
-        ("--port -1", "port must be from 0"),
+        ("--port 70000", "port must be a whole number in [0, 65535], got"),
+        ("--port -1", "port must be a whole number in [0, 65535], got"),
         ("--port {taken}", "cannot serve on 127.0.0.1 port {taken}: Address already in use"),
         ("--host localhost --port {taken}", "cannot serve on localhost port {taken}: Address already in use"),
         ("--host no.such.host.invalid --allow_anonymous", "host 'no.such.host.invalid' is no address of this machine"),
@@ -60,15 +60,15 @@ COUNTS = (*COUNTS, "max_message_bytes", "max_picture_pixels", "num_samples", "nu
         ("--api_key_file {tmp}/garbage", "{tmp}/garbage is no text in UTF-8"),
         ("--api_key_file {tmp}/greek", "printable ASCII"),
         *[
-            (f"--{name} {bad}", f"{name} must be a positive number")
+            (f"--{name} {bad}", f"{name} must be a number above 0")
             for name in SECONDS
             for bad in ("nan", "inf", "-1", "0")
         ],
         *[(f"--max_requests_per_s {bad}", "max_requests_per_s must be") for bad in ("nan", "-1", "inf")],
         *[(f"--batch_wait_s {bad}", "batch_wait_s must be") for bad in ("nan", "-1", "inf")],
         *[(f"--latency_budget_ms {bad}", "latency_budget_ms must be") for bad in ("nan", "-1", "inf", "0")],
-        *[(f"--{name} {bad}", f"{name} must be at least 1") for name in COUNTS for bad in (0, -1)],
-        ("--seed -1", "seed must be from 0"),
+        *[(f"--{name} {bad}", f"{name} must be a whole number of at least 1") for name in COUNTS for bad in (0, -1)],
+        ("--seed -1", "seed must be a whole number in [0, 4294967296), got -1"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_loaded(arguments, hint, certificate, mistakes, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """What the pages at the root say is so. The worked examples of CONTRIBUTING.md are run in a copy of the package."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -109,6 +110,17 @@ def test_the_ladder_on_the_page_is_the_one_that_is_checked():
     section = PAGE.partition("\n## The import ladder\n")[2].partition("\n## ")[0]
     rows = [re.findall(r"`(\w+)`", row) for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)]
     assert rows == [re.findall(r"acrlpd\.(\w+)", layer) for layer in layers]
+
+
+def test_the_page_of_fields_is_what_the_declarations_say():
+    spec = importlib.util.spec_from_file_location("configuration_page", ROOT / "scripts" / "configuration_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == module.page(), "write it again: python scripts/configuration_page.py"
+    assert re.findall(r"^\| `(\w+)` .*\|  \|$", page, re.MULTILINE) == [
+        "activation"
+    ]  # every other field says what it is
 
 
 def test_the_versions_agree():

@@ -113,7 +113,7 @@ def test_the_instruction_can_be_replaced(make_counting):
     [
         ({"max_episode_steps": 0}, "max_episode_steps"),
         ({"image_size": 0}, "image_size"),
-        ({"reward": "dense"}, "'0/1'"),
+        ({"reward": "dense"}, "reward must be '-1/0' or '0/1', got 'dense'"),
     ],
 )
 def test_a_config_refuses_nonsense(fields, message):

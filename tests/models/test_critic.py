@@ -181,12 +181,12 @@ def test_subset_is_the_minimum_of_a_random_pair(make):
     ("changes", "message"),
     [
         ({"num_critics": 0}, "num_critics"),
-        ({"num_critics": 1, "q_aggregation": "subset"}, "at least 2"),
-        ({"hidden_dims": ()}, "hidden_dims"),
+        ({"num_critics": 1, "q_aggregation": "subset"}, "there must be 2"),
+        ({"hidden_dims": ()}, "hidden_dims must be a non-empty list"),
         ({"dropout_rate": 1.0}, "dropout_rate"),
-        ({"q_aggregation": "max"}, "q_aggregation must be one of"),
-        ({"activation": "elu"}, "activation must be one of"),
-        ({"feature_fusion_method": "sum"}, "feature_fusion_method must be one of"),
+        ({"q_aggregation": "max"}, "q_aggregation must be 'min', 'mean', 'weighted' or 'subset', got 'max'"),
+        ({"activation": "elu"}, "activation must be 'relu', .* got 'elu': did you mean 'relu'"),
+        ({"feature_fusion_method": "sum"}, "feature_fusion_method must be 'concat', 'add' or 'mlp'"),
     ],
 )
 def test_config_refuses(changes, message):

@@ -63,7 +63,7 @@ def test_scaling(config, scaling):
 
 
 def test_rank_must_be_positive():
-    with pytest.raises(ValueError, match="at least 1, got 0"):
+    with pytest.raises(ValueError, match="rank must be a whole number of at least 1, got 0"):
         lora.Config(rank=0)
 
 

@@ -152,9 +152,9 @@ def test_each_request_draws_from_its_own_key(checkpoint):
         ({}, {"num_steps": 5, "real_time": True}, "leave out num_steps, real_time"),
         ({}, {"latency_budget_ms": 50.0}, "leave out latency_budget_ms"),
         ({"temperature": -1.0}, {}, "temperature must be"),
-        ({"action_horizon": 0}, {}, "action_horizon must be at least 1, got 0"),
-        ({"max_token_len": 0}, {}, "max_token_len must be at least 1, got 0"),
-        ({"max_token_len": -1}, {}, "max_token_len must be at least 1, got -1"),
+        ({"action_horizon": 0}, {}, "action_horizon must be a whole number of at least 1, got 0"),
+        ({"max_token_len": 0}, {}, "max_token_len must be a whole number of at least 1 or None, got 0"),
+        ({"max_token_len": -1}, {}, "max_token_len must be a whole number of at least 1 or None, got -1"),
         ({"delta_mask": (6, -2)}, {}, "delta_mask names 8 dimensions, but state and actions have 8 and 7"),
     ],
 )

@@ -1,11 +1,15 @@
 import dataclasses
 import json
-import typing
+import re
 
 import pytest
 
-from acrlpd import presets
-from acrlpd.config import TrainConfig, from_dict, to_dict
+from acrlpd import fields, presets
+from acrlpd.agents.config import AgentConfig
+from acrlpd.agents.losses import LossWeights
+from acrlpd.config import ConfigError, TrainConfig, from_dict, to_dict
+from acrlpd.envs.env import EnvConfig
+from acrlpd.models.critic import CriticConfig
 from acrlpd.overrides import apply_config_overrides
 
 
@@ -25,12 +29,33 @@ def test_an_algorithm_keeps_the_presets_sizes_and_is_the_same_twice(algorithm):
         assert getattr(config, name) == getattr(demo, name)
     drawing = ("sequence_ratio", "online_ratio", "online_ratio_episodes", "ends_in_chunks")
     assert dataclasses.replace(config.data, **{name: getattr(demo.data, name) for name in drawing}) == demo.data
-    assert (config.data == demo.data) == (algorithm in ("acrlpd", "bc"))  # the others draw as their authors do
+    draws_alike = algorithm in ("acrlpd", "lean", "lean-cheap", "bc")  # the others draw as their authors do
+    assert (config.data == demo.data) == draws_alike
     assert config.agent.flow_steps == demo.agent.flow_steps
 
 
+RECIPE = {  # of the measurements in docs/results.md
+    "agent.critic.num_critics": 2,
+    "agent.temperature.adaptive": False,
+    "agent.top_k": 1,
+    "agent.target_samples": None,
+    "agent.target_flow_steps": None,
+    "agent.policy_ema_decay": 0.998,
+    "updates_per_call": 5,
+}
+CHEAP_TARGET = {"agent.target_samples": 2, "agent.target_flow_steps": 3}
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_the_measured_recipe_has_a_name(preset):
+    config = presets.get_preset(preset)
+    assert presets.with_algorithm(config, "lean") == apply_config_overrides(config, RECIPE)
+    assert presets.with_algorithm(config, "lean-cheap") == apply_config_overrides(config, RECIPE | CHEAP_TARGET)
+
+
 def test_unknown_algorithm_names_those_there_are():
-    with pytest.raises(ValueError, match="unknown algorithm 'sac': there are acrlpd, bc, qc, qc-fql, rlpd-ac"):
+    known = "acrlpd, lean, lean-cheap, bc, qc, qc-fql, rlpd-ac"
+    with pytest.raises(ValueError, match=f"unknown algorithm 'sac': there are {known}"):
         presets.with_algorithm(presets.get_preset("demo"), "sac")
 
 
@@ -48,10 +73,10 @@ def test_unknown_preset_names_the_nearest():
     ("changes", "message"),
     [
         ({"execute_horizon": 6}, "cannot execute more steps than it predicts"),
-        ({"utd_ratio": 0.0}, "utd_ratio must be positive"),
+        ({"utd_ratio": 0.0}, "utd_ratio must be a number above 0, got 0"),
         ({"env": None}, r"needs data\.path"),
-        ({"offline_steps": -1}, "offline_steps must not be negative"),
-        ({"log_frequency": 0}, "log_frequency must be at least 1"),
+        ({"offline_steps": -1}, "offline_steps must be a whole number of at least 0, got -1"),
+        ({"log_frequency": 0}, "log_frequency must be a whole number of at least 1, got 0"),
     ],
 )
 def test_contradictions_are_refused(changes, message):
@@ -127,8 +152,9 @@ OUT_OF_RANGE = {
 
 
 @pytest.mark.parametrize("field", OUT_OF_RANGE)
-def test_what_is_out_of_range_is_refused(field):
-    with pytest.raises(ValueError, match=field.split(".")[-1]):
+def test_what_is_out_of_range_is_refused_by_its_full_name(field):
+    name = re.escape(field)
+    with pytest.raises(ConfigError, match=rf"^{name}(\[\d\])? must be .*, got "):
         apply_config_overrides(presets.get_preset("demo"), {field: OUT_OF_RANGE[field]})
 
 
@@ -137,16 +163,67 @@ ANY_NUMBER = {"data.rewards.success_reward", "data.cube_goal", "data.button_goal
 
 def test_every_number_has_a_range():
     """Those of ``data.sources`` are those of ``data`` once more, see ``test_sets.py``."""
-    hints = ((field, hint) for field, hint in _hints(TrainConfig) if not field.startswith("data.sources."))
-    kinds = {field: repr(hint) for field, hint in hints}
-    numbers = {field for field, hint in kinds.items() if "int" in hint or "float" in hint}
-    assert numbers - {field for field, hint in kinds.items() if "Literal" in hint} == OUT_OF_RANGE.keys() | ANY_NUMBER
+    hints = dict(_hints(TrainConfig))
+    numbers = {field for field, hint in hints.items() if "number" in fields.allowed(hint)}
+    assert numbers == OUT_OF_RANGE.keys() | ANY_NUMBER
+    ranges = {field for field, hint in hints.items() if "Interval" in repr(hint)}
+    assert ranges == OUT_OF_RANGE.keys()
+
+
+WRONG = {  # of each kind of type: values that are none, and what is said
+    "agent.discount": (["much", True, [0.5], "nan", None], "must be a number in (0, 1], got"),
+    "seed": ([1.5, True, "x", "inf", float("nan")], "must be a whole number of at least 0, got"),
+    "policy.remat": (["yes", 1, None], "must be true or false, got"),
+    "name": ([3, None, True], "must be text, got"),
+    "policy.kind": (["pi", 0, None], "must be 'pi0', 'pi05', 'mlp_flow' or 'gaussian', got"),
+    "env.cameras": (["top", 3], "must be a list (each item text), got"),
+    "data.collect.noise_range": ([[0.1], [0.1, 0.2, 0.3], 0.5], "must be a list of 2 (each item a number of at least"),
+    "agent.critic.hidden_dims": ([[]], "must be a non-empty list (each item a whole number of at least 1), got"),
+    "env": ([3, "drawer"], "must be a group of fields (EnvConfig) or None, got"),
+}
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_another_type_is_refused(field):
+    values, message = WRONG[field]
+    for value in values:
+        with pytest.raises(ConfigError, match=re.escape(f"{field} {message}")):
+            apply_config_overrides(presets.get_preset("demo"), {field: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrainConfig(seed=True), "seed must be a whole number of at least 0, got True"),
+        (
+            lambda: AgentConfig(discount=float("nan"), top_k=0),
+            "discount must be a number in (0, 1], got nan\ntop_k must",
+        ),
+        (lambda: CriticConfig(hidden_dims=(8, 8.0)), "hidden_dims[1] must be a whole number of at least 1, got 8.0"),
+        (lambda: CriticConfig(hidden_dims=[8]), "got [8]: in Python it is a tuple"),
+        (lambda: LossWeights(bc_weight=-1), "bc_weight must be a number of at least 0, got -1"),
+        (lambda: LossWeights(bc_weight="1"), "bc_weight must be a number of at least 0, got '1'"),
+        (lambda: EnvConfig(cameras=("a", 1)), "cameras[1] must be text, got 1"),
+    ],
+)
+def test_python_is_checked_as_the_command_line_is(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
+
+
+def test_an_interval_says_which_bounds_it_has():
+    interval = fields.Interval("(0, 1]")
+    assert [number in interval for number in (0, 1e-9, 1, 1.1, float("nan"))] == [False, True, True, False, False]
+    assert float("inf") in fields.Interval("[1, inf]")
+    assert float("inf") not in fields.Interval("[1, inf)")
+    texts = {"(0, 1]": "in (0, 1]", "[1, inf)": "of at least 1", "(0, inf]": "above 0 (inf too)"}
+    assert {text: str(fields.Interval(text)) for text in texts} == texts
 
 
 def _hints(cls, path=""):
-    for name, hint in typing.get_type_hints(cls).items():
-        options = [option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)]
-        if options:
-            yield from _hints(options[0], f"{path}{name}.")
+    for name, hint in fields.hints(cls).items():
+        part = fields.dataclass_in(hint)
+        if part is not None:
+            yield from _hints(part, f"{path}{name}.")
         else:
             yield f"{path}{name}", hint

@@ -103,14 +103,14 @@ def test_all_problems_are_told_at_once():
     assert len(problems) == 9
     for words in (
         "did you mean agent.discount?",
-        "agent.discount must lie in (0, 1], got 2",
+        "agent.discount must be a number in (0, 1], got 2",
         "did you mean 'best_of_n'?",
-        "log_frequency must be at least 1",
-        "offline_steps must not be negative",
-        "seed: expected a whole number, got 'x'",
-        "data.collect.episodes must be at least 1",
-        "policy.remat: expected true or false, got 'yes'",
-        "execute_horizon (9) must lie between 1 and policy.action_horizon (5)",
+        "log_frequency must be a whole number of at least 1, got 0",
+        "offline_steps must be a whole number of at least 0, got -1",
+        "seed must be a whole number of at least 0, got 'x'",
+        "data.collect.episodes must be a whole number of at least 1",
+        "policy.remat must be true or false, got 'yes'",
+        "execute_horizon (9) exceeds policy.action_horizon (5)",
     ):
         assert any(words in problem for problem in problems), words
 

@@ -86,23 +86,33 @@ def test_each_set_has_its_own_options_where_they_differ(tiny_config, tmp_path):
         ({"path": ("a", "b"), "weights": (1.0,)}, "one for each: got 1 for 2"),
         ({"path": "a", "weights": (1.0,)}, "one for each: got 1 for 1"),
         ({"weights": (1.0, 2.0)}, "one for each: got 2 for 0"),
-        ({"path": ("a", "b"), "weights": (1.0, 0.0)}, "must be finite and above 0"),
-        ({"path": ("a", "b"), "weights": (1.0, float("nan"))}, "must be finite and above 0"),
+        ({"path": ("a", "b"), "weights": (1.0, 0.0)}, r"weights\[1\] must be a number above 0, got 0"),
+        ({"path": ("a", "b"), "weights": (1.0, float("nan"))}, r"weights\[1\] must be a number above 0, got nan"),
         ({"path": ()}, "a data set needs a path"),
         ({"path": ("a", "")}, "a data set needs a path"),
         ({"sources": (DataSource(weight=1.0),)}, "a data set needs a path"),
         ({"path": "a", "sources": (DataSource(path="b"),)}, "exclude data.path"),
         ({"sources": (DataSource(path="a", weight=1.0), DataSource(path="b"))}, "one for each: got 1 for 2"),
         ({"path": ("a", "b"), "frame_cache": "c"}, "a frame cache is of one data set"),
-        ({"path": "a", "fps": -1.0}, "fps must be positive"),
-        ({"sources": (DataSource(path="a", tolerance_s=-1.0),)}, "tolerance_s must be finite"),
-        ({"sources": (DataSource(path="a", fps=0.0),)}, "fps must be positive"),
-        ({"sources": (DataSource(path="a", episodes=(-1,)),)}, "episodes must be numbers from 0 on"),
+        ({"path": "a", "fps": -1.0}, "fps must be a number above 0 or None, got -1"),
     ],
 )
 def test_what_names_no_sets_is_refused(changes, told):
     with pytest.raises(ValueError, match=told):
         DataConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ({"tolerance_s": -1.0}, "tolerance_s must be a number of at least 0 or None, got -1.0"),
+        ({"fps": 0.0}, "fps must be a number above 0 or None, got 0.0"),
+        ({"episodes": (3, -1)}, r"episodes\[1\] must be a whole number of at least 0, got -1"),
+    ],
+)
+def test_what_a_set_cannot_have_is_refused(option, told):
+    with pytest.raises(ValueError, match=told):
+        DataSource(path="a", **option)
 
 
 DISAGREEMENTS = {

@@ -229,8 +229,9 @@ def _gradients(
 ) -> tuple[dict[str, Params], dict[str, Array]]:
     """Return the gradients of the joint loss by group, and its metrics: means over micro-batches, made in sequence.
 
-    Every loss is a mean over the batch, so this is the gradient over the whole batch, with three exceptions: bounded BC
-    weights, and the mean abs Q under q_gradient, are normalised within a micro-batch, and dropout draws other masks.
+    Every loss is a mean over the batch, so this is the gradient over the whole batch, with three exceptions: bounded
+    imitation weights and the mean abs Q under q_gradient are normalised within a micro-batch, and dropout draws other
+    masks.
     """
     gradient = jax.grad(_algorithm(agent.config), has_aux=True)
     draws = _draw(agent, batch, rng)

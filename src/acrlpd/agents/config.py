@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
+from acrlpd import fields
 from acrlpd.agents.extraction import BestOfN, Distill, Extraction, ExtractionName, QGradient, make_own
 from acrlpd.agents.health import HealthConfig
 from acrlpd.agents.losses import LossWeights
+from acrlpd.fields import Interval, NonNegativeFloat, PositiveFloat, PositiveInt
 from acrlpd.models.critic import CriticConfig
 from acrlpd.named_code import names_code
 
@@ -22,90 +23,61 @@ BestOfNStrategy = Literal["parallel", "chunked", "sequential", "auto"]
 class TemperatureConfig:
     """The temperature alpha: of the softmax in exploration, and the weight of the entropy bonus under q_gradient."""
 
-    initial_temp: float = 1.0
-    target_entropy_multiplier: float = 0.5  # target entropy = -multiplier * horizon * action_dim
-    adaptive: bool = True
+    initial_temp: PositiveFloat = 1.0  # the first value, or the only one
+    # target entropy = -multiplier * horizon * action_dim; below 0 is fine: differential entropy has both signs
+    target_entropy_multiplier: Annotated[float, Interval("(-inf, inf)")] = 0.5
+    adaptive: bool = True  # learned, so that candidates keep the target entropy
 
     def __post_init__(self):
-        if not 0 < self.initial_temp < math.inf:
-            raise ValueError(f"temperature.initial_temp must be positive, got {self.initial_temp}")
-        if not math.isfinite(self.target_entropy_multiplier):  # negative is fine: differential entropy has both signs
-            raise ValueError(
-                f"temperature.target_entropy_multiplier must be finite, got {self.target_entropy_multiplier}"
-            )
+        fields.check(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class AgentConfig:
     """The choices of an algorithm, with its critics. Sizes of the policy are in ``PolicyConfig``."""
 
-    algorithm: AlgorithmName = "acrlpd"  # the module of agents/ that has the loss; bc and rlpd_ac are baselines
+    algorithm: AlgorithmName = "acrlpd"  # bc (imitation alone) and rlpd_ac are baselines
     critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
     temperature: TemperatureConfig = dataclasses.field(default_factory=TemperatureConfig)
     loss_weights: LossWeights = dataclasses.field(default_factory=LossWeights)
     extraction: str = "best_of_n"  # or q_gradient, distill, or FILE.py:NAME: code of your own (CONTRIBUTING.md)
-    discount: float = 0.99
-    target_update_tau: float = 0.005
+    discount: Annotated[float, Interval("(0, 1]")] = 0.99  # for each environment step, not for each chunk
+    target_update_tau: Annotated[float, Interval("(0, 1]")] = 0.005  # rate at which target critics follow the critics
     act_by_target_critic: bool = True  # if there are no moving averages, target critics choose while acting
-    policy_ema_decay: float | None = None  # decay of the moving average of flow and critics that acts; None: none
-    gradient_accumulation_steps: int = 1  # micro-batches per update; more of them need less activation memory
-    best_of_n_samples: int = 32  # candidates while acting
-    target_samples: int | None = None  # candidates in the TD target; None: best_of_n_samples
-    best_of_n_strategy: BestOfNStrategy = "auto"
-    best_of_n_block: int = 8  # candidates at a time under "chunked"
-    best_of_n_bytes: int = 2 * 1024**3  # "auto": candidates at a time fit in this and, on a CPU, in its cache
-    top_k: int | None = None  # explore among this many best candidates; None: among all
-    diversity_bonus: float = 0.0  # added to Q while exploring, times the mean distance to the other candidates
-    flow_steps: int = 10  # Euler steps while acting
-    candidate_flow_steps: int | None = None  # rank candidates after these few steps, then redo the best; None: no redo
-    target_flow_steps: int | None = None  # Euler steps in the TD target; None: flow_steps
-    action_clip: float | None = None  # candidates are clipped to +- this, in normalized units
-    huber_delta: float | None = None  # None: squared TD error
-    actor_samples: int = 2  # q_gradient: chunks per observation; 1 switches the entropy bonus off
-    distill_weight: float = 100.0  # distill: weight of the distance to the flow, relative to Q
+    # decay of the moving average of flow and critics that acts; None: none
+    policy_ema_decay: Annotated[float, Interval("(0, 1)")] | None = None
+    gradient_accumulation_steps: PositiveInt = 1  # micro-batches per update; more of them need less activation memory
+    best_of_n_samples: PositiveInt = 32  # candidates while acting
+    target_samples: PositiveInt | None = None  # candidates in the TD target; None: best_of_n_samples
+    best_of_n_strategy: BestOfNStrategy = "auto"  # how many candidates at a time; the result is the same
+    best_of_n_block: PositiveInt = 8  # candidates at a time under "chunked"
+    best_of_n_bytes: PositiveInt = 2 * 1024**3  # "auto": candidates at a time fit in this and, on a CPU, in its cache
+    top_k: PositiveInt | None = None  # explore among this many best candidates; None: among all
+    # added to Q while exploring, times the mean distance to the other candidates
+    diversity_bonus: NonNegativeFloat = 0.0
+    flow_steps: PositiveInt = 10  # Euler steps while acting
+    # rank candidates after these few steps, then redo the best; None: no redo
+    candidate_flow_steps: PositiveInt | None = None
+    target_flow_steps: PositiveInt | None = None  # Euler steps in the TD target; None: flow_steps
+    # candidates are clipped to +- this, in normalized units
+    action_clip: Annotated[float, Interval("(0, inf]")] | None = None
+    huber_delta: Annotated[float, Interval("(0, inf]")] | None = None  # None: squared TD error
+    actor_samples: PositiveInt = 2  # q_gradient: chunks per observation; 1 switches the entropy bonus off
+    distill_weight: NonNegativeFloat = 100.0  # distill: weight of the distance to the flow, relative to Q
+    # imitate some chunks more: importance: those better than the critic expected; difficulty: those imitated badly
     bc_weighting: BCWeighting = "none"
-    bc_weighting_temperature: float = 1.0
-    bc_weighting_bound: float = 4.0  # max ratio of two weights in a batch
+    bc_weighting_temperature: Annotated[float, Interval("(0, inf]")] = 1.0  # a lower one tells chunks further apart
+    bc_weighting_bound: Annotated[float, Interval("[1, inf)")] = 4.0  # max ratio of two weights in a batch
     health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
 
     def __post_init__(self):
-        for name, choices in (
-            ("algorithm", AlgorithmName),
-            ("best_of_n_strategy", BestOfNStrategy),
-            ("bc_weighting", BCWeighting),
-        ):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"agent.{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
+        fields.check(self)
         if self.extraction not in get_args(ExtractionName) and not names_code(self.extraction):
             near = difflib.get_close_matches(self.extraction, get_args(ExtractionName), n=1)
             raise ValueError(
                 f"agent.extraction must be one of {get_args(ExtractionName)} or FILE.py:NAME, got {self.extraction!r}"
                 + (f": did you mean {near[0]!r}?" if near else "")
             )
-        if not 0 < self.discount <= 1:
-            raise ValueError(f"agent.discount must lie in (0, 1], got {self.discount}")
-        if not 0 < self.target_update_tau <= 1:
-            raise ValueError(f"agent.target_update_tau must lie in (0, 1], got {self.target_update_tau}")
-        if self.policy_ema_decay is not None and not 0 < self.policy_ema_decay < 1:
-            raise ValueError(f"agent.policy_ema_decay must lie in (0, 1), got {self.policy_ema_decay}")
-        counts = ("best_of_n_samples", "target_samples", "flow_steps", "target_flow_steps", "candidate_flow_steps")
-        for name in (*counts, "best_of_n_block", "best_of_n_bytes", "top_k", "actor_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"agent.{name} must be at least 1, got {value}")
-        if self.gradient_accumulation_steps < 1:
-            raise ValueError(
-                f"agent.gradient_accumulation_steps must be at least 1, got {self.gradient_accumulation_steps}"
-            )
-        for name in ("huber_delta", "action_clip", "bc_weighting_temperature"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"agent.{name} must be positive, got {value}")
-        for name in ("diversity_bonus", "distill_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"agent.{name} must not be negative, got {getattr(self, name)}")
-        if not 1 <= self.bc_weighting_bound < math.inf:
-            raise ValueError(f"agent.bc_weighting_bound must be at least 1, got {self.bc_weighting_bound}")
         if self.extraction == "distill" and self.candidate_flow_steps is not None:
             raise ValueError(
                 "agent.candidate_flow_steps has no effect with extraction='distill': a student's candidate takes one "

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
+
+from acrlpd import fields
+from acrlpd.fields import Interval
 
 MEMORY = 100  # window of the running means, in updates; before so many are applied, nothing counts as a spike
 
@@ -18,14 +21,13 @@ MEMORY = 100  # window of the running means, in updates; before so many are appl
 class HealthConfig:
     """The limits beyond which an update is skipped. Numbers that are not finite are always a reason."""
 
-    spike_factor: float | None = 100.0  # largest ratio of a loss or gradient norm to its running mean; None: off
-    spike_floor: float = 1000.0  # smaller values are no spike: a first success raises sparse-reward losses from near 0
+    # largest ratio of a loss or gradient norm to its running mean; None: off
+    spike_factor: Annotated[float, Interval("(1, inf]")] | None = 100.0
+    # smaller values are no spike: a first success raises sparse-reward losses from near 0
+    spike_floor: Annotated[float, Interval("[0, inf]")] = 1000.0
 
     def __post_init__(self):
-        if self.spike_factor is not None and self.spike_factor <= 1:
-            raise ValueError(f"agent.health.spike_factor must exceed 1, got {self.spike_factor}")
-        if self.spike_floor < 0:
-            raise ValueError(f"agent.health.spike_floor must not be negative, got {self.spike_floor}")
+        fields.check(self)
 
 
 @struct.dataclass

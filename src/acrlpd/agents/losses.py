@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from acrlpd import fields
+from acrlpd.fields import NonNegativeFloat
 from acrlpd.types import typed
 
 
@@ -16,16 +16,14 @@ from acrlpd.types import typed
 class LossWeights:
     """The weight of each term of the joint loss. It is an argument of the update, so a schedule never recompiles."""
 
-    critic_weight: float = 1.0
-    actor_weight: float = 1.0
-    bc_weight: float = 1.0
-    alpha_weight: float = 1.0
+    critic_weight: NonNegativeFloat = 1.0  # TD error
+    actor_weight: NonNegativeFloat = 1.0  # Q of the policy's own chunks
+    bc_weight: NonNegativeFloat = 1.0  # imitation
+    alpha_weight: NonNegativeFloat = 1.0  # temperature
 
     def __post_init__(self):
-        for name in ("critic_weight", "actor_weight", "bc_weight", "alpha_weight"):
-            value = getattr(self, name)
-            if isinstance(value, (int, float)) and not 0 <= value < math.inf:  # a traced value cannot be checked
-                raise ValueError(f"loss_weights.{name} must not be negative, got {value}")
+        plain = (bool, int, float, str)  # a traced value cannot be checked
+        fields.check(self, without=tuple(name for name, value in vars(self).items() if not isinstance(value, plain)))
 
 
 @typed

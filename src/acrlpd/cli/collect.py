@@ -9,9 +9,11 @@ from typing import Literal
 
 import tyro
 
+from acrlpd import fields
 from acrlpd.agents.agent import ActingMode
 from acrlpd.config import CollectConfig
 from acrlpd.envs.env import EnvConfig
+from acrlpd.fields import NonNegativeFloat, NonNegativeInt, PositiveInt
 from acrlpd.training import setup
 from acrlpd.training.collection import collect_by_agent, collect_prior
 
@@ -22,15 +24,16 @@ class CollectArguments:
 
     output: str  # the folder
     env: EnvConfig = dataclasses.field(default_factory=EnvConfig)  # with a checkpoint: that of its run
-    episodes: int = 100
+    episodes: PositiveInt = 100
     policy: Literal["expert", "random", "checkpoint"] = "expert"
-    noise_range: tuple[float, float] | None = None  # range of the expert's smooth noise, action units; None: 0 to 0.8
+    # range of the expert's smooth noise, in the units of the actions; None: 0 to 0.8
+    noise_range: tuple[NonNegativeFloat, NonNegativeFloat] | None = None
     checkpoint: str | None = None  # a run or the folder of one step
     mode: ActingMode = "explore"  # for a checkpoint; explore: as online; greedy: the best by its critic; bc: imitation
-    num_envs: int = 8  # with a checkpoint: environments that share one policy call
+    num_envs: PositiveInt = 8  # with a checkpoint: environments that share one policy call
     extraction: str | None = None  # with a checkpoint: how to choose instead; code of your own must be named here
-    num_workers: int = 1  # processes
-    seed: int = 0
+    num_workers: PositiveInt = 1  # processes
+    seed: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         if (self.policy == "checkpoint") != (self.checkpoint is not None):
@@ -43,6 +46,7 @@ class CollectArguments:
 
 def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
+    fields.check(arguments)
     if arguments.checkpoint is None:
         return _by_script(arguments)
     loaded = setup.load_stored(arguments.checkpoint, arguments.extraction)

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from acrlpd import fields
 from acrlpd.cli.configured import changed, parse, starting_point
 from acrlpd.config import TrainConfig, to_dict
 from acrlpd.files import written_whole
@@ -17,7 +18,7 @@ from acrlpd.overrides import differences, read_config, to_yaml
 
 USAGE = """usage: acrlpd config COMMAND ...
 
-  show  PRESET|FILE.yaml|RUN [flags] [--json]    every field with its value
+  show  PRESET|FILE.yaml|RUN [flags] [--json]    every field: its value, and those it may have
   diff  PRESET|FILE.yaml|RUN OTHER               what differs, one field a line
   save  PRESET|FILE.yaml|RUN TARGET.yaml [flags] all fields into a file that acrlpd train takes
 
@@ -54,7 +55,22 @@ def main(argv: Sequence[str]) -> int:
 
 def _show(words: list[str]) -> None:
     arguments = _parsed(words[0], words[1:])
-    print(json.dumps(to_dict(arguments.config), indent=2) if arguments.json else to_yaml(arguments.config), end="\n")
+    print(json.dumps(to_dict(arguments.config), indent=2) if arguments.json else _explained(to_yaml(arguments.config)))
+
+
+def _explained(text: str) -> str:
+    """Return a configuration's YAML with the values that a field may have as a comment on its line."""
+    parts = fields.parts(TrainConfig)
+    limits = {path + name: fields.limits(hint) for path, part in parts for name, hint in fields.hints(part).items()}
+    lines: list[str] = []
+    path: list[str] = []
+    for line in text.splitlines():
+        name = line.lstrip()
+        depth = (len(line) - len(name)) // 2
+        path = [*path[:depth], name.partition(":")[0]]
+        said = limits.get(".".join(path))
+        lines.append(f"{line}  # {said}" if said else line)
+    return "\n".join(lines)
 
 
 def _diff(words: list[str]) -> None:

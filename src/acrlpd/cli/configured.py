@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
-from acrlpd import platforms, presets
+from acrlpd import fields, platforms, presets
 from acrlpd.cli.idle import refuse_idle
-from acrlpd.config import ConfigError, TrainConfig, from_dict, to_dict
+from acrlpd.config import ConfigError, TrainConfig, from_dict, judged, to_dict, unjudged
 from acrlpd.data.options import DataSource
 from acrlpd.overrides import apply_config_overrides, load_yaml, read_mapping
 
@@ -105,10 +113,31 @@ class _RefusedError(Exception):
     """An error whose message the parser must not rephrase."""
 
 
-SOURCES = ConstructorRegistry()
+RULES = ConstructorRegistry()
 
 
-@SOURCES.primitive_rule
+@RULES.struct_rule
+def _part(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Read a part of a configuration without its constructor: ``judged`` checks them all, with their full names."""
+    if info.type not in PARTS or not isinstance(info.default, info.type):
+        return None
+    part: type = info.type
+    members = [
+        StructFieldSpec(name, hint, getattr(info.default, name), helptext=_help(part, name))
+        for name, hint in fields.hints(part).items()
+    ]
+    return StructConstructorSpec(lambda **values: unjudged(part, values), tuple(members))
+
+
+def _help(part: type, name: str) -> Callable[[], str]:
+    """Return the comment beside a field and the values that it may have, for ``--help``."""
+    return lambda: ". ".join(filter(None, (fields.comments(part).get(name), fields.limits(fields.hints(part)[name]))))
+
+
+PARTS = frozenset(part for _, part in fields.parts(TrainConfig))
+
+
+@RULES.primitive_rule
 def _source(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[DataSource] | None:
     """Read a data set from one word: its fields as in a YAML file, ``{path: data/a, weight: 0.7}``."""
     if info.type is not DataSource:
@@ -142,46 +171,47 @@ def parse(kind: type[T], default: T, flags: Sequence[str], prog: str, *, stored:
     ``stored``: what a run was started with; these values are not checked for being without effect.
 
     Raises:
-        ConfigError: values do not fit together; tyro prints other mistakes itself and exits.
+        ConfigError: values that are not allowed or do not fit together; tyro prints other mistakes itself and exits.
     """
 
-    def attempt(words: Sequence[str], *, tell: bool) -> T:
+    def read(words: Sequence[str], *, tell: bool) -> T:
         form = (tyro.conf.AvoidSubcommands,)
-        try:
-            with contextlib.nullcontext() if tell else _silence():
-                found = tyro.cli(kind, args=words, default=default, prog=prog, config=form, registry=SOURCES)
-        except _RefusedError as error:
-            raise ConfigError(str(error)) from error
-        refuse_idle(found.config, stored)
-        return found
+        with contextlib.nullcontext() if tell else _silence():
+            return tyro.cli(kind, args=words, default=default, prog=prog, config=form, registry=RULES)
 
-    def fault(words: Sequence[str], *, tell: bool = False) -> str | None:
-        """Return an error message; an empty one if tyro prints it; None if there is no error."""
+    def right(found: T) -> T:
+        config = judged(found.config, default.config)
+        refuse_idle(config, stored)
+        return dataclasses.replace(found, config=config)  # type: ignore[type-var]
+
+    def readable(words: Sequence[str]) -> bool:
         try:
-            attempt(words, tell=tell)
-        except SystemExit:
-            return ""
-        except ValueError as error:
-            return str(error)
-        return None
+            read(words, tell=False)
+        except (SystemExit, _RefusedError):
+            return False
+        return True
 
     try:
-        return attempt(flags, tell=False)
+        return right(read(flags, tell=False))
     except SystemExit as stop:
         if not stop.code:  # help was asked for
-            return attempt(flags, tell=True)
-    except ValueError:
+            return read(flags, tell=True)
+    except _RefusedError:
         pass
-    before = fault([])  # a file may be wrong without the flags
-    guilty = [words for words in _apart(flags) if fault(words) not in (None, before)]
-    good = [word for words in _apart(flags) if words not in guilty for word in words]
-    faults = [fault([*good, *words], tell=True) for words in guilty]
-    faults += [fault(good, tell=True)] if before is not None and guilty else []
-    found = [message for message in faults if message is not None]  # some flags are wrong only without the others
-    if not found:
-        return attempt(flags, tell=True)
-    if any(found):
-        raise ConfigError("\n".join(filter(None, found)))
+    guilty = [words for words in _apart(flags) if not readable(words)]
+    problems: list[str] = []
+    for words in guilty:
+        with contextlib.suppress(SystemExit):
+            try:
+                read(words, tell=True)
+            except _RefusedError as error:
+                problems.append(str(error))
+    try:
+        right(read([word for words in _apart(flags) if words not in guilty for word in words], tell=True))
+    except ConfigError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
     sys.exit(2)
 
 

@@ -20,6 +20,7 @@ from acrlpd.data.inspection import Contents, Inspection, Problem, Range
 from acrlpd.data.options import ReaderOptions
 from acrlpd.data.sources import Dataset
 from acrlpd.data.windows import check_videos
+from acrlpd.fields import NonNegativeInt, PositiveInt
 from acrlpd.files import printable
 
 SHOWN = 20  # tasks in a table
@@ -30,7 +31,7 @@ EXIT_UNUSABLE = 1
 class ReadArguments(ReaderOptions):
     """Options for reading the format; those left out are found in the files."""
 
-    num_workers: int = os.cpu_count() or 1  # processes that read many HDF5 episodes; 0: only this one
+    num_workers: NonNegativeInt = os.cpu_count() or 1  # processes that read many HDF5 episodes; 0: only this one
 
     def options(self) -> dict[str, Any]:
         return self.for_reader() | {"num_workers": self.num_workers}
@@ -76,8 +77,8 @@ class CacheArguments:
 
     path: tyro.conf.Positional[str]  # a folder or file of episodes with videos or pictures
     output: tyro.conf.Positional[str]  # the cache's folder, one for each data set
-    height: int = 224
-    width: int = 224
+    height: PositiveInt = 224
+    width: PositiveInt = 224
     on_bad_episode: Literal["error", "skip"] = "error"
     read: ReadArguments = dataclasses.field(default_factory=ReadArguments)
 
@@ -193,7 +194,7 @@ def _finite(content: Any) -> Any:
 
 
 def _table(path: str, contents: Contents) -> list[str]:
-    least, mean, most = contents.lengths
+    shortest, mean, longest = contents.lengths
     rate = "rate unknown" if contents.fps is None else f"{contents.fps:g} fps"
     known = contents.successes + contents.failures
     success = f"{contents.successes} of {known} ({contents.success_rate:.0%})" if known else "unknown"
@@ -204,7 +205,7 @@ def _table(path: str, contents: Contents) -> list[str]:
     cameras = ", ".join(f"{name} {height}x{width}" for name, (height, width) in contents.cameras.items())
     return [
         f"{path}: {contents.format}, {contents.episodes} episodes, {contents.steps} steps, {rate}",
-        f"lengths   {least} to {most}, mean {mean:.1f}",
+        f"lengths   {shortest} to {longest}, mean {mean:.1f}",
         f"success   {success}{f', unknown in {unknown}' if unknown else ''}",
         f"rewards   {low:g} to {high:g}",
         f"cameras   {cameras or 'none'}",

@@ -10,8 +10,10 @@ from typing import Any
 
 import tyro
 
+from acrlpd import fields
 from acrlpd.agents.agent import ActingMode
 from acrlpd.envs.registry import make
+from acrlpd.fields import NonNegativeInt, PositiveInt
 from acrlpd.training import setup
 from acrlpd.training.comparison import compare
 from acrlpd.training.evaluate import Evaluation, summarize
@@ -29,22 +31,23 @@ class EvalArguments:
     checkpoint: str  # a run (runs/demo), its checkpoints folder, or the folder of one step
     compare: str | None = None  # a second checkpoint: paired difference, bootstrap interval, McNemar's test
     tasks: tuple[str, ...] = ()  # environments of the same robot; none: the run's own
-    episodes: int | None = None  # number for each task; None: as in the run's own final evaluations
-    first_seed: int | None = None  # None: the run's own, so results can be compared seed by seed
-    mode: ActingMode = "greedy"  # bc: one sample of the flow, without the critic
+    episodes: PositiveInt | None = None  # number for each task; None: as in the run's own final evaluations
+    first_seed: NonNegativeInt | None = None  # None: the run's own, so results can be compared seed by seed
+    mode: ActingMode = "greedy"  # bc: imitation, one sample of the flow without the critic
     extraction: str | None = None  # how to choose instead; code of your own (FILE.py:NAME) must be named here
     compare_extraction: str | None = None  # the same for the second checkpoint
-    num_envs: int | None = None
-    seed: int = 0  # seeds the policy's noise
+    num_envs: PositiveInt | None = None  # None: as in the run's own evaluations
+    seed: NonNegativeInt = 0  # seeds the policy's noise
     full: bool = False  # also test noise, best of N, and whether Q predicts the outcome; shown by acrlpd report
     protocol: ProtocolConfig = dataclasses.field(default_factory=ProtocolConfig)  # the trials of --full
-    videos: int = 0  # number of successes and of failures of each task to save as mp4 files
+    videos: NonNegativeInt = 0  # number of successes and of failures of each task to save as mp4 files
     output: str | None = None  # a file for the JSON; None: with --full, evaluations/full.json of the run
     json: bool = False  # print the JSON instead of sentences
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = tyro.cli(EvalArguments, args=argv, prog="acrlpd eval")
+    fields.check(arguments)
     loaded = setup.load_stored(arguments.checkpoint, arguments.extraction)
     other = setup.load_stored(arguments.compare, arguments.compare_extraction) if arguments.compare else None
     tasks = arguments.tasks or (loaded.config.env.name if loaded.config.env else "",)

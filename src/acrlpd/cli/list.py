@@ -67,4 +67,4 @@ def _environments(family: str | None = None) -> Iterator[str]:
 
 def _algorithms() -> Iterator[str]:
     for name, changes in presets.ALGORITHMS.items():
-        yield f"{name:<10}{(changes.__doc__ or '').strip().splitlines()[0]}"
+        yield f"{name:<12}{(changes.__doc__ or '').strip().splitlines()[0]}"

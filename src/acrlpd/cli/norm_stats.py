@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from acrlpd import fields
 from acrlpd.config import DataConfig
 from acrlpd.data import normalize, statistics
 from acrlpd.data.episodes import EpisodeSource
@@ -23,6 +23,7 @@ from acrlpd.data.robots import mapping
 from acrlpd.data.robots.mapping import Robot
 from acrlpd.data.sources import Dataset, identify, open_episodes
 from acrlpd.data.transforms import Compose, Transform
+from acrlpd.fields import NonNegativeFloat, PositiveFloat, PositiveInt
 
 logger = logging.getLogger(__name__)
 
@@ -34,24 +35,23 @@ class NormStatsArguments:
     data_path: tyro.conf.Positional[tuple[str, ...]]  # any data set we read, or several that are trained on together
     out: str | None = None  # folder for openpi's norm_stats.json; None: print only
     json: bool = False  # print one JSON object instead of a table
-    weights: tuple[float, ...] = ()  # for several data sets: how often each is drawn from; empty: by their steps
-    horizon: int = 1  # steps of the chunk at every row that statistics cover; give the policy's horizon
+    # for several data sets: how often each is drawn from; empty: by their steps
+    weights: tuple[PositiveFloat, ...] = ()
+    horizon: PositiveInt = 1  # steps of the chunk at every row that statistics cover; give the policy's horizon
     robot: Robot | None = None  # as data.robot of a run: its numbers in openpi's conventions
     delta_mask: Annotated[tuple[int, ...] | None, tyro.conf.arg(aliases=("--delta",))] = None
     """6 -1: six actions relative to the state, one not; None: the robot's"""
     pi05: bool = False  # the robot's relative actions as for pi0.5: none in LIBERO
-    num_episodes: int | None = None  # use only this many, evenly spread
-    min_std: float = statistics.MIN_STD  # floor for dimensions that hardly move, raw units; 0: none, as in openpi
+    num_episodes: PositiveInt | None = None  # use only this many, evenly spread
+    # floor for dimensions that hardly move, raw units; 0: none, as in openpi
+    min_std: NonNegativeFloat = statistics.MIN_STD
     on_bad_episode: Literal["error", "skip"] = "error"
     read: ReaderOptions = dataclasses.field(default_factory=ReaderOptions)
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = tyro.cli(NormStatsArguments, args=argv, prog="acrlpd norm-stats", config=(tyro.conf.OmitArgPrefixes,))
-    if arguments.num_episodes is not None and arguments.num_episodes < 1:
-        raise ValueError(f"num_episodes must be at least 1, got {arguments.num_episodes}: leave it out for all")
-    if not 0 <= arguments.min_std < math.inf:
-        raise ValueError(f"min_std must be finite and not negative, got {arguments.min_std}")
+    fields.check(arguments)
     sets = DataConfig(path=arguments.data_path, weights=arguments.weights).sets
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -15,6 +15,7 @@ from acrlpd import presets
 from acrlpd.cli.configured import changed, named, parse, starting_point, warn_of_the_unusual
 from acrlpd.config import TrainConfig
 from acrlpd.training import resuming, setup
+from acrlpd.training.charts import POLICIES
 from acrlpd.training.faults import EXIT_INTERRUPTED, Interrupted
 from acrlpd.training.finished import nothing_left
 from acrlpd.training.overwriting import tell_of_set_aside
@@ -155,7 +156,7 @@ def run(config: TrainConfig, *, again: str, **how: Any) -> int:
         print(f"\n{stop}\nResume with: acrlpd train {again}{resume}", file=sys.stderr)
         return EXIT_INTERRUPTED
     for phase, result in summary["phases"].items():
-        print(f"{phase:8} success {result['success']:.0%} [{result['low']:.0%}, {result['high']:.0%}]")
+        print(f"{POLICIES[phase][0]:9} success {result['success']:.0%} [{result['low']:.0%}, {result['high']:.0%}]")
     print(summary["ended"]["text"])
     named_env = config.env.name if config.env is not None else None
     print(f"report: {write_report(setup.run_files(config).directory, named_env)}")

@@ -23,9 +23,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
-from acrlpd import files
+from acrlpd import fields, files
 from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeSource
 from acrlpd.data.layouts.columns import Rows
+from acrlpd.fields import PositiveInt
 from acrlpd.pictures import resize_with_pad
 
 logger = logging.getLogger(__name__)
@@ -55,13 +56,11 @@ class FrameCache:
     """Records under ``folder``, of frames resized to ``height`` x ``width`` by ``pictures.resize_with_pad``."""
 
     folder: Path
-    height: int = 224
-    width: int = 224
+    height: PositiveInt = 224
+    width: PositiveInt = 224
 
     def __post_init__(self):
-        for name in ("height", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 pixel, got {getattr(self, name)}")
+        fields.check(self)
 
     def build(self, source: FrameSource) -> None:
         """Make the missing records; their size is logged first.

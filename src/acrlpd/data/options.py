@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any
+from typing import Annotated, Any
 
-from acrlpd.data.episodes import OptionError, check_fps
+from acrlpd import fields
+from acrlpd.data.episodes import OptionError
 from acrlpd.data.npz import ButtonGoal, CubeGoal
 from acrlpd.data.rewards import RewardConfig
+from acrlpd.fields import Interval, NonNegativeInt, PositiveFloat
 
 HDF5 = ("acrlpd", "aloha", "robomimic", "libero", "droid")
 
@@ -31,13 +32,13 @@ class ReaderOptions:
     # the instruction of episodes that have none
     default_task: str = _of("", *HDF5, "lerobot", "npz", "minari")
     # steps per second, if the format does not state them or states them wrong
-    fps: float | None = _of(None, *HDF5, "npz", "minari")
+    fps: Annotated[float, Interval("(0, inf)")] | None = _of(None, *HDF5, "npz", "minari")
     # robomimic and LIBERO: the name of a subset of the demos
     filter_key: str | None = _of(None, "robomimic", "libero")
     # LeRobot: numbers of the episodes to read, in this order; empty: all
-    episodes: tuple[int, ...] = _of((), "lerobot")
+    episodes: tuple[NonNegativeInt, ...] = _of((), "lerobot")
     # LeRobot: seconds by which a timestamp or a video frame may be off; None: 1e-4
-    tolerance_s: float | None = _of(None, "lerobot")
+    tolerance_s: Annotated[float, Interval("[0, inf)")] | None = _of(None, "lerobot")
     # HDF5 and LeRobot: decode every picture when opening; None: only where bad episodes are skipped
     check_images: bool | None = _of(None, *HDF5, "lerobot")
     # LIBERO: pair every action with the observation before it, not after it
@@ -46,7 +47,7 @@ class ReaderOptions:
     jpeg_bgr: bool = _of(False, "aloha")
     # DROID: leave out the steps at which the operator was not driving
     drop_idle: bool = _of(False, "droid")
-    # OGBench: clip actions to at least 1e-5 from -1 and 1, as QC does
+    # OGBench: clip actions to 1e-5 or more from -1 and 1, as QC does
     clip_actions: bool = _of(False, "npz")
     # OGBench play data: where each cube should be, in m
     cube_goal: tuple[tuple[float, float, float], ...] = _of((), "npz")
@@ -54,12 +55,8 @@ class ReaderOptions:
     button_goal: tuple[int, ...] = _of((), "npz")
 
     def check(self) -> None:
-        """Refuse values that no reader can use."""
-        check_fps(self.fps)
-        if self.tolerance_s is not None and not 0 <= self.tolerance_s < math.inf:
-            raise OptionError(f"tolerance_s must be finite and not negative, got {self.tolerance_s}")
-        if any(number < 0 for number in self.episodes):
-            raise OptionError(f"episodes must be numbers from 0 on, got {self.episodes}")
+        """Refuse values that no reader can use, and options that exclude each other."""
+        fields.check(self)
         if self.cube_goal and self.button_goal:
             raise OptionError("cube_goal and button_goal exclude each other")
 
@@ -83,9 +80,13 @@ class DataSource(ReaderOptions):
     """One of the data sets of a run. Options that are not set here are taken from the run's ``data``."""
 
     path: str = ""  # episodes in any supported format
-    weight: float | None = None  # relative share of the drawn chunks; None: every step of all sets is equally likely
+    # relative share of the drawn chunks; None: every step of all sets is equally likely
+    weight: PositiveFloat | None = None
     frame_cache: str | None = None  # folder that `acrlpd data cache` filled at policy.image_size
     rewards: RewardConfig | None = None  # how rewards are assigned to its episodes
+
+    def __post_init__(self):
+        fields.check(self)
 
     def over(self, data: Any) -> DataSource:
         """Return this source; options that are not set are taken from ``data``, which is part of a configuration."""

@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float
 
+from acrlpd import fields
 from acrlpd.types import typed
 
 
@@ -34,16 +35,12 @@ class RewardConfig:
     # -1/0 is 0/1 minus one: every step costs 1, the one that succeeds is free. as_stored: dense rewards, unchanged
     convention: Literal["0/1", "-1/0", "as_stored"] = "-1/0"
     success: bool | None = None  # the user's statement for the episodes whose success the format does not state
-    terminal_on_failure: bool = (
-        False  # a failure ends the task, so nothing is bootstrapped past it; a time limit does not
-    )
+    # a failure ends the task, so nothing is bootstrapped past it; a time limit does not
+    terminal_on_failure: bool = False
     success_reward: float | None = None  # min stored reward of a step at which the task is done, for staged rewards
 
     def __post_init__(self):
-        if self.source not in ("stored", "sparse"):
-            raise ValueError(f"source must be 'stored' or 'sparse', got {self.source!r}")
-        if self.convention not in ("0/1", "-1/0", "as_stored"):
-            raise ValueError(f"convention must be '0/1', '-1/0' or 'as_stored', got {self.convention!r}")
+        fields.check(self)
         if self.source == "sparse" and self.convention == "as_stored":
             raise ValueError("rewards.source 'sparse' makes rewards; the convention 'as_stored' keeps those stored")
 

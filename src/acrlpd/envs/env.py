@@ -16,6 +16,9 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from acrlpd import fields
+from acrlpd.fields import PositiveInt
+
 Obs: TypeAlias = dict[str, Any]
 RewardKind: TypeAlias = Literal["-1/0", "0/1"]
 
@@ -25,19 +28,14 @@ class EnvConfig:
     """The choice of an environment and of its observations, rewards and time limit."""
 
     name: str = "metaworld/drawer-open-v3"  # "<simulator>/<task>"
-    max_episode_steps: int | None = None  # None: the simulator's own limit
+    max_episode_steps: PositiveInt | None = None  # None: the simulator's own limit
     cameras: tuple[str, ...] = ()  # cameras in the observation; () for state only
-    image_size: int = 64  # pixels, height and width of every camera
+    image_size: PositiveInt = 64  # pixels, height and width of every camera
     reward: RewardKind = "-1/0"  # -1 a step and 0 at success, or 0 a step and 1 at success
     instruction: str | None = None  # None: the task's own instruction
 
     def __post_init__(self) -> None:
-        if self.max_episode_steps is not None and self.max_episode_steps < 1:
-            raise ValueError(f"max_episode_steps must be at least 1, got {self.max_episode_steps}")
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}")
-        if self.reward not in ("-1/0", "0/1"):
-            raise ValueError(f"reward must be '-1/0' or '0/1', got {self.reward!r}")
+        fields.check(self)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

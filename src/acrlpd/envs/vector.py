@@ -13,12 +13,13 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
-from acrlpd import main_guard
+from acrlpd import fields, main_guard
 from acrlpd.envs.env import Environment, EnvSpec
 from acrlpd.envs.episodes import Command, EpisodeRunner, Lost, Report
 from acrlpd.envs.failure import Failure
+from acrlpd.fields import Interval, NonNegativeInt
 from acrlpd.orphans import end_with_parent
 
 MakeEnvironment: TypeAlias = Callable[[], Environment]
@@ -31,18 +32,14 @@ class RolloutConfig:
     """The place where environments run."""
 
     backend: Literal["processes", "ray"] = "processes"  # ray: actors on the cluster that RAY_ADDRESS names
-    num_workers: int = 0  # 0: in this process, one environment after the other
-    timeout_s: float = 120.0  # a worker that takes longer for one chunk counts as hung and is replaced
+    num_workers: NonNegativeInt = 0  # 0: in this process, one environment after the other
+    # a worker that takes longer for one chunk counts as hung and is replaced
+    timeout_s: Annotated[float, Interval("(0, inf]")] = 120.0
 
     def __post_init__(self) -> None:
-        if self.backend not in ("processes", "ray"):
-            raise ValueError(f"rollout.backend must be 'processes' or 'ray', got {self.backend!r}")
+        fields.check(self)
         if self.backend == "ray" and self.num_workers < 1:
             raise ValueError("rollout.backend='ray' needs rollout.num_workers of at least 1")
-        if self.num_workers < 0:
-            raise ValueError(f"rollout.num_workers must not be negative, got {self.num_workers}")
-        if self.timeout_s <= 0:
-            raise ValueError(f"rollout.timeout_s must be positive, got {self.timeout_s}")
 
 
 class VectorEnv(Protocol):

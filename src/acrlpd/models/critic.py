@@ -8,13 +8,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from acrlpd import fields
+from acrlpd.fields import NOT_EMPTY, Interval, PositiveInt
 from acrlpd.types import typed
 
 Activation = Literal["relu", "swish", "gelu", "tanh"]
@@ -33,36 +35,22 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class CriticConfig:
     """The size and shape of the ensemble, and the aggregation of its members to one value."""
 
-    num_critics: int = 10
-    hidden_dims: tuple[int, ...] = (256, 256)
+    num_critics: PositiveInt = 10  # members of the ensemble
+    hidden_dims: Annotated[tuple[PositiveInt, ...], NOT_EMPTY] = (256, 256)  # width of each hidden layer
     activation: Activation = "gelu"
-    use_layer_norm: bool = True
-    dropout_rate: float = 0.0  # off in targets and while acting
-    kernel_init_scale: float = 1.0  # variance scaling, fan-in, uniform
-    q_aggregation: QAggregation = "min"
+    use_layer_norm: bool = True  # normalize each hidden layer, as QC and RLPD do
+    dropout_rate: Annotated[float, Interval("[0, 1)")] = 0.0  # off in targets and while acting
+    kernel_init_scale: Annotated[float, Interval("(0, inf]")] = 1.0  # variance scaling, fan-in, uniform
+    q_aggregation: QAggregation = "min"  # of the members' Q to one value; subset: min of two drawn members (RLPD)
     use_pi0_features: bool = True  # read the policy's pooled prefix tokens and the state; False: only the state
-    feature_fusion_method: FeatureFusion = "concat"
+    feature_fusion_method: FeatureFusion = "concat"  # how the policy's features and the state come together
 
     def __post_init__(self):
-        for name, choices in (
-            ("activation", Activation),
-            ("q_aggregation", QAggregation),
-            ("feature_fusion_method", FeatureFusion),
-        ):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"critic.{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
-        if self.num_critics < 1 or (self.q_aggregation == "subset" and self.num_critics < 2):
+        fields.check(self)
+        if self.q_aggregation == "subset" and self.num_critics < 2:
             raise ValueError(
-                f"critic.num_critics is {self.num_critics}: at least 1, and at least 2 for q_aggregation='subset'"
+                f"critic.num_critics is {self.num_critics}: q_aggregation='subset' draws 2 of them, so there must be 2"
             )
-        if not self.hidden_dims:
-            raise ValueError("critic.hidden_dims is empty: name at least one width, such as (256, 256)")
-        if any(width < 1 for width in self.hidden_dims):
-            raise ValueError(f"critic.hidden_dims must be at least 1 each, got {self.hidden_dims}")
-        if not self.kernel_init_scale > 0:
-            raise ValueError(f"critic.kernel_init_scale must be positive, got {self.kernel_init_scale}")
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"critic.dropout_rate must lie in [0, 1), got {self.dropout_rate}")
 
 
 class StackedLinear(nnx.Module):

@@ -19,6 +19,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from acrlpd import fields
+from acrlpd.fields import PositiveInt
+
 _adapter_init = nnx.initializers.normal(stddev=0.01)
 _lecun_per_gate = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=(0,))
 _lecun = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1)
@@ -28,13 +31,12 @@ _lecun = nnx.initializers.lecun_normal(in_axis=-2, out_axis=-1)
 class Config:
     """Settings of one kind of adapter."""
 
-    rank: int
+    rank: PositiveInt
     alpha: float = 1.0  # einsum layers scale their update by alpha / rank
     rank_stabilized: bool = False  # alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"a LoRA rank must be at least 1, got {self.rank}; for no adapter, give no LoRA config")
+        fields.check(self)
 
     @property
     def scaling(self) -> float:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from acrlpd import fields
+from acrlpd.fields import NOT_EMPTY, PositiveInt
 from acrlpd.models.flow import Prefix
 from acrlpd.types import Observation
 
@@ -25,12 +28,11 @@ class MLPFlowConfig:
 
     state_dim: int
     action_dim: int
-    action_horizon: int = 5
-    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
+    action_horizon: PositiveInt = 5
+    hidden_dims: Annotated[tuple[PositiveInt, ...], NOT_EMPTY] = (512, 512, 512, 512)
 
     def __post_init__(self):
-        if not self.hidden_dims or min(self.hidden_dims) < 1:
-            raise ValueError(f"hidden_dims must name at least one positive width, got {self.hidden_dims}")
+        fields.check(self)
 
     def create(self, rngs: nnx.Rngs) -> MLPFlow:
         return MLPFlow(self, rngs)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import math
 import socket
 import ssl
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
+from acrlpd import fields
+from acrlpd.fields import Interval, NonNegativeFloat, PositiveFloat, PositiveInt
 from acrlpd.serving.limits import is_loopback
 
-MAX_PORT = 65535
 NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # for an address of a name, such as localhost's ::1 without IPv6
 
 
@@ -24,41 +25,32 @@ class ServerConfig:
     """Address and limits of a server. The defaults are for robots on the same machine."""
 
     host: str = "127.0.0.1"
-    port: int = 8000  # 0: any free port
-    max_batch_size: int = 8  # requests in one call of the policy
-    batch_wait_s: float = 0.002  # how long a request waits for others to join it, if other clients are connected
-    max_concurrent_requests: int = 64  # decoded, waiting and running; beyond that, only one per client is accepted
-    request_timeout_s: float = 30.0
-    max_requests_per_s: float | None = None  # per connection; None: no limit
-    max_connections: int = 64
-    max_connections_per_address: int = 64
-    max_message_bytes: int = 16 * 1024**2
-    max_picture_pixels: int = 1920 * 1080
-    message_timeout_s: float = 10.0  # max. time for a handshake, for the rest of a message, and for reading an answer
-    ping_interval_s: float = 20.0  # a peer that does not answer a ping within the same time counts as gone
+    port: Annotated[int, Interval("[0, 65535]")] = 8000  # 0: any free port
+    max_batch_size: PositiveInt = 8  # requests in one call of the policy
+    # how long a request waits for others to join it, if other clients are connected
+    batch_wait_s: NonNegativeFloat = 0.002
+    # decoded, waiting and running; beyond that, only one per client is accepted
+    max_concurrent_requests: PositiveInt = 64
+    request_timeout_s: PositiveFloat = 30.0
+    max_requests_per_s: PositiveFloat | None = None  # per connection; None: no limit
+    max_connections: PositiveInt = 64
+    max_connections_per_address: PositiveInt = 64
+    max_message_bytes: PositiveInt = 16 * 1024**2
+    max_picture_pixels: PositiveInt = 1920 * 1080
+    # max. time for a handshake, for the rest of a message, and for reading an answer
+    message_timeout_s: PositiveFloat = 10.0
+    ping_interval_s: PositiveFloat = 20.0  # a peer that does not answer a ping within the same time counts as gone
     allow_anonymous: bool = False  # serve without a key on an address that others can reach
     tls_cert: str | None = None  # a PEM file, like tls_key
     tls_key: str | None = None
-    reload_interval_s: float | None = None  # look for a newer checkpoint this often; None: never
-    drain_timeout_s: float = 30.0  # for the requests in progress when the server is told to stop
+    reload_interval_s: PositiveFloat | None = None  # look for a newer checkpoint this often; None: never
+    drain_timeout_s: PositiveFloat = 30.0  # for the requests in progress when the server is told to stop
     show_tracebacks: bool = False  # send them to clients, as openpi does
 
     def __post_init__(self):
+        fields.check(self)
         if not self.host.strip():
             raise ValueError("host is empty: name an address, 127.0.0.1 for this machine alone or 0.0.0.0 for all")
-        if not 0 <= self.port <= MAX_PORT:
-            raise ValueError(f"port must be from 0 (any free one) to {MAX_PORT}, got {self.port}")
-        for name in COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in SECONDS:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
-        for name in ("max_requests_per_s", "reload_interval_s"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number or absent, got {value}")
-        if not 0 <= self.batch_wait_s < math.inf:
-            raise ValueError(f"batch_wait_s must be 0 or a positive number, got {self.batch_wait_s}")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("TLS needs both a certificate and its key: give tls_cert and tls_key, or neither")
 
@@ -66,17 +58,6 @@ class ServerConfig:
         """Return the URL for clients on this machine."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'wss' if self.tls_cert else 'ws'}://{host}:{port}"
-
-
-COUNTS = (
-    "max_batch_size",
-    "max_concurrent_requests",
-    "max_connections",
-    "max_connections_per_address",
-    "max_message_bytes",
-    "max_picture_pixels",
-)
-SECONDS = ("request_timeout_s", "message_timeout_s", "ping_interval_s", "drain_timeout_s")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,12 @@ import numpy as np
 from jax.sharding import AbstractMesh
 from jax.stages import Lowered
 
+from acrlpd import fields
 from acrlpd.agents import agent as agent_module
 from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import TrainConfig
 from acrlpd.envs.registry import make_vector
+from acrlpd.fields import PositiveInt
 from acrlpd.training import setup
 from acrlpd.training.setup import Dims
 from acrlpd.training.sharding import BATCH_AXIS, FSDP_AXIS, parameter_sharding
@@ -40,12 +42,11 @@ SLACK = 0.05  # share of a device's memory that the runtime keeps for itself
 class Machine:
     """The devices that a run should fit on. ``device_memory`` is in bytes; None: unknown, so everything fits."""
 
-    devices: int = 1
+    devices: PositiveInt = 1
     device_memory: int | None = None
 
     def __post_init__(self):
-        if self.devices < 1:
-            raise ValueError(f"devices must be at least 1, got {self.devices}")
+        fields.check(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,12 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from acrlpd import fields
 from acrlpd.agents.agent import ACRLPDAgent, ActingMode
 from acrlpd.data.transforms import Transform
 from acrlpd.envs.rollout import Rollout
 from acrlpd.envs.vector import VectorEnv
+from acrlpd.fields import PositiveFloat, PositiveInt
 from acrlpd.training.agreement import Agreement, Choice, agreement
 from acrlpd.training.comparison import Comparison, compare
 from acrlpd.training.evaluate import Evaluation, evaluate
@@ -26,15 +28,13 @@ class ProtocolConfig:
     Every trial uses the same seeds, with the same draws for each, so trials can be compared episode by episode.
     """
 
-    observation_noise: tuple[float, ...] = (0.01, 0.05, 0.1)  # deviations in normalized units, on state and pictures
-    action_noise: tuple[float, ...] = (0.01, 0.05, 0.1)  # likewise, on every executed action
-    best_of_n: tuple[int, ...] = (1, 4, 16, 32)  # numbers of candidates
+    # deviations in normalized units, on state and pictures
+    observation_noise: tuple[PositiveFloat, ...] = (0.01, 0.05, 0.1)
+    action_noise: tuple[PositiveFloat, ...] = (0.01, 0.05, 0.1)  # likewise, on every executed action
+    best_of_n: tuple[PositiveInt, ...] = (1, 4, 16, 32)  # numbers of candidates
 
     def __post_init__(self) -> None:
-        if any(deviation <= 0 for deviation in (*self.observation_noise, *self.action_noise)):
-            raise ValueError("observation_noise and action_noise are deviations and must be positive")
-        if any(n < 1 for n in self.best_of_n):
-            raise ValueError(f"best_of_n must be at least 1, got {self.best_of_n}")
+        fields.check(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,7 @@ class RunLog:
         """Keep the metrics of an update for the next log point, without waiting for them."""
         self._average.add(metrics)
 
-    def write_training(self, phase: str, others: Mapping[str, float]) -> dict[str, str]:
+    def write_training(self, phase: str, others: dict[str, float]) -> dict[str, str]:
         """Write the means since the last log point, with ``others`` beside them; return what a progress bar shows."""
         with self._clocks.span("update"):
             metrics = self._average.fetch()  # waits for the device

@@ -28,9 +28,9 @@ from acrlpd import presets
 from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import DataConfig, TrainConfig
 from acrlpd.data.normalize import NormStats
-from acrlpd.training import memory, setup
+from acrlpd.training import build, memory
+from acrlpd.training.build import Dims
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager, checksums
-from acrlpd.training.setup import Dims
 from acrlpd.types import ChunkBatch
 
 DIMS = Dims(state=32, action=8)
@@ -57,7 +57,7 @@ class Windows:
     """An agent that learns from one batch, with a folder for its checkpoints."""
 
     def __init__(self, config: TrainConfig, folder: Path):
-        self.agent: ACRLPDAgent = setup.make_agent(config, DIMS, ())
+        self.agent: ACRLPDAgent = build.make_agent(config, DIMS, ())
         shapes = memory.batch_shapes(config, DIMS, (), config.data.batch_size)
         rng = np.random.default_rng(0)  # from zeros it would learn little, and there would be little to write
         self._batch: ChunkBatch = jax.tree.map(lambda x: (rng.random(x.shape) * 2).astype(x.dtype), shapes)

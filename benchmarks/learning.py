@@ -25,7 +25,7 @@ import results
 
 from acrlpd.config import CollectConfig
 from acrlpd.envs.env import EnvConfig
-from acrlpd.training import setup
+from acrlpd.training.collection import collect_prior
 from acrlpd.training.evaluate import wilson
 
 
@@ -105,7 +105,7 @@ def command(task: str, method: str, seed: int, arguments: argparse.Namespace) ->
     """Return the command of one run; collect its prior data first if it is missing."""
     data = arguments.run_dir / f"prior-{task}-seed{seed}"
     collect = CollectConfig(episodes=arguments.episodes, noise_range=TASKS[task].noise)
-    setup.collect_prior(EnvConfig(TASKS[task].env), collect, data, seed=seed)
+    collect_prior(EnvConfig(TASKS[task].env), collect, data, seed=seed)
     options = (
         COMMON | METHODS[method] | {"env.name": TASKS[task].env, "data.path": shlex.quote(str(data)), "seed": str(seed)}
     )

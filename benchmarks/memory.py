@@ -28,8 +28,8 @@ from acrlpd import presets
 from acrlpd.agents.config import AgentConfig
 from acrlpd.config import DataConfig, PolicyConfig, TrainConfig
 from acrlpd.models.critic import CriticConfig
-from acrlpd.training import memory, setup
-from acrlpd.training.setup import Dims
+from acrlpd.training import build, memory
+from acrlpd.training.build import Dims
 
 DIMS = Dims(state=32, action=8)
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # glibc's malloc.h
@@ -88,7 +88,7 @@ def measure(name: str) -> dict[str, float]:
 def run(config: TrainConfig, program: Compiled, *, updates: int) -> None:
     """Create an agent and update it; nothing is kept."""
     cameras = config.data.cameras
-    agent = setup.make_agent(config, DIMS, cameras)
+    agent = build.make_agent(config, DIMS, cameras)
     batch = jax.tree.map(_ones, memory.batch_shapes(config, DIMS, cameras, config.data.batch_size))
     for step in range(updates):
         agent, metrics = program(agent, batch, jax.random.key(step), agent.config.loss_weights)
@@ -98,7 +98,7 @@ def run(config: TrainConfig, program: Compiled, *, updates: int) -> None:
 def compiled(config: TrainConfig) -> Compiled:
     """Compile the update as a run does."""
     cameras = config.data.cameras
-    agent = jax.eval_shape(lambda: setup.create_agent(config, DIMS, cameras))
+    agent = jax.eval_shape(lambda: build.create_agent(config, DIMS, cameras))
     batch = memory.batch_shapes(config, DIMS, cameras, config.data.batch_size)
     return memory.lower_update(agent, batch).compile()
 

@@ -30,7 +30,7 @@ from acrlpd.envs.registry import make_vector
 from acrlpd.envs.rollout import Act, OnlineCollector
 from acrlpd.envs.vector import RolloutConfig
 from acrlpd.presets import get_preset
-from acrlpd.training import setup
+from acrlpd.training import build, setup
 from acrlpd.training.evaluate import chunk_policy
 
 HORIZON = 5
@@ -104,10 +104,10 @@ def _steps_per_s(config: TrainConfig, act: Act, arguments: argparse.Namespace, r
 
 
 def demo_policy(config: TrainConfig) -> Act:
-    dims = setup.Dims(state=39, action=4)
+    dims = build.Dims(state=39, action=4)
     stats = {name: bounds_stats(-np.ones(size), np.ones(size)) for name, size in (("state", 39), ("actions", 4))}
-    agent = setup.make_agent(config, dims, ())
-    return chunk_policy(agent, setup.make_transform(config, stats, dims), jax.random.key(0), mode="greedy")
+    agent = build.make_agent(config, dims, ())
+    return chunk_policy(agent, build.make_transform(config, stats, dims), jax.random.key(0), mode="greedy")
 
 
 def one_by_one(act: Act) -> Act:

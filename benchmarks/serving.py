@@ -34,7 +34,7 @@ from acrlpd.data.normalize import NormStats
 from acrlpd.models.critic import CriticConfig
 from acrlpd.presets import NANO
 from acrlpd.serving import codec
-from acrlpd.training import setup
+from acrlpd.training import build
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 
 STATE_DIM, ACTION_DIM = 39, 4  # as in MetaWorld
@@ -73,7 +73,7 @@ def write_checkpoint(folder: Path, cameras: tuple[str, ...]) -> None:
         data=DataConfig(path="none", action_normalization="z_score"),
         online_steps=0,
     )
-    agent = setup.make_agent(config, setup.Dims(STATE_DIM, ACTION_DIM), cameras)
+    agent = build.make_agent(config, build.Dims(STATE_DIM, ACTION_DIM), cameras)
     manager = ACRLPDCheckpointManager(folder)
     run = {"config": to_dict(config), "cameras": list(cameras)}
     manager.save(dataclasses.replace(agent, opt_state={}), asset_id="nano", norm_stats=STATS, run=run)

@@ -27,7 +27,7 @@ from acrlpd.overrides import apply_config_overrides, fields_of
 from acrlpd.platforms import ENVIRONMENTS, environment_overrides
 from acrlpd.training import resuming
 from acrlpd.training.faults import EXIT_FAULT, RunFault
-from acrlpd.training.setup import run_files
+from acrlpd.training.run import run_files
 
 SOURCES = ("data_dir", "checkpoint_dir", "experiment_name")
 NUMBERS = ("bc_weight", "pi0_peak_lr", "critic_peak_lr", "discount", "max_grad_norm")

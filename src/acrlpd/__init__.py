@@ -50,10 +50,11 @@ _HOMES = {
     "acrlpd.training.guides": (
         *("HYPERPARAMETER_TUNING_PROTOCOL", "PERFORMANCE_OPTIMIZATION_STRATEGIES", "TROUBLESHOOTING_GUIDE"),
     ),
+    "acrlpd.training.loading": ("load_checkpoint",),
     "acrlpd.training.loop": ("ACRLPDTrainer",),
     "acrlpd.training.monitor": ("ACRLPDDebugger", "ACRLPDTrainingMonitor", "TrainingMetrics"),
     "acrlpd.training.protocol": ("ACRLPDEvaluationProtocol",),
-    "acrlpd.training.setup": ("load_checkpoint", "make_trainer"),
+    "acrlpd.training.setup": ("make_trainer",),
     "acrlpd.training.writers": ("WANDB_METRIC_GROUPS",),
     "acrlpd.types": ("ChunkBatch", "Episode", "FinalObservation", "Observation"),
 }

@@ -18,7 +18,9 @@ from acrlpd import presets
 from acrlpd.config import DataConfig, PolicyConfig, TrainConfig
 from acrlpd.data import hdf5
 from acrlpd.envs import rendering
-from acrlpd.training import setup
+from acrlpd.training.checkpoint import ACRLPDCheckpointManager
+from acrlpd.training.loop import ACRLPDTrainer
+from acrlpd.training.setup import make_trainer
 from acrlpd.types import Episode
 
 REQUIRED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "h5py")
@@ -81,10 +83,10 @@ def _training() -> list[Check]:
     """Check a small pi0 and its critics on made-up episodes; each check continues from the one before."""
     checks = []
     with tempfile.TemporaryDirectory() as folder:
-        made: dict[str, setup.ACRLPDTrainer] = {}
+        made: dict[str, ACRLPDTrainer] = {}
 
         def batch() -> str:
-            made["trainer"] = trainer = setup.make_trainer(_config(Path(folder)))
+            made["trainer"] = trainer = make_trainer(_config(Path(folder)))
             found = trainer.loader.batch(0)
             return f"{found.actions.shape[0]} chunks of {found.actions.shape[1]} steps from an HDF5 file"
 
@@ -100,7 +102,7 @@ def _training() -> list[Check]:
 
         def checkpoint() -> str:
             trainer = made["trainer"]
-            manager = setup.ACRLPDCheckpointManager(Path(folder) / "checkpoints")
+            manager = ACRLPDCheckpointManager(Path(folder) / "checkpoints")
             manager.save(trainer.agent, asset_id="doctor", norm_stats=trainer.norm_stats, run={})
             manager.wait()
             manager.restore(trainer.agent)

@@ -9,12 +9,11 @@ import jax
 import numpy as np
 
 import acrlpd
-from acrlpd.data.normalize import NormStats
 from acrlpd.models import weights
-from acrlpd.training import memory, setup
+from acrlpd.training import loading, memory
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.evaluate import evaluate
-from acrlpd.training.setup import Dims
+from acrlpd.training.setup import make_environments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,7 @@ class ACRLPDRegressionTester:
             "numerical_stability": self.test_numerical_stability(checkpoint_path),
             "openpi_integration": self.test_openpi_compatibility(checkpoint_path),
         }
-        loaded = setup.load_stored(checkpoint_path)
+        loaded = loading.load_stored(checkpoint_path)
         if loaded.config.env is not None and self._recorded(checkpoint_path) is not None:
             results["performance_regression"] = self.test_performance_metrics(checkpoint_path)
         return results
@@ -42,12 +41,8 @@ class ACRLPDRegressionTester:
 
     def test_numerical_stability(self, checkpoint_path: str | Path) -> bool:
         """Return whether the same observation and key give the same finite chunk twice."""
-        loaded = setup.load_stored(_exactly(checkpoint_path), self.extraction)
-        stats = _norm_stats(checkpoint_path)
-        dims = Dims(len(stats["state"].mean), len(stats["actions"].mean))
-        manager, step = _manager(checkpoint_path)
-        cameras = tuple(manager.read_run(step)["cameras"])
-        shapes = memory.batch_shapes(loaded.config, dims, cameras, 2).observations
+        loaded = loading.load_stored(_exactly(checkpoint_path), self.extraction)
+        shapes = memory.batch_shapes(loaded.config, loaded.dims, loaded.cameras, 2).observations
         observation = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
         one, other = (np.asarray(loaded.agent.sample_actions(observation, jax.random.key(0))) for _ in range(2))
         return bool(np.isfinite(one).all() and (one == other).all())
@@ -57,18 +52,18 @@ class ACRLPDRegressionTester:
         manager, step = _manager(checkpoint_path)
         arrays = weights.read_params(str(manager.directory / str(step) / "params"))
         finite = all(np.isfinite(np.asarray(array, np.float32)).all() for array in arrays.values())
-        return bool(finite and set(_norm_stats(checkpoint_path)) >= {"state", "actions"})
+        return bool(finite and set(manager.read_norm_stats(step)) >= {"state", "actions"})
 
     def test_performance_metrics(self, checkpoint_path: str | Path) -> bool:
         """Return whether the success interval on the run's own seeds does not lie below the recorded one."""
-        loaded = setup.load_stored(_exactly(checkpoint_path), self.extraction)
+        loaded = loading.load_stored(_exactly(checkpoint_path), self.extraction)
         config, recorded = loaded.config, self._recorded(checkpoint_path)
         if self.env_name is not None:
-            config = setup.with_task(config, self.env_name)
+            config = loading.with_task(config, self.env_name)
         if recorded is None:
             raise ValueError(f"{checkpoint_path} has no recorded evaluation to compare with")
         first = config.eval.first_seed
-        environments = setup.make_environments(config, min(self.episodes, config.eval.num_envs))
+        environments = make_environments(config, min(self.episodes, config.eval.num_envs))
         result, _ = evaluate(
             loaded.agent,
             loaded.transform,
@@ -83,7 +78,7 @@ class ACRLPDRegressionTester:
     def _recorded(self, checkpoint_path: str | Path) -> dict[str, float] | None:
         """Return the run's last result: the newest checkpoint knows it, for that of a run is of the policy it keeps."""
         manager, step = _manager(checkpoint_path)
-        if setup.kept_step(Path(checkpoint_path)) == step:
+        if loading.kept_step(Path(checkpoint_path)) == step:
             step = manager.steps()[-1]
         results = manager.read_run(step)["progress"]["results"]
         return results.get("online", results.get("offline"))
@@ -96,13 +91,8 @@ def _exactly(checkpoint_path: str | Path) -> Path:
 
 
 def _manager(checkpoint_path: str | Path) -> tuple[ACRLPDCheckpointManager, int]:
-    directory, step = setup.locate_checkpoint(Path(checkpoint_path))
+    directory, step = loading.locate_checkpoint(Path(checkpoint_path))
     manager = ACRLPDCheckpointManager(directory)
     if step is None:
-        step = setup.kept_step(Path(checkpoint_path))
+        step = loading.kept_step(Path(checkpoint_path))
     return manager, manager.steps()[-1] if step is None else step
-
-
-def _norm_stats(checkpoint_path: str | Path) -> dict[str, NormStats]:
-    manager, step = _manager(checkpoint_path)
-    return manager.read_norm_stats(step)

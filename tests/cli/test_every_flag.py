@@ -30,7 +30,7 @@ from acrlpd.data import convert, hdf5, inspection, normalize, sources, statistic
 from acrlpd.data.robots import mapping
 from acrlpd.doctor import Check
 from acrlpd.envs.env import EnvConfig
-from acrlpd.training import memory, setup
+from acrlpd.training import loading, memory, setup
 from acrlpd.training.evaluate import summarize
 from acrlpd.types import Episode
 
@@ -108,9 +108,9 @@ COMMANDS = {
             "json": "--json",
         },
         (
-            (setup, "load_stored", LOADED),
+            (loading, "load_stored", LOADED),
             (setup, "make_environments", SimpleNamespace(close=lambda: None)),
-            (setup, "locate_checkpoint", (Path("run/checkpoints"), 4)),
+            (loading, "locate_checkpoint", (Path("run/checkpoints"), 4)),
             (evaluation, "ACRLPDEvaluationProtocol", SimpleNamespace(run=lambda agent: FINDINGS)),
             (evaluation, "compare", SimpleNamespace(to_dict=dict)),
             (evaluation, "save_videos", []),
@@ -138,7 +138,7 @@ COMMANDS = {
             "num_workers": "--num_workers 2",
             "seed": "--seed 1",
         },
-        ((collect, "collect_prior", None), (collect, "collect_by_agent", None), (setup, "load_stored", LOADED)),
+        ((collect, "collect_prior", None), (collect, "collect_by_agent", None), (loading, "load_stored", LOADED)),
     ),
     "serve": Command(
         serve.ServeArguments,

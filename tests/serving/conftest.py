@@ -22,7 +22,7 @@ from acrlpd.models.critic import CriticConfig
 from acrlpd.serving import codec
 from acrlpd.serving.policy import Policy
 from acrlpd.serving.server import PolicyServer, ServerConfig
-from acrlpd.training import setup
+from acrlpd.training import build
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 
 CONFIG = TrainConfig(
@@ -48,8 +48,8 @@ def save(
     stats: dict[str, NormStats] = STATS,
 ) -> None:
     """A checkpoint of an agent as it was made."""
-    dims = setup.Dims(len(stats["state"].mean), len(stats["actions"].mean))
-    agent = setup.make_agent(dataclasses.replace(config, seed=seed), dims, cameras)
+    dims = build.Dims(len(stats["state"].mean), len(stats["actions"].mean))
+    agent = build.make_agent(dataclasses.replace(config, seed=seed), dims, cameras)
     agent = dataclasses.replace(agent, step=agent.step + step)
     manager = ACRLPDCheckpointManager(run / "checkpoints")
     manager.save(agent, asset_id="tiny", norm_stats=stats, run={"config": to_dict(config), "cameras": list(cameras)})

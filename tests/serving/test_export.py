@@ -16,11 +16,12 @@ from acrlpd.cli.main import main
 from acrlpd.data import hdf5, normalize, windows
 from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.sources import open_episodes
+from acrlpd.deploy import export as deploy_export
 from acrlpd.models import torch_names, weights
 from acrlpd.presets import NANO
 from acrlpd.serving import export
 from acrlpd.serving.request import OPTIONS_KEY
-from acrlpd.training import setup
+from acrlpd.training import build
 from acrlpd.types import Episode
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -88,7 +89,7 @@ def test_an_export_acts_like_the_agent_it_was_made_of(run, tmp_path, policy, cap
 
 def test_fast_keeps_the_three_best_critics_and_takes_ten_steps(trained, run, episodes, tmp_path, monkeypatch):
     """The errors are given: critics 1, 3 and 0 are best."""
-    errors = iter(np.array([[0.3, 0.1, 0.9, 0.2]] * deploy.TD_BATCHES))
+    errors = iter(np.array([[0.3, 0.1, 0.9, 0.2]] * deploy_export.TD_BATCHES))
     monkeypatch.setattr(export, "member_td_errors", lambda *_: next(errors))
     deploy.export_acrlpd_model(run, tmp_path / "out", "fast", data=episodes)
     small = deploy.load_trained(tmp_path / "out")
@@ -117,7 +118,7 @@ def test_td_errors_of_members_by_hand(trained, episodes):
 
 def loader_batch(trained, episodes):
     store = windows.open_store(open_episodes(str(episodes)))
-    transform = setup.make_transform(trained.config, trained.stats, trained.dims)
+    transform = build.make_transform(trained.config, trained.stats, trained.dims)
     return ChunkLoader(store, transform, batch_size=16, horizon=5, sequence_ratio=0.5, seed=0).batch(0)
 
 

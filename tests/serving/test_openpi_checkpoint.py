@@ -10,6 +10,7 @@ from flax import nnx
 from acrlpd import deploy
 from acrlpd.data import normalize, statistics
 from acrlpd.data.tokenizer import PromptTokenizer
+from acrlpd.deploy import openpi
 from acrlpd.models import gemma, siglip, weights
 from acrlpd.models.pi0 import Pi0Config
 from acrlpd.serving.request import OPTIONS_KEY
@@ -108,16 +109,16 @@ def test_statistics_are_those_of_the_step_that_is_served(tmp_path, monkeypatch, 
     vocab_size = PromptTokenizer().vocab_size
     write_released(tmp_path / "2", vocab_size=vocab_size)
     write_released(tmp_path / "10", vocab_size=vocab_size, asset_ids=("lab/other",))
-    read = mock.Mock(wraps=deploy.read_norm_stats)
-    monkeypatch.setattr(deploy, "read_norm_stats", read)
+    read = mock.Mock(wraps=openpi.read_norm_stats)
+    monkeypatch.setattr(openpi, "read_norm_stats", read)
     deploy.openpi_policy(tmp_path / below, deploy.OpenPIOptions("libero"), deploy.ActingOptions())
     read.assert_called_once_with(tmp_path / "10" / "assets", None)
 
 
 def test_one_of_several_robots_statistics_is_chosen(tmp_path, monkeypatch):
     folder = write_released(tmp_path, vocab_size=PromptTokenizer().vocab_size, asset_ids=("arm", "lab/hand"))
-    read = mock.Mock(wraps=deploy.to_model)
-    monkeypatch.setattr(deploy, "to_model", read)
+    read = mock.Mock(wraps=openpi.to_model)
+    monkeypatch.setattr(openpi, "to_model", read)
     deploy.openpi_policy(folder, deploy.OpenPIOptions("libero", asset_id="lab/hand"), deploy.ActingOptions())
     np.testing.assert_array_equal(read.call_args.args[1]["state"].mean, np.full(8, 2.0))
     with pytest.raises(ValueError, match=r"2 robots: name one \(--asset_id\) of arm, lab/hand"):

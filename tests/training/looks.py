@@ -34,14 +34,15 @@ from acrlpd.envs.registry import make
 from acrlpd.envs.rollout import Collected
 from acrlpd.overrides import to_yaml
 from acrlpd.presets import NANO
-from acrlpd.training import collection, loop, memory, setup, sharding, writers
+from acrlpd.training import build, collection, evaluations, loop, memory, prior_data, saving, setup, sharding, writers
 from acrlpd.training.evaluate import summarize
 from acrlpd.training.memory import Machine
 from acrlpd.training.optimizer import make_optimizers, make_schedule
-from acrlpd.training.run import Progress
+from acrlpd.training.parts import RunParts
+from acrlpd.training.run import Progress, run_files
 from acrlpd.types import Episode
 
-DIMS = setup.Dims(4, 2)
+DIMS = build.Dims(4, 2)
 CAMERAS = ("top",)
 BATCH = 4
 
@@ -60,13 +61,13 @@ def shape_of(tree: Any) -> tuple[Any, ...]:
 
 def shapes(config: TrainConfig) -> Any:
     """Of every array of the agent and of a batch."""
-    agent = jax.eval_shape(lambda: setup.create_agent(config, DIMS, CAMERAS))
+    agent = jax.eval_shape(lambda: build.create_agent(config, DIMS, CAMERAS))
     return shape_of(agent), shape_of(memory.batch_shapes(config, DIMS, CAMERAS, BATCH))
 
 
 def update_program(config: TrainConfig) -> str:
     """Of the policy as configured, on a batch of four."""
-    agent = jax.eval_shape(lambda: setup.create_agent(config, DIMS, CAMERAS))
+    agent = jax.eval_shape(lambda: build.create_agent(config, DIMS, CAMERAS))
     batch = memory.batch_shapes(config, DIMS, CAMERAS, BATCH)
     rng = jax.eval_shape(lambda: jax.random.key(0))
     return str(jax.make_jaxpr(agent_module._update.__wrapped__)(agent, batch, rng, config.agent.loss_weights))
@@ -89,7 +90,7 @@ def learning(config: TrainConfig) -> str:
 def acting(config: TrainConfig) -> str:
     """The program by which the agent chooses chunks while it explores."""
     config = narrow(config)
-    agent = jax.eval_shape(lambda: setup.create_agent(config, DIMS, ()))
+    agent = jax.eval_shape(lambda: build.create_agent(config, DIMS, ()))
     seen = memory.batch_shapes(config, DIMS, (), BATCH).observations
     rng = jax.eval_shape(lambda: jax.random.key(0))
     return str(jax.make_jaxpr(lambda *x: agent_module.choose_chunks.__wrapped__(*x, mode="explore"))(agent, seen, rng))
@@ -98,18 +99,18 @@ def acting(config: TrainConfig) -> str:
 def valuing(config: TrainConfig) -> Any:
     """Shapes of the critics' arrays on what a pi0 sees."""
     config = dataclasses.replace(config, policy=dataclasses.replace(NANO, action_horizon=3, image_size=16))
-    return shape_of(jax.eval_shape(lambda: setup.create_agent(config, DIMS, CAMERAS)).params["critic"])
+    return shape_of(jax.eval_shape(lambda: build.create_agent(config, DIMS, CAMERAS)).params["critic"])
 
 
 def fresh(config: TrainConfig) -> Any:
     """The numbers a run begins with."""
-    agent = setup.create_agent(narrow(config), DIMS, ())
+    agent = build.create_agent(narrow(config), DIMS, ())
     return digest((agent.params["critic"], agent.params["temperature"], agent.params["policy"]))
 
 
 def placed(config: TrainConfig) -> int:
     """Bytes on one of two devices."""
-    agent = jax.eval_shape(lambda: setup.create_agent(narrow(config), DIMS, ()))
+    agent = jax.eval_shape(lambda: build.create_agent(narrow(config), DIMS, ()))
     with mock.patch.object(sharding, "MIN_SHARDED_BYTES", 1):
         return memory._local_bytes(config, Machine(2), agent.params)
 
@@ -157,7 +158,7 @@ def batches(config: TrainConfig) -> Any:
     """A batch of the offline phase and one of the online phase, of data that is no robot's."""
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, robot=None, delta_mask=None))
     prior, replay = EpisodeStore.from_episodes([episode(30), episode(60)]), EpisodeStore.from_episodes([episode(40)])
-    transform = setup.make_transform(config, STATS, DIMS)
+    transform = build.make_transform(config, STATS, DIMS)
     online = types.SimpleNamespace(replay=replay)
     with mock.patch.object(setup.prefixes, "is_legal", return_value=False):
         loader = setup.make_loader(config, Mixture.of(prior), transform, online, None, STATS)
@@ -168,9 +169,10 @@ def batches(config: TrainConfig) -> Any:
 
 def mapped(config: TrainConfig) -> Any:
     """What the data passes before it is normalised, as which cameras, and where it is looked for."""
-    steps = [vars(step) if hasattr(step, "__dict__") else {} for step in setup.before_normalization(config)]
-    names = [type(step).__name__ for step in setup.before_normalization(config)]
-    return names, str(steps), setup.delta_mask(config), setup.model_cameras(config, CAMERAS), setup.prior_sets(config)
+    steps = [vars(step) if hasattr(step, "__dict__") else {} for step in build.before_normalization(config)]
+    names = [type(step).__name__ for step in build.before_normalization(config)]
+    cameras = build.model_cameras(config, CAMERAS)
+    return names, str(steps), build.delta_mask(config), cameras, prior_data.prior_sets(config)
 
 
 def statistics(config: TrainConfig) -> Any:
@@ -178,14 +180,14 @@ def statistics(config: TrainConfig) -> Any:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, robot=None, delta_mask=None))
     store = EpisodeStore.from_episodes([episode(30)])
     spec = types.SimpleNamespace(action_low=np.full(2, -3.0), action_high=np.full(2, 3.0))
-    stats = setup.make_norm_stats(config, Mixture.of(store), [None], spec)
+    stats = prior_data.make_norm_stats(config, Mixture.of(store), [None], spec)
     return digest([(each.mean, each.std) for each in stats.values()])
 
 
 def tokens(config: TrainConfig) -> Any:
     """Of a short instruction, or that there is no such tokenizer."""
     try:
-        return digest(setup.make_transform(config, STATS, DIMS)(_raw())["tokenized_prompt"])
+        return digest(build.make_transform(config, STATS, DIMS)(_raw())["tokenized_prompt"])
     except FileNotFoundError as error:
         return str(error)
 
@@ -215,7 +217,7 @@ def collecting(config: TrainConfig) -> Any:
         here = dataclasses.replace(config, run_dir=folder, env=config.env or EnvConfig())
         here = dataclasses.replace(here, data=dataclasses.replace(config.data, path=None, robot=None))
         with contextlib.suppress(ValueError, FileNotFoundError):  # nothing was collected, so there is nothing to open
-            setup.open_prior(here)
+            prior_data.open_prior(here)
     ((env, missing), options) = asked[0]
     return env, missing, {name: value for name, value in options.items() if name != "on_episode"}
 
@@ -245,7 +247,7 @@ def experience(config: TrainConfig) -> Any:
     """What one choice in every environment of the online phase brings, and how much of it is kept."""
     config = dataclasses.replace(config, env=dataclasses.replace(config.env or EnvConfig(), cameras=()))
     with tempfile.TemporaryDirectory() as folder, _counting():
-        files = setup.run_files(dataclasses.replace(config, run_dir=folder))
+        files = run_files(dataclasses.replace(config, run_dir=folder))
         made = setup.make_interaction(config, files, Progress())
         taken = made.collector.collect(lambda seen, numbers: np.zeros((len(seen), config.policy.action_horizon, 2)))
         first = made.collector._lanes._observations[0]["state"].tolist()  # begins with the episode's seed
@@ -270,10 +272,10 @@ def reading_room(config: TrainConfig) -> Any:
     """The environments and the places of a trainer that has everything but an agent."""
     config = dataclasses.replace(config, env=config.env or EnvConfig(), online_steps=0)
     asked: list[Any] = []
-    patches = {"make_environments": _recorder(asked), "open_prior": _stop}
+    patches = {"make_environments": _recorder(asked), "open_sets": _stop}
     with tempfile.TemporaryDirectory() as folder, _patched(setup, **patches), contextlib.suppress(_Enough):
         setup.make_trainer(dataclasses.replace(config, run_dir=folder))
-    return [count for (_, count), _ in asked], setup.run_files(config).directory
+    return [count for (_, count), _ in asked], run_files(config).directory
 
 
 def described(config: TrainConfig) -> str:
@@ -390,17 +392,10 @@ def story(config: TrainConfig, place: Place) -> list[Any]:
         diary.note("evaluate", seeds, options["mode"], options["execute_horizon"])
         return summarize([rollout] * len(seeds)), []
 
-    loader = types.SimpleNamespace(
-        batch=lambda draw, **kind: batch, close=lambda: None, stats=dict, contents=dict, cameras=()
+    loader = mock.Mock(batch=lambda draw, **kind: batch, stats=dict, contents=dict, cameras=())
+    checkpoints = mock.Mock(
+        save=lambda agent, **options: diary.note("save", agent.step, options["asset_id"]), keep=set()
     )
-    checkpoints = types.SimpleNamespace(
-        save=lambda agent, **options: diary.note("save", agent.step, options["asset_id"]),
-        replace_run=lambda step, run: None,
-        wait=lambda: None,
-        keep=set(),
-    )
-    closing = types.SimpleNamespace(close=lambda: None)
-    interaction = types.SimpleNamespace(collector=_Collector(diary), keep=lambda finished: None)
     progress = Progress(
         env_steps=place.env_steps,
         finished=["offline"] if place.online else [],
@@ -408,23 +403,30 @@ def story(config: TrainConfig, place: Place) -> list[Any]:
         best_success=0.9,
         best_step_success=0.9,
     )
-    patches = {"evaluate": evaluate, "chunk_policy": _nothing, "checksums": _nothing, "save_rollouts": _nothing}
-    with tempfile.TemporaryDirectory() as folder, _patched(loop, **patches), contextlib.suppress(_Enough):
-        trainer = loop.ACRLPDTrainer(
-            _Still(place.step, diary),
-            loader,
+    patches = (
+        _patched(evaluations, evaluate=evaluate, save_rollouts=_nothing),
+        _patched(saving, checksums=_nothing),
+        _patched(loop, chunk_policy=_nothing),
+    )
+    with contextlib.ExitStack() as patched, tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
+        for patch in patches:
+            patched.enter_context(patch)
+        parts = RunParts(
             config,
+            _Still(place.step, diary),
+            progress,
+            fresh_agent=_nothing,
+            files=run_files(dataclasses.replace(config, run_dir=folder)),
+            checkpoints=checkpoints,
+            loader=loader,
             transform=None,
             norm_stats={},
-            files=setup.run_files(dataclasses.replace(config, run_dir=folder)),
-            checkpoints=checkpoints,
-            progress=progress,
-            interaction=interaction,
-            eval_environments=closing,
-            fresh_agent=_nothing,
+            interaction=mock.Mock(collector=_Collector(diary)),
+            eval_environments=mock.Mock(),
         )
-        log = trainer._log
-        trainer._log = lambda phase: diary.note("log", trainer._step) or log(phase)
+        trainer = loop.ACRLPDTrainer(parts)
+        log = trainer._log.write_training
+        trainer._log.write_training = lambda *what: diary.note("log", trainer.state.step) or log(*what)
         trainer.train()
         diary.append("end")
     return list(diary)

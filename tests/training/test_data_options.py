@@ -20,7 +20,7 @@ from acrlpd.data.options import FORMATS
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.envs.env import EnvSpec
 from acrlpd.overrides import apply_config_overrides
-from acrlpd.training import report, setup
+from acrlpd.training import loading, prior_data, report, setup
 from acrlpd.types import Episode
 
 ELSEWHERE = {
@@ -44,8 +44,8 @@ def with_data(config: TrainConfig, **changes) -> TrainConfig:
 
 
 def loaded(config: TrainConfig):
-    data = config.data
-    return windows.open_store(setup.open_prior(config), memory_bytes=data.memory_bytes, num_workers=data.num_workers)
+    data, source = config.data, prior_data.open_prior(config)
+    return windows.open_store(source, memory_bytes=data.memory_bytes, num_workers=data.num_workers)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_what_is_read(tiny_config, robomimic, tmp_path):
         rewards=RewardConfig(convention="0/1"),
         frame_cache=str(tmp_path / "frames"),
     )
-    source = setup.open_prior(changed)
+    source = prior_data.open_prior(changed)
     size = changed.policy.image_size
     FrameCache(tmp_path / "frames", size, size).build(source)
     robomimic_frames = next((tmp_path / "frames").rglob("*.npy"))
@@ -119,7 +119,7 @@ def test_dense_rewards_are_used_as_they_are_by_the_flag_that_the_error_names(tin
             demo["rewards"][...] = np.arange(5) * 0.25
     config = with_data(tiny_config, path=str(robomimic), state_keys=("place",))
     with pytest.raises(ValueError, match=r"data/demo_0: rewards: .*--data\.rewards\.convention as_stored"):
-        setup.open_prior(config)
+        prior_data.open_prior(config)
     flags = {"data.rewards.convention": "as_stored", "data.rewards.success": False}
     store = loaded(apply_config_overrides(config, flags))
     assert (store.rewards.tolist(), store.terminals.any()) == ([0, 0.25, 0.5, 0.75, 1] * 2, False)
@@ -131,13 +131,13 @@ def test_dense_rewards_are_used_as_they_are_by_the_flag_that_the_error_names(tin
 def test_play_data_needs_a_goal(tiny_config, play, goal, rewards):
     config = with_data(tiny_config, path=str(play))
     with pytest.raises(ValueError, match=r"play\.npz: .*--data\.cube_goal 0\.425"):
-        setup.open_prior(config)
+        prior_data.open_prior(config)
     assert loaded(with_data(config, **goal)).rewards.tolist() == rewards
     assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(with_data(config, **goal))))) == with_data(
         config, **goal
     )
     with pytest.raises(ValueError, match="goal means nothing to hdf5 data"):
-        setup.open_prior(with_data(tiny_config, **goal))
+        prior_data.open_prior(with_data(tiny_config, **goal))
 
 
 @pytest.mark.parametrize("kind", sources.READERS)
@@ -179,7 +179,7 @@ def test_an_option_is_the_readers_or_refused(tiny_config, monkeypatch, kind):
         words = [f"--{name}", *np.ravel(value).astype(str)] if not isinstance(value, bool) else [f"--{name}"]
         words += ["True"] if name == "check_images" else []
         for open_it in (
-            lambda name=name, value=value: setup.open_prior(with_data(tiny_config, **{name: value})),
+            lambda name=name, value=value: prior_data.open_prior(with_data(tiny_config, **{name: value})),
             lambda words=words: data.main(["convert", "there", "new", *words]),
             lambda words=words: norm_stats.main(["there", *words]),
         ):
@@ -214,7 +214,7 @@ def test_batches_are_drawn_as_asked(tiny_config):
 
 
 def test_how_numbers_are_normalised(tiny_config):
-    source = setup.open_prior(tiny_config)
+    source = prior_data.open_prior(tiny_config)
     store = loaded(tiny_config)
 
     def stats(**changes):
@@ -284,7 +284,7 @@ def test_a_checkpoint_saves_the_statistics_it_was_given(tiny_config, tmp_path):
     normalize.save(tmp_path / "stats" / normalize.FILE_NAME, stats)
     trainer = setup.make_trainer(with_data(tiny_config, norm_stats=str(tmp_path / "stats")))
     trainer.train()
-    restored = setup.load_checkpoint(setup.run_files(tiny_config).directory)
+    restored = loading.load_checkpoint(setup.run_files(tiny_config).directory)
     start = {"state": np.zeros(STATE_DIM), "actions": np.zeros((3, ACTION_DIM))}
     np.testing.assert_allclose(
         restored.transform.inverse(start)["actions"][0], stats["actions"].mean, rtol=1e-6

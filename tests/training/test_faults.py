@@ -24,7 +24,7 @@ import pytest
 from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.data import hdf5
 from acrlpd.models import weights
-from acrlpd.training import loop, setup
+from acrlpd.training import loading, run_log, setup
 from acrlpd.training.checkpoint import DamagedCheckpoint
 from acrlpd.training.faults import EXIT_FAULT, EXIT_INTERRUPTED, DataFault, Diverged, RunFault
 from acrlpd.training.guards import RunLock, explain_storage
@@ -255,7 +255,7 @@ def test_a_damaged_checkpoint_is_not_loaded(copied_run):
     step = setup.run_files(copied_run).checkpoints / "8"
     shutil.rmtree(step / "params")
     with pytest.raises(DamagedCheckpoint, match=r"checkpoints/8 is damaged"):
-        setup.load_checkpoint(step)
+        loading.load_checkpoint(step)
 
 
 def test_one_process_a_folder(tmp_path):
@@ -279,7 +279,7 @@ def test_vanished_data_saves_the_run_and_says_what_is_missing(tiny_config):
     trainer.loader.batch = vanish
     with pytest.raises(DataFault, match=r"no batch can be made for update 3: .*episode_0.*--resume"):
         trainer.train()
-    assert trainer._checkpoints.steps() == [3]
+    assert trainer.parts.checkpoints.steps() == [3]
     shutil.rmtree(tiny_config.data.path)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         setup.make_trainer(tiny_config, resume=True)
@@ -359,11 +359,11 @@ class Unreachable:
 
 
 def test_an_error_of_a_loggers_network_leaves_as_it_is_and_costs_no_update(tiny_config, monkeypatch, caplog):
-    monkeypatch.setattr(loop, "make_writers", lambda *what, **how: Unreachable())
+    monkeypatch.setattr(run_log, "make_writers", lambda *what, **how: Unreachable())
     trainer = setup.make_trainer(tiny_config)
     with pytest.raises(ConnectionResetError):
         trainer.train()
-    assert trainer._checkpoints.steps() == [2]
+    assert trainer.parts.checkpoints.steps() == [2]
     assert "update 2 is saved, use --resume" in caplog.text
     assert int(setup.make_trainer(tiny_config, resume=True).agent.step) == 2
 
@@ -380,15 +380,15 @@ def test_an_unforeseen_error_is_told_first_whatever_else_goes_wrong(tiny_config,
             jax.tree.map(lambda leaf: leaf.delete(), trainer.agent)
         elif kind == "not finite":
             params = jax.tree.map(lambda leaf: leaf * np.nan, trainer.agent.params)
-            trainer.agent = dataclasses.replace(trainer.agent, params=params)
+            trainer.state.agent = dataclasses.replace(trainer.agent, params=params)
         else:
-            monkeypatch.setattr(trainer._checkpoints, "save", lambda *what, **how: 1 / 0)
+            monkeypatch.setattr(trainer.parts.checkpoints, "save", lambda *what, **how: 1 / 0)
         raise RuntimeError("the simulator is on fire")
 
     trainer.loader.batch = fail
     with pytest.raises(RuntimeError, match="on fire"):
         trainer.train()
-    assert trainer._checkpoints.steps() == []
+    assert trainer.parts.checkpoints.steps() == []
     assert ("could not be saved" in caplog.text) == (kind == "no room")
 
 

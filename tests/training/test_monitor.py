@@ -83,13 +83,13 @@ def test_learning_rate_suggestions():
 
 
 def test_a_report_about_a_run(finished):
-    report = ACRLPDDebugger(finished._files.directory).generate_training_report()
+    report = ACRLPDDebugger(finished.parts.files.directory).generate_training_report()
     assert "## Q values\n- q_mean: " in report
     assert "not logged" not in report
 
 
 def test_the_groups_name_what_is_logged(finished):
-    logged = set(finished._monitor.history.metrics)
+    logged = set(finished._log.monitor.history.metrics)
     missing = {
         name for group, names in WANDB_METRIC_GROUPS.items() for name in names if group != "evaluation_performance"
     }

@@ -21,12 +21,11 @@ from acrlpd.data.replay import ReplayJournal
 from acrlpd.envs.env import EnvConfig
 from acrlpd.envs.vector import RolloutConfig
 from acrlpd.models.critic import CriticConfig
-from acrlpd.training import ending, finished, loop, setup
+from acrlpd.training import ending, evaluations, finished, loading, setup
 from acrlpd.training.evaluate import summarize
 from acrlpd.training.faults import Interrupted
 from acrlpd.training.guards import LOCK_FILE
 from acrlpd.training.metrics import read_jsonl
-from acrlpd.training.monitor import ACRLPDTrainingMonitor
 from acrlpd.training.report import write_report
 from acrlpd.training.run import Progress
 
@@ -68,7 +67,7 @@ def test_a_kill_in_the_evaluation_after_a_phase_costs_no_update(tmp_path, monkey
         raise Killed
 
     config = dataclasses.replace(CONFIG, run_dir=str(tmp_path), online_steps=0)
-    monkeypatch.setattr(loop, "evaluate", kill)
+    monkeypatch.setattr(evaluations, "evaluate", kill)
     with pytest.raises(Killed):
         setup.make_trainer(config).train()
     monkeypatch.undo()
@@ -81,7 +80,7 @@ def test_a_kill_in_the_evaluation_after_a_phase_costs_no_update(tmp_path, monkey
     assert set(summary["phases"]) == {"bc", "offline"}
 
 
-def evaluations(monkeypatch, *successes):
+def give_evaluations(monkeypatch, *successes):
     """Evaluations find these shares of success, one after the other, the last for ever."""
     left = list(successes)
 
@@ -90,8 +89,8 @@ def evaluations(monkeypatch, *successes):
         rollouts = [types.SimpleNamespace(success=k < share * 10, returns=-1.0, length=3) for k in range(10)]
         return summarize(rollouts), []
 
-    monkeypatch.setattr(loop, "evaluate", evaluate)
-    monkeypatch.setattr(loop, "save_rollouts", lambda path, rollouts: None)
+    monkeypatch.setattr(evaluations, "evaluate", evaluate)
+    monkeypatch.setattr(evaluations, "save_rollouts", lambda path, rollouts: None)
 
 
 def best_of(files):
@@ -104,25 +103,25 @@ def test_the_best_is_one_whose_checkpoint_is_there(tmp_path, monkeypatch):
         CONFIG, run_dir=str(tmp_path), offline_steps=9, online_steps=0, eval=evaluated, save_frequency=3, max_to_keep=5
     )
     files = setup.run_files(config)
-    evaluations(monkeypatch, 0.2, 0.5, 0.1, 0.9, 0.3)  # of steps 2, 4, 6, 8, and those after the phase
+    give_evaluations(monkeypatch, 0.2, 0.5, 0.1, 0.9, 0.3)  # of steps 2, 4, 6, 8, and those after the phase
     trainer = setup.make_trainer(config)
-    found, keep_as_best = [], trainer._keep_as_best
+    found, keep_as_best = [], trainer._saver.keep_as_best
 
     def kept(success):
         keep_as_best(success)
-        found.append((best_of(files), (files.checkpoints / str(trainer._step) / "_CHECKPOINT_METADATA").exists()))
+        found.append((best_of(files), (files.checkpoints / str(trainer.state.step) / "_CHECKPOINT_METADATA").exists()))
 
-    monkeypatch.setattr(trainer, "_keep_as_best", kept)
+    monkeypatch.setattr(trainer._saver, "keep_as_best", kept)
     trainer.train()
     assert found == [({"step": step, "success": s}, True) for step, s in ((2, 0.2), (4, 0.5), (8, 0.9))]
-    assert setup.locate_checkpoint(files.directory / "best") == (files.checkpoints, 8)
-    assert setup.load_checkpoint(files.directory / "best").step == 8
+    assert loading.locate_checkpoint(files.directory / "best") == (files.checkpoints, 8)
+    assert loading.load_checkpoint(files.directory / "best").step == 8
 
     back = setup.make_trainer(config, resume=True, from_step=6)
     assert (back.progress.best_step, back.progress.best_step_success) == (4, 0.5)
     assert best_of(files) == {"step": 4, "success": 0.5}
-    assert back._checkpoints.keep == {4, 9}
-    back._lock.release()
+    assert back.parts.checkpoints.keep == {4, 9}
+    back.parts.lock.release()
     shutil.rmtree(files.checkpoints / "4")
     back = setup.make_trainer(config, resume=True)
     assert (back.progress.best_step, best_of(files)) == (None, None)
@@ -143,8 +142,8 @@ def test_the_policy_that_is_kept_is_the_one_that_is_reported_and_served(tmp_path
         ]
         return summarize(rollouts), rollouts
 
-    monkeypatch.setattr(loop, "evaluate", evaluate)
-    monkeypatch.setattr(loop, "save_rollouts", lambda path, rollouts: None)
+    monkeypatch.setattr(evaluations, "evaluate", evaluate)
+    monkeypatch.setattr(evaluations, "save_rollouts", lambda path, rollouts: None)
     config = dataclasses.replace(
         CONFIG, run_dir=str(tmp_path), online_steps=32, eval=dataclasses.replace(CONFIG.eval, frequency=8)
     )
@@ -159,8 +158,8 @@ def test_the_policy_that_is_kept_is_the_one_that_is_reported_and_served(tmp_path
     assert seen[-2] == (last, "greedy", on_the_way)  # the newest has its chance, too
     assert summary["phases"]["online"]["success"] == 0.9
     assert summary["best"] == {"step": 12, "success": 0.9}
-    assert setup.load_checkpoint(files.directory).step == deploy.load_trained(files.directory).step == 12
-    assert setup.load_checkpoint(files.checkpoints).step == last
+    assert loading.load_checkpoint(files.directory).step == deploy.load_trained(files.directory).step == 12
+    assert loading.load_checkpoint(files.checkpoints).step == last
     assert read_jsonl(files.metrics)[-1]["step"] == 12
 
     follower = deploy.Follower(files.directory, deploy.ActingOptions())
@@ -173,7 +172,7 @@ def test_the_policy_that_is_kept_is_the_one_that_is_reported_and_served(tmp_path
     )
     damaged.write_bytes(b"")
     files.best.write_text(json.dumps({"step": last, "success": 1.0}))
-    assert setup.load_checkpoint(files.directory).step < last  # told, and the newest that is whole is read
+    assert loading.load_checkpoint(files.directory).step < last  # told, and the newest that is whole is read
 
 
 def test_a_rollback_goes_back_to_the_best_before_it(tmp_path, monkeypatch):
@@ -188,7 +187,7 @@ def test_a_rollback_goes_back_to_the_best_before_it(tmp_path, monkeypatch):
         max_skipped_updates=2,
     )
     files = setup.run_files(config)
-    evaluations(monkeypatch, 0.2, 0.4, 0.9, 0.1)  # of steps 2, 4, 6 (all of them after 5 are poisoned), ...
+    give_evaluations(monkeypatch, 0.2, 0.4, 0.9, 0.1)  # of steps 2, 4, 6 (all of them after 5 are poisoned), ...
     trainer = setup.make_trainer(config)
     batch = trainer.loader.batch
 
@@ -202,7 +201,7 @@ def test_a_rollback_goes_back_to_the_best_before_it(tmp_path, monkeypatch):
     evaluated = [each["step"] for each in read_jsonl(files.metrics) if "eval/success_rate" in each]
     assert evaluated.count(6) == 2  # the policy that reached this step again is another one
     assert (trainer.progress.best_step, best_of(files)) == (4, {"step": 4, "success": 0.4})
-    assert 4 in trainer._checkpoints.steps()
+    assert 4 in trainer.parts.checkpoints.steps()
 
 
 def test_going_back_to_a_step_sets_its_later_episodes_aside(tmp_path, caplog):
@@ -212,10 +211,10 @@ def test_going_back_to_a_step_sets_its_later_episodes_aside(tmp_path, caplog):
     journal = ReplayJournal(files.replay)
     episodes = len(journal)
     plain = setup.make_trainer(config, resume=True)
-    assert (len(plain._interaction.journal), plain.progress.next_episode) == (episodes, episodes)
-    plain._lock.release()
+    assert (len(plain.parts.interaction.journal), plain.progress.next_episode) == (episodes, episodes)
+    plain.parts.lock.release()
     back = setup.make_trainer(config, resume=True, from_step=4)
-    assert (len(back._interaction.journal), back.progress.env_steps, back.progress.next_episode) == (0, 0, 0)
+    assert (len(back.parts.interaction.journal), back.progress.env_steps, back.progress.next_episode) == (0, 0, 0)
     assert len(list((files.replay / "later").iterdir())) == episodes > 0
     assert f"{episodes} episodes of later steps were set aside" in caplog.text
     back.train()
@@ -249,7 +248,7 @@ def stopping_online(trainer, monkeypatch, updates):
 
     def updated(phase):
         update(phase)
-        if trainer._step == updates:
+        if trainer.state.step == updates:
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(trainer, "_update", updated)
@@ -340,29 +339,19 @@ def test_steps_executed_never_become_fewer_and_those_that_count_are_the_journals
         (9, 0.6, [0.1, 0.6], "early_stopping_success"),
     ],
 )
-def test_what_counts_towards_early_stopping(tmp_path, monkeypatch, patience, enough, shares, rule):
-    evaluations(monkeypatch, *shares)
+def test_what_counts_towards_early_stopping(patience, enough, shares, rule):
     config = dataclasses.replace(CONFIG, early_stopping_patience=patience, early_stopping_success=enough)
-    trainer = types.SimpleNamespace(
-        config=config,
-        progress=Progress(best_step_success=1.0),
-        _eval_environments=True,
-        _step=4,
-        _newest_policy=lambda: None,
-        _evaluate=lambda *what: loop.evaluate(None, None, None, None),
-        _monitor=ACRLPDTrainingMonitor(),
-    )
-    for _ in shares:
-        assert ending.early_stop(config, trainer.progress) is None
-        trainer._step += 1
-        loop.ACRLPDTrainer._evaluate_on_the_way(trainer, "online")
-    found = ending.early_stop(config, trainer.progress)
+    progress = Progress()
+    for share in shares:
+        assert ending.early_stop(config, progress) is None
+        progress.count_online_evaluation(share)
+    found = ending.early_stop(config, progress)
     assert (found and found.rule) == rule
     assert rule is None or rule in found.text
 
 
 def test_a_run_that_stopped_early_says_why_and_goes_on_only_if_told_to(tmp_path, monkeypatch, capsys):
-    evaluations(monkeypatch, *[0.0] * 2, 0.4, 0.4, 0.3)  # after the offline phase; then on the way
+    give_evaluations(monkeypatch, *[0.0] * 2, 0.4, 0.4, 0.3)  # after the offline phase; then on the way
     config = dataclasses.replace(
         CONFIG,
         run_dir=str(tmp_path),
@@ -391,7 +380,7 @@ def test_a_run_that_stopped_early_says_why_and_goes_on_only_if_told_to(tmp_path,
 def test_a_crash_is_an_end_with_a_reason(tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, run_dir=str(tmp_path))
     trainer = setup.make_trainer(config)
-    monkeypatch.setattr(trainer._interaction.collector, "finish", lambda: {}["missing"])
+    monkeypatch.setattr(trainer.parts.interaction.collector, "finish", lambda: {}["missing"])
     with pytest.raises(KeyError):
         trainer.train()
     ended = json.loads(setup.run_files(config).summary.read_text())["ended"]

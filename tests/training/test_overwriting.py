@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from acrlpd.config import DataConfig, PolicyConfig, TrainConfig
 from acrlpd.envs.env import EnvConfig
-from acrlpd.training import overwriting, setup
+from acrlpd.training import loading, overwriting, setup
 from acrlpd.training.faults import RunFault
 from acrlpd.training.guards import LOCK_FILE, RunLock
 
@@ -41,13 +41,13 @@ def test_a_trained_run_holds_nothing_but_what_a_run_makes(finished):
 def test_the_old_run_is_there_until_the_new_one_has_a_checkpoint(copied_run, runs, monkeypatch):
     before = tree(runs / "tiny")
     trainer = setup.make_trainer(copied_run, overwrite=True)
-    seen, save = [], trainer._checkpoints.save
+    seen, save = [], trainer.parts.checkpoints.save
 
     def saving(*what, **how):
         seen.append(tree(runs / "tiny.overwritten"))
         return save(*what, **how)
 
-    monkeypatch.setattr(trainer._checkpoints, "save", saving)
+    monkeypatch.setattr(trainer.parts.checkpoints, "save", saving)
     trainer.train()
     assert seen[0] == before
     assert seen[1:] == [{}] * (len(seen) - 1)
@@ -84,8 +84,8 @@ def test_a_run_that_ends_before_its_first_checkpoint_leaves_the_old_one_and_the_
     assert f"the old one is kept: {runs / 'tiny.overwritten'}" in caplog.text
     for command in (
         lambda: setup.make_trainer(copied_run, resume=True),
-        lambda: setup.locate_checkpoint(runs / "tiny"),
-        lambda: setup.locate_checkpoint(runs / "tiny" / "checkpoints"),
+        lambda: loading.locate_checkpoint(runs / "tiny"),
+        lambda: loading.locate_checkpoint(runs / "tiny" / "checkpoints"),
     ):
         caplog.clear()
         command()

@@ -17,10 +17,11 @@ from acrlpd.envs.env import EnvConfig, Outcome, PhysicsError, SimulatedEnvironme
 from acrlpd.envs.rollout import Rollout
 from acrlpd.training import films, report
 from acrlpd.training.agreement import Choice, agreement
+from acrlpd.training.clocks import breakdown
 from acrlpd.training.comparison import compare
 from acrlpd.training.evaluate import Evaluation, summarize, wilson
 from acrlpd.training.films import improved_seed, load_outcomes
-from acrlpd.training.metrics import JsonlWriter, breakdown, write_json
+from acrlpd.training.metrics import JsonlWriter, write_json
 from acrlpd.training.protocol import Findings, Trial
 from acrlpd.training.report import headline, read_run, write_report
 from acrlpd.training.run import RunFiles, save_rollouts

@@ -14,7 +14,7 @@ from tests.training.conftest import make_episode
 
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.presets import with_algorithm
-from acrlpd.training import setup
+from acrlpd.training import loading, setup
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.faults import Interrupted
 from acrlpd.training.metrics import read_jsonl
@@ -63,7 +63,7 @@ def test_updates_two_in_a_call_end_where_single_ones_do(finished, tiny_config, t
     for one, other in zip(*(jax.tree.leaves(each.agent.params) for each in (finished, trainer)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
-    loaded = setup.load_checkpoint(setup.run_files(trainer.config).directory)
+    loaded = loading.load_checkpoint(setup.run_files(trainer.config).directory)
     assert_same_bits(loaded.agent, trainer.agent)
     jax.tree.map(np.testing.assert_array_equal, loaded.agent.ema, trainer.agent.ema)
     with np.testing.assert_raises(AssertionError):
@@ -87,7 +87,7 @@ def test_the_trainer_takes_every_baseline(tiny_config, algorithm):
     trainer.train()
     losses = [each["train/total_loss"] for each in read_jsonl(setup.run_files(config).metrics)]
     assert np.isfinite(losses).all()
-    loaded = setup.load_checkpoint(setup.run_files(config).directory)
+    loaded = loading.load_checkpoint(setup.run_files(config).directory)
     seen = trainer.loader.batch(0).observations
     rng = jax.random.key(5)
     np.testing.assert_array_equal(loaded.agent.sample_actions(seen, rng), trainer.agent.sample_actions(seen, rng))
@@ -116,7 +116,7 @@ def test_a_signal_saves_the_step_under_way(finished, tiny_config, monkeypatch):
 def test_a_second_signal_does_not_undo_the_first_ones_save(finished, tiny_config, monkeypatch, first, second):
     """Neither before the save begins nor while it is written."""
     trainer = setup.make_trainer(tiny_config)
-    original, wait = trainer.loader.batch, trainer._checkpoints.wait
+    original, wait = trainer.loader.batch, trainer.parts.checkpoints.wait
 
     def batch(step, **kind):
         if step == 2:
@@ -129,7 +129,7 @@ def test_a_second_signal_does_not_undo_the_first_ones_save(finished, tiny_config
         wait()
 
     monkeypatch.setattr(trainer.loader, "batch", batch)
-    monkeypatch.setattr(trainer._checkpoints, "wait", waiting)
+    monkeypatch.setattr(trainer.parts.checkpoints, "wait", waiting)
     before = [signal.getsignal(each) for each in (first, second)]
     with pytest.raises(Interrupted, match=f"{first.name}: saved step 3"):
         trainer.train()
@@ -188,7 +188,7 @@ def test_checkpoint_holds_the_policy_as_openpi_lays_it_out(finished):
 
 
 def test_loaded_agent_acts_like_the_trained_one(finished):
-    loaded = setup.load_checkpoint(setup.run_files(finished.config).directory)
+    loaded = loading.load_checkpoint(setup.run_files(finished.config).directory)
     assert loaded.config == finished.config
     observation = finished.loader.batch(0).observations
     rng = jax.random.key(5)
@@ -205,17 +205,17 @@ def test_an_agent_of_many_devices_loads_on_fewer(finished, monkeypatch):
         return {**run, "config": {**run["config"], "fsdp_devices": 8}}
 
     monkeypatch.setattr(ACRLPDCheckpointManager, "read_run", of_eight)
-    loaded = setup.load_checkpoint(setup.run_files(finished.config).directory)
+    loaded = loading.load_checkpoint(setup.run_files(finished.config).directory)
     assert loaded.config.fsdp_devices == 8
     assert loaded.step == finished.agent.step
 
 
 def test_checkpoint_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="is not a folder"):
-        setup.load_checkpoint(tmp_path / "missing")
+        loading.load_checkpoint(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no checkpoint"):
-        setup.load_checkpoint(tmp_path / "empty")
+        loading.load_checkpoint(tmp_path / "empty")
 
 
 def test_resume_with_another_learning_rate_when_asked_and_from_an_older_step(copied_run, caplog):
@@ -227,7 +227,7 @@ def test_resume_with_another_learning_rate_when_asked_and_from_an_older_step(cop
     trainer = setup.make_trainer(other, resume=True, override=("optimizers.*.schedule.*",), from_step=4)
     assert int(trainer.agent.step) == 4
     assert "peak_lr: was 2.5e-05, now 1e-06" in caplog.text
-    assert trainer._checkpoints.steps() == [4]
+    assert trainer.parts.checkpoints.steps() == [4]
 
 
 def test_resume_on_another_number_of_devices(copied_run, finished, monkeypatch):
@@ -245,7 +245,7 @@ def test_which_checkpoints_stay(tiny_config):
     config = dataclasses.replace(tiny_config, save_frequency=1, max_to_keep=1, keep_period=3)
     trainer = setup.make_trainer(config)
     trainer.train()
-    assert trainer._checkpoints.steps() == [3, 6, 8]
+    assert trainer.parts.checkpoints.steps() == [3, 6, 8]
 
 
 def test_a_step_that_is_not_there_or_damaged_costs_no_checkpoint(copied_run):

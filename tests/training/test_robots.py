@@ -15,9 +15,10 @@ from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.robots import aloha, mapping
 from acrlpd.data.transforms import Normalize
+from acrlpd.deploy import export as deploy_export
 from acrlpd.presets import NANO, get_preset
 from acrlpd.serving import export
-from acrlpd.training import memory, setup
+from acrlpd.training import build, loading, memory, setup
 from acrlpd.training.evaluate import chunk_policy
 from acrlpd.types import Episode
 
@@ -151,7 +152,7 @@ def test_a_run_of_aloha_acts_the_same_wherever_it_is_loaded(tiny_config, tmp_pat
     trainer = setup.make_trainer(config)
     trainer.train()
     run = setup.run_files(config).directory
-    loaded = setup.load_checkpoint(run)
+    loaded = loading.load_checkpoint(run)
     assert loaded.config.data.robot == "aloha"
     (store,) = trainer.loader._prior.stores
     seen = statistics.from_store(store, loaded.transform.before(Normalize), horizon=3)
@@ -162,7 +163,7 @@ def test_a_run_of_aloha_acts_the_same_wherever_it_is_loaded(tiny_config, tmp_pat
     obs = {"state": store.state[3], "image": {"top": store.images["top"][np.array([3])][0]}, "prompt": "fold"}
     chunks = [
         chunk_policy(agent, transform, jax.random.key(0), mode="greedy")([obs], np.array([0]))
-        for agent, transform in ((trainer.agent, trainer._transform), (loaded.agent, loaded.transform))
+        for agent, transform in ((trainer.agent, trainer.parts.transform), (loaded.agent, loaded.transform))
     ]
     np.testing.assert_array_equal(*chunks)
 
@@ -178,7 +179,7 @@ def test_a_run_of_aloha_acts_the_same_wherever_it_is_loaded(tiny_config, tmp_pat
         "tokenized_prompt_mask": request.observation.tokenized_prompt_mask[None],
         "seed": np.array([3], np.uint32),
     }
-    exported = export._infer(trained.agent, deploy._interface(trained), jax.device_put(inputs))
+    exported = export._infer(trained.agent, deploy_export.interface(trained), jax.device_put(inputs))
     np.testing.assert_allclose(exported["actions"][0], answers[0], atol=1e-4)
 
 
@@ -187,18 +188,18 @@ def test_a_pi0_fits_the_robots_cameras_in_training_and_export(tiny_config, tmp_p
     config = with_robot(tiny_config, "aloha", path=write_aloha(tmp_path / "aloha"))
     config = dataclasses.replace(config, policy=dataclasses.replace(NANO, action_dim=32))
     dims, stats = setup.Dims(14, 14), {"state": IDENTITY, "actions": IDENTITY}
-    agent = jax.eval_shape(lambda: setup.create_agent(config, dims, ("top",)))
+    agent = jax.eval_shape(lambda: build.create_agent(config, dims, ("top",)))
     store = EpisodeStore.from_episodes([make_aloha(0)])
     transform = setup.make_transform(config, stats, dims)
     batch = ChunkLoader(store, transform, batch_size=2, horizon=5, sequence_ratio=1.0, seed=0, prefetch=0).batch(0)
-    shapes = memory.batch_shapes(config, dims, setup.model_cameras(config, ("top",)), 2)
+    shapes = memory.batch_shapes(config, dims, build.model_cameras(config, ("top",)), 2)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), batch) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype.name), shapes
     )
     rng = jax.eval_shape(lambda: jax.random.key(0))
     jax.eval_shape(agent_module._update, agent, batch, rng, config.agent.loss_weights)
     trained = deploy.Trained(agent, config, stats, ("top",), 0, None)
-    interface = deploy._interface(trained)
+    interface = deploy_export.interface(trained)
     inputs = export._inputs(interface, 1)
     assert [name for name in inputs if name.startswith("image/")] == ["image/base_0_rgb"]
     found = jax.eval_shape(lambda agent, inputs: export._infer(agent, interface, inputs), agent, inputs)

@@ -24,7 +24,7 @@ from acrlpd.data import hdf5
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.envs import collect, registry
 from acrlpd.envs.env import SimulatedEnvironment
-from acrlpd.training import checkpoint, setup
+from acrlpd.training import checkpoint, loading, setup
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager, DamagedCheckpoint, LaterVersion
 from acrlpd.training.run import RunFiles
 
@@ -86,7 +86,7 @@ def expected(runs):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "make_agent", once)
         steps = (4, BEFORE, NEWEST)
-        yield {step: setup.load_checkpoint(runs[0] / "checkpoints" / str(step)).agent for step in steps}
+        yield {step: loading.load_checkpoint(runs[0] / "checkpoints" / str(step)).agent for step in steps}
 
 
 def assert_same(one, other, *, acts=False):
@@ -140,17 +140,17 @@ def files_of(run):
 def resume(run, expected):
     config = train.stored_config(run)
     trainer = setup.make_trainer(config, resume=True)
-    trainer._lock.release()
+    trainer.parts.lock.release()
     assert config == dataclasses.replace(make_config(run.parent, 0), run_dir=str(run.parent), name=run.name)
     assert_same(trainer.agent, expected[int(trainer.agent.step)])
-    numbers = [entry["episode"] for entry in trainer._interaction.journal.metadata()]
-    assert len(numbers) == len(set(numbers)) == trainer._interaction.replay.num_episodes == EPISODES
-    assert trainer._interaction.replay.num_rows == 20 <= trainer.progress.env_steps
+    numbers = [entry["episode"] for entry in trainer.parts.interaction.journal.metadata()]
+    assert len(numbers) == len(set(numbers)) == trainer.parts.interaction.replay.num_episodes == EPISODES
+    assert trainer.parts.interaction.replay.num_rows == 20 <= trainer.progress.env_steps
     return int(trainer.agent.step)
 
 
 def evaluate(run, expected):
-    loaded = setup.load_checkpoint(run)
+    loaded = loading.load_checkpoint(run)
     assert_same(loaded.agent, expected[loaded.step])
     return loaded.step
 
@@ -341,7 +341,7 @@ def test_a_version_that_is_not_known_yet(runs, expected, tmp_path, caplog):
 
 def resumed(run, **how):
     trainer = setup.make_trainer(train.stored_config(run), resume=True, **how)
-    trainer._lock.release()
+    trainer.parts.lock.release()
     return trainer
 
 
@@ -363,7 +363,7 @@ def test_a_replay_that_is_shorter_than_the_checkpoint_knows(runs, expected, tmp_
         with pytest.raises(ValueError, match=rf"replay holds {left} of the 2 episodes .* --override to go on without"):
             resumed(run)
     trainer = resumed(run, override=("*",))
-    assert (len(trainer._interaction.journal), trainer.progress.journal_episodes) == (left, left)
+    assert (len(trainer.parts.interaction.journal), trainer.progress.journal_episodes) == (left, left)
     assert_same(trainer.agent, expected[NEWEST])
 
 
@@ -411,7 +411,7 @@ def test_prior_data_that_changed(runs, expected, tmp_path, change, caplog):
     with pytest.raises(ValueError, match=r"data: the prior data has changed since .*--override to go on with what is"):
         setup.make_trainer(named, resume=True, override=("data.path",))
     trainer = setup.make_trainer(named, resume=True, override=("*",))
-    trainer._lock.release()
+    trainer.parts.lock.release()
     assert "the prior data has changed" in caplog.text
     assert_same(trainer.agent, expected[NEWEST])
 
@@ -449,13 +449,13 @@ def old_run(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_of_before_goes_on(old_run):
-    assert setup.load_checkpoint(old_run / "checkpoints").step == NEWEST
-    assert setup.load_checkpoint(old_run / "best").step == setup.load_checkpoint(old_run).step == BEFORE
+    assert loading.load_checkpoint(old_run / "checkpoints").step == NEWEST
+    assert loading.load_checkpoint(old_run / "best").step == loading.load_checkpoint(old_run).step == BEFORE
     assert deploy.load_trained(old_run / "checkpoints").step == NEWEST
     trainer = setup.make_trainer(dataclasses.replace(train.stored_config(old_run), online_steps=44), resume=True)
-    assert (int(trainer.agent.step), len(trainer._interaction.journal)) == (NEWEST, EPISODES)
+    assert (int(trainer.agent.step), len(trainer.parts.interaction.journal)) == (NEWEST, EPISODES)
     trainer.train()
-    assert int(setup.load_checkpoint(old_run / "checkpoints").agent.step) > NEWEST
+    assert int(loading.load_checkpoint(old_run / "checkpoints").agent.step) > NEWEST
     assert ACRLPDCheckpointManager(old_run / "checkpoints").read_run()["format_version"] == 1
     lines = (old_run / "replay" / "journal.jsonl").read_text().splitlines()
     assert len(lines) > EPISODES
@@ -465,7 +465,7 @@ def test_a_run_of_before_goes_on(old_run):
 @pytest.mark.parametrize("file", ["run/metadata", "params/_METADATA", "acrlpd/manifest.ocdbt"])
 def test_a_damaged_checkpoint_of_before_falls_back(old_run, damage, file, caplog):
     damage(old_run / "checkpoints" / str(NEWEST) / file, None)
-    assert setup.load_checkpoint(old_run / "checkpoints").step == BEFORE
+    assert loading.load_checkpoint(old_run / "checkpoints").step == BEFORE
     assert f"{NEWEST} is damaged" in caplog.text
 
 

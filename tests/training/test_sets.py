@@ -14,7 +14,7 @@ from acrlpd.data import hdf5, normalize
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.options import DataSource
 from acrlpd.data.rewards import RewardConfig
-from acrlpd.training import prefixes, report, setup
+from acrlpd.training import loading, prefixes, prior_data, report, setup
 from acrlpd.types import Episode
 
 
@@ -65,7 +65,7 @@ def test_a_mixed_run_resumes_bit_for_bit_and_says_its_shares(mixed, other):
     assert "70.0% of the batches; 4 episodes" in page
     assert "30.0% of the batches; 2 episodes, 21 steps" in page
     assert summary["task"] == f"{mixed.data.path[0]} + {other}"
-    assert setup.load_checkpoint(files.directory).config == mixed
+    assert loading.load_checkpoint(files.directory).config == mixed
 
 
 def test_each_set_has_its_own_options_where_they_differ(tiny_config, tmp_path):
@@ -296,7 +296,7 @@ OPTIONS = {
 def test_an_option_of_a_set_is_its_own_or_that_of_the_run(tiny_config, monkeypatch, name):
     """As the reader is asked for it."""
     asked = []
-    monkeypatch.setattr(setup, "open_episodes", lambda path, **options: asked.append((path, options)))
+    monkeypatch.setattr(prior_data, "open_episodes", lambda path, **options: asked.append((path, options)))
     sets = {
         "of the set": with_data(tiny_config, path=None, sources=(DataSource(path="a", **{name: OPTIONS[name]}),)),
         "of the run": with_data(tiny_config, path=None, sources=(DataSource(path="a"),), **{name: OPTIONS[name]}),
@@ -304,6 +304,6 @@ def test_an_option_of_a_set_is_its_own_or_that_of_the_run(tiny_config, monkeypat
         "without it": with_data(tiny_config, path="a"),
     }
     for config in sets.values():
-        setup.open_prior(config)
+        prior_data.open_prior(config)
     assert asked[0] == asked[1] == asked[2] != asked[3]
     assert len({path for path, _ in asked}) == 1

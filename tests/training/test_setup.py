@@ -14,7 +14,7 @@ from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.rewards import RewardConfig
 from acrlpd.envs.env import EnvConfig, EnvSpec
 from acrlpd.serving.policy import AgentSampler, Policy
-from acrlpd.training import setup
+from acrlpd.training import build, loading, prior_data, setup
 from acrlpd.types import Episode
 
 
@@ -42,11 +42,11 @@ def test_weights_of_another_size_are_refused(finished, tiny_config):
 
 
 def test_another_models_tokenizer_is_refused(tiny_config):
-    dims = setup.Dims(4, 2)
+    dims = build.Dims(4, 2)
     with pytest.raises(ValueError, match="has 512 pieces, but the model's vocabulary has 100"):
-        setup.make_transform(with_policy(tiny_config, kind="pi0", vocab_size=100), {}, dims)
+        build.make_transform(with_policy(tiny_config, kind="pi0", vocab_size=100), {}, dims)
     with pytest.raises(ValueError, match=r"paligemma_tokenizer.model.*--policy.tokenizer"):
-        setup.create_agent(with_policy(tiny_config, kind="pi0", vocab_size=257_152), dims, (), weights="pi0")
+        build.create_agent(with_policy(tiny_config, kind="pi0", vocab_size=257_152), dims, (), weights="pi0")
 
 
 def test_data_of_another_robot_than_the_environments_is_refused(tiny_config):
@@ -55,9 +55,9 @@ def test_data_of_another_robot_than_the_environments_is_refused(tiny_config):
     with pytest.raises(
         ValueError, match="has 4 state and 2 action dimensions, but metaworld/drawer-open-v3 has 39 and 4"
     ):
-        setup.check_prior(tiny_config, EpisodeStore(), setup.Dims(4, 2), spec, "data")
+        prior_data.check_prior(tiny_config, EpisodeStore(), build.Dims(4, 2), spec, "data")
     fitting = dataclasses.replace(spec, state_dim=4, action_dim=2)
-    setup.check_prior(tiny_config, EpisodeStore(), setup.Dims(4, 2), fitting, "data")
+    prior_data.check_prior(tiny_config, EpisodeStore(), build.Dims(4, 2), fitting, "data")
 
 
 def test_a_checkpoint_needs_neither_the_weights_it_started_from_nor_an_environment(tiny_config, tmp_path):
@@ -85,8 +85,8 @@ def test_a_checkpoint_needs_neither_the_weights_it_started_from_nor_an_environme
     )
     trainer = setup.make_trainer(config)
     trainer.save()
-    trainer._checkpoints.wait()
-    loaded = setup.load_checkpoint(setup.run_files(config).directory)
+    trainer.parts.checkpoints.wait()
+    loaded = loading.load_checkpoint(setup.run_files(config).directory)
     for ours, theirs in zip(policy_arrays(loaded.agent), policy_arrays(trainer.agent), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -103,18 +103,18 @@ def test_data_options_hold_for_collected_episodes_too(tiny_config):
         ),
     )
     shutil.copytree(tiny_config.data.path, setup.run_files(config).directory / "prior")
-    source = setup.open_prior(config)
+    source = prior_data.open_prior(config)
     rewards = [source.window(index, "rewards", 0, int(length)) for index, length in enumerate(source.lengths)]
     assert [(each[:-1].any(), each[-1]) for each in rewards] == [(False, 1), (False, 0), (False, 1), (False, 0)]
 
 
 def test_a_trained_agent_can_be_served(finished):
-    policy = Policy(AgentSampler(finished.agent), finished._transform, rng=jax.random.key(3))
+    policy = Policy(AgentSampler(finished.agent), finished.parts.transform, rng=jax.random.key(3))
     observation = {"state": np.array([0.1, -0.2, 0.3, 0.0], np.float32), "prompt": "push the button"}
     answer = policy.infer({**observation})
     assert answer["actions"].shape == (finished.config.policy.action_horizon, 2)
     assert np.isfinite(answer["actions"]).all()
-    again = Policy(AgentSampler(finished.agent), finished._transform, rng=jax.random.key(3)).infer({**observation})
+    again = Policy(AgentSampler(finished.agent), finished.parts.transform, rng=jax.random.key(3)).infer({**observation})
     np.testing.assert_array_equal(answer["actions"], again["actions"])
     with pytest.raises(ValueError, match="takes no noise"):
         policy.infer({**observation}, noise=np.zeros((3, 2), np.float32))
@@ -122,7 +122,7 @@ def test_a_trained_agent_can_be_served(finished):
 
 def test_equal_configurations_share_compiled_programs_and_others_do_not(finished, tiny_config):
     """Another agent of the same networks needs no compilation; another learning rate or discount is another program."""
-    networks = setup.make_agent(tiny_config, setup.Dims(4, 2), ()).nets
+    networks = build.make_agent(tiny_config, build.Dims(4, 2), ()).nets
     assert networks == finished.agent.nets
     assert networks is not finished.agent.nets
     assert hash(networks) == hash(finished.agent.nets)
@@ -132,13 +132,13 @@ def test_equal_configurations_share_compiled_programs_and_others_do_not(finished
         dataclasses.replace(tiny_config, optimizers=dataclasses.replace(tiny_config.optimizers, critic=critic)),
         dataclasses.replace(tiny_config, agent=dataclasses.replace(tiny_config.agent, discount=0.5)),
     ):
-        assert setup.make_agent(other, setup.Dims(4, 2), ()).nets != networks
+        assert build.make_agent(other, build.Dims(4, 2), ()).nets != networks
 
 
 def abstract_agent(config, **policy):
     """The shapes and dtypes of a full-size agent: nothing is computed."""
     config = with_policy(config, kind="pi0", vocab_size=1024, **policy)
-    return jax.eval_shape(lambda: setup.create_agent(config, setup.Dims(4, 2), ("top",)))
+    return jax.eval_shape(lambda: build.create_agent(config, build.Dims(4, 2), ("top",)))
 
 
 def paths(params):

@@ -15,7 +15,7 @@ from acrlpd.envs.registry import make, make_vector
 from acrlpd.envs.vector import RolloutConfig
 from acrlpd.named_code import StoredName
 from acrlpd.regression import ACRLPDRegressionTester
-from acrlpd.training import setup
+from acrlpd.training import loading, setup
 from acrlpd.training.report import write_report
 
 WORLD = """
@@ -104,16 +104,16 @@ def test_a_report_shows_no_film_of_code_that_nobody_named(run, ran, capsys):
 
 
 def test_python_runs_it_where_a_script_says_so(run, ran):
-    loaded = setup.load_stored(run)
+    loaded = loading.load_stored(run)
     assert loaded.config.env.name == name(run)
-    with pytest.raises(ValueError, match=r"a checkpoint runs no code by itself.*setup\.with_task"):
+    with pytest.raises(ValueError, match=r"a checkpoint runs no code by itself.*loading\.with_task"):
         setup.make_environments(loaded.config, 1)
     with pytest.raises(ValueError, match="runs no code by itself"):
         ACRLPDRegressionTester(episodes=1).test_performance_metrics(run)
     with pytest.raises(ValueError, match="runs no code by itself"):
         setup.make_trainer(loaded.config, resume=True)
     assert not ran()
-    own = setup.load_checkpoint(run).config  # by which nothing has run yet: a script's own from here on
+    own = loading.load_checkpoint(run).config  # by which nothing has run yet: a script's own from here on
     assert not ran()
     setup.make_environments(own, 1).close()
     assert ran()

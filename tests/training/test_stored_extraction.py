@@ -18,7 +18,7 @@ from acrlpd.cli import serve
 from acrlpd.cli.main import main
 from acrlpd.regression import ACRLPDRegressionTester
 from acrlpd.serving.request import OPTIONS_KEY
-from acrlpd.training import setup
+from acrlpd.training import loading, setup
 from acrlpd.training.metrics import read_jsonl
 from acrlpd.types import Observation
 
@@ -84,17 +84,17 @@ def test_it_trains(run):
 
 
 def test_python_acts_by_it_only_where_a_script_names_it(run, ran):
-    for load in (setup.load_checkpoint, setup.load_stored):
+    for load in (loading.load_checkpoint, loading.load_stored):
         with pytest.raises(ValueError, match=r"runs no code by itself.*load_checkpoint\(path, extraction=\.\.\.\)"):
             chunk(load(run))
-    assert np.isfinite(chunk(setup.load_checkpoint(run), mode="bc")).all()
+    assert np.isfinite(chunk(loading.load_checkpoint(run), mode="bc")).all()
     with pytest.raises(ValueError, match="runs no code by itself"):
-        setup.make_trainer(setup.load_checkpoint(run).config, resume=True)
+        setup.make_trainer(loading.load_checkpoint(run).config, resume=True)
     with pytest.raises(ValueError, match="runs no code by itself"):
         ACRLPDRegressionTester().test_numerical_stability(run)
-    plain = chunk(setup.load_checkpoint(run, extraction="best_of_n"))
+    plain = chunk(loading.load_checkpoint(run, extraction="best_of_n"))
     assert not ran()
-    own = setup.load_checkpoint(run, extraction=name(run))
+    own = loading.load_checkpoint(run, extraction=name(run))
     assert not np.array_equal(chunk(own), plain)
     assert ran()
     assert ACRLPDRegressionTester(extraction=name(run)).test_numerical_stability(run)
@@ -148,7 +148,7 @@ def test_a_yaml_file_of_the_users_names_it_as_well(run, ran, tmp_path):
 
 
 def test_what_is_served_and_exported_is_what_the_agent_chooses(run, tmp_path):
-    own = setup.load_checkpoint(run, extraction=name(run))
+    own = loading.load_checkpoint(run, extraction=name(run))
     policy = deploy.trained_policy(deploy.load_trained(run, name(run)), deploy.ActingOptions())
     served = policy.infer(STATE | {OPTIONS_KEY: {"seed": 3}})["actions"]
     seen = Observation(state=np.asarray(own.transform(STATE)["state"])[None])

@@ -14,7 +14,7 @@ from acrlpd.agents.agent import ActingMode
 from acrlpd.config import CollectConfig
 from acrlpd.envs.env import EnvConfig
 from acrlpd.fields import NonNegativeFloat, NonNegativeInt, PositiveInt
-from acrlpd.training import setup
+from acrlpd.training import loading
 from acrlpd.training.collection import collect_by_agent, collect_prior
 
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     fields.check(arguments)
     if arguments.checkpoint is None:
         return _by_script(arguments)
-    loaded = setup.load_stored(arguments.checkpoint, arguments.extraction)
+    loaded = loading.load_stored(arguments.checkpoint, arguments.extraction)
     config = loaded.config
     if config.env is not None:  # the run's environment, changed by the flags
         arguments = _parse(argv, default=CollectArguments(arguments.output, env=config.env))

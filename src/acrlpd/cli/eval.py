@@ -14,13 +14,13 @@ from acrlpd import fields
 from acrlpd.agents.agent import ActingMode
 from acrlpd.envs.registry import make
 from acrlpd.fields import NonNegativeInt, PositiveInt
-from acrlpd.training import setup
+from acrlpd.training import loading, setup
 from acrlpd.training.comparison import compare
 from acrlpd.training.evaluate import Evaluation, summarize
+from acrlpd.training.loading import Trained
 from acrlpd.training.metrics import write_json
 from acrlpd.training.protocol import ACRLPDEvaluationProtocol, Findings, ProtocolConfig
 from acrlpd.training.run import RunFiles
-from acrlpd.training.setup import Loaded
 from acrlpd.training.videos import save_videos
 
 
@@ -48,8 +48,8 @@ class EvalArguments:
 def main(argv: Sequence[str]) -> int:
     arguments = tyro.cli(EvalArguments, args=argv, prog="acrlpd eval")
     fields.check(arguments)
-    loaded = setup.load_stored(arguments.checkpoint, arguments.extraction)
-    other = setup.load_stored(arguments.compare, arguments.compare_extraction) if arguments.compare else None
+    loaded = loading.load_stored(arguments.checkpoint, arguments.extraction)
+    other = loading.load_stored(arguments.compare, arguments.compare_extraction) if arguments.compare else None
     tasks = arguments.tasks or (loaded.config.env.name if loaded.config.env else "",)
     findings = {task: _evaluate(loaded, task, arguments) for task in tasks}
     rollouts = [each for of_task in findings.values() for each in of_task.task.rollouts]
@@ -77,9 +77,9 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _evaluate(loaded: Loaded, task: str, arguments: EvalArguments) -> Findings:
+def _evaluate(loaded: Trained, task: str, arguments: EvalArguments) -> Findings:
     """Evaluate the task alone, or with ``--full`` every trial."""
-    config = setup.with_task(loaded.config, task)
+    config = loading.with_task(loaded.config, task)
     first = config.eval.first_seed if arguments.first_seed is None else arguments.first_seed
     episodes = arguments.episodes or config.eval.episodes
     environments = setup.make_environments(config, min(episodes, arguments.num_envs or config.eval.num_envs))
@@ -106,7 +106,7 @@ def _evaluate(loaded: Loaded, task: str, arguments: EvalArguments) -> Findings:
 
 def _run_files(checkpoint: str) -> RunFiles:
     """Return the files of the run that a checkpoint belongs to."""
-    checkpoints, _ = setup.locate_checkpoint(Path(checkpoint))
+    checkpoints, _ = loading.locate_checkpoint(Path(checkpoint))
     return RunFiles(checkpoints.parent)
 
 

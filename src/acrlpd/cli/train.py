@@ -14,12 +14,13 @@ import tyro
 from acrlpd import presets
 from acrlpd.cli.configured import changed, named, parse, starting_point, warn_of_the_unusual
 from acrlpd.config import TrainConfig
-from acrlpd.training import resuming, setup
+from acrlpd.training import loading, resuming, setup
 from acrlpd.training.charts import POLICIES
 from acrlpd.training.faults import EXIT_INTERRUPTED, Interrupted
 from acrlpd.training.finished import nothing_left
 from acrlpd.training.overwriting import tell_of_set_aside
 from acrlpd.training.report import write_report
+from acrlpd.training.run import run_files
 
 USAGE = """usage: acrlpd train PRESET|FILE.yaml [--config FILE.yaml] [--environment development] [--field value ...]
        acrlpd train PRESET|FILE.yaml --algorithm NAME ...
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     name, *flags = argv
     config, rest = starting_point(name, flags)
     arguments = _parse(config, name, rest)
-    directory = setup.run_files(arguments.config).directory
+    directory = run_files(arguments.config).directory
     stored = resuming.started_with(directory) if arguments.resume else None
     if stored is not None:  # the values that the run was started with need not be given again
         said = arguments.config  # perhaps by the YAML file
@@ -118,10 +119,10 @@ def _placed(config: TrainConfig, run: Path) -> TrainConfig:
 def as_named(stored: TrainConfig, said: TrainConfig) -> TrainConfig:
     """A stored configuration that may run the code it names, as far as the command's own configuration names it."""
     if said.agent.extraction == stored.agent.extraction:
-        stored = setup.with_extraction(stored, said.agent.extraction)
+        stored = loading.with_extraction(stored, said.agent.extraction)
     if stored.env is None or said.env is None or said.env.name != stored.env.name:
         return stored
-    return setup.with_task(stored, said.env.name)
+    return loading.with_task(stored, said.env.name)
 
 
 def _parse(default: TrainConfig, name: str, flags: Sequence[str], begun: TrainConfig | None = None) -> TrainArguments:
@@ -159,5 +160,5 @@ def run(config: TrainConfig, *, again: str, **how: Any) -> int:
         print(f"{POLICIES[phase][0]:9} success {result['success']:.0%} [{result['low']:.0%}, {result['high']:.0%}]")
     print(summary["ended"]["text"])
     named_env = config.env.name if config.env is not None else None
-    print(f"report: {write_report(setup.run_files(config).directory, named_env)}")
+    print(f"report: {write_report(run_files(config).directory, named_env)}")
     return 0

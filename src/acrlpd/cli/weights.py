@@ -20,7 +20,7 @@ from acrlpd.models.pi0 import Pi0Config
 from acrlpd.models.pi0_fast import Pi0FastConfig
 from acrlpd.models.recognize import recognize
 from acrlpd.models.weights import Layout
-from acrlpd.training import setup
+from acrlpd.training import build
 
 _2B, _300M = "gemma_2b_lora", "gemma_300m_lora"
 VARIANTS: dict[str, Pi0Config | Pi0FastConfig] = {
@@ -134,7 +134,7 @@ def _expected(variant: str) -> dict[str, Any]:
         policy = presets.get_preset(variant).policy
         if policy.action_dim is None:
             raise ValueError(f"the sizes of preset {variant} come from its data: name a run of it, or another variant")
-        config = setup.pi0_config(policy, setup.Dims(policy.action_dim, policy.action_dim), Pi0Config().cameras)
+        config = build.pi0_config(policy, build.Dims(policy.action_dim, policy.action_dim), Pi0Config().cameras)
     else:
         raise ValueError(f"unknown variant {variant!r}: there are {', '.join([*VARIANTS, *presets.PRESETS])}")
     expected = weights.flatten(nnx.eval_shape(lambda: config.create(nnx.Rngs(0))))

@@ -82,6 +82,19 @@ class Repack:
         return data  # as in openpi, answers keep the robot's names: clients do not use the dataset's
 
 
+class ActionsOnly:
+    """The transform that reduces an answer to its actions, as for openpi's robots; it comes first in a list.
+
+    openpi's chunk broker cuts every array of an answer into steps, and a state has no steps.
+    """
+
+    def __call__(self, data: Data) -> Data:
+        return data
+
+    def inverse(self, data: Data) -> Data:
+        return {"actions": data["actions"]}
+
+
 @dataclasses.dataclass(frozen=True)
 class DefaultPrompt:
     """A transform that adds a task text if the data has none (no prompt, None, or an empty one)."""

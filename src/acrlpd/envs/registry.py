@@ -48,7 +48,7 @@ def check_named(config: EnvConfig) -> None:
         raise ValueError(
             f"the environment {config.name} is code that the stored configuration names, and a checkpoint runs no code "
             f"by itself. If you trust it, name it in the command: --env.name {shlex.quote(config.name)} (for eval "
-            "--tasks, for collect --name; in Python setup.with_task)"
+            "--tasks, for collect --name; in Python loading.with_task)"
         )
 
 

@@ -1,6 +1,6 @@
 """A table of the kinds of policies, with everything that depends only on the kind.
 
-A new kind is an entry here, a name in ``config.PolicyName``, and a case in ``training.setup.make_policy``.
+A new kind is an entry here, a name in ``config.PolicyName``, and a case in ``training.build.make_policy``.
 """
 
 from __future__ import annotations

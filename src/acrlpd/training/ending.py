@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from acrlpd.config import TrainConfig
+from acrlpd.training.clocks import breakdown
 from acrlpd.training.faults import Interrupted
-from acrlpd.training.run import Progress, RunFiles
+from acrlpd.training.run import Progress, RunFiles, RunState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,27 @@ def cut_short(error: Exception, updates: int) -> Ended:
         return Ended("interrupted", f"was interrupted at update {updates:,}; --resume goes on")
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
     return Ended("crashed", f"crashed at update {updates:,} ({reason}); --resume goes on from the last checkpoint")
+
+
+def summarize(state: RunState, ended: Ended, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``summary.json`` says of a run with the prior ``data``; its clocks are settled."""
+    config, progress = state.config, state.progress
+    return {
+        "task": config.env.name if config.env else config.data.name,
+        "seed": config.seed,
+        "data": data,
+        "phases": progress.results,
+        "wall_s": progress.wall_s,
+        "cpu_s": progress.cpu_s,
+        "updates": state.step,
+        "env_steps": progress.env_steps,
+        "lost_steps": progress.lost_steps,
+        "ended": dataclasses.asdict(ended),
+        "best": {"step": progress.best_step, "success": progress.best_step_success},
+        "rollbacks": progress.rollbacks,
+        "lost_episodes": progress.lost_episodes,
+        "breakdown": breakdown(progress.seconds, progress.wall_s),
+    }
 
 
 def known_summary(files: RunFiles, progress: Progress, updates: int) -> dict[str, Any] | None:

@@ -6,10 +6,11 @@ from collections.abc import Collection
 
 from acrlpd.config import TrainConfig
 from acrlpd.data.replay import ReplayJournal
-from acrlpd.training import ending, resuming, setup
+from acrlpd.training import ending, resuming
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager, DamagedCheckpoint
 from acrlpd.training.ending import Ended
-from acrlpd.training.run import Progress, RunFiles
+from acrlpd.training.loading import load_stored
+from acrlpd.training.run import Progress, RunFiles, run_files
 
 
 def nothing_left(config: TrainConfig, *, override: Collection[str] = ()) -> Ended | None:
@@ -18,7 +19,7 @@ def nothing_left(config: TrainConfig, *, override: Collection[str] = ()) -> Ende
     Raises:
         ValueError: the run cannot be resumed with this configuration.
     """
-    files = setup.run_files(config)
+    files = run_files(config)
     if not files.summary.is_file() or not files.checkpoints.is_dir():
         return None
     resuming.claim_directory(config, files, resume=True, override=override)
@@ -27,7 +28,7 @@ def nothing_left(config: TrainConfig, *, override: Collection[str] = ()) -> Ende
         newest = max(manager.steps(), default=0)
         progress = Progress(**manager.read_run(newest)["progress"])
         ended = ending.is_over(config, progress, newest)
-        if ended is None or setup.load_stored(files.checkpoints / str(newest)).step != newest:
+        if ended is None or load_stored(files.checkpoints / str(newest)).step != newest:
             return None
     except (DamagedCheckpoint, KeyError, TypeError):  # resuming falls back to an older one, and says so
         return None

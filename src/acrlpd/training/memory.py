@@ -23,8 +23,7 @@ from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import TrainConfig
 from acrlpd.envs.registry import make_vector
 from acrlpd.fields import PositiveInt
-from acrlpd.training import setup
-from acrlpd.training.setup import Dims
+from acrlpd.training.build import Dims, create_agent, model_cameras
 from acrlpd.training.sharding import BATCH_AXIS, FSDP_AXIS, parameter_sharding
 from acrlpd.types import ChunkBatch, Observation
 
@@ -97,8 +96,8 @@ def plan(
     dims = _dims(config) if dims is None else dims
     if cameras is None:
         cameras = config.data.cameras or (config.env.cameras if config.env else CAMERAS)
-    cameras = setup.model_cameras(config, cameras)
-    agent = jax.eval_shape(lambda: setup.create_agent(config, dims, cameras))
+    cameras = model_cameras(config, cameras)
+    agent = jax.eval_shape(lambda: create_agent(config, dims, cameras))
     batch = batch_shapes(config, dims, cameras, local_batch)
     temporary, aliased_output = _compiled(agent, batch)
     trainable = _local_bytes(config, machine, agent.params)

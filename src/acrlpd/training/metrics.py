@@ -1,13 +1,11 @@
-"""Records of a run: one JSON object per line, and where the wall time went."""
+"""Records of a run: one JSON object per line, and means of the numbers of many updates."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,45 +95,3 @@ class MetricAverage:
         self._records = []
         finite = {name: np.asarray(each)[np.isfinite(each)] for name, each in values.items()}
         return {name: float(np.mean(each)) if len(each) else math.nan for name, each in finite.items()}
-
-
-class Stopwatch:
-    """Seconds of wall time by name; time in an inner span counts only there."""
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.seconds: dict[str, float] = {}
-        self._clock = clock
-        self._inner = [0.0]
-
-    @contextlib.contextmanager
-    def span(self, name: str, *, behind: str | None = None, busy: Callable[[], bool] = bool) -> Iterator[None]:
-        """Count the block's time as ``name``, or as ``behind`` if the device is still ``busy`` with that at the end:
-        nothing then had to wait for what the host did."""
-        start = self._clock()
-        self._inner.append(0.0)
-        try:
-            yield
-        finally:
-            elapsed = self._clock() - start
-            self.add(behind if behind and busy() else name, elapsed - self._inner.pop())
-            self._inner[-1] += elapsed
-
-    def add(self, name: str, seconds: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-    def move(self, source: str, target: str, seconds: float) -> None:
-        """Move part of a span to another one, for a call whose parts were measured elsewhere."""
-        self.add(source, -seconds)
-        self.add(target, seconds)
-
-
-def breakdown(seconds: Mapping[str, float], wall_s: float) -> dict[str, float]:
-    """Return seconds by what they were spent on, and the share of training time outside the update and the simulator.
-
-    Training time is everything but evaluation and the compiler; ``other`` is what no span measured.
-    """
-    other = max(0.0, wall_s - sum(seconds.values()))
-    training = wall_s - seconds.get("evaluation", 0.0) - seconds.get("compile", 0.0)
-    useful = seconds.get("update", 0.0) + seconds.get("simulator", 0.0)
-    outside = 1 - useful / training if training > 0 else math.nan
-    return {**{f"{name}_s": value for name, value in seconds.items()}, "other_s": other, "outside_share": outside}

@@ -1,4 +1,4 @@
-"""The parts of a run other than its agent: its files, its progress, and its online episodes."""
+"""What a run consists of while it trains: its state and its progress, its online episodes, and its files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from acrlpd import unfinished
+from acrlpd.agents.agent import ACRLPDAgent
+from acrlpd.config import TrainConfig
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.envs.rollout import OnlineCollector, Rollout
@@ -46,6 +48,29 @@ class Progress:
         """Count only the steps that the journal holds; the others were lost with their episodes."""
         self.env_steps = max(self.env_steps, self.lost_steps + journal_steps)
         self.lost_steps = self.env_steps - journal_steps
+
+    def count_online_evaluation(self, success: float) -> None:
+        """Count the evaluations since the best one, by which early stopping decides."""
+        is_better = success > self.best_success
+        self.best_success = max(success, self.best_success)
+        self.evaluations_since_best = 0 if is_better else self.evaluations_since_best + 1
+
+
+@dataclasses.dataclass
+class RunState:
+    """What changes while a run trains."""
+
+    config: TrainConfig  # the run's own; a shortage of memory changes how its updates are computed
+    agent: ACRLPDAgent
+    progress: Progress
+    step: int = dataclasses.field(init=False)  # that of the agent, known without waiting for the device
+
+    def __post_init__(self) -> None:
+        self.step = int(self.agent.step)
+
+    def replace_agent(self, agent: ACRLPDAgent) -> None:
+        """Go on with an agent that was saved, or a fresh one."""
+        self.agent, self.step = agent, int(agent.step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +136,16 @@ class RunFiles:
     def evaluation(self, policy: str) -> Path:
         """Seeds, outcomes and executed actions of an evaluation at the end of a phase."""
         return self.directory / "evaluations" / f"{policy}.npz"
+
+
+def run_files(config: TrainConfig) -> RunFiles:
+    """Return the files of the run that ``config`` describes."""
+    name = config.name
+    if name in ("", ".", "..") or not name.isprintable() or any(separator in name for separator in "/\\"):
+        raise ValueError(
+            f"name {name!r}: expected the name of one folder below run_dir, without separators or control characters"
+        )
+    return RunFiles(Path(config.run_dir) / name)
 
 
 def settle_best(progress: Progress, earlier: Progress, checkpoints: ACRLPDCheckpointManager, files: RunFiles) -> None:

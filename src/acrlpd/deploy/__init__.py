@@ -1,0 +1,20 @@
+"""From a checkpoint to a policy that answers requests, for ``acrlpd serve``, or to files, for ``acrlpd export``."""
+
+from acrlpd.deploy.export import OptimizationLevel, export_acrlpd_model
+from acrlpd.deploy.openpi import openpi_policy
+from acrlpd.deploy.options import ActingOptions, OpenPIOptions
+from acrlpd.deploy.trained import Follower, is_ours, load_trained, trained_policy
+from acrlpd.training.loading import Trained
+
+__all__ = [
+    "ActingOptions",
+    "Follower",
+    "OpenPIOptions",
+    "OptimizationLevel",
+    "Trained",
+    "export_acrlpd_model",
+    "is_ours",
+    "load_trained",
+    "openpi_policy",
+    "trained_policy",
+]

@@ -315,7 +315,7 @@ class TrainConfig:
     online_envs: int = 1  # environments that collect side by side
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     overlap_rollouts: bool = False  # execute chunks during updates, by a policy that is some updates old
-    execute_horizon: int | None = None  # steps of a chunk that are executed; None: all of them
+    execute_horizon: int | None = None  # steps of a chunk that are executed, and judged by critics; None: all of them
     critic_alone_steps: int = 0  # first offline updates, which train only the critics, on the data's own next chunks
     actor_warmup_steps: int = 0  # updates before the actor loss counts, because the critic knows nothing at first
     online_loss_weights: LossWeights | None = None  # approached linearly after the offline phase; None: no change
@@ -338,6 +338,13 @@ class TrainConfig:
             raise ValueError(
                 f"execute_horizon ({self.execute_horizon}) must lie between 1 and policy.action_horizon ({horizon}): "
                 "the policy cannot execute more steps than it predicts. Lower it or train with a longer chunk."
+            )
+        judged = self.agent.critic.horizon
+        if judged is not None and not self.executed_steps <= judged <= horizon:
+            raise ValueError(
+                f"agent.critic.horizon ({judged}) must lie between the steps that are executed ({self.executed_steps}) "
+                f"and policy.action_horizon ({horizon}): critics judge all that is executed, and no more than is "
+                "predicted. Leave it out to judge what is executed, or change execute_horizon."
             )
         steps = ("offline_steps", "online_steps", "warmup_env_steps", "actor_warmup_steps", "critic_alone_steps")
         for name in ("seed", *steps):
@@ -389,6 +396,15 @@ class TrainConfig:
         """The number of steps of each chunk that are executed."""
         return self.execute_horizon or self.policy.action_horizon
 
+    @property
+    def critic_horizon(self) -> int:
+        """The number of steps of each chunk that critics judge, and that a TD target looks ahead."""
+        return self.agent.critic.horizon or self.executed_steps
+
+    def with_critic_horizon(self, horizon: int) -> TrainConfig:
+        critic = dataclasses.replace(self.agent.critic, horizon=horizon)
+        return dataclasses.replace(self, agent=dataclasses.replace(self.agent, critic=critic))
+
 
 ACRLPDPi0Config = ACRLPDTrainingConfig = TrainConfig  # its two names in the founding design
 
@@ -428,8 +444,14 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None,
 
 
 def from_stored(values: Mapping[str, Any]) -> TrainConfig:
-    """Return the configuration stored in a checkpoint or run folder. Code it names is not run: see ``StoredName``."""
+    """Return the configuration stored in a checkpoint or run folder. Code it names is not run: see ``StoredName``.
+
+    It names the critics' horizon, so that critics fit whatever is executed later. Runs of versions without that field
+    have critics of whole chunks, also where they execute less.
+    """
     config = from_dict(TrainConfig, values)
+    has_field = "horizon" in values.get("agent", {}).get("critic", {})
+    config = config.with_critic_horizon(config.critic_horizon if has_field else config.policy.action_horizon)
     if names_code(config.agent.extraction):
         agent = dataclasses.replace(config.agent, extraction=StoredName(config.agent.extraction))
         config = dataclasses.replace(config, agent=agent)

@@ -139,7 +139,8 @@ def resume(run, expected):
     config = train.stored_config(run)
     trainer = setup.make_trainer(config, resume=True)
     trainer._lock.release()
-    assert config == dataclasses.replace(make_config(run.parent, 0), run_dir=str(run.parent), name=run.name)
+    begun = dataclasses.replace(make_config(run.parent, 0), run_dir=str(run.parent), name=run.name)
+    assert config == begun.with_critic_horizon(begun.critic_horizon)
     assert_same(trainer.agent, expected[int(trainer.agent.step)])
     numbers = [entry["episode"] for entry in trainer._interaction.journal.metadata()]
     assert len(numbers) == len(set(numbers)) == trainer._interaction.replay.num_episodes == EPISODES

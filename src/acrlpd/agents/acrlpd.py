@@ -47,8 +47,8 @@ def joint_loss(
     )
 
     # Section 4: the temperature's loss, from the spread of the candidates drawn above.
-    robot_candidates = chosen.candidates[..., : nets.action_dim]
-    entropy = losses.gaussian_entropy(robot_candidates)
+    judged = modules.critic.judged(chosen.candidates)
+    entropy = losses.gaussian_entropy(judged)
     alpha_loss = jnp.zeros(())
     if config.temperature.adaptive:
         alpha_loss = losses.temperature_loss(
@@ -61,7 +61,7 @@ def joint_loss(
         + weights.actor_weight * actor_loss
         + weights.alpha_weight * alpha_loss
     )
-    spread = jnp.sqrt(jnp.var(robot_candidates, axis=0, ddof=min(1, len(robot_candidates) - 1)).sum(axis=(1, 2)))
+    spread = jnp.sqrt(jnp.var(judged, axis=0, ddof=min(1, len(judged) - 1)).sum(axis=(1, 2)))
     metrics = {
         "total_loss": total,
         "critic_loss": critic_loss,

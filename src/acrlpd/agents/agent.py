@@ -52,18 +52,25 @@ class ACRLPDAgent(AgentState):
         """Create a fresh agent that takes over the arrays of ``policy``; the first update donates their memory.
 
         ``optimizers`` has one entry per group: policy, critic, temperature; a student uses the policy's.
-        ``action_dim`` is the robot's, if the policy's is wider (openpi pads to 32).
+        ``action_dim`` is the robot's, if the policy's is wider (openpi pads to 32). Without ``config.critic.horizon``,
+        critics judge whole chunks.
         ``trainable`` gets the path of a policy parameter, joined by '/', and returns whether it may change.
         """
 
         policy_def, policy_params = parameters.split(cast(nnx.Module, policy))
         policy_params, frozen = parameters.divide(policy_params, trainable)
         action_dim = policy.action_dim if action_dim is None else action_dim
+        critic_horizon = config.critic.horizon or policy.action_horizon
+        if critic_horizon > policy.action_horizon:
+            raise ValueError(
+                f"critic.horizon ({critic_horizon}) exceeds the policy's action_horizon ({policy.action_horizon}): "
+                "critics cannot judge more steps than the policy predicts"
+            )
         critic = CriticNetworks(
             config.critic,
             feature_dim=policy.feature_dim,
             state_dim=state_dim,
-            action_horizon=policy.action_horizon,
+            horizon=critic_horizon,
             action_dim=action_dim,
             rngs=nnx.Rngs(params=rng),
         )
@@ -81,7 +88,7 @@ class ACRLPDAgent(AgentState):
             params["student"] = jax.tree.map(jnp.copy, suffix)  # starts as one Euler step of the flow
             optimizers["student"] = optimizers["policy"]
         action_shape = (policy.action_horizon, policy.action_dim)
-        nets = Networks(config, policy_def, critic_def, optimizers, action_shape, action_dim)
+        nets = Networks(config, policy_def, critic_def, optimizers, action_shape, action_dim, critic_horizon)
         return cls(
             params=params,
             frozen=frozen,

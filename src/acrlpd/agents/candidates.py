@@ -63,7 +63,7 @@ def choose(
         _, best = sampling.select(chunks, scores)
     else:
         _, best = sampling.select(
-            chunks[..., : modules.critic.action_dim],  # padding must not count in the diversity
+            modules.critic.judged(chunks),  # nothing else counts in the diversity
             scores,
             explore.rng,
             temperature=explore.temperature,

@@ -23,7 +23,7 @@ class TemperatureConfig:
     """The temperature alpha: of the softmax in exploration, and the weight of the entropy bonus under q_gradient."""
 
     initial_temp: float = 1.0
-    target_entropy_multiplier: float = 0.5  # target entropy = -multiplier * horizon * action_dim
+    target_entropy_multiplier: float = 0.5  # target entropy = -multiplier * critic horizon * action_dim
     adaptive: bool = True
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""The critic ensemble: Q of a whole action chunk, with all members in one stacked network.
+"""The critic ensemble: Q of the first steps of an action chunk, with all members in one stacked network.
 
 The leading axis of every parameter is the member, so ten critics are one batched matrix product per layer.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -18,7 +19,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from acrlpd.types import typed
 
 Activation = Literal["relu", "swish", "gelu", "tanh"]
-QAggregation = Literal["min", "mean", "weighted", "subset"]
+QAggregation = Literal["min", "mean", "weighted", "subset", "mean_minus_std"]
+_NEEDS_TWO = ("subset", "mean_minus_std")
 FeatureFusion = Literal["concat", "add", "mlp"]
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -40,8 +42,12 @@ class CriticConfig:
     dropout_rate: float = 0.0  # off in targets and while acting
     kernel_init_scale: float = 1.0  # variance scaling, fan-in, uniform
     q_aggregation: QAggregation = "min"
+    pessimism: float = 0.5  # mean_minus_std: standard deviations below the mean (rho of QAM, arXiv:2601.14234)
     use_pi0_features: bool = True  # read the policy's pooled prefix tokens and the state; False: only the state
     feature_fusion_method: FeatureFusion = "concat"
+    horizon: int | None = (
+        None  # first steps of a chunk that are judged; None: in a run those that are executed, else all
+    )
 
     def __post_init__(self):
         for name, choices in (
@@ -51,10 +57,15 @@ class CriticConfig:
         ):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"critic.{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
-        if self.num_critics < 1 or (self.q_aggregation == "subset" and self.num_critics < 2):
+        if self.horizon is not None and self.horizon < 1:
+            raise ValueError(f"critic.horizon must be at least 1, got {self.horizon}")
+        if self.num_critics < 1 or (self.q_aggregation in _NEEDS_TWO and self.num_critics < 2):
             raise ValueError(
-                f"critic.num_critics is {self.num_critics}: at least 1, and at least 2 for q_aggregation='subset'"
+                f"critic.num_critics is {self.num_critics}: at least 1, and at least 2 for q_aggregation="
+                + " or ".join(map(repr, _NEEDS_TWO))
             )
+        if not 0 <= self.pessimism < math.inf:
+            raise ValueError(f"critic.pessimism must not be negative or infinite, got {self.pessimism}")
         if not self.hidden_dims:
             raise ValueError("critic.hidden_dims is empty: name at least one width, such as (256, 256)")
         if any(width < 1 for width in self.hidden_dims):
@@ -101,7 +112,8 @@ class CriticNetworks(nnx.Module):
     """The critics: Q_e(observation, chunk) of every member, and their aggregate.
 
     An observation is given as the policy's pooled prefix features and the state. The target ensemble is a second set of
-    this module's parameters, which the agent holds.
+    this module's parameters, which the agent holds. ``horizon`` and ``action_dim`` are the steps and action dimensions
+    that are read of a chunk, see ``judged``.
     """
 
     def __init__(
@@ -110,11 +122,12 @@ class CriticNetworks(nnx.Module):
         *,
         feature_dim: int,
         state_dim: int,
-        action_horizon: int,
+        horizon: int,
         action_dim: int,
         rngs: nnx.Rngs,
     ):
         self.config = config
+        self.horizon = horizon
         self.action_dim = action_dim
         members, scale = config.num_critics, config.kernel_init_scale
         self.use_features = config.use_pi0_features and feature_dim > 0
@@ -128,7 +141,7 @@ class CriticNetworks(nnx.Module):
         widths = config.hidden_dims
         # The first layer has two parts, so that the observation's part is computed once for all candidates.
         self.observation_in = StackedLinear(members, fused_dim, widths[0], scale, rngs)
-        self.chunk_in = StackedLinear(members, action_horizon * action_dim, widths[0], scale, rngs)
+        self.chunk_in = StackedLinear(members, horizon * action_dim, widths[0], scale, rngs)
         self.hidden = nnx.List([StackedLinear(members, a, b, scale, rngs) for a, b in itertools.pairwise(widths)])
         norms = [StackedLayerNorm(members, width) for width in widths] if config.use_layer_norm else []
         self.norms = nnx.List(norms)
@@ -147,10 +160,10 @@ class CriticNetworks(nnx.Module):
     ) -> Float[Array, "e n b"]:
         """Return the values of n chunks per observation. ``dropout_rng`` switches dropout on, with a mask per member.
 
-        Action dimensions beyond the robot's are the policy's padding and are not read.
+        Only the ``judged`` part of a chunk is read.
         """
         n, b = chunks.shape[:2]
-        flat = chunks[..., : self.action_dim].reshape(n, b, -1)
+        flat = self.judged(chunks).reshape(n, b, -1)
         x = self._observation_share(features, state) + self.chunk_in.shared(flat)
         for index in range(len(self.config.hidden_dims)):
             if index > 0:
@@ -161,6 +174,13 @@ class CriticNetworks(nnx.Module):
             if dropout_rng is not None and self.config.dropout_rate > 0:
                 x = _dropout(jax.random.fold_in(dropout_rng, index), x, self.config.dropout_rate)
         return self.out(x)[..., 0]
+
+    def judged(self, chunks: Float[Array, "*lead h a"]) -> Float[Array, "*lead steps dims"]:
+        """Return the part of chunks that has a value: the steps up to the horizon, in the robot's action dimensions.
+
+        Later steps are predicted but not executed, and further dimensions are the policy's padding.
+        """
+        return chunks[..., : self.horizon, : self.action_dim]
 
     def _observation_share(self, features: Float[Array, "b f"], state: Float[Array, "b s"]) -> Float[Array, "e 1 b w"]:
         if not self.use_features:
@@ -176,11 +196,15 @@ class CriticNetworks(nnx.Module):
     def aggregate(self, q: Float[Array, "e *rest"], rng: PRNGKeyArray | None = None) -> Float[Array, "*rest"]:
         """Return one value from those of all members.
 
+        ``mean_minus_std`` subtracts ``pessimism`` standard deviations of the members from their mean.
         ``subset`` takes the minimum of a random pair (REDQ, RLPD) if an ``rng`` is given, as for targets. Otherwise it
         takes the mean, as for ranking candidates, where a random pair would only add noise.
         """
         if self.config.q_aggregation == "min":
             return q.min(axis=0)
+        if self.config.q_aggregation == "mean_minus_std":
+            # the floor gives the standard deviation of equal members a gradient, which is zero
+            return q.mean(axis=0) - self.config.pessimism * jnp.sqrt(jnp.maximum(q.var(axis=0), 1e-12))
         if self.config.q_aggregation == "weighted":
             return jnp.tensordot(jax.nn.softmax(self.aggregation_logits[...]), q, axes=1)
         if self.config.q_aggregation == "subset" and rng is not None:

@@ -65,7 +65,8 @@ def write_stablehlo(folder: Path, agent: ACRLPDAgent, interface: Interface, *, b
     (folder / FUNCTION).write_bytes(exported.serialize())
     save_file({name: np.asarray(value) for name, value in weights.items()}, folder / WEIGHTS)
     described = {name: {"shape": list(each.shape), "dtype": str(each.dtype)} for name, each in inputs.items()}
-    outputs = {"actions": "[b h a], robot units", "q": "[b], value of the chunk; absent without a critic's choice"}
+    value = f"[b], value of the chunk's first {agent.nets.critic_horizon} steps; absent without a critic's choice"
+    outputs = {"actions": "[b h a], robot units", "q": value}
     (folder / INPUTS).write_text(json.dumps({"inputs": described, "outputs": outputs}, indent=2), encoding="utf-8")
 
 

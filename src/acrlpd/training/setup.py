@@ -115,6 +115,7 @@ def _make_trainer(
     from_step: int | None,
     replaced: Replaced | None,
 ) -> ACRLPDTrainer:
+    config = config.with_critic_horizon(config.critic_horizon)  # a run stores what its critics were trained for
     resuming.claim_directory(config, files, resume=resume, override=override)
     if config.agent.algorithm == "acrlpd":
         config.agent.make_extraction(config.agent.flow_steps)  # refuses a user's extraction code that cannot be used
@@ -255,6 +256,7 @@ def make_loader(
         features=features,
         batch_size=config.data.batch_size,
         horizon=config.policy.action_horizon,
+        critic_horizon=config.critic_horizon,
         sequence_ratio=config.data.sequence_ratio,
         seed=config.seed,
         replay=interaction.replay if interaction else None,
@@ -612,7 +614,7 @@ def create_agent(
     trainable = trainable_part(config.policy, policy)
     _keep_frozen_in(config.policy.frozen_dtype, policy, trainable)
     return ACRLPDAgent.create(
-        config.agent,
+        config.with_critic_horizon(config.critic_horizon).agent,
         policy,
         make_optimizers(config.optimizers),
         state_dim=config.policy.action_dim or dims.state,

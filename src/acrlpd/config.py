@@ -285,7 +285,8 @@ class TrainConfig:
     online_envs: PositiveInt = 1  # environments that collect side by side
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     overlap_rollouts: bool = False  # execute chunks during updates, by a policy that is some updates old
-    execute_horizon: PositiveInt | None = None  # steps of a chunk that are executed; None: all of them
+    # steps of a chunk that are executed, and judged by critics; None: all of them
+    execute_horizon: PositiveInt | None = None
     # first offline updates, which train only the critics, on the data's own next chunks
     critic_alone_steps: NonNegativeInt = 0
     # updates before the actor loss counts, because the critic knows nothing at first
@@ -314,6 +315,13 @@ class TrainConfig:
             raise ValueError(
                 f"execute_horizon ({self.execute_horizon}) exceeds policy.action_horizon ({horizon}): the policy "
                 "cannot execute more steps than it predicts. Lower it or train with a longer chunk."
+            )
+        judged = self.agent.critic.horizon
+        if judged is not None and not self.executed_steps <= judged <= horizon:
+            raise ValueError(
+                f"agent.critic.horizon ({judged}) must lie between the steps that are executed ({self.executed_steps}) "
+                f"and policy.action_horizon ({horizon}): critics judge all that is executed, and no more than is "
+                "predicted. Leave it out to judge what is executed, or change execute_horizon."
             )
         if self.data.batch_size % self.agent.gradient_accumulation_steps:
             raise ValueError(
@@ -345,6 +353,15 @@ class TrainConfig:
     def executed_steps(self) -> int:
         """The number of steps of each chunk that are executed."""
         return self.execute_horizon or self.policy.action_horizon
+
+    @property
+    def critic_horizon(self) -> int:
+        """The number of steps of each chunk that critics judge, and that a TD target looks ahead."""
+        return self.agent.critic.horizon or self.executed_steps
+
+    def with_critic_horizon(self, horizon: int) -> TrainConfig:
+        critic = dataclasses.replace(self.agent.critic, horizon=horizon)
+        return dataclasses.replace(self, agent=dataclasses.replace(self.agent, critic=critic))
 
 
 ACRLPDPi0Config = ACRLPDTrainingConfig = TrainConfig  # its two names in the founding design
@@ -391,8 +408,14 @@ def judged(config: T, base: T) -> T:
 
 
 def from_stored(values: Mapping[str, Any]) -> TrainConfig:
-    """Return the configuration stored in a checkpoint or run folder. Code it names is not run: see ``StoredName``."""
+    """Return the configuration stored in a checkpoint or run folder. Code it names is not run: see ``StoredName``.
+
+    It names the critics' horizon, so that critics fit whatever is executed later. Runs of versions without that field
+    have critics of whole chunks, also where they execute less.
+    """
     config = from_dict(TrainConfig, values)
+    has_field = "horizon" in values.get("agent", {}).get("critic", {})
+    config = config.with_critic_horizon(config.critic_horizon if has_field else config.policy.action_horizon)
     if names_code(config.agent.extraction):
         agent = dataclasses.replace(config.agent, extraction=StoredName(config.agent.extraction))
         config = dataclasses.replace(config, agent=agent)

@@ -51,8 +51,8 @@ class ChunkBatch:
     rewards: Float[AnyArray, "b h"]  # per step, undiscounted; 0 past the end
     terminals: Float[AnyArray, "b h"]  # the task truly ended here (success or failure); a time limit does not count
     valid: Float[AnyArray, "b h"]  # 1 where the step is real and no terminal came before it in the window
-    next_observations: Observation  # at t+h; s_T if the window ends with the episode; beyond its end the last real step
-    bootstrap_mask: Float[AnyArray, " b"]  # 0 if the task terminated inside the window, else 1
+    next_observations: Observation  # after the critic's horizon; s_T if the episode ends there, else its last step
+    bootstrap_mask: Float[AnyArray, " b"]  # 0 if the task terminated inside the critic's horizon, else 1
     sequence_mask: Float[AnyArray, " b"]  # 1 where the chunk may be used for the TD loss
     episode_id: Int[AnyArray, " b"]
     step_id: Int[AnyArray, " b"]

@@ -44,7 +44,8 @@ class Draws:
 class Settings:
     extraction: str
     aggregation: str
-    robot_dim: int  # action dimensions beyond it are padding
+    judged: tuple[int, int]  # steps and action dimensions of a chunk that critics read: h and the robot's A
+    pessimism: float
     discount: float
     tau: float
     num_steps: int
@@ -104,9 +105,9 @@ def euler(policy: Params, state: np.ndarray, noise: np.ndarray, num_steps: int) 
     return np.stack(chunks)
 
 
-def member_values(critic: Params, state: np.ndarray, chunk: np.ndarray, robot_dim: int) -> np.ndarray:
+def member_values(critic: Params, state: np.ndarray, chunk: np.ndarray, judged: tuple[int, int]) -> np.ndarray:
     """Q [e b] of one chunk for each state, member by member."""
-    inputs = np.concatenate([state, chunk[:, :, :robot_dim].reshape(len(chunk), -1)], axis=1)
+    inputs = np.concatenate([state, chunk[:, : judged[0], : judged[1]].reshape(len(chunk), -1)], axis=1)
     values = []
     for e in range(len(critic["out/bias"])):
         kernel = np.concatenate([critic["observation_in/kernel"][e], critic["chunk_in/kernel"][e]])
@@ -117,8 +118,12 @@ def member_values(critic: Params, state: np.ndarray, chunk: np.ndarray, robot_di
     return np.stack(values)
 
 
-def aggregate(critic: Params, q: np.ndarray, aggregation: str, pair: np.ndarray | None = None) -> np.ndarray:
+def aggregate(critic: Params, q: np.ndarray, settings: Settings, pair: np.ndarray | None = None) -> np.ndarray:
     """One value from the members, axis 0. ``pair``: the two of "subset"; its mean ranks candidates."""
+    aggregation = settings.aggregation
+    if aggregation == "mean_minus_std":
+        mean = sum(q) / len(q)
+        return mean - settings.pessimism * np.sqrt(sum((each - mean) ** 2 for each in q) / len(q))
     if aggregation == "min":
         return q.min(axis=0)
     if aggregation == "weighted":
@@ -144,18 +149,43 @@ def propose(state: State, settings: Settings, observation: np.ndarray, noise: np
 
 
 def td_target(state: State, settings: Settings, batch: Batch, draws: Draws, candidates: np.ndarray) -> np.ndarray:
-    critic, dim = state.params["critic"], settings.robot_dim
+    critic, judged = state.params["critic"], settings.judged
     scores = np.stack(
-        [aggregate(critic, member_values(critic, batch.next_state, x, dim), settings.aggregation) for x in candidates]
+        [aggregate(critic, member_values(critic, batch.next_state, x, judged), settings) for x in candidates]
     )
     chosen = np.stack([candidates[scores[:, i].argmax(), i] for i in range(len(batch.state))])
-    members = member_values(state.target_critic, batch.next_state, chosen, dim)
-    next_q = aggregate(state.target_critic, members, settings.aggregation, draws.pair)
-    horizon = batch.rewards.shape[1]
+    members = member_values(state.target_critic, batch.next_state, chosen, judged)
+    next_q = aggregate(state.target_critic, members, settings, draws.pair)
+    horizon = judged[0]
     target = settings.discount**horizon * batch.bootstrap_mask * next_q
     for k in range(horizon):
         target = target + settings.discount**k * batch.valid[:, k] * batch.rewards[:, k]
     return target
+
+
+def target_of_steps(
+    rewards: np.ndarray,
+    terminals: np.ndarray,
+    has_final: bool,
+    start: int,
+    horizon: int,
+    discount: float,
+    value: Callable[[int], float],
+) -> float | None:
+    """The target of the steps of an episode from ``start`` on, one after the other, from section 1 and 2's words.
+
+    ``value(t)`` is that of the state after t steps of the episode. None: the data does not say what follows.
+    """
+    total = 0.0
+    for k in range(horizon):
+        if start + k == len(rewards):  # a time limit: what would have followed is unknown
+            return None
+        total += discount**k * rewards[start + k]
+        if terminals[start + k]:
+            return total
+    if start + horizon == len(rewards) and not has_final:
+        return None
+    return total + discount**horizon * value(start + horizon)
 
 
 def penalty(error: np.ndarray, huber_delta: float | None) -> np.ndarray:
@@ -168,10 +198,10 @@ def penalty(error: np.ndarray, huber_delta: float | None) -> np.ndarray:
 
 def critic_loss(critic: Params, settings: Settings, batch: Batch, target: np.ndarray, held: np.ndarray) -> float:
     """TD error of every member. Under "weighted", also the aggregate's own, of the ``held`` members [e b]."""
-    q = member_values(critic, batch.state, batch.actions, settings.robot_dim)
+    q = member_values(critic, batch.state, batch.actions, settings.judged)
     loss = np.mean(batch.sequence_mask * penalty(q - target, settings.huber_delta))
     if settings.aggregation == "weighted":
-        error = aggregate(critic, held, "weighted") - target
+        error = aggregate(critic, held, settings) - target
         loss = loss + np.mean(batch.sequence_mask * penalty(error, settings.huber_delta))
     return loss
 
@@ -192,7 +222,7 @@ def bounded_weights(score: np.ndarray, bound: float) -> np.ndarray:
 
 def sample_weights(state: State, settings: Settings, batch: Batch, draws: Draws, target: np.ndarray) -> np.ndarray:
     if settings.bc_weighting == "importance":
-        q = member_values(state.params["critic"], batch.state, batch.actions, settings.robot_dim)
+        q = member_values(state.params["critic"], batch.state, batch.actions, settings.judged)
         return bounded_weights(target - q.mean(axis=0), settings.bc_bound)
     if settings.bc_weighting == "difficulty":
         loss = batch.valid * flow_loss(state.params["policy"], batch, draws)
@@ -200,9 +230,9 @@ def sample_weights(state: State, settings: Settings, batch: Batch, draws: Draws,
     return np.ones(len(batch.state))
 
 
-def entropy(chunks: np.ndarray, robot_dim: int) -> float:
+def entropy(chunks: np.ndarray, judged: tuple[int, int]) -> float:
     """Of the diagonal Gaussian with the chunks' variance over axis 0; nats, mean over the batch."""
-    variance = chunks[..., :robot_dim].var(axis=0) + 1e-6
+    variance = chunks[..., : judged[0], : judged[1]].var(axis=0) + 1e-6
     return 0.5 * np.log(2 * np.pi * np.e * variance).sum(axis=(1, 2)).mean()
 
 
@@ -212,15 +242,10 @@ def q_gradient_loss(
     """``size``: the constant that Q is divided by; None: its own mean size, as where a loss value is wanted."""
     chunks = clip(euler(policy, batch.state, draws.actor_noise, settings.num_steps), settings.action_clip)
     critic = state.params["critic"]
-    q = np.stack(
-        [
-            aggregate(critic, member_values(critic, batch.state, x, settings.robot_dim), settings.aggregation)
-            for x in chunks
-        ]
-    )
+    q = np.stack([aggregate(critic, member_values(critic, batch.state, x, settings.judged), settings) for x in chunks])
     size = np.abs(q).mean() if size is None else size
     alpha = np.exp(state.params["temperature"]["log_temperature"])
-    return -q.mean() / (size + 1e-6) - alpha * entropy(chunks, settings.robot_dim)
+    return -q.mean() / (size + 1e-6) - alpha * entropy(chunks, settings.judged)
 
 
 def q_size(state: State, settings: Settings, batch: Batch, draws: Draws) -> float:
@@ -228,10 +253,7 @@ def q_size(state: State, settings: Settings, batch: Batch, draws: Draws) -> floa
         euler(state.params["policy"], batch.state, draws.actor_noise, settings.num_steps), settings.action_clip
     )
     critic = state.params["critic"]
-    q = [
-        aggregate(critic, member_values(critic, batch.state, x, settings.robot_dim), settings.aggregation)
-        for x in chunks
-    ]
+    q = [aggregate(critic, member_values(critic, batch.state, x, settings.judged), settings) for x in chunks]
     return np.abs(q).mean()
 
 
@@ -239,7 +261,7 @@ def distill_loss(student: Params, state: State, settings: Settings, batch: Batch
     policy = state.params["policy"]
     teacher = clip(euler(policy, batch.state, draws.actor_noise, settings.num_steps)[0], settings.action_clip)
     chunk = euler({**policy, **student}, batch.state, draws.actor_noise, 1)[0]
-    q = member_values(state.params["critic"], batch.state, clip(chunk, settings.action_clip), settings.robot_dim)
+    q = member_values(state.params["critic"], batch.state, clip(chunk, settings.action_clip), settings.judged)
     return settings.distill_weight * np.mean((chunk - teacher) ** 2) - q.mean()
 
 
@@ -281,10 +303,10 @@ def update(
     old = state.params
     candidates = propose(state, settings, batch.next_state, draws.candidate_noise)
     target = td_target(state, settings, batch, draws, candidates)
-    held = member_values(old["critic"], batch.state, batch.actions, settings.robot_dim)
+    held = member_values(old["critic"], batch.state, batch.actions, settings.judged)
     sample_weight = sample_weights(state, settings, batch, draws, target)
-    target_entropy = -settings.entropy_multiplier * batch.actions.shape[1] * settings.robot_dim
-    excess = entropy(candidates, settings.robot_dim) - target_entropy
+    target_entropy = -settings.entropy_multiplier * np.prod(settings.judged)
+    excess = entropy(candidates, settings.judged) - target_entropy
 
     def critic_term(critic: Params) -> float:
         return critic_loss(critic, settings, batch, target, held)

@@ -33,10 +33,11 @@ CASES = {
     "mean": {"critic": {"q_aggregation": "mean"}, "bc_weighting": "importance"},
     "weighted": {"critic": {"q_aggregation": "weighted"}, "action_clip": 0.5},
     "subset": {"critic": {"q_aggregation": "subset"}, "huber_delta": 0.5, "bc_weighting": "difficulty"},
+    "short": {"critic": {"q_aggregation": "mean_minus_std", "horizon": 2}},
     "q_gradient": {"extraction": "q_gradient", "action_clip": 2.0},
     "distill": {"extraction": "distill", "action_clip": 1.0, "distill_weight": 3.0},
 }
-QUICK = ("min", "q_gradient", "distill")  # the others take a compilation each for no other test
+QUICK = ("min", "short", "q_gradient", "distill")  # the others take a compilation each for no other test
 MODEL_WIDTH = {"q_gradient": 3}  # wider than the robot's two action dimensions: the third is padding
 
 
@@ -80,11 +81,13 @@ def reference_batch(batch) -> reference.Batch:
     return reference.Batch(state=state, next_state=next_state, **arrays)
 
 
-def settings(config: AgentConfig) -> reference.Settings:
+def settings(agent) -> reference.Settings:
+    config = agent.config
     return reference.Settings(
         extraction=config.extraction,
         aggregation=config.critic.q_aggregation,
-        robot_dim=2,
+        judged=(agent.nets.critic_horizon, 2),
+        pessimism=config.critic.pessimism,
         discount=config.discount,
         tau=config.target_update_tau,
         num_steps=config.flow_steps,
@@ -117,7 +120,7 @@ def test_update_equals_numpy(case, rows, agents, toys, flat):
     for seed in range(2):
         batch = toys.batch(*rows, action_dim=agent.nets.action_shape[1], seed=seed)
         state, losses = reference.update(
-            state, reference_batch(batch), draws(agent, toys.key(seed)), settings(agent.config), weights
+            state, reference_batch(batch), draws(agent, toys.key(seed)), settings(agent), weights
         )
         agent, metrics = toys.update(agent, batch, toys.key(seed), WEIGHTS)
         for name, expected in losses.items():
@@ -129,7 +132,7 @@ def test_update_equals_numpy(case, rows, agents, toys, flat):
             np.testing.assert_allclose(actual[name], value, rtol=0, atol=1e-5, err_msg=f"{group}/{name}")
 
 
-@pytest.mark.parametrize("case", ["min", "weighted"])
+@pytest.mark.parametrize("case", ["min", "short", "weighted"])
 def test_critics_alone_learn_the_value_of_what_the_data_goes_on_with(case, agents, toys, flat):
     agent, rng = agents[case], np.random.default_rng(0)
     batch = toys.batch(action_dim=agent.nets.action_shape[1])
@@ -137,12 +140,13 @@ def test_critics_alone_learn_the_value_of_what_the_data_goes_on_with(case, agent
     after, metrics = toys.jit(agent_module._update_critic.__wrapped__)(agent, batch, toys.key(0))
 
     online, slow, facts = flat(agent.params["critic"]), flat(agent.target_critic), reference_batch(batch)
-    next_q = reference.member_values(slow, facts.next_state, np.asarray(batch.next_actions, np.float64), 2)
-    next_q = reference.aggregate(slow, next_q, agent.config.critic.q_aggregation)
-    powers = agent.config.discount ** np.arange(batch.actions.shape[1])
-    target = (powers * facts.valid * facts.rewards).sum(axis=1)
+    judged = settings(agent).judged
+    next_q = reference.member_values(slow, facts.next_state, np.asarray(batch.next_actions, np.float64), judged)
+    next_q = reference.aggregate(slow, next_q, settings(agent))
+    powers = agent.config.discount ** np.arange(judged[0])
+    target = (powers * (facts.valid * facts.rewards)[:, : judged[0]]).sum(axis=1)
     target += agent.config.discount ** len(powers) * facts.bootstrap_mask * next_q
-    q = reference.member_values(online, facts.state, facts.actions, 2)
+    q = reference.member_values(online, facts.state, facts.actions, judged)
     np.testing.assert_allclose(metrics["target_q_mean"], target.mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["td_error_mean"], np.abs(q - target).mean(), rtol=1e-5)
     for group in ("policy", "temperature"):

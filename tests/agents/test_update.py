@@ -166,7 +166,11 @@ def test_imitation_alone_moves_the_policy_alone(toys):
 
 @pytest.fixture(scope="module")
 def soft_agent(toys):
-    config = toys.config(algorithm="rlpd_ac", critic={"q_aggregation": "mean"}, target_samples=1)
+    return make_soft_agent(toys)
+
+
+def make_soft_agent(toys, **critic):
+    config = toys.config(algorithm="rlpd_ac", critic={"q_aggregation": "mean", **critic}, target_samples=1)
     policy = ChunkGaussianConfig(4, 2, 3, (8,)).create(nnx.Rngs(params=toys.key(0)))
     return toys.agent(config, policy=policy, optimizer=optax.sgd(1.0))
 
@@ -187,14 +191,18 @@ def log_density(raw, mean, log_std):
     return np.sum(normal - np.log(1 - np.tanh(raw) ** 2), axis=-1)
 
 
-def test_soft_actor_critic_equals_numpy(soft_agent, toys):
-    """Every loss, and what each moves, from the equations of RLPD-AC; the critic's values are taken as they come."""
-    agent, batch, rng = soft_agent, toys.batch(), toys.key(0)
+@pytest.mark.parametrize("judged", [3, 2])
+def test_soft_actor_critic_equals_numpy(judged, soft_agent, toys):
+    """Every loss, and what each moves, from the equations of RLPD-AC; the critic's values are taken as they come.
+
+    If critics judge two of three steps, the density is that of these two, since Q says nothing of the third.
+    """
+    agent, batch, rng = soft_agent if judged == 3 else make_soft_agent(toys, horizon=judged), toys.batch(), toys.key(0)
     draws = Draws.of_update(rng, agent.config, (6, 3, 2))
     modules = agent.nets.modules(agent.params, agent.frozen)
     mean, log_std = gaussian(modules.policy, batch.observations.state)
     raw = mean + np.exp(log_std) * np.asarray(draws.actor[0]).reshape(6, -1)
-    log_prob = log_density(raw, mean, log_std)
+    log_prob = log_density(*(each[:, : judged * 2] for each in (raw, mean, log_std)))
     nothing = jnp.zeros((6, 0))
 
     def q(critic, state, flat):
@@ -204,14 +212,14 @@ def test_soft_actor_critic_equals_numpy(soft_agent, toys):
     next_mean, next_std = gaussian(modules.policy, batch.next_observations.state)
     next_chunk = np.tanh(next_mean + np.exp(next_std) * np.asarray(draws.candidates[0]).reshape(6, -1))
     target_critic = nnx.merge(agent.nets.critic_def, agent.target_critic)
-    rewards = sum(0.9**k * batch.valid[:, k] * batch.rewards[:, k] for k in range(3))
-    target = rewards + 0.9**3 * batch.bootstrap_mask * q(target_critic, batch.next_observations.state, next_chunk)
+    rewards = sum(0.9**k * batch.valid[:, k] * batch.rewards[:, k] for k in range(judged))
+    target = rewards + 0.9**judged * batch.bootstrap_mask * q(target_critic, batch.next_observations.state, next_chunk)
     alpha = float(agent.temperature)
     actions = np.clip(np.asarray(batch.actions, np.float64).reshape(6, -1), -1 + 1e-5, 1 - 1e-5)
     expected = {
         "target_q_mean": target.mean(),
         "actor_loss": np.mean(alpha * log_prob - q(modules.critic, batch.observations.state, np.tanh(raw))),
-        "alpha_loss": alpha * (-log_prob.mean() + 0.5 * 3 * 2),
+        "alpha_loss": alpha * (-log_prob.mean() + 0.5 * judged * 2),
         "bc_loss": -np.mean(log_density(np.arctanh(actions), mean, log_std)),
     }
     _, metrics = toys.update(agent, batch, rng, WEIGHTS)

@@ -243,6 +243,7 @@ def test_the_script_resumes_a_run_from_what_it_stored(script, started, tmp_path)
     stored = tmp_path / "c" / "e" / "config.json"
     stored.parent.mkdir(parents=True)
     stored.write_text(json.dumps(to_dict(config)))
+    config = config.with_critic_horizon(config.critic_horizon)  # which a stored configuration always names
     for again in (
         [*ORIGINAL.split(), "--resume"],
         ["--config", "droid", "--checkpoint_dir", "c", "--experiment_name", "e", "--resume"],

@@ -28,11 +28,11 @@ def make_episode(length, *, first=1, terminals=(), task="lift", task_changes=(),
     )
 
 
-def gather_one(episode, step, horizon):
+def gather_one(episode, step, horizon, **options):
     """One chunk, from a store with a neighbour on either side that must never show."""
     neighbour = make_episode(4, first=900, terminals=[0, 3])
     store = EpisodeStore.from_episodes([neighbour, episode, neighbour])
-    chunk = chunks.gather(store, np.array([4 + step]), horizon)
+    chunk = chunks.gather(store, np.array([4 + step]), horizon, **options)
     return {key: value[0] for key, value in chunk.items() if not isinstance(value, dict)}
 
 
@@ -90,6 +90,47 @@ def test_edges_with_a_final_observation_by_hand(case):
     chunk = gather_one(make_episode(5, terminals=terminals, final=True), step, horizon)
     for key, value in zip(["next_state", "sequence_mask", "bootstrap_mask"], expected, strict=True):
         np.testing.assert_array_equal(np.squeeze(chunk[key]), value, err_msg=key)
+
+
+# windows of four steps of the same episode, of which critics judge the first two
+JUDGED_EDGES = [
+    # id, terminals, final, step, valid, next_state, sequence_mask, bootstrap_mask
+    ("all inside", [], False, 0, [1, 1, 1, 1], 3, 1, 1),
+    ("terminal at the first step", [0], False, 0, [1, 0, 0, 0], 3, 1, 0),
+    ("terminal at the last judged step", [1], False, 0, [1, 1, 0, 0], 3, 1, 0),
+    ("terminal just after", [2], False, 0, [1, 1, 1, 0], 3, 1, 1),
+    ("terminal at the last step of the window", [3], False, 0, [1, 1, 1, 1], 3, 1, 1),
+    ("time limit after the judged steps", [], False, 2, [1, 1, 1, 0], 5, 1, 1),
+    ("end of the task after the judged steps", [4], False, 2, [1, 1, 1, 0], 5, 1, 1),
+    ("time limit with the judged steps", [], False, 3, [1, 1, 0, 0], 5, 0, 1),
+    ("time limit with the judged steps, final known", [], True, 3, [1, 1, 0, 0], 6, 1, 1),
+    ("end of the task with the judged steps", [4], False, 3, [1, 1, 0, 0], 5, 1, 0),
+    ("time limit before", [], True, 4, [1, 0, 0, 0], 5, 0, 1),
+    ("end of the task before", [4], True, 4, [1, 0, 0, 0], 5, 1, 0),
+]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case[1:], id=case[0]) for case in JUDGED_EDGES])
+def test_edges_of_the_critics_horizon_by_hand(case):
+    terminals, final, step, *expected = case
+    chunk = gather_one(make_episode(5, terminals=terminals, final=final), step, 4, critic_horizon=2)
+    for key, value in zip(["valid", "next_state", "sequence_mask", "bootstrap_mask"], expected, strict=True):
+        np.testing.assert_array_equal(np.squeeze(chunk[key]), value, err_msg=key)
+    whole = gather_one(make_episode(5, terminals=terminals, final=final), step, 4)
+    for key in ("actions", "rewards", "terminals", "valid"):  # what the policy imitates is the same
+        np.testing.assert_array_equal(chunk[key], whole[key], err_msg=key)
+
+
+@pytest.mark.parametrize(("terminals", "sequence_mask", "bootstrap_mask"), [([], 0, 1), ([0], 1, 0)])
+def test_an_episode_shorter_than_the_critics_horizon(terminals, sequence_mask, bootstrap_mask):
+    chunk = gather_one(make_episode(1, terminals=terminals, final=True), 0, 4, critic_horizon=2)
+    assert (chunk["sequence_mask"], chunk["bootstrap_mask"], chunk["next_state"]) == (sequence_mask, bootstrap_mask, 1)
+
+
+@pytest.mark.parametrize("critic_horizon", [0, 5])
+def test_a_critics_horizon_outside_of_the_window_is_refused(critic_horizon):
+    with pytest.raises(ValueError, match=r"critic_horizon must lie between 1 and horizon \(4\), got"):
+        gather_one(make_episode(5), 0, 4, critic_horizon=critic_horizon)
 
 
 def test_pictures_of_a_final_observation():
@@ -160,12 +201,12 @@ def test_seam_after_the_oldest_episodes_were_dropped():
     assert store.episode(1).final is None
 
 
-def slow_gather(episodes, index, step, horizon):
+def slow_gather(episodes, index, step, horizon, judged):
     """The definition, one step at a time (docs/algorithm.md, section 1)."""
     episode = episodes[index]
     length = len(episode)
     actions, rewards, terminals, valid = [], [], [], []
-    ended = False
+    ended = ended_judged = False
     for t in range(step, step + horizon):
         real = t < length
         actions.append(episode.actions[t if real else length - 1])
@@ -173,21 +214,23 @@ def slow_gather(episodes, index, step, horizon):
         terminals.append(float(real and episode.terminals[t]))
         valid.append(float(real and not ended))
         ended = ended or bool(terminals[-1])
+        ended_judged = ended_judged or (ended and t < step + judged)
     states = [*episode.state, episode.final.state] if episode.final else [*episode.state]
-    inside = step + horizon <= length  # what lies past the end is masked out, and reads the last real step
+    after = step + judged
+    inside = after <= length  # what lies past the end is masked out, and reads the last real step
     return {
         "state": episode.state[step],
-        "next_state": states[step + horizon] if inside and step + horizon < len(states) else episode.state[-1],
+        "next_state": states[after] if inside and after < len(states) else episode.state[-1],
         "actions": actions,
         "rewards": rewards,
         "terminals": terminals,
         "valid": valid,
-        "bootstrap_mask": float(not ended),
-        "sequence_mask": float((inside and step + horizon < len(states)) or ended),
+        "bootstrap_mask": float(not ended_judged),
+        "sequence_mask": float((inside and after < len(states)) or ended_judged),
         "episode_id": index,
         "step_id": step,
         "prompt": instruction_at(episode, step),
-        "next_prompt": instruction_at(episode, min(step + horizon, length - 1)),
+        "next_prompt": instruction_at(episode, min(after, length - 1)),
     }
 
 
@@ -198,12 +241,13 @@ def instruction_at(episode, step):
 @given(
     flags=st.lists(st.lists(st.booleans(), min_size=1, max_size=7), min_size=1, max_size=5),
     changes=st.sets(st.integers(1, 6)),
-    horizon=st.integers(1, 9),
+    horizons=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     num_dropped=st.integers(0, 3),
     finals=st.lists(st.booleans(), min_size=5, max_size=5),
 )
 @settings(deadline=None, max_examples=150)
-def test_agrees_with_a_slow_reference(flags, changes, horizon, num_dropped, finals):
+def test_agrees_with_a_slow_reference(flags, changes, horizons, num_dropped, finals):
+    judged, horizon = sorted(horizons)
     firsts = np.cumsum([0, *map(len, flags)])
     episodes = [
         make_episode(
@@ -221,9 +265,9 @@ def test_agrees_with_a_slow_reference(flags, changes, horizon, num_dropped, fina
     for _ in range(num_dropped):
         store._drop_oldest()
     places = [(i, t) for i in range(num_dropped, len(episodes)) for t in range(len(episodes[i]))]
-    chunk = chunks.gather(store, np.arange(len(places)), horizon)
+    chunk = chunks.gather(store, np.arange(len(places)), horizon, critic_horizon=judged)
     for row, (index, step) in enumerate(places):
-        for key, value in slow_gather(episodes, index, step, horizon).items():
+        for key, value in slow_gather(episodes, index, step, horizon, judged).items():
             np.testing.assert_array_equal(chunk[key][row], value, err_msg=f"{key} at episode {index}, step {step}")
 
 

@@ -20,9 +20,9 @@ CONFIG = CriticConfig(num_critics=E, hidden_dims=(8, 7))
 def make(fill):
     """An ensemble with random parameters everywhere."""
 
-    def made(feature_dim=F, **changes):
+    def made(feature_dim=F, steps=H, **changes):
         config = dataclasses.replace(CONFIG, **changes)
-        sizes = {"feature_dim": feature_dim, "state_dim": S, "action_horizon": H, "action_dim": A}
+        sizes = {"feature_dim": feature_dim, "state_dim": S, "horizon": steps, "action_dim": A}
         return fill(lambda: CriticNetworks(config, **sizes, rngs=nnx.Rngs(0)))
 
     return made
@@ -92,10 +92,22 @@ def test_equals_single_networks(changes, make, inputs):
         np.testing.assert_allclose(q[e, n, b], member(critic, e, features[b], state[b], chunks[n, b]), atol=1e-4)
 
 
+def test_steps_beyond_the_horizon_have_no_value(make, inputs):
+    features, state, chunks = inputs
+    critic = make(steps=2)
+    q = critic(*inputs)
+    np.testing.assert_array_equal(critic(features, state, chunks.at[:, :, 2:].set(9.0)), q)
+    np.testing.assert_array_equal(critic(features, state, chunks[:, :, :2]), q)
+    assert np.abs(critic(features, state, chunks.at[:, :, 1:].set(9.0)) - q).min() > 0
+    for e, n, b in np.ndindex(E, 1, B):
+        expected = member(critic, e, *(np.float64(x) for x in (features[b], state[b], chunks[n, b, :2])))
+        np.testing.assert_allclose(q[e, n, b], expected, atol=1e-4)
+
+
 def test_fresh_members_differ(inputs):
     """Each has its own draw, of the same scale: uniform with variance 1 / fan-in."""
     config = dataclasses.replace(CONFIG, hidden_dims=(64, 64))
-    critic = CriticNetworks(config, feature_dim=F, state_dim=S, action_horizon=H, action_dim=A, rngs=nnx.Rngs(0))
+    critic = CriticNetworks(config, feature_dim=F, state_dim=S, horizon=H, action_dim=A, rngs=nnx.Rngs(0))
     q = critic(*inputs)
     assert np.abs(np.diff(q, axis=0)).min() > 0
     kernel = np.asarray(critic.hidden[0].kernel[...])
@@ -153,10 +165,26 @@ def test_dropout_keeps_the_mean(make, inputs):
 Q = jnp.array([[1.0, 6.0], [2.0, 4.0], [6.0, 2.0]])  # three members, two observations
 
 
-@pytest.mark.parametrize(("method", "expected"), [("min", [1.0, 2.0]), ("mean", [3.0, 4.0]), ("subset", [3.0, 4.0])])
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("min", [1.0, 2.0]),
+        ("mean", [3.0, 4.0]),
+        ("subset", [3.0, 4.0]),
+        ("mean_minus_std", [3 - 0.5 * (14 / 3) ** 0.5, 4 - 0.5 * (8 / 3) ** 0.5]),
+    ],
+)
 def test_aggregate(method, expected, make):
     """Without a key a subset is the mean."""
-    np.testing.assert_allclose(make(q_aggregation=method).aggregate(Q), expected)
+    np.testing.assert_allclose(make(q_aggregation=method).aggregate(Q), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("pessimism", [0.0, 2.0])
+def test_members_that_agree_have_their_value_and_finite_gradients(pessimism, make):
+    critic = make(q_aggregation="mean_minus_std", pessimism=pessimism)
+    value, gradient = jax.value_and_grad(lambda q: critic.aggregate(q)[0])(jnp.full((3, 1), 7.0))
+    np.testing.assert_allclose(value, 7.0, atol=1e-5)
+    np.testing.assert_allclose(gradient, jnp.full((3, 1), 1 / 3), rtol=1e-6)
 
 
 def test_weighted(make):
@@ -164,7 +192,7 @@ def test_weighted(make):
     critic = make(q_aggregation="weighted")
     critic.aggregation_logits[...] = jnp.log(jnp.array([2.0, 1.0, 1.0]))
     np.testing.assert_allclose(critic.aggregate(Q), [2.5, 4.5], rtol=1e-6)
-    sizes = {"feature_dim": F, "state_dim": S, "action_horizon": H, "action_dim": A}
+    sizes = {"feature_dim": F, "state_dim": S, "horizon": H, "action_dim": A}
     fresh = CriticNetworks(dataclasses.replace(CONFIG, q_aggregation="weighted"), **sizes, rngs=nnx.Rngs(0))
     np.testing.assert_allclose(fresh.aggregate(Q), [3.0, 4.0], rtol=1e-6)
 
@@ -182,6 +210,9 @@ def test_subset_is_the_minimum_of_a_random_pair(make):
     [
         ({"num_critics": 0}, "num_critics"),
         ({"num_critics": 1, "q_aggregation": "subset"}, "there must be 2"),
+        ({"num_critics": 1, "q_aggregation": "mean_minus_std"}, "there must be 2"),
+        ({"pessimism": -0.1}, "pessimism"),
+        ({"horizon": 0}, "horizon must be"),
         ({"hidden_dims": ()}, "hidden_dims must be a non-empty list"),
         ({"dropout_rate": 1.0}, "dropout_rate"),
         ({"q_aggregation": "max"}, "q_aggregation must be 'min', 'mean', 'weighted' or 'subset', got 'max'"),

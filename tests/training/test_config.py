@@ -7,7 +7,7 @@ import pytest
 from acrlpd import fields, presets
 from acrlpd.agents.config import AgentConfig
 from acrlpd.agents.losses import LossWeights
-from acrlpd.config import ConfigError, TrainConfig, from_dict, to_dict
+from acrlpd.config import ConfigError, TrainConfig, from_dict, from_stored, to_dict
 from acrlpd.envs.env import EnvConfig
 from acrlpd.models.critic import CriticConfig
 from acrlpd.overrides import apply_config_overrides
@@ -84,13 +84,45 @@ def test_contradictions_are_refused(changes, message):
         dataclasses.replace(presets.get_preset("demo"), **changes)
 
 
+@pytest.mark.parametrize(
+    ("horizon", "executed", "expected"),
+    [(None, None, 5), (None, 2, 2), (3, 2, 3), (5, 2, 5), (5, None, 5)],  # the demo predicts 5
+)
+def test_critics_judge_what_is_executed_unless_a_horizon_is_named(horizon, executed, expected):
+    changes = {"agent.critic.horizon": horizon, "execute_horizon": executed}
+    config = apply_config_overrides(presets.get_preset("demo"), changes)
+    assert config.critic_horizon == expected
+    stored = from_stored(json.loads(json.dumps(to_dict(config))))
+    assert stored == config.with_critic_horizon(expected)
+    assert dataclasses.replace(stored, execute_horizon=1).critic_horizon == expected  # its critics fit no other
+
+
+@pytest.mark.parametrize(("horizon", "executed"), [(6, None), (6, 2), (2, 3), (4, None)])
+def test_critics_judge_neither_less_than_is_executed_nor_more_than_is_predicted(horizon, executed):
+    with pytest.raises(ValueError, match=rf"agent\.critic\.horizon \({horizon}\) must lie between the steps that are"):
+        apply_config_overrides(
+            presets.get_preset("demo"), {"agent.critic.horizon": horizon, "execute_horizon": executed}
+        )
+
+
+@pytest.mark.parametrize("executed", [None, 2])
+def test_a_run_from_before_the_field_has_critics_of_whole_chunks(executed):
+    config = dataclasses.replace(presets.get_preset("demo"), execute_horizon=executed)
+    values = to_dict(config)
+    for name in ("horizon", "pessimism"):
+        del values["agent"]["critic"][name]
+    assert from_stored(values) == config.with_critic_horizon(5)
+
+
 OUT_OF_RANGE = {
     **{f"policy.{name}": 0 for name in ("action_horizon", "action_dim", "vocab_size", "max_token_len", "image_size")},
     "policy.hidden_dims": [8, 0],
+    "agent.critic.horizon": 0,
     "agent.critic.num_critics": 0,
     "agent.critic.hidden_dims": [8, 0],
     "agent.critic.dropout_rate": 1,
     "agent.critic.kernel_init_scale": 0,
+    "agent.critic.pessimism": -1,
     "agent.temperature.initial_temp": 0,
     "agent.temperature.target_entropy_multiplier": "inf",
     **{

@@ -189,7 +189,7 @@ def test_checkpoint_holds_the_policy_as_openpi_lays_it_out(finished):
 
 def test_loaded_agent_acts_like_the_trained_one(finished):
     loaded = loading.load_checkpoint(setup.run_files(finished.config).directory)
-    assert loaded.config == finished.config
+    assert loaded.config == finished.config.with_critic_horizon(finished.config.critic_horizon)
     observation = finished.loader.batch(0).observations
     rng = jax.random.key(5)
     np.testing.assert_array_equal(

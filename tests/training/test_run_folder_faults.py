@@ -141,7 +141,8 @@ def resume(run, expected):
     config = train.stored_config(run)
     trainer = setup.make_trainer(config, resume=True)
     trainer.parts.lock.release()
-    assert config == dataclasses.replace(make_config(run.parent, 0), run_dir=str(run.parent), name=run.name)
+    begun = dataclasses.replace(make_config(run.parent, 0), run_dir=str(run.parent), name=run.name)
+    assert config == begun.with_critic_horizon(begun.critic_horizon)
     assert_same(trainer.agent, expected[int(trainer.agent.step)])
     numbers = [entry["episode"] for entry in trainer.parts.interaction.journal.metadata()]
     assert len(numbers) == len(set(numbers)) == trainer.parts.interaction.replay.num_episodes == EPISODES

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from acrlpd.agents import candidates, losses, sampling, td
+from acrlpd.agents import candidates, losses, td
 from acrlpd.agents.config import AgentConfig
 from acrlpd.agents.draws import Draws
 from acrlpd.agents.losses import LossWeights
@@ -34,11 +34,8 @@ def joint_loss(
     next_prefix = flow.encode(constant.policy, batch.next_observations)
 
     # Section 2: the critic's loss at the chunk in the data.
-    noise, num_steps = draws.candidates, config.steps_in_target
-    chunks, scores = candidates.propose(constant, config, next_prefix, noise, num_steps)
-    _, best = sampling.select(chunks, scores)
-    next_chunk = candidates.finish(constant, config, next_prefix, noise, chunks, best, num_steps)
-    critic_loss, q, target = td.loss_and_values(modules.critic, agent, batch, draws, prefix, next_prefix, next_chunk)
+    chosen = candidates.choose(constant, config, next_prefix, draws.candidates, config.steps_in_target)
+    critic_loss, q, target = td.loss_and_values(modules.critic, agent, batch, draws, prefix, next_prefix, chosen.chunk)
 
     # Section 3: the policy's losses, from imitation and from the extraction.
     flow_loss = flow.flow_loss(modules.policy, prefix, batch.actions, draws.flow_noise, draws.flow_time)
@@ -50,8 +47,8 @@ def joint_loss(
     )
 
     # Section 4: the temperature's loss, from the spread of the candidates drawn above.
-    robot_candidates = chunks[..., : nets.action_dim]
-    entropy = losses.gaussian_entropy(robot_candidates)
+    judged = modules.critic.judged(chosen.candidates)
+    entropy = losses.gaussian_entropy(judged)
     alpha_loss = jnp.zeros(())
     if config.temperature.adaptive:
         alpha_loss = losses.temperature_loss(
@@ -64,7 +61,7 @@ def joint_loss(
         + weights.actor_weight * actor_loss
         + weights.alpha_weight * alpha_loss
     )
-    spread = jnp.sqrt(jnp.var(robot_candidates, axis=0, ddof=min(1, len(chunks) - 1)).sum(axis=(1, 2)))
+    spread = jnp.sqrt(jnp.var(judged, axis=0, ddof=min(1, len(judged) - 1)).sum(axis=(1, 2)))
     metrics = {
         "total_loss": total,
         "critic_loss": critic_loss,
@@ -73,7 +70,7 @@ def joint_loss(
         "alpha_loss": alpha_loss,
         "alpha_value": temperature,
         "entropy_estimate": entropy.mean(),
-        "best_of_n_variance": scores.var(axis=0).mean(),
+        "best_of_n_variance": chosen.scores.var(axis=0).mean(),
         "action_diversity": jnp.sqrt(2.0) * spread.mean(),  # root mean square distance between two candidates
     }
     return total, metrics | td.metrics(q, target) | dict(actor_metrics)

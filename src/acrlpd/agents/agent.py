@@ -25,7 +25,7 @@ from acrlpd.agents.losses import LossWeights
 from acrlpd.agents.state import AgentState, Networks
 from acrlpd.models import flow, parameters
 from acrlpd.models.critic import CriticNetworks
-from acrlpd.models.flow import FlowPolicy
+from acrlpd.models.flow import FlowPolicy, Guidance
 from acrlpd.models.parameters import Params
 from acrlpd.types import ChunkBatch, Metrics, Observation
 
@@ -52,18 +52,25 @@ class ACRLPDAgent(AgentState):
         """Create a fresh agent that takes over the arrays of ``policy``; the first update donates their memory.
 
         ``optimizers`` has one entry per group: policy, critic, temperature; a student uses the policy's.
-        ``action_dim`` is the robot's, if the policy's is wider (openpi pads to 32).
+        ``action_dim`` is the robot's, if the policy's is wider (openpi pads to 32). Without ``config.critic.horizon``,
+        critics judge whole chunks.
         ``trainable`` gets the path of a policy parameter, joined by '/', and returns whether it may change.
         """
 
         policy_def, policy_params = parameters.split(cast(nnx.Module, policy))
         policy_params, frozen = parameters.divide(policy_params, trainable)
         action_dim = policy.action_dim if action_dim is None else action_dim
+        critic_horizon = config.critic.horizon or policy.action_horizon
+        if critic_horizon > policy.action_horizon:
+            raise ValueError(
+                f"critic.horizon ({critic_horizon}) exceeds the policy's action_horizon ({policy.action_horizon}): "
+                "critics cannot judge more steps than the policy predicts"
+            )
         critic = CriticNetworks(
             config.critic,
             feature_dim=policy.feature_dim,
             state_dim=state_dim,
-            action_horizon=policy.action_horizon,
+            horizon=critic_horizon,
             action_dim=action_dim,
             rngs=nnx.Rngs(params=rng),
         )
@@ -81,7 +88,7 @@ class ACRLPDAgent(AgentState):
             params["student"] = jax.tree.map(jnp.copy, suffix)  # starts as one Euler step of the flow
             optimizers["student"] = optimizers["policy"]
         action_shape = (policy.action_horizon, policy.action_dim)
-        nets = Networks(config, policy_def, critic_def, optimizers, action_shape, action_dim)
+        nets = Networks(config, policy_def, critic_def, optimizers, action_shape, action_dim, critic_horizon)
         return cls(
             params=params,
             frozen=frozen,
@@ -275,13 +282,19 @@ def choose_chunks(
     mode: ActingMode = "greedy",
     num_samples: int | None = None,
     num_steps: int | None = None,
+    guidance: Guidance | None = None,
 ) -> tuple[Float[Array, "b h a"], Metrics]:
     """Return a chunk per observation and the values by which it was chosen; "bc" and the baselines have no values.
 
-    With [b] keys, the chunk of an observation depends only on it and its key, not on what else is in the batch.
+    With [b] keys, the chunk of an observation depends only on it and its key, not on what else is in the batch. With
+    ``guidance``, every candidate continues the chunk in execution.
     """
     config, num_steps = agent.config, num_steps or agent.config.flow_steps
     modules = agent.acting_modules()
+    if guidance is not None:
+        modules = dataclasses.replace(modules, policy=cast(FlowPolicy, flow.Guided(modules.policy, guidance)))
+        if config.extraction == "distill":  # a student's single step cannot be guided; its teacher's can
+            config = dataclasses.replace(config, extraction="best_of_n")
     prefix = flow.encode(modules.policy, observations)
     noise_rng, choice_rng = jax.random.split(rng) if rng.ndim == 0 else jax.vmap(jax.random.split, out_axes=1)(rng)
     alone = mode == "bc" or not agent.chooses
@@ -289,17 +302,6 @@ def choose_chunks(
     noise = sampling.draw(jax.random.normal, noise_rng, n, prefix.state.shape[0], agent.nets.action_shape)
     if alone:
         return candidates.unchosen(modules, config, prefix, noise, num_steps), {}
-    chunks, scores = candidates.propose(modules, config, prefix, noise, num_steps)
-    if mode == "explore":
-        _, best = sampling.select(
-            chunks[..., : agent.nets.action_dim],  # padding must not count in the diversity
-            scores,
-            choice_rng,
-            temperature=agent.temperature,
-            top_k=config.top_k,
-            diversity_bonus=config.diversity_bonus,
-        )
-    else:
-        _, best = sampling.select(chunks, scores)
-    values = {"q": sampling.take(scores, best), "q_mean": scores.mean(axis=0), "q_std": scores.std(axis=0)}
-    return candidates.finish(modules, config, prefix, noise, chunks, best, num_steps), values
+    explore = candidates.Exploration(choice_rng, agent.temperature) if mode == "explore" else None
+    chosen = candidates.choose(modules, config, prefix, noise, num_steps, explore)
+    return chosen.chunk, chosen.values

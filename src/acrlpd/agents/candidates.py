@@ -1,10 +1,14 @@
-"""Propose candidate chunks and return the chosen one: the same code for the TD target, for acting and for serving."""
+"""Best of N, once: propose candidates, rank them by the critic, choose one and finish it.
+
+The TD target, acting, evaluation, serving and export all call ``choose``.
+"""
 
 from __future__ import annotations
 
 from typing import cast
 
-from jaxtyping import Array, Float, Int
+from flax import struct
+from jaxtyping import Array, Float, Int, Key
 
 from acrlpd.agents import extraction as extractions
 from acrlpd.agents import sampling
@@ -13,6 +17,60 @@ from acrlpd.agents.extraction import Modules
 from acrlpd.models import flow
 from acrlpd.models.flow import Prefix
 from acrlpd.models.gaussian import ChunkGaussian
+from acrlpd.types import Metrics
+
+
+@struct.dataclass
+class Exploration:
+    """What makes a choice random: a key, or [b] keys for choices that do not depend on what else is in the batch."""
+
+    rng: Key[Array, "..."]
+    temperature: Float[Array, ""]  # of the softmax over the candidates' values
+
+
+@struct.dataclass
+class Chosen:
+    """The candidates of each observation, their values, and the chosen one."""
+
+    chunk: Float[Array, "b h a"]  # the chosen one, finished
+    index: Int[Array, " b"]
+    candidates: Float[Array, "n b h a"]  # as they were ranked
+    scores: Float[Array, "n b"]
+
+    @property
+    def values(self) -> Metrics:
+        """The values by which the choice was made, with b as first axis."""
+        return {
+            "q": sampling.take(self.scores, self.index),
+            "q_mean": self.scores.mean(axis=0),
+            "q_std": self.scores.std(axis=0),
+            "q_candidates": self.scores.T,
+            "chosen": self.index,
+        }
+
+
+def choose(
+    modules: Modules,
+    config: AgentConfig,
+    prefix: Prefix,
+    noise: Float[Array, "n b h a"],
+    num_steps: int,
+    explore: Exploration | None = None,
+) -> Chosen:
+    """Return the best of n candidates by the critic; with ``explore``, one drawn by their values and their spread."""
+    chunks, scores = propose(modules, config, prefix, noise, num_steps)
+    if explore is None:
+        _, best = sampling.select(chunks, scores)
+    else:
+        _, best = sampling.select(
+            modules.critic.judged(chunks),  # nothing else counts in the diversity
+            scores,
+            explore.rng,
+            temperature=explore.temperature,
+            top_k=config.top_k,
+            diversity_bonus=config.diversity_bonus,
+        )
+    return Chosen(_finish(modules, config, prefix, noise, chunks, best, num_steps), best, chunks, scores)
 
 
 def propose(
@@ -34,7 +92,7 @@ def propose(
     return sampling.in_blocks(draw, noise, block_size=block_size)
 
 
-def finish(
+def _finish(
     modules: Modules,
     config: AgentConfig,
     prefix: Prefix,

@@ -24,7 +24,7 @@ class TemperatureConfig:
     """The temperature alpha: of the softmax in exploration, and the weight of the entropy bonus under q_gradient."""
 
     initial_temp: PositiveFloat = 1.0  # the first value, or the only one
-    # target entropy = -multiplier * horizon * action_dim; below 0 is fine: differential entropy has both signs
+    # target entropy = -multiplier * critic horizon * action_dim; below 0 is fine: differential entropy has both signs
     target_entropy_multiplier: Annotated[float, Interval("(-inf, inf)")] = 0.5
     adaptive: bool = True  # learned, so that candidates keep the target entropy
 

@@ -84,8 +84,8 @@ class QGradient:
         q = modules.critic.aggregate(_q(modules.critic, prefix, chunks))
         loss = losses.q_gradient_loss(q)
         if noise.shape[0] > 1:  # one chunk has no spread
-            robot_chunks = chunks[..., : modules.critic.action_dim]  # no entropy bonus for padded dimensions
-            loss = loss - temperature * jnp.mean(losses.gaussian_entropy(robot_chunks))
+            judged = modules.critic.judged(chunks)  # no entropy bonus for anything else
+            loss = loss - temperature * jnp.mean(losses.gaussian_entropy(judged))
         return loss, {"actor_q_mean": q.mean()}
 
 

@@ -119,7 +119,7 @@ class SingleCriticNetwork(CriticNetworks):
 
     def __init__(self, config: CriticConfig, observation_dim: int, action_dim: int, rngs: nnx.Rngs):
         alone = dataclasses.replace(config, num_critics=1, q_aggregation="mean", use_pi0_features=False)
-        sizes = {"feature_dim": 0, "state_dim": observation_dim, "action_horizon": 1, "action_dim": action_dim}
+        sizes = {"feature_dim": 0, "state_dim": observation_dim, "horizon": 1, "action_dim": action_dim}
         super().__init__(alone, **sizes, rngs=rngs)
 
     def __call__(  # type: ignore[override]  # flat vectors in, one value a row out

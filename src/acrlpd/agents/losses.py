@@ -35,7 +35,10 @@ def td_target(
     *,
     discount: float,
 ) -> Float[Array, " b"]:
-    """Return the discounted reward of the chunk plus the value after it (Li et al. 2025, arXiv:2507.07969, eq. 5)."""
+    """Return the discounted reward of the chunk plus the value after it (Li et al. 2025, arXiv:2507.07969, eq. 5).
+
+    Here h is the critic's horizon: the steps that it judges, after which ``next_q`` is taken.
+    """
     horizon = rewards.shape[1]
     powers = discount ** jnp.arange(horizon, dtype=rewards.dtype)
     returns = jnp.sum(valid * rewards * powers[None, :], axis=1)

@@ -35,7 +35,7 @@ def joint_loss(
     next_chunk, _ = next_policy.sample(next_prefix, draws.candidates[:1])
     critic_loss, q, target = td.loss_and_values(modules.critic, agent, batch, draws, prefix, next_prefix, next_chunk[0])
 
-    chunks, log_prob = policy.sample(prefix, draws.actor[:1])
+    chunks, log_prob = policy.sample(prefix, draws.actor[:1], steps=nets.critic_horizon)
     actor_q = constant.critic(prefix.features, prefix.state, chunks)  # [e 1 b]
     actor_loss = losses.soft_actor_loss(log_prob[0], actor_q[:, 0], jnp.exp(jax.lax.stop_gradient(log_temperature)))
     bc_loss = -jnp.mean(policy.log_prob(prefix, batch.actions))

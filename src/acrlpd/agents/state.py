@@ -32,6 +32,7 @@ class Networks:
     optimizers: Mapping[str, optax.GradientTransformation]
     action_shape: tuple[int, int]  # horizon and width of the policy's chunks
     action_dim: int  # the robot's; further dimensions are the policy's padding
+    critic_horizon: int  # the steps of a chunk that critics judge, and that a TD target looks ahead
 
     def __hash__(self) -> int:
         return self._hash
@@ -40,7 +41,8 @@ class Networks:
     def _hash(self) -> int:
         """The hash, computed once: walking the definition of a large policy takes as long as a small update."""
         optimizers = frozenset(self.optimizers.items())
-        return hash((self.config, self.policy_def, self.critic_def, self.action_shape, self.action_dim, optimizers))
+        sizes = (self.action_shape, self.action_dim, self.critic_horizon)
+        return hash((self.config, self.policy_def, self.critic_def, sizes, optimizers))
 
     def modules(self, params: dict[str, Params], frozen: Params) -> Modules:
         def policy(*parts: Params) -> Any:
@@ -54,7 +56,7 @@ class Networks:
 
     @property
     def target_entropy(self) -> float:
-        return -self.config.temperature.target_entropy_multiplier * self.action_shape[0] * self.action_dim
+        return -self.config.temperature.target_entropy_multiplier * self.critic_horizon * self.action_dim
 
 
 @struct.dataclass

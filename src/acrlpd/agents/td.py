@@ -49,7 +49,8 @@ def target_values(
     critic = nnx.merge(agent.nets.critic_def, agent.target_critic)
     members = critic(next_prefix.features, next_prefix.state, next_chunk[None])[:, 0]  # [e b]
     next_q = critic.aggregate(members, pair_rng)
-    return losses.td_target(batch.rewards, batch.valid, batch.bootstrap_mask, next_q, discount=agent.config.discount)
+    rewards, valid = (each[:, : critic.horizon] for each in (batch.rewards, batch.valid))
+    return losses.td_target(rewards, valid, batch.bootstrap_mask, next_q, discount=agent.config.discount)
 
 
 def metrics(q: Float[Array, "e b"], target: Float[Array, " b"]) -> dict[str, Array]:

@@ -50,6 +50,11 @@ RULES = (
         lambda c: c.agent.extraction not in ("best_of_n", "distill"),
         ("agent.actor_samples",),
     ),
+    Rule(
+        "agent.critic.q_aggregation mean_minus_std",
+        lambda c: c.agent.critic.q_aggregation == "mean_minus_std",
+        ("agent.critic.pessimism",),
+    ),
     Rule("agent.extraction distill", lambda c: c.agent.extraction == "distill", ("agent.distill_weight",)),
     Rule(
         "an agent.bc_weighting",

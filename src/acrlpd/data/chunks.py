@@ -1,6 +1,8 @@
 """Chunks from rows: windows of H steps with their masks. Only this module knows where an episode ends.
 
-A worked example: an episode of 5 steps (0..4), horizon 4, window from step 3.
+Critics judge the first ``critic_horizon`` steps of a window, so the next state and the two masks are of these alone.
+
+A worked example, in which they judge all: an episode of 5 steps (0..4), horizon 4, window from step 3.
 
     steps read     3  4  4  4      the last action is repeated
     rewards       r3 r4  0  0
@@ -28,7 +30,13 @@ from acrlpd.types import typed
 
 @typed
 def gather(
-    store: EpisodeStore, rows: Int[np.ndarray, " b"], horizon: int, *, images: bool = True, ends_in_chunks: bool = True
+    store: EpisodeStore,
+    rows: Int[np.ndarray, " b"],
+    horizon: int,
+    *,
+    critic_horizon: int | None = None,
+    images: bool = True,
+    ends_in_chunks: bool = True,
 ) -> dict[str, Any]:
     """Read the chunks that start at ``rows``, in raw units, with the fields of ``docs/algorithm.md``, section 1.
 
@@ -36,21 +44,25 @@ def gather(
     ``actions`` [b h a]; ``rewards``, ``terminals``, ``valid`` [b h]; ``bootstrap_mask``, ``sequence_mask`` [b];
     ``whole`` [b]: all steps are real; ``episode_id``, ``step_id`` [b]; ``row``, ``next_row`` [b] of the store, for
     ``observe``; ``prompt``, ``next_prompt`` [b] of str: the instruction at the chunk's first step and after it. Masks
-    are float32, 0 or 1.
+    are float32, 0 or 1. What is next, ``bootstrap_mask``, ``sequence_mask`` and ``whole`` look at the first
+    ``critic_horizon`` steps alone, by default at all.
 
     A terminal may lie in mid-episode (relabelled play data): the steps after it are read, but are not ``valid``.
     Without ``ends_in_chunks``, ``sequence_mask`` is 0 for all chunks that the end of an episode cuts short.
     """
     if horizon < 1:
         raise ValueError(f"horizon must be at least 1, got {horizon}")
+    judged = horizon if critic_horizon is None else critic_horizon
+    if not 1 <= judged <= horizon:
+        raise ValueError(f"critic_horizon must lie between 1 and horizon ({horizon}), got {judged}")
     episodes = store.episode_index(rows)
     start, end = store.starts[episodes], store.ends[episodes]
     steps = rows[:, None] + np.arange(horizon)[None, :]  # [b h]
     real = steps < end[:, None]
     steps = np.minimum(steps, end[:, None] - 1)
-    ends_with = rows + horizon == end
+    ends_with = rows + judged == end
     final = ends_with & store.knows_final(episodes)
-    next_rows = np.where(final, store.num_rows + episodes, np.minimum(rows + horizon, end - 1))
+    next_rows = np.where(final, store.num_rows + episodes, np.minimum(rows + judged, end - 1))
 
     def take(key: str, wanted: Int[np.ndarray, "*shape"]) -> np.ndarray:
         return store.take(key, wanted, episodes if wanted.ndim == 1 else episodes[:, None])
@@ -58,8 +70,8 @@ def gather(
     cameras = store.cameras if images else ()
     terminals = take("terminals", steps) & real
     terminal_before = np.cumsum(terminals, axis=1) > terminals  # strictly before: the terminal step itself is valid
-    terminated = terminals.any(axis=1)
-    whole = real.all(axis=1)
+    terminated = terminals[:, :judged].any(axis=1)
+    whole = real[:, :judged].all(axis=1)
     followed = whole & (~ends_with | final | terminated)  # a state to bootstrap from follows, or none is needed
     return {
         "state": take("state", rows),
@@ -78,7 +90,7 @@ def gather(
         "row": rows,
         "next_row": next_rows,
         "prompt": store.instructions(rows),
-        "next_prompt": store.instructions(np.minimum(rows + horizon, end - 1)),
+        "next_prompt": store.instructions(np.minimum(rows + judged, end - 1)),
     }
 
 

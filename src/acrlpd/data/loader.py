@@ -47,6 +47,8 @@ class ChunkLoader:
     that are built on Grain get the same batches from ``grain_batches``.
 
     Args:
+        horizon: steps of a chunk, as the policy predicts them.
+        critic_horizon: steps of a chunk that critics judge, after which comes the next observation; by default all.
         sequence_ratio: share of a batch that starts where a full window fits; the rest starts anywhere.
         replay: the run's own episodes, for online batches. Their ids in a batch follow those of ``prior``.
         online_ratio: share of an online batch that comes from ``replay``, once it has a row (RLPD: half). None: every
@@ -71,6 +73,7 @@ class ChunkLoader:
         horizon: int,
         sequence_ratio: float,
         seed: int,
+        critic_horizon: int | None = None,
         replay: EpisodeStore | None = None,
         online_ratio: float | None = 0.5,
         online_ratio_episodes: int = 1,
@@ -93,6 +96,8 @@ class ChunkLoader:
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if critic_horizon is not None and not 1 <= critic_horizon <= horizon:
+            raise ValueError(f"critic_horizon must lie between 1 and horizon ({horizon}), got {critic_horizon}")
         if not 0 <= host_index < num_hosts or batch_size % num_hosts:
             raise ValueError(
                 f"host_index ({host_index}) must lie in 0..num_hosts-1, and num_hosts ({num_hosts}) must divide "
@@ -104,6 +109,7 @@ class ChunkLoader:
         self._transform = transform
         self._batch_size = batch_size
         self._horizon = horizon
+        self._critic_horizon = horizon if critic_horizon is None else critic_horizon
         self._sequence_ratio = float(sequence_ratio)
         self._seed = seed
         self._replay = replay
@@ -123,7 +129,7 @@ class ChunkLoader:
         """Return the batch of a training step as numpy, replayed chunks first. Only one caller may ask at a time.
 
         With ``critic_alone`` the same chunks also have their successors, ``next_actions``; chunks whose successor is
-        missing, or cut short by anything but a terminal, stay out of the TD loss.
+        missing, or cut short within the critic's horizon by anything but a terminal, stay out of the TD loss.
         """
         started = time.perf_counter()
         if online or not self._prefetch:
@@ -223,7 +229,13 @@ class ChunkLoader:
 
     def _read(self, drawn: _Drawn, *, critic_alone: bool) -> ChunkBatch:
         store, prefixes = drawn.store, drawn.prefixes
-        gather = functools.partial(chunks.gather, store, horizon=self._horizon, ends_in_chunks=self._ends_in_chunks)
+        gather = functools.partial(
+            chunks.gather,
+            store,
+            horizon=self._horizon,
+            critic_horizon=self._critic_horizon,
+            ends_in_chunks=self._ends_in_chunks,
+        )
         raw = gather(drawn.rows, images=prefixes is None)
         raw["episode_id"] = raw["episode_id"] + drawn.first_id
         goes_on = raw["next_row"] < store.num_rows  # no action follows a final observation

@@ -102,6 +102,7 @@ def best_critics(trained: Trained, count: int, data: str | Path | None) -> np.nd
         make_transform(config, trained.stats, trained.dims),
         batch_size=config.data.batch_size,
         horizon=config.policy.action_horizon,
+        critic_horizon=config.critic_horizon,
         sequence_ratio=config.data.sequence_ratio,
         seed=config.seed,
     )

@@ -1,4 +1,4 @@
-"""The critic ensemble: Q of a whole action chunk, with all members in one stacked network.
+"""The critic ensemble: Q of the first steps of an action chunk, with all members in one stacked network.
 
 The leading axis of every parameter is the member, so ten critics are one batched matrix product per layer.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Annotated, Literal
 
@@ -20,7 +21,8 @@ from acrlpd.fields import NOT_EMPTY, Interval, PositiveInt
 from acrlpd.types import typed
 
 Activation = Literal["relu", "swish", "gelu", "tanh"]
-QAggregation = Literal["min", "mean", "weighted", "subset"]
+QAggregation = Literal["min", "mean", "weighted", "subset", "mean_minus_std"]
+_NEEDS_TWO = ("subset", "mean_minus_std")
 FeatureFusion = Literal["concat", "add", "mlp"]
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -42,14 +44,19 @@ class CriticConfig:
     dropout_rate: Annotated[float, Interval("[0, 1)")] = 0.0  # off in targets and while acting
     kernel_init_scale: Annotated[float, Interval("(0, inf]")] = 1.0  # variance scaling, fan-in, uniform
     q_aggregation: QAggregation = "min"  # of the members' Q to one value; subset: min of two drawn members (RLPD)
+    # mean_minus_std: standard deviations below the mean (rho of QAM, arXiv:2601.14234)
+    pessimism: NonNegativeFloat = 0.5
     use_pi0_features: bool = True  # read the policy's pooled prefix tokens and the state; False: only the state
     feature_fusion_method: FeatureFusion = "concat"  # how the policy's features and the state come together
+    # first steps of a chunk that are judged; None: in a run those that are executed, else all
+    horizon: PositiveInt | None = None
 
     def __post_init__(self):
         fields.check(self)
-        if self.q_aggregation == "subset" and self.num_critics < 2:
+        if self.q_aggregation in _NEEDS_TWO and self.num_critics < 2:
             raise ValueError(
-                f"critic.num_critics is {self.num_critics}: q_aggregation='subset' draws 2 of them, so there must be 2"
+                f"critic.num_critics is {self.num_critics}: there must be 2 for q_aggregation="
+                + " or ".join(map(repr, _NEEDS_TWO))
             )
 
 
@@ -89,7 +96,8 @@ class CriticNetworks(nnx.Module):
     """The critics: Q_e(observation, chunk) of every member, and their aggregate.
 
     An observation is given as the policy's pooled prefix features and the state. The target ensemble is a second set of
-    this module's parameters, which the agent holds.
+    this module's parameters, which the agent holds. ``horizon`` and ``action_dim`` are the steps and action dimensions
+    that are read of a chunk, see ``judged``.
     """
 
     def __init__(
@@ -98,11 +106,12 @@ class CriticNetworks(nnx.Module):
         *,
         feature_dim: int,
         state_dim: int,
-        action_horizon: int,
+        horizon: int,
         action_dim: int,
         rngs: nnx.Rngs,
     ):
         self.config = config
+        self.horizon = horizon
         self.action_dim = action_dim
         members, scale = config.num_critics, config.kernel_init_scale
         self.use_features = config.use_pi0_features and feature_dim > 0
@@ -116,7 +125,7 @@ class CriticNetworks(nnx.Module):
         widths = config.hidden_dims
         # The first layer has two parts, so that the observation's part is computed once for all candidates.
         self.observation_in = StackedLinear(members, fused_dim, widths[0], scale, rngs)
-        self.chunk_in = StackedLinear(members, action_horizon * action_dim, widths[0], scale, rngs)
+        self.chunk_in = StackedLinear(members, horizon * action_dim, widths[0], scale, rngs)
         self.hidden = nnx.List([StackedLinear(members, a, b, scale, rngs) for a, b in itertools.pairwise(widths)])
         norms = [StackedLayerNorm(members, width) for width in widths] if config.use_layer_norm else []
         self.norms = nnx.List(norms)
@@ -135,10 +144,10 @@ class CriticNetworks(nnx.Module):
     ) -> Float[Array, "e n b"]:
         """Return the values of n chunks per observation. ``dropout_rng`` switches dropout on, with a mask per member.
 
-        Action dimensions beyond the robot's are the policy's padding and are not read.
+        Only the ``judged`` part of a chunk is read.
         """
         n, b = chunks.shape[:2]
-        flat = chunks[..., : self.action_dim].reshape(n, b, -1)
+        flat = self.judged(chunks).reshape(n, b, -1)
         x = self._observation_share(features, state) + self.chunk_in.shared(flat)
         for index in range(len(self.config.hidden_dims)):
             if index > 0:
@@ -149,6 +158,13 @@ class CriticNetworks(nnx.Module):
             if dropout_rng is not None and self.config.dropout_rate > 0:
                 x = _dropout(jax.random.fold_in(dropout_rng, index), x, self.config.dropout_rate)
         return self.out(x)[..., 0]
+
+    def judged(self, chunks: Float[Array, "*lead h a"]) -> Float[Array, "*lead steps dims"]:
+        """Return the part of chunks that has a value: the steps up to the horizon, in the robot's action dimensions.
+
+        Later steps are predicted but not executed, and further dimensions are the policy's padding.
+        """
+        return chunks[..., : self.horizon, : self.action_dim]
 
     def _observation_share(self, features: Float[Array, "b f"], state: Float[Array, "b s"]) -> Float[Array, "e 1 b w"]:
         if not self.use_features:
@@ -164,11 +180,15 @@ class CriticNetworks(nnx.Module):
     def aggregate(self, q: Float[Array, "e *rest"], rng: PRNGKeyArray | None = None) -> Float[Array, "*rest"]:
         """Return one value from those of all members.
 
+        ``mean_minus_std`` subtracts ``pessimism`` standard deviations of the members from their mean.
         ``subset`` takes the minimum of a random pair (REDQ, RLPD) if an ``rng`` is given, as for targets. Otherwise it
         takes the mean, as for ranking candidates, where a random pair would only add noise.
         """
         if self.config.q_aggregation == "min":
             return q.min(axis=0)
+        if self.config.q_aggregation == "mean_minus_std":
+            # the floor gives the standard deviation of equal members a gradient, which is zero
+            return q.mean(axis=0) - self.config.pessimism * jnp.sqrt(jnp.maximum(q.var(axis=0), 1e-12))
         if self.config.q_aggregation == "weighted":
             return jnp.tensordot(jax.nn.softmax(self.aggregation_logits[...]), q, axes=1)
         if self.config.q_aggregation == "subset" and rng is not None:

@@ -58,12 +58,12 @@ class ChunkGaussian(nnx.Module):
         return Prefix(state=state, features=nothing, mask=nothing.astype(bool), cache=None)
 
     def sample(
-        self, prefix: Prefix, noise: Float[Array, "n b h a"]
+        self, prefix: Prefix, noise: Float[Array, "n b h a"], *, steps: int | None = None
     ) -> tuple[Float[Array, "n b h a"], Float[Array, "n b"]]:
-        """Return tanh(mean + std * noise) and its log-density."""
+        """Return tanh(mean + std * noise) and the log-density of its first ``steps`` (by default of all)."""
         mean, log_std = self._parameters(prefix)
         raw = mean + jnp.exp(log_std) * noise
-        return jnp.tanh(raw), _log_prob(raw, mean, log_std)
+        return jnp.tanh(raw), _log_prob(*(each[:, :, :steps] for each in (raw, mean, log_std)))
 
     def log_prob(self, prefix: Prefix, chunks: Float[Array, "b h a"]) -> Float[Array, " b"]:
         """Return the log-density of given chunks, which are first clipped to slightly inside [-1, 1]."""

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from acrlpd.agents import candidates, sampling, td
-from acrlpd.agents.agent import ACRLPDAgent
+from acrlpd.agents import candidates, td
+from acrlpd.agents.agent import ACRLPDAgent, choose_chunks
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.robots.mapping import Platform
 from acrlpd.models.parameters import Params
 from acrlpd.serving.budget import Plan
-from acrlpd.serving.policy import Draws, best_chunk
+from acrlpd.serving.policy import keys_of
 from acrlpd.types import ChunkBatch, Observation
 
 FUNCTION, WEIGHTS, INPUTS = "inference.stablehlo", "weights.safetensors", "inputs.json"
@@ -65,7 +65,8 @@ def write_stablehlo(folder: Path, agent: ACRLPDAgent, interface: Interface, *, b
     (folder / FUNCTION).write_bytes(exported.serialize())
     save_file({name: np.asarray(value) for name, value in weights.items()}, folder / WEIGHTS)
     described = {name: {"shape": list(each.shape), "dtype": str(each.dtype)} for name, each in inputs.items()}
-    outputs = {"actions": "[b h a], robot units", "q": "[b], value of the chunk; absent without a critic's choice"}
+    value = f"[b], value of the chunk's first {agent.nets.critic_horizon} steps; absent without a critic's choice"
+    outputs = {"actions": "[b h a], robot units", "q": value}
     (folder / INPUTS).write_text(json.dumps({"inputs": described, "outputs": outputs}, indent=2), encoding="utf-8")
 
 
@@ -116,8 +117,14 @@ def _infer(agent: ACRLPDAgent, interface: Interface, inputs: Mapping[str, Array]
         tokenized_prompt=inputs["tokenized_prompt"],
         tokenized_prompt_mask=inputs["tokenized_prompt_mask"],
     )
-    draws = Draws(jnp.stack([jnp.zeros_like(seed), seed], axis=-1))
-    chunk, values = best_chunk(agent, observation, draws, plan=interface.plan, alone=not interface.greedy)
+    chunk, values = choose_chunks(
+        agent,
+        observation,
+        keys_of(jnp.stack([jnp.zeros_like(seed), seed], axis=-1)),
+        mode="greedy" if interface.greedy else "bc",
+        num_samples=interface.plan.num_samples,
+        num_steps=interface.plan.num_steps,
+    )
     offset, scale = _affine(stats["actions"], quantiles)
     actions = chunk[..., : len(offset)] * scale[None, None] + offset[None, None]
     if any(interface.delta_mask):
@@ -149,11 +156,9 @@ def member_td_errors(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -
     modules = agent.nets.modules(agent.params | agent.ema | newest, agent.frozen)
     prefix, next_prefix = modules.policy.encode(batch.observations), modules.policy.encode(batch.next_observations)
     shape = (config.candidates_in_target, len(batch.rewards), *agent.nets.action_shape)
-    noise, steps = jax.random.normal(noise_rng, shape), config.steps_in_target
-    proposed, scores = candidates.propose(modules, config, next_prefix, noise, steps)
-    _, best = sampling.select(proposed, scores)
-    chunk = candidates.finish(modules, config, next_prefix, noise, proposed, best, steps)
-    target = td.target_values(agent, batch, next_prefix, chunk, subset_rng)
+    noise = jax.random.normal(noise_rng, shape)
+    chosen = candidates.choose(modules, config, next_prefix, noise, config.steps_in_target)
+    target = td.target_values(agent, batch, next_prefix, chosen.chunk, subset_rng)
     q = modules.critic(prefix.features, prefix.state, batch.actions[None])[:, 0]
     errors = jnp.abs(q - target[None]) * batch.sequence_mask[None]
     return errors.sum(axis=1) / jnp.maximum(batch.sequence_mask.sum(), 1.0)

@@ -7,7 +7,6 @@ thread, and ``infer_batch`` for requests that arrived together, which is one com
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import threading
 import time
@@ -20,8 +19,7 @@ import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
-from acrlpd.agents import candidates, sampling
-from acrlpd.agents.agent import ACRLPDAgent
+from acrlpd.agents.agent import ACRLPDAgent, choose_chunks
 from acrlpd.data.transforms import Data, Transform, to_observation
 from acrlpd.models import flow, stacked
 from acrlpd.models.flow import FlowPolicy, Guidance
@@ -81,7 +79,7 @@ class FlowSampler:
             policy = nnx.merge(graphdef, state)
             noise = draws.noise
             if noise is None:
-                noise = jax.vmap(lambda key: jax.random.normal(key, shape))(_keys(draws))
+                noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys_of(draws.keys))
             prefix = policy.encode(observation)
             return flow.sample(_guided(policy, draws), prefix, noise[None], num_steps=num_steps)[0]
 
@@ -114,7 +112,7 @@ class TokenSampler:
                     key, alone, max_decoding_steps=max_decoding_steps, temperature=temperature
                 )[0]
 
-            return jax.vmap(one)(observation, _keys(draws))
+            return jax.vmap(one)(observation, keys_of(draws.keys))
 
         self._sample = jax.jit(sample, static_argnames="max_decoding_steps")
 
@@ -151,40 +149,15 @@ class AgentSampler:
     def __call__(self, observation: Observation, draws: Draws, plan: Plan) -> tuple[Float[Array, "b h a"], Metrics]:
         if draws.noise is not None:
             raise ValueError("an agent draws many chunks and takes no noise of one; serve its flow alone for that")
-        return best_chunk(self._agent, observation, draws, plan=plan, alone=self._alone)
-
-
-@functools.partial(jax.jit, static_argnames=("plan", "alone"))
-def best_chunk(
-    agent: ACRLPDAgent, observation: Observation, draws: Draws, *, plan: Plan, alone: bool
-) -> tuple[Float[Array, "b h a"], Metrics]:
-    config = agent.config
-    modules = agent.acting_modules()
-    modules = dataclasses.replace(modules, policy=_guided(modules.policy, draws))
-    if (
-        draws.guidance is not None and config.extraction == "distill"
-    ):  # a student's single step cannot be guided; its teacher's can
-        config = dataclasses.replace(config, extraction="best_of_n")
-    prefix = modules.policy.encode(observation)
-    shape = (plan.num_samples, *agent.nets.action_shape)
-
-    def draw(key: PRNGKeyArray) -> Float[Array, "n h a"]:
-        noise_rng, _ = jax.random.split(key)
-        return jax.random.normal(noise_rng, shape)
-
-    noise = jax.vmap(draw, out_axes=1)(_keys(draws))  # [n b h a]
-    if alone:
-        return candidates.unchosen(modules, config, prefix, noise[:1], plan.num_steps), {}
-    chunks, scores = candidates.propose(modules, config, prefix, noise, plan.num_steps)
-    _, best = sampling.select(chunks, scores)
-    values = {
-        "q": sampling.take(scores, best),
-        "q_mean": scores.mean(axis=0),
-        "q_std": scores.std(axis=0),
-        "q_candidates": scores.T,
-        "chosen": best,
-    }
-    return candidates.finish(modules, config, prefix, noise, chunks, best, plan.num_steps), values
+        return choose_chunks(
+            self._agent,
+            observation,
+            keys_of(draws.keys),
+            mode="bc" if self._alone else "greedy",
+            num_samples=plan.num_samples,
+            num_steps=plan.num_steps,
+            guidance=draws.guidance,
+        )
 
 
 def _guided(policy: FlowPolicy, draws: Draws) -> FlowPolicy:
@@ -207,8 +180,10 @@ def _split_often(rng: PRNGKeyArray) -> tuple[PRNGKeyArray, UInt32[Array, "n 2"]]
     return jax.lax.scan(split, rng, length=KEYS_AT_A_TIME)
 
 
-def _keys(draws: Draws) -> PRNGKeyArray:
-    return jax.random.wrap_key_data(jnp.asarray(draws.keys), impl="threefry2x32")
+@jax.jit
+def keys_of(words: UInt32[AnyArray, "b 2"]) -> PRNGKeyArray:
+    """Return the threefry keys that consist of these words."""
+    return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
 
 
 class Policy:

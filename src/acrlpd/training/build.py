@@ -60,7 +60,7 @@ def create_agent(
     trainable = trainable_part(config.policy, policy)
     _keep_frozen_in(config.policy.frozen_dtype, policy, trainable)
     return ACRLPDAgent.create(
-        config.agent,
+        config.with_critic_horizon(config.critic_horizon).agent,
         policy,
         make_optimizers(config.optimizers),
         state_dim=config.policy.action_dim or dims.state,

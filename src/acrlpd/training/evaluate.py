@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, Shaped, UInt32
 
 from acrlpd.agents.agent import ACRLPDAgent, ActingMode, choose_chunks
 from acrlpd.data.transforms import Compose, Data, Normalize, Transform, to_observation
@@ -17,7 +17,7 @@ from acrlpd.envs.env import Obs
 from acrlpd.envs.rollout import Act, Rollout, Seconds, rollout
 from acrlpd.envs.vector import VectorEnv
 
-OnChoice = Callable[[Int[np.ndarray, " n"], Mapping[str, Float[np.ndarray, " n"]]], None]
+OnChoice = Callable[[Int[np.ndarray, " n"], Mapping[str, Shaped[np.ndarray, "n ..."]]], None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 
 from acrlpd import fields
 from acrlpd.agents.agent import ACRLPDAgent, ActingMode
@@ -140,10 +140,10 @@ class ACRLPDEvaluationProtocol:
         """Evaluate the task as it is; return also the values of all chosen chunks by the number of their episode."""
         choices: dict[int, list[Choice]] = {}
 
-        def note(numbers: Int[np.ndarray, " n"], values: Mapping[str, Float[np.ndarray, " n"]]) -> None:
+        def note(numbers: Int[np.ndarray, " n"], values: Mapping[str, Shaped[np.ndarray, "n ..."]]) -> None:
             for row, number in enumerate(numbers.tolist()):
                 if number >= 0 and values:
-                    choice = Choice(**{name: float(of_rows[row]) for name, of_rows in values.items()})
+                    choice = Choice(**{name: float(values[name][row]) for name in ("q", "q_mean", "q_std")})
                     choices.setdefault(number, []).append(choice)
 
         return self._trial(agent, on_choice=note), choices

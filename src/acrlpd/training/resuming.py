@@ -95,7 +95,7 @@ def claim_directory(config: TrainConfig, files: RunFiles, *, resume: bool, overr
     before = started_with(files.directory)
     assert before is not None, "there is a file or a checkpoint"
     _check_same_run(saved, before, files, override)
-    lines = differences(to_dict(before), to_dict(config))
+    lines = _differences(before, config)
     changed = _unlike(before, config, override)
     if override and lines:
         logger.warning("%s goes on with other values:\n  %s", files.directory, "\n  ".join(lines))
@@ -124,8 +124,14 @@ def _check_same_run(
 
 def _unlike(before: TrainConfig, after: TrainConfig, allowed: Collection[str]) -> list[str]:
     """Return one line for each field that differs and may not."""
-    lines = differences(to_dict(before), to_dict(after))
+    lines = _differences(before, after)
     return [line for line in lines if not _may_change(line.split(":")[0], (*CHANGEABLE, *allowed))]
+
+
+def _differences(before: TrainConfig, after: TrainConfig) -> list[str]:
+    """Return one line for each field that differs; a critic's horizon that is not named is the one that follows."""
+    first, second = (to_dict(config.with_critic_horizon(config.critic_horizon)) for config in (before, after))
+    return differences(first, second)
 
 
 def _may_change(field: str, patterns: Collection[str]) -> bool:

@@ -61,6 +61,7 @@ def make_trainer(
     """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
+    config = config.with_critic_horizon(config.critic_horizon)  # a run stores what its critics were trained for
     files = run_files(config)
     overwriting.tell_of_set_aside(files.directory)
     is_first = jax.process_index() == 0
@@ -189,6 +190,7 @@ def make_loader(
         features=features,
         batch_size=config.data.batch_size,
         horizon=config.policy.action_horizon,
+        critic_horizon=config.critic_horizon,
         sequence_ratio=config.data.sequence_ratio,
         seed=config.seed,
         replay=interaction.replay if interaction else None,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable
 from typing import Annotated, Literal
 
@@ -17,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from acrlpd import fields
-from acrlpd.fields import NOT_EMPTY, Interval, PositiveInt
+from acrlpd.fields import NOT_EMPTY, Interval, NonNegativeFloat, PositiveInt
 from acrlpd.types import typed
 
 Activation = Literal["relu", "swish", "gelu", "tanh"]

@@ -330,7 +330,7 @@ def with_algorithm(config: TrainConfig, name: str, *, judge: bool = True) -> Tra
 
 
 def _bc(config: TrainConfig) -> Changes:
-    return {"agent": {"algorithm": "bc"}, "online_steps": 0}
+    return {"agent": {"algorithm": "bc", "target": "best_of_n"}, "online_steps": 0}
 
 
 def _qc(config: TrainConfig, **changes: Any) -> Changes:

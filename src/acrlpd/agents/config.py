@@ -9,11 +9,12 @@ from typing import Literal, get_args
 
 from acrlpd.agents.extraction import BestOfN, Distill, Extraction, ExtractionName, QGradient, make_own
 from acrlpd.agents.health import HealthConfig
-from acrlpd.agents.losses import LossWeights
+from acrlpd.agents.losses import ImplicitStatistic, LossWeights
 from acrlpd.models.critic import CriticConfig
 from acrlpd.named_code import names_code
 
 AlgorithmName = Literal["acrlpd", "bc", "rlpd_ac"]
+TargetName = Literal["best_of_n", "implicit"]
 BCWeighting = Literal["none", "importance", "difficulty"]
 BestOfNStrategy = Literal["parallel", "chunked", "sequential", "auto"]
 
@@ -36,6 +37,22 @@ class TemperatureConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ImplicitConfig:
+    """What V(s) is of Q over the data's chunks under ``target="implicit"``; its widths and rates are the critic's."""
+
+    statistic: ImplicitStatistic = "expectile"
+    level: float = 0.9  # 0.5: the mean (expectile) or median (quantile) of the data's chunks; near 1: their best
+
+    def __post_init__(self):
+        if self.statistic not in get_args(ImplicitStatistic):
+            raise ValueError(
+                f"agent.implicit.statistic must be one of {get_args(ImplicitStatistic)}, got {self.statistic!r}"
+            )
+        if not 0 < self.level < 1:
+            raise ValueError(f"agent.implicit.level must lie between 0 and 1, got {self.level}")
+
+
+@dataclasses.dataclass(frozen=True)
 class AgentConfig:
     """The choices of an algorithm, with its critics. Sizes of the policy are in ``PolicyConfig``."""
 
@@ -44,6 +61,8 @@ class AgentConfig:
     temperature: TemperatureConfig = dataclasses.field(default_factory=TemperatureConfig)
     loss_weights: LossWeights = dataclasses.field(default_factory=LossWeights)
     extraction: str = "best_of_n"  # or q_gradient, distill, or FILE.py:NAME: code of your own (CONTRIBUTING.md)
+    target: TargetName = "best_of_n"  # value of s' in the TD target: of the best of N chunks sampled there, or V(s')
+    implicit: ImplicitConfig = dataclasses.field(default_factory=ImplicitConfig)
     discount: float = 0.99
     target_update_tau: float = 0.005
     act_by_target_critic: bool = True  # if there are no moving averages, target critics choose while acting
@@ -71,6 +90,7 @@ class AgentConfig:
     def __post_init__(self):
         for name, choices in (
             ("algorithm", AlgorithmName),
+            ("target", TargetName),
             ("best_of_n_strategy", BestOfNStrategy),
             ("bc_weighting", BCWeighting),
         ):
@@ -111,14 +131,34 @@ class AgentConfig:
                 "agent.candidate_flow_steps has no effect with extraction='distill': a student's candidate takes one "
                 "step. Leave it out."
             )
-        if self.algorithm == "acrlpd" and self.temperature.adaptive and self.candidates_in_target < 2:
+        if self.target == "implicit":
+            self._check_implicit()
+        elif self.algorithm == "acrlpd" and self.temperature.adaptive and self.candidates_in_target < 2:
             raise ValueError(
                 "agent.temperature.adaptive needs the spread of at least 2 candidates, but the TD target draws "
                 f"{self.candidates_in_target}: raise agent.target_samples or set agent.temperature.adaptive to False"
             )
 
+    def _check_implicit(self) -> None:
+        """Refuse what does not go with a target that samples nothing."""
+        reasons = {"bc": "it trains no critics", "rlpd_ac": "its target is a sample of its policy, as SAC's is"}
+        if self.algorithm in reasons:
+            raise ValueError(
+                f"agent.target='implicit' does not go with agent.algorithm={self.algorithm!r}: "
+                f"{reasons[self.algorithm]}. Leave target at best_of_n"
+            )
+        if self.temperature.adaptive:
+            raise ValueError(
+                "agent.temperature.adaptive needs the spread of the candidates in the TD target, and "
+                "agent.target='implicit' draws none: set agent.temperature.adaptive to False (the temperature then "
+                "stays at initial_temp)"
+            )
+
     @property
     def candidates_in_target(self) -> int:
+        """The number of chunks that an update samples at s'."""
+        if self.target == "implicit":
+            return 0
         return self.best_of_n_samples if self.target_samples is None else self.target_samples
 
     @property

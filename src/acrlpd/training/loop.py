@@ -103,7 +103,7 @@ class ACRLPDTrainer:
         self._replaced = replaced  # the previous run in this folder, kept until this one has a checkpoint
         self._skipped = SkippedUpdates(files.skipped, limit=config.max_skipped_updates)
         self._started = time.perf_counter(), time.process_time()
-        self._compiled: set[tuple[int, bool, bool]] = set()  # (updates per call, no stored prefix, critic alone)
+        self._compiled: set[tuple[int, bool, bool]] = set()  # (updates per call, no stored prefix of s', critic alone)
         self._has_acted = self._has_saved = False
         self._chosen_at = 0  # update at which the chunks that are being executed were chosen
         self._ages: list[int] = []  # policy ages, in updates, of the chunks executed since the last log point
@@ -176,7 +176,7 @@ class ACRLPDTrainer:
         with self._watch.span("data", behind="update", busy=self._is_updating):
             own = [self._make_batch(draw, online=phase == "online", critic_alone=critic_alone) for draw in draws]
             batch = put_batch(own, self._mesh)
-        program = (len(steps), own[0].observations.prefix is None, critic_alone)
+        program = (len(steps), own[0].next_observations.prefix is None, critic_alone)
         with self._watch.span("update" if program in self._compiled else "compile"):
             if critic_alone:
                 self.agent, metrics = self.agent.update_critic(batch, fold_in(self._update_rng, np.uint32(draws[0])))

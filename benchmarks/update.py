@@ -62,7 +62,7 @@ NANO = dataclasses.replace(
     cameras=("base_0_rgb",),
 )
 SIZES = {"mid": MID, "nano": NANO}
-IMPLICIT = {"target": "implicit", "temperature": TemperatureConfig(adaptive=False)}
+IMPLICIT: dict[str, Any] = {"target": "implicit", "temperature": TemperatureConfig(adaptive=False)}
 Call = Callable[[], Any]
 
 
@@ -173,6 +173,7 @@ def accounts(setting: Setting, extraction: str, count: Callable[..., float], **c
 
     def state_value(params: Any) -> Any:
         v = nets.modules(agent.params | {"value": params}, agent.frozen).value
+        assert v is not None, "only an agent with an implicit target has parameters of V"
         return jnp.square(v(features, batch.observations.state)).mean()
 
     def climb(params: Any, prefix: Any) -> Any:

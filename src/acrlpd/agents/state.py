@@ -52,7 +52,9 @@ class Networks:
             policy=policy(params["policy"], frozen),
             critic=nnx.merge(self.critic_def, params["critic"]),
             student=policy(params["policy"], frozen, params["student"]) if "student" in params else None,
-            value=nnx.merge(self.value_def, params["value"]) if "value" in params else None,
+            value=nnx.merge(self.value_def, params["value"])
+            if self.value_def is not None and "value" in params
+            else None,
         )
 
     @property

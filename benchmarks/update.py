@@ -1,5 +1,5 @@
 """Measure the cost of one update: passes through the policy, and its time compared with a supervised step, the literal
-recipe, stored prefixes, and the critic alone.
+recipe, stored prefixes, the implicit target, and the critic alone.
 
     python benchmarks/update.py [--size mid|nano] [--batch 4] [--candidates 8] [--steps 10] [--critics 2 10] [--json]
 
@@ -13,6 +13,9 @@ is a separate program, which is compiled here. The critic encodes s and s' and t
 per candidate; imitation encodes s again, and so does the entropy, with N samples of its own. (Its actor term is left
 out, as best of N has none.) A more favourable reading is measured, too: N samples are one vmapped call that encodes
 once. The critic alone learns as in the first ``critic_alone_steps`` of a run, from stored features.
+
+The implicit target samples nothing at s': its update is the supervised step and a forward pass of the prefix at s', or
+with a frozen backbone and stored features of s', the supervised step of what is not frozen.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.agents.config import AgentConfig, TemperatureConfig
 from acrlpd.agents.draws import Draws
 from acrlpd.agents.sampling import select
-from acrlpd.models import flow
+from acrlpd.models import flow, parameters
 from acrlpd.models.critic import CriticConfig
 from acrlpd.models.pi0 import Pi0, Pi0Config
 from acrlpd.types import ChunkBatch, Observation
@@ -59,6 +62,7 @@ NANO = dataclasses.replace(
     cameras=("base_0_rgb",),
 )
 SIZES = {"mid": MID, "nano": NANO}
+IMPLICIT: dict[str, Any] = {"target": "implicit", "temperature": TemperatureConfig(adaptive=False)}
 Call = Callable[[], Any]
 
 
@@ -143,13 +147,14 @@ def passes(setting: Setting) -> dict[str, Any]:
     """Return FLOPs of an update and of the allowed passes for each extraction, and the compiler's where possible."""
     found = {name: accounts(setting, name, flops.of) for name in ("best_of_n", "q_gradient", "distill")}
     small = dataclasses.replace(setting, policy=dataclasses.replace(setting.policy, unroll=True), candidates=1, steps=1)
+    found["implicit target"] = accounts(setting, "best_of_n", flops.of, **IMPLICIT)
     found["best_of_n, N=K=1, compiled"] = accounts(small, "best_of_n", flops.of_compiled)
     return found
 
 
-def accounts(setting: Setting, extraction: str, count: Callable[..., float]) -> dict[str, float]:
-    adaptive = TemperatureConfig(adaptive=setting.candidates > 1)
-    agent, batch, rng = setting.agent(extraction=extraction, temperature=adaptive), setting.data(), jax.random.key(0)
+def accounts(setting: Setting, extraction: str, count: Callable[..., float], **changes: Any) -> dict[str, float]:
+    changes = {"extraction": extraction, "temperature": TemperatureConfig(adaptive=setting.candidates > 1), **changes}
+    agent, batch, rng = setting.agent(**changes), setting.data(), jax.random.key(0)
     nets, weights = agent.nets, agent.config.loss_weights
     draws = Draws.of_update(rng, agent.config, (setting.batch, *nets.action_shape))
     modules = nets.modules(agent.params, agent.frozen)
@@ -166,6 +171,11 @@ def accounts(setting: Setting, extraction: str, count: Callable[..., float]) -> 
         q = nets.modules(agent.params | {"critic": params}, agent.frozen).critic
         return jnp.square(q(features, batch.observations.state, batch.actions[None])).mean()
 
+    def state_value(params: Any) -> Any:
+        v = nets.modules(agent.params | {"value": params}, agent.frozen).value
+        assert v is not None, "only an agent with an implicit target has parameters of V"
+        return jnp.square(v(features, batch.observations.state)).mean()
+
     def climb(params: Any, prefix: Any) -> Any:
         both = {group: params.get(group, value) for group, value in agent.params.items()}
         merged = nets.modules(both, agent.frozen)
@@ -174,14 +184,17 @@ def accounts(setting: Setting, extraction: str, count: Callable[..., float]) -> 
 
     encode = count(lambda seen: modules.policy.encode(seen), batch.next_observations)
     step = count(lambda prefix: modules.policy.velocity(prefix, draws.flow_noise[None], time), prefix)
-    value = count(lambda chunk: modules.critic(features, batch.observations.state, chunk), draws.candidates[:1])
+    value = count(lambda chunk: modules.critic(features, batch.observations.state, chunk), draws.flow_noise[None])
+    candidates = agent.config.candidates_in_target
     steps = 1 if extraction == "distill" else setting.steps
     table = {
         "prefix(s), suffix(s), forward and backward": count(jax.grad(imitation), agent.params["policy"]),
         "prefix(s') forward": encode,
-        "N K suffix steps at s'": setting.candidates * steps * step,
-        "critics": count(jax.grad(critic), agent.params["critic"]) + (setting.candidates + 1) * value,
+        "N K suffix steps at s'": candidates * steps * step,
+        "critics": count(jax.grad(critic), agent.params["critic"]) + (candidates + 1) * value,
     }
+    if "value" in agent.params:
+        table["V"] = count(jax.grad(state_value), agent.params["value"]) + count(state_value, agent.params["value"])
     if extraction != "best_of_n":
         moved = {group: agent.params[group] for group in (("student",) if extraction == "distill" else ("policy",))}
         table["actor"] = count(jax.grad(climb), moved, prefix)
@@ -207,6 +220,9 @@ def timings(setting: Setting, arguments: argparse.Namespace) -> list[dict[str, A
         "literal recipe, samples by vmap": literal(setting, one_by_one=False),
         "frozen": update(setting.agent(frozen=True), setting.data()),
         "frozen, stored prefixes": update(setting.agent(frozen=True), with_prefixes(setting)),
+        "implicit": update(setting.agent(**IMPLICIT), setting.data()),
+        "supervised step, frozen": supervised(setting, frozen=True),
+        "implicit, frozen, stored features": update(setting.agent(frozen=True, **IMPLICIT), with_features(setting)),
         "critic alone, stored features": critic_alone(setting),
         f"update, {few} critics": update(setting.agent(critics=few), setting.data()),
         f"update, {many} critics": update(setting.agent(critics=many), setting.data()),
@@ -236,14 +252,23 @@ def with_prefixes(setting: Setting) -> ChunkBatch:
     )
 
 
-def supervised(setting: Setting) -> Call:
-    """Make openpi's training step: only the flow loss, its gradient and AdamW."""
-    graph, params = nnx.split(setting.policy.create(nnx.Rngs(0)))
+def with_features(setting: Setting) -> ChunkBatch:
+    """Return the batch as a run with a frozen backbone and an implicit target reads it, if the caches are too large."""
+    batch, stored = setting.data(), with_prefixes(setting).next_observations
+    alone = dataclasses.replace(stored, prefix=(stored.prefix[0], None, None))
+    return dataclasses.replace(batch, next_observations=alone)
+
+
+def supervised(setting: Setting, *, frozen: bool = False) -> Call:
+    """Make openpi's training step: only the flow loss, its gradient and AdamW; ``frozen``: without the backbone."""
+    graph, params = parameters.split(setting.policy.create(nnx.Rngs(0)))
+    params, held = parameters.divide(params, Pi0.is_suffix_param if frozen else lambda path: True)
     optimizer, batch = optax.adamw(1e-4), setting.data()
     state = (params, optimizer.init(params))
 
     def loss(params: Any) -> Any:
-        return nnx.merge(graph, params).compute_loss(jax.random.key(0), batch.observations, batch.actions).mean()
+        policy = nnx.merge(graph, parameters.join(params, held))
+        return policy.compute_loss(jax.random.key(0), batch.observations, batch.actions).mean()
 
     def step(state: Any) -> Any:
         params, moments = state
@@ -361,6 +386,11 @@ def ratios(wall: dict[str, float], critics: list[int]) -> dict[str, float]:
     few, many = (wall[f"update, {count} critics"] for count in critics)
     return {
         "update_over_supervised_step": wall["update"] / wall["supervised step"],
+        "implicit_over_supervised_step": wall["implicit"] / wall["supervised step"],
+        "implicit_over_supervised_step_frozen": (
+            wall["implicit, frozen, stored features"] / wall["supervised step, frozen"]
+        ),
+        "update_over_implicit": wall["update"] / wall["implicit"],
         "literal_over_update": wall["literal recipe"] / wall["update"],
         "literal_by_vmap_over_update": wall["literal recipe, samples by vmap"] / wall["update"],
         "update_over_stored_prefixes": wall["update"] / wall["frozen, stored prefixes"],
@@ -377,9 +407,9 @@ def table(result: dict[str, Any]) -> str:
         )
     for row in result.get("rows", ()):
         lines.append(
-            f"{row['name']:32}{row['wall_s']['median'] * 1e3:10.1f} ms{row['cpu_s']['median'] * 1e3:10.1f} cpu ms"
+            f"{row['name']:36}{row['wall_s']['median'] * 1e3:10.1f} ms{row['cpu_s']['median'] * 1e3:10.1f} cpu ms"
         )
-    lines += [f"{name:32}{value:10.2f}" for name, value in result.get("ratios", {}).items()]
+    lines += [f"{name:38}{value:10.2f}" for name, value in result.get("ratios", {}).items()]
     return "\n".join(lines)
 
 

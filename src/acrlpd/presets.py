@@ -351,7 +351,7 @@ def _lean_cheap(config: TrainConfig) -> Changes:
 
 def _bc(config: TrainConfig) -> Changes:
     """Imitation with the flow alone, without critics or an online phase."""
-    return {"agent": {"algorithm": "bc"}, "online_steps": 0}
+    return {"agent": {"algorithm": "bc", "target": "best_of_n"}, "online_steps": 0}
 
 
 def _qc(config: TrainConfig, **changes: Any) -> Changes:

@@ -43,6 +43,9 @@ class Draws:
 @dataclasses.dataclass(frozen=True)
 class Settings:
     extraction: str
+    target: str
+    statistic: str  # of an implicit target
+    level: float
     aggregation: str
     judged: tuple[int, int]  # steps and action dimensions of a chunk that critics read: h and the robot's A
     pessimism: float
@@ -108,10 +111,20 @@ def euler(policy: Params, state: np.ndarray, noise: np.ndarray, num_steps: int) 
 def member_values(critic: Params, state: np.ndarray, chunk: np.ndarray, judged: tuple[int, int]) -> np.ndarray:
     """Q [e b] of one chunk for each state, member by member."""
     inputs = np.concatenate([state, chunk[:, : judged[0], : judged[1]].reshape(len(chunk), -1)], axis=1)
+    kernel = np.concatenate([critic["observation_in/kernel"], critic["chunk_in/kernel"]], axis=1)
+    return outputs(critic, inputs, kernel, critic["observation_in/bias"] + critic["chunk_in/bias"])
+
+
+def state_value(value: Params, state: np.ndarray) -> np.ndarray:
+    """V [b] of each state: a critic of one member that reads no chunk."""
+    return outputs(value, state, value["observation_in/kernel"], value["observation_in/bias"])[0]
+
+
+def outputs(critic: Params, inputs: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """[e b] of an ensemble, whose first layer is given, member by member."""
     values = []
     for e in range(len(critic["out/bias"])):
-        kernel = np.concatenate([critic["observation_in/kernel"][e], critic["chunk_in/kernel"][e]])
-        x = gelu(inputs @ kernel + critic["observation_in/bias"][e] + critic["chunk_in/bias"][e])
+        x = gelu(inputs @ kernel[e] + bias[e])
         x = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-6)
         x = x * critic["norms/0/scale"][e] + critic["norms/0/bias"][e]
         values.append((x @ critic["out/kernel"][e] + critic["out/bias"][e])[:, 0])
@@ -154,10 +167,21 @@ def td_target(state: State, settings: Settings, batch: Batch, draws: Draws, cand
         [aggregate(critic, member_values(critic, batch.next_state, x, judged), settings) for x in candidates]
     )
     chosen = np.stack([candidates[scores[:, i].argmax(), i] for i in range(len(batch.state))])
-    members = member_values(state.target_critic, batch.next_state, chosen, judged)
-    next_q = aggregate(state.target_critic, members, settings, draws.pair)
-    horizon = judged[0]
-    target = settings.discount**horizon * batch.bootstrap_mask * next_q
+    return returns_and(slow_value(state, settings, batch.next_state, chosen, draws), settings, batch)
+
+
+def slow_value(
+    state: State, settings: Settings, observation: np.ndarray, chunk: np.ndarray, draws: Draws
+) -> np.ndarray:
+    """[b] of the target critics."""
+    members = member_values(state.target_critic, observation, chunk, settings.judged)
+    return aggregate(state.target_critic, members, settings, draws.pair)
+
+
+def returns_and(next_value: np.ndarray, settings: Settings, batch: Batch) -> np.ndarray:
+    """y of section 2, from the value [b] of the next state."""
+    horizon = settings.judged[0]
+    target = settings.discount**horizon * batch.bootstrap_mask * next_value
     for k in range(horizon):
         target = target + settings.discount**k * batch.valid[:, k] * batch.rewards[:, k]
     return target
@@ -204,6 +228,15 @@ def critic_loss(critic: Params, settings: Settings, batch: Batch, target: np.nda
         error = aggregate(critic, held, settings) - target
         loss = loss + np.mean(batch.sequence_mask * penalty(error, settings.huber_delta))
     return loss
+
+
+def implicit_loss(v: np.ndarray, q: np.ndarray, mask: np.ndarray, statistic: str, level: float) -> float:
+    """Row by row: how far Q is from V, weighted by the side on which it lies."""
+    total = 0.0
+    for value, target, counts in zip(v, q, mask, strict=True):
+        size = abs(target - value) ** {"expectile": 2, "quantile": 1}[statistic]
+        total += counts * size * (level if target >= value else 1 - level)
+    return total / len(v)
 
 
 def flow_loss(policy: Params, batch: Batch, draws: Draws) -> np.ndarray:
@@ -301,18 +334,26 @@ def update(
 ) -> tuple[State, dict[str, float]]:
     """The state after one update, and the losses before it. ``weights``: critic, bc, actor, alpha."""
     old = state.params
-    candidates = propose(state, settings, batch.next_state, draws.candidate_noise)
-    target = td_target(state, settings, batch, draws, candidates)
+    if settings.target == "implicit":
+        target = returns_and(state_value(old["value"], batch.next_state), settings, batch)
+        data_q = slow_value(state, settings, batch.state, batch.actions, draws)
+    else:
+        candidates = propose(state, settings, batch.next_state, draws.candidate_noise)
+        target = td_target(state, settings, batch, draws, candidates)
+        target_entropy = -settings.entropy_multiplier * np.prod(settings.judged)
+        excess = entropy(candidates, settings.judged) - target_entropy
     held = member_values(old["critic"], batch.state, batch.actions, settings.judged)
     sample_weight = sample_weights(state, settings, batch, draws, target)
-    target_entropy = -settings.entropy_multiplier * np.prod(settings.judged)
-    excess = entropy(candidates, settings.judged) - target_entropy
 
     def critic_term(critic: Params) -> float:
         return critic_loss(critic, settings, batch, target, held)
 
     def bc_term(policy: Params) -> float:
         return np.mean(sample_weight[:, None] * batch.valid * flow_loss(policy, batch, draws))
+
+    def value_term(value: Params) -> float:
+        v = state_value(value, batch.state)
+        return implicit_loss(v, data_q, batch.sequence_mask, settings.statistic, settings.level)
 
     def alpha_term(temperature: Params) -> float:
         return np.exp(temperature["log_temperature"]) * excess
@@ -321,15 +362,20 @@ def update(
         "critic_loss": critic_term(old["critic"]),
         "bc_loss": bc_term(old["policy"]),
         "actor_loss": 0.0,
-        "alpha_loss": alpha_term(old["temperature"]),
         "target_q_mean": target.mean(),
-        "entropy_estimate": excess + target_entropy,
     }
     terms = {
         "critic": lambda critic: weights["critic"] * critic_term(critic),
         "policy": lambda policy: weights["bc"] * bc_term(policy),
-        "temperature": lambda temperature: weights["alpha"] * alpha_term(temperature),
     }
+    if settings.target == "implicit":  # nothing is drawn whose entropy could move the temperature
+        v = state_value(old["value"], batch.state)
+        losses |= {"value_loss": value_term(old["value"]), "alpha_loss": 0.0, "v_mean": v.mean()}
+        losses |= {"advantage_mean": (data_q - v).mean(), "advantage_positive": (data_q > v).mean()}
+        terms["value"] = lambda value: weights["critic"] * value_term(value)
+    else:
+        losses |= {"alpha_loss": alpha_term(old["temperature"]), "entropy_estimate": excess + target_entropy}
+        terms["temperature"] = lambda temperature: weights["alpha"] * alpha_term(temperature)
     if settings.extraction == "q_gradient":
         size = q_size(state, settings, batch, draws)
         losses["actor_loss"] = q_gradient_loss(old["policy"], state, settings, batch, draws, None)
@@ -341,7 +387,7 @@ def update(
         losses["actor_loss"] = distill_loss(old["student"], state, settings, batch, draws)
         terms["student"] = lambda student: weights["actor"] * distill_loss(student, state, settings, batch, draws)
 
-    params, first, second = {}, {}, {}
+    params, first, second = dict(old), {}, {}
     for group, term in terms.items():
         grads = gradient(term, old[group])
         params[group], first[group], second[group] = adamw(state, group, grads, settings, state.count + 1)

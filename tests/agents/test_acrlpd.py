@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 from jax.extend import core
 
-from acrlpd.agents import acrlpd, candidates, sampling
+from acrlpd.agents import acrlpd, candidates, implicit, sampling, td
 from acrlpd.agents import agent as agent_module
-from acrlpd.agents.config import AgentConfig, TemperatureConfig
+from acrlpd.agents.config import AgentConfig, ImplicitConfig, TemperatureConfig
 from acrlpd.agents.draws import Draws
 from acrlpd.agents.losses import LossWeights
 from acrlpd.models import flow
@@ -27,6 +27,8 @@ ADAM = {"learning_rate": 1e-2, "b1": 0.9, "b2": 0.95, "eps": 1e-2, "weight_decay
 MAX_NORM = 0.5
 WEIGHTS = LossWeights(critic_weight=0.7, actor_weight=1.3, bc_weight=0.9, alpha_weight=0.6)
 
+IMPLICIT = {"target": "implicit", "temperature": TemperatureConfig(adaptive=False)}
+
 # Every choice of the loss occurs once; a compiled update is shared by all tests of a case.
 CASES = {
     "min": {},
@@ -36,8 +38,15 @@ CASES = {
     "short": {"critic": {"q_aggregation": "mean_minus_std", "horizon": 2}},
     "q_gradient": {"extraction": "q_gradient", "action_clip": 2.0},
     "distill": {"extraction": "distill", "action_clip": 1.0, "distill_weight": 3.0},
+    "implicit": {**IMPLICIT, "bc_weighting": "importance"},
+    "quantile": {
+        **IMPLICIT,
+        "implicit": ImplicitConfig("quantile", 0.7),
+        "critic": {"q_aggregation": "subset"},
+        "huber_delta": 0.5,
+    },
 }
-QUICK = ("min", "short", "q_gradient", "distill")  # the others take a compilation each for no other test
+QUICK = ("min", "short", "q_gradient", "distill", "implicit")  # the others take a compilation each for no other test
 MODEL_WIDTH = {"q_gradient": 3}  # wider than the robot's two action dimensions: the third is padding
 
 
@@ -85,6 +94,9 @@ def settings(agent) -> reference.Settings:
     config = agent.config
     return reference.Settings(
         extraction=config.extraction,
+        target=config.target,
+        statistic=config.implicit.statistic,
+        level=config.implicit.level,
         aggregation=config.critic.q_aggregation,
         judged=(agent.nets.critic_horizon, 2),
         pessimism=config.critic.pessimism,
@@ -106,6 +118,7 @@ def settings(agent) -> reference.Settings:
     ("case", "rows"),
     [
         *(("min", (kind,)) for kind in ("whole", "time_limit", "terminal_inside", "padded")),
+        ("implicit", ("time_limit", "terminal_last")),
         *((case, ()) for case in QUICK),  # a batch of all kinds of rows
         *(pytest.param(case, (), marks=pytest.mark.slow) for case in CASES if case not in QUICK),
     ],
@@ -157,6 +170,24 @@ def test_critics_alone_learn_the_value_of_what_the_data_goes_on_with(case, agent
     assert after.step == agent.step + 1
 
 
+def test_critics_alone_learn_with_v_if_the_target_is_implicit(agents, toys, flat):
+    """No next chunk is needed, and the target is that of the whole update; V does not act."""
+    agent, batch = agents["implicit"], toys.batch()
+    assert batch.next_actions is None
+    after, metrics = toys.jit(agent_module._update_critic.__wrapped__)(agent, batch, toys.key(0))
+    facts = reference_batch(batch)
+    v, next_v = (reference.state_value(flat(agent.params["value"]), x) for x in (facts.state, facts.next_state))
+    target = reference.returns_and(next_v, settings(agent.config), facts)
+    np.testing.assert_allclose(metrics["target_q_mean"], target.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["v_mean"], v.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["total_loss"], metrics["critic_loss"] + metrics["value_loss"], rtol=1e-6)
+    for group in ("policy", "temperature"):
+        jax.tree.map(np.testing.assert_array_equal, after.params[group], agent.params[group])
+    for group in ("critic", "value"):
+        assert not same(after.params[group], agent.params[group])
+    assert "value" not in agent.acting_only().params
+
+
 def same(one, other) -> bool:
     return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool(np.all(x == y)), one, other)))
 
@@ -182,19 +213,21 @@ class FeatureFlow(MLPFlow):
 
 
 TERMS = ("critic_weight", "bc_weight", "actor_weight", "alpha_weight")
-TABLE = {  # for each extraction, which parameters the four terms may move
+TABLE = {  # for each extraction, and for an implicit target, which parameters the four terms may move
     "best_of_n": ({"critic"}, {"policy"}, set(), {"temperature"}),
     "q_gradient": ({"critic"}, {"policy"}, {"policy"}, {"temperature"}),
     "distill": ({"critic"}, {"policy"}, {"student"}, {"temperature"}),
+    "implicit": ({"critic", "value"}, {"policy"}, set(), set()),
 }
 
 
-@pytest.mark.parametrize("extraction", TABLE)
-def test_a_loss_moves_its_own_parameters_alone(extraction, toys, flat):
+@pytest.mark.parametrize("case", TABLE)
+def test_a_loss_moves_its_own_parameters_alone(case, toys, flat):
     """The table of section 7: exactly zero where it says no, in every array; not zero, in every array, where it says
     yes. All four terms at once, each weighing 1 in its own copy of the gradient."""
+    choice = IMPLICIT if case == "implicit" else {"extraction": case}
     config = toys.config(
-        extraction=extraction, best_of_n_samples=2, flow_steps=2, critic={"num_critics": 2, "q_aggregation": "weighted"}
+        **choice, best_of_n_samples=2, flow_steps=2, critic={"num_critics": 2, "q_aggregation": "weighted"}
     )
     policy = FeatureFlow(MLPFlowConfig(4, 2, 3, (8,)), nnx.Rngs(params=toys.key(0)))
     agent = toys.agent(config, policy=policy)
@@ -208,9 +241,32 @@ def test_a_loss_moves_its_own_parameters_alone(extraction, toys, flat):
     for group, tree in grads.items():
         for name, values in flat(tree).items():
             assert np.isfinite(values).all()
-            for term, moved, value in zip(TERMS, TABLE[extraction], values, strict=True):
+            for term, moved, value in zip(TERMS, TABLE[case], values, strict=True):
                 # a distilled teacher's prefix is shared, so its own parameters are the policy's alone
                 assert (np.abs(value).max() > 0) == (group in moved), f"{term}: {group}/{name}"
+
+
+def test_the_td_loss_does_not_reach_v_and_its_regression_reaches_nothing_else(toys, flat):
+    """V's gradient is that of its own loss alone; without that loss, the critics' gradient is the same."""
+    policy = FeatureFlow(MLPFlowConfig(4, 2, 3, (8,)), nnx.Rngs(params=toys.key(0)))
+    agent, batch = toys.agent(toys.config(**IMPLICIT), policy=policy), toys.batch()
+    draws = Draws.of_update(toys.key(0), agent.config, (6, *agent.nets.action_shape))
+    prefix, next_prefix = (
+        agent.nets.modules(agent.params, agent.frozen).policy.encode(seen)
+        for seen in (batch.observations, batch.next_observations)
+    )
+
+    def parts(params):
+        """The TD loss and V's, each by itself."""
+        modules = agent.nets.modules(agent.params | params, agent.frozen)
+        next_value, value_loss, _ = implicit.next_value_and_loss(
+            modules.value, agent, batch, draws, prefix, next_prefix
+        )
+        return td.loss_and_values(modules.critic, agent, batch, draws, prefix, next_value)[0], value_loss
+
+    by_td, by_v = toys.jit(jax.jacrev(parts))({group: agent.params[group] for group in ("critic", "value")})
+    assert not any(values.any() for values in flat((by_td["value"], by_v["critic"])).values())
+    assert all(values.any() for values in flat((by_td["critic"], by_v["value"])).values())
 
 
 def test_aggregation_weights_learn_and_members_are_held_by_their_term(agents, toys, flat):
@@ -313,6 +369,29 @@ def test_cost_of_an_update(name, expected, strategy, toys):
     ProbedFlow.trace = []
     jax.make_jaxpr(agent_module._gradients)(agent, batch, toys.key(0), WEIGHTS)
     assert ProbedFlow.trace == ["encode", "encode", "backward"]
+
+
+@pytest.mark.parametrize(
+    ("extraction", "expected"), [("best_of_n", 1), ("q_gradient", 1 + 2 * 3), ("distill", 1 + 3 + 1)]
+)
+def test_an_implicit_target_samples_nothing(extraction, expected, toys):
+    """What is left is imitation, and the actor's own samples at s. Of s' nothing is read but state and features: those
+    may be stored, and then nothing encodes it."""
+    config = toys.config(**IMPLICIT, extraction=extraction, best_of_n_samples=5, target_flow_steps=2)
+    agent, batch = toys.agent(config, policy=toys.policy(kind=ProbedFlow)), toys.batch()
+    ProbedFlow.trace = []
+    gradients = jax.make_jaxpr(agent_module._gradients)
+    gradients(agent, batch, toys.key(0), WEIGHTS)
+    assert ProbedFlow.trace == ["encode", "encode", "backward"]
+    stored = batch.next_observations.replace(prefix=(jnp.zeros((6, 0)), None, None))
+    ProbedFlow.trace = []
+    gradients(agent, batch.replace(next_observations=stored), toys.key(0), WEIGHTS)
+    assert ProbedFlow.trace == ["encode", "backward"]
+
+    draws = Draws.of_update(toys.key(0), config, (6, *agent.nets.action_shape))
+    assert draws.candidates.size == 0
+    jaxpr = jax.make_jaxpr(acrlpd.joint_loss)(agent.params, agent, batch, draws, WEIGHTS).jaxpr
+    assert evaluations(jaxpr) == expected
 
 
 # -- frozen parameters -------------------------------------------------------------------------------------------------
@@ -514,11 +593,21 @@ def test_strategies_choose_alike(strategy, block, agents, toys):
         ({"target_flow_steps": 0}, "target_flow_steps must be a whole number of at least 1"),
         ({"top_k": 0}, "top_k must be a whole number of at least 1"),
         ({"target_samples": 1}, "raise agent.target_samples"),
+        ({"target": "implicits"}, "agent.target must be"),
+        ({"target": "implicit"}, "draws none: set agent.temperature.adaptive to False"),
+        ({**IMPLICIT, "algorithm": "rlpd_ac"}, "does not go with agent.algorithm='rlpd_ac': its target is a sample"),
+        ({**IMPLICIT, "algorithm": "bc"}, "does not go with agent.algorithm='bc': it trains no critics"),
     ],
 )
 def test_config_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
         AgentConfig(**changes)
+
+
+@pytest.mark.parametrize("changes", [{"level": 0.0}, {"level": 1.0}, {"statistic": "mean"}])
+def test_an_implicit_target_refuses(changes):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))} must"):
+        ImplicitConfig(**changes)
 
 
 def test_temperature_must_be_positive():

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_reference as reference
 import pytest
 
 from acrlpd.agents import acrlpd, losses
@@ -56,6 +57,51 @@ def test_critic_loss(sequence_mask, expected):
     q = jnp.array([[6.0, 4.0], [7.0, 7.0]])
     loss = losses.critic_loss(q, jnp.array([5.0, 7.0]), jnp.array(sequence_mask))
     np.testing.assert_allclose(loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("statistic", "sequence_mask", "expected"),
+    [
+        ("expectile", [1.0, 1.0, 1.0], (0.9 * 4 + 0.1 * 9 + 0) / 3),
+        ("quantile", [1.0, 1.0, 1.0], (0.9 * 2 + 0.1 * 3 + 0) / 3),
+        ("expectile", [1.0, 0.0, 1.0], 0.9 * 4 / 3),  # divided by the whole batch
+        ("quantile", [0.0, 1.0, 1.0], 0.1 * 3 / 3),
+    ],
+)
+def test_implicit_value_loss(statistic, sequence_mask, expected):
+    """Q lies 2 above V, 3 below it, and on it."""
+    v, q = jnp.array([1.0, 1.0, 1.0]), jnp.array([3.0, -2.0, 1.0])
+    loss = losses.implicit_value_loss(v, q, jnp.array(sequence_mask), statistic=statistic, level=0.9)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert loss == pytest.approx(reference.implicit_loss(v, q, np.array(sequence_mask), statistic, 0.9))
+
+
+@pytest.fixture(scope="module")
+def qgf(shared):
+    """Arrays of QGF's own code: one batch, its critics' and V's values, and its losses."""
+    path = shared / "golden-improvement" / "qgf.npz"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    with np.load(path) as arrays:
+        return {name: jnp.asarray(array) for name, array in arrays.items()}
+
+
+def test_qgfs_critic_loss(qgf):
+    target = losses.td_target(
+        qgf["rewards"],
+        jnp.ones_like(qgf["rewards"]),
+        qgf["bootstrap_mask"],
+        qgf["next_v"],
+        discount=float(qgf["discount"]),
+    )
+    loss = losses.critic_loss(qgf["q"], target, qgf["sequence_mask"])
+    np.testing.assert_allclose(loss, qgf["critic_loss"], rtol=1e-5)
+
+
+def test_qgfs_value_loss(qgf):
+    q, level = qgf["target_q"].min(axis=0), float(qgf["expectile"])
+    loss = losses.implicit_value_loss(qgf["v"], q, qgf["sequence_mask"], statistic="expectile", level=level)
+    np.testing.assert_allclose(loss, qgf["value_loss"], rtol=1e-5)
 
 
 @pytest.mark.parametrize(("error", "expected"), [(0.5, 0.25), (-1.0, 1.0), (3.0, 2 * 3 - 1), (-3.0, 2 * 3 - 1)])

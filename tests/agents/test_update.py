@@ -13,6 +13,7 @@ from flax import nnx
 
 from acrlpd.agents import agent as agent_module
 from acrlpd.agents import candidates, sampling
+from acrlpd.agents.config import ImplicitConfig, TemperatureConfig
 from acrlpd.agents.draws import Draws, deal
 from acrlpd.agents.losses import LossWeights
 from acrlpd.models import flow
@@ -20,6 +21,7 @@ from acrlpd.models.gaussian import ChunkGaussianConfig
 from acrlpd.types import Observation
 
 WEIGHTS = LossWeights(critic_weight=0.7, actor_weight=1.3, bc_weight=0.9, alpha_weight=0.6)
+IMPLICIT = {"target": "implicit", "temperature": TemperatureConfig(adaptive=False)}
 
 
 def assert_close(one, other, **tolerance):
@@ -49,6 +51,39 @@ def test_micro_batches_add_up_to_the_batch(toys):
     assert_close(summed, whole, rtol=1e-4, atol=1e-6)
     for name in ("total_loss", "critic_loss", "bc_loss", "actor_loss", "alpha_loss", "q_mean", "target_q_mean"):
         np.testing.assert_allclose(part_metrics[name], metrics[name], rtol=1e-4, err_msg=name)
+
+
+def test_micro_batches_of_an_implicit_target_add_up_too(toys):
+    agent, batch = toys.agent(toys.config(**IMPLICIT)), toys.batch()
+    parts = dataclasses.replace(agent.config, gradient_accumulation_steps=3)
+    in_parts = dataclasses.replace(agent, nets=dataclasses.replace(agent.nets, config=parts))
+    gradients = toys.jit(lambda agent: agent_module._gradients(agent, batch, toys.key(0), WEIGHTS))
+    (whole, metrics), (summed, part_metrics) = gradients(agent), gradients(in_parts)
+    assert_close(summed, whole, rtol=1e-4, atol=1e-6)
+    for name in ("total_loss", "value_loss", "v_mean", "advantage_mean", "advantage_positive", "target_q_mean"):
+        np.testing.assert_allclose(part_metrics[name], metrics[name], rtol=1e-4, err_msg=name)
+
+
+# -- an implicit target ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("statistic", "expected"), [("expectile", 0.8), ("quantile", 1.0)])
+def test_v_approaches_the_upper_end_of_what_the_data_earned(statistic, expected, toys):
+    """One state, two chunks that are as frequent and end with 1 or 0: the expectile of these at level 0.8 is 0.8, where
+    0.8 (1 - V) = 0.2 V; the quantile is 1, which more than a fifth of them earned. The mean is 0.5."""
+    config = toys.config(**IMPLICIT, implicit=ImplicitConfig(statistic, 0.8))
+    agent = toys.agent(config)
+    batch, good = toys.batch("terminal_last"), jnp.arange(6) % 2 == 0
+    batch = batch.replace(
+        observations=Observation(state=jnp.ones((6, 4))),
+        actions=jnp.where(good, 0.5, -0.5)[:, None, None] * jnp.ones((6, 3, 2)),
+        rewards=jnp.zeros((6, 3)).at[:, 0].set(good),
+    )
+    for seed in range(600):
+        agent, metrics = toys.update(agent, batch, toys.key(seed), WEIGHTS)
+    np.testing.assert_allclose(metrics["q_mean"], 0.5, atol=0.02)
+    np.testing.assert_allclose(metrics["v_mean"], expected, atol=0.05)
+    np.testing.assert_allclose(metrics["advantage_mean"], 0.5 - expected, atol=0.05)
 
 
 # -- several updates a call, moving average ----------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from tests.training.test_every_field import SEEN
+from tests.training.test_every_field import IMPLICIT, SEEN
 
 from acrlpd import platforms, presets
 from acrlpd.cli import train
@@ -23,6 +23,8 @@ SETTINGS = {  # of each rule: under which settings of the demo its fields are id
     "agent.best_of_n_strategy auto": ({"agent.best_of_n_strategy": "parallel"}, {}),
     "agent.extraction q_gradient or one of your own": ({}, {"agent.extraction": "q_gradient"}),
     "agent.critic.q_aggregation mean_minus_std": ({}, {"agent.critic.q_aggregation": "mean_minus_std"}),
+    "agent.target best_of_n": (IMPLICIT, {}),
+    "agent.target implicit": ({}, IMPLICIT),
     "agent.extraction distill": ({}, {"agent.extraction": "distill"}),
     "an agent.bc_weighting": ({}, {"agent.bc_weighting": "importance"}),
     "agent.critic.use_pi0_features": ({"agent.critic.use_pi0_features": False}, {}),
@@ -55,7 +57,7 @@ FIELDS = [(rule.needs, field) for rule in RULES for field in rule.fields]
 NOT_IDLE = {
     *("env.name", "env.image_size", "policy.kind", "policy.paligemma_variant", "policy.action_expert_variant"),
     *("policy.vision_variant", "policy.frozen_dtype", "rollout.backend", "data.weights", "data.sources"),
-    *("data.online_ratio", "data.ends_in_chunks", "agent.critic.horizon"),
+    *("data.online_ratio", "data.ends_in_chunks", "agent.critic.horizon", "agent.target"),
 }
 
 

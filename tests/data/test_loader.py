@@ -314,3 +314,50 @@ def test_stats_count_what_was_made():
     assert stats["batches_per_s"] > 0
     assert stats["wait_s"] > 0
     assert "cache_hit_rate" not in stats
+
+
+class Rows:
+    """Stored numbers of rows: ten times the row's own, so that it shows which row was taken."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def take(self, rows):
+        return self.kind, 10 * rows
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_next_observations_may_have_features_alone(whole):
+    """With or without whole prefixes in the place of the first observations; without them, those keep their images."""
+    stored = [Rows("whole")] if whole else None
+    loader = make_loader(prefixes=stored, next_features=[Rows("features")], prefetch=0)
+    plain = make_loader(prefetch=0).batch(3)
+    batch, rows = loader.batch(3), drawn_rows(plain)
+    assert batch.next_observations.images == {}
+    assert batch.next_observations.prefix[0] == "features"
+    if whole:
+        assert batch.observations.images == {}
+        assert batch.observations.prefix[0] == "whole"
+        np.testing.assert_array_equal(batch.observations.prefix[1], 10 * rows)
+    else:
+        assert batch.observations.prefix is None
+        assert_same(batch.observations.images, plain.observations.images)
+    ends = np.array([6, 8, 17])[np.searchsorted([6, 8, 17], rows)]
+    np.testing.assert_array_equal(batch.next_observations.prefix[1], 10 * np.minimum(rows + 3, ends))
+    assert_same(batch.next_observations.state, plain.next_observations.state)
+    assert loader.batch(3, online=True).next_observations.prefix is None
+
+
+def drawn_rows(batch):
+    """The rows of the store of 7, 2 and 9 steps at which the chunks start."""
+    return np.array([0, 7, 9])[batch.episode_id] + batch.step_id
+
+
+def test_batches_for_critics_alone_may_do_without_next_chunks():
+    """Then no chunk stays out of the TD loss for want of a successor."""
+    with_next, without = (
+        make_loader(next_actions=each, prefetch=0).batch(1, critic_alone=True) for each in (True, False)
+    )
+    assert with_next.next_actions is not None
+    assert without.next_actions is None
+    np.testing.assert_array_equal(without.sequence_mask, make_loader(prefetch=0).batch(1).sequence_mask)

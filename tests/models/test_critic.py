@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from acrlpd.models.critic import CriticConfig, CriticNetworks
+from acrlpd.models.critic import CriticConfig, CriticNetworks, ValueNetwork
 
 E, N, B, F, S, H, A = 3, 5, 4, 6, 2, 3, 2
 CONFIG = CriticConfig(num_critics=E, hidden_dims=(8, 7))
@@ -43,8 +43,9 @@ ACTIVATIONS = {
 }
 
 
-def member(critic, e, features, state, chunk):
-    """Q of one member for one observation and one chunk: an ordinary MLP on concatenated inputs, in float64."""
+def member(critic, e, features, state, chunk=None):
+    """Q of one member for one observation and one chunk: an ordinary MLP on concatenated inputs, in float64. Without a
+    chunk, V of a value network."""
 
     def weights(layer):
         return np.float64(layer.kernel[...][e]), np.float64(layer.bias[...][e])
@@ -61,9 +62,9 @@ def member(critic, e, features, state, chunk):
         observation = features + linear(critic.state_projection, state)
     elif config.feature_fusion_method == "mlp":
         observation = activation(linear(critic.fusion, observation))
-    first = [weights(critic.observation_in), weights(critic.chunk_in)]
+    first = [weights(critic.observation_in), *([] if chunk is None else [weights(critic.chunk_in)])]
     kernel, bias = np.concatenate([k for k, _ in first]), sum(b for _, b in first)
-    x = np.concatenate([observation, chunk.ravel()]) @ kernel + bias
+    x = np.concatenate([observation, [] if chunk is None else chunk.ravel()]) @ kernel + bias
     for layer in range(len(config.hidden_dims)):
         x = activation(x if layer == 0 else linear(critic.hidden[layer - 1], x))
         if config.use_layer_norm:
@@ -102,6 +103,22 @@ def test_steps_beyond_the_horizon_have_no_value(make, inputs):
     for e, n, b in np.ndindex(E, 1, B):
         expected = member(critic, e, *(np.float64(x) for x in (features[b], state[b], chunks[n, b, :2])))
         np.testing.assert_allclose(q[e, n, b], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"feature_fusion_method": method} for method in ("concat", "add", "mlp")),
+        {"use_pi0_features": False, "dropout_rate": 0.5},
+    ],
+    ids=str,
+)
+def test_a_value_network_is_a_single_network_without_a_chunk(changes, fill, inputs):
+    config = dataclasses.replace(CONFIG, **changes)
+    value = fill(lambda: ValueNetwork(config, feature_dim=F, state_dim=S, rngs=nnx.Rngs(0)))
+    features, state, _ = inputs
+    expected = [member(value, 0, np.float64(features[b]), np.float64(state[b])) for b in range(B)]
+    np.testing.assert_allclose(value(features, state), expected, atol=1e-4)
 
 
 def test_fresh_members_differ(inputs):

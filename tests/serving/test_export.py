@@ -101,6 +101,26 @@ def test_fast_keeps_the_three_best_critics_and_takes_ten_steps(trained, run, epi
     assert answer["actions"].shape == (5, 2)
 
 
+def test_td_errors_of_members_with_an_implicit_target(trained, episodes):
+    """The target is V's where the agent has one: with V made constant, that number."""
+    agent_config = trained.config.agent
+    temperature = dataclasses.replace(agent_config.temperature, adaptive=False)
+    agent_config = dataclasses.replace(agent_config, target="implicit", temperature=temperature, discount=1.0)
+    config = dataclasses.replace(trained.config, agent=agent_config)
+    agent = build.create_agent(config, trained.dims, ())
+    value = jax.tree.map(jax.numpy.zeros_like, agent.params["value"])
+    value["out"]["bias"] += 7
+    agent = dataclasses.replace(agent, params=agent.params | {"value": value})
+    batch = jax.device_put(loader_batch(trained, episodes))
+    found = export.member_td_errors(agent, batch, jax.random.key(0))
+    prefix = agent.acting_modules().policy.encode(batch.observations)
+    q = agent.nets.modules(agent.params, agent.frozen).critic(prefix.features, prefix.state, batch.actions[None])[:, 0]
+    target = (batch.valid * batch.rewards).sum(axis=1) + 7 * batch.bootstrap_mask
+    mask = np.asarray(batch.sequence_mask)
+    expected = (np.abs(np.asarray(q) - np.asarray(target)) * mask).sum(axis=1) / mask.sum()
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
 def test_td_errors_of_members_by_hand(trained, episodes):
     """With gamma 0 the target is the first reward, whatever the next state is worth."""
     config = dataclasses.replace(trained.config.agent, discount=1e-9)

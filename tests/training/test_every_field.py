@@ -49,6 +49,7 @@ TINY = TrainConfig(
 COUNTING = f"custom/{inspect.getfile(looks.CountingSimulator)}:CountingSimulator"
 COLLECTED = {"data.path": None, "data.action_normalization": "bounds"}
 MANY = {"agent.best_of_n_samples": 9, "agent.target_samples": 9}
+IMPLICIT = {"agent.target": "implicit", "agent.temperature.adaptive": False}
 FULL = {"policy.paligemma_variant": "gemma_2b", "policy.action_expert_variant": "gemma_300m"}
 WANDB, DATA = {"loggers.kinds": ["wandb"]}, "tests/training/test_data_options.py::"
 
@@ -96,6 +97,9 @@ SEEN: dict[str, tuple[Any, Any] | tuple[Any, Any, dict[str, Any]]] = {
     "agent.temperature.adaptive": (looks.learning, False),
     **{f"agent.loss_weights.{name}_weight": (looks.story, 0.3) for name in ("critic", "actor", "bc", "alpha")},
     "agent.extraction": (looks.learning, "q_gradient"),
+    "agent.target": (looks.learning, "implicit", {"agent.temperature.adaptive": False}),
+    "agent.implicit.statistic": (looks.learning, "quantile", IMPLICIT),
+    "agent.implicit.level": (looks.learning, 0.7, IMPLICIT),
     "agent.discount": (looks.learning, 0.9),
     "agent.target_update_tau": (looks.learning, 0.1),
     "agent.act_by_target_critic": (looks.acting, False),

@@ -39,12 +39,19 @@ def nbytes(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def test_a_plan_counts_what_the_agent_holds(tiny_config):
+IMPLICIT = {"agent.target": "implicit", "agent.temperature.adaptive": False}
+
+
+@pytest.mark.parametrize("changes", [{}, IMPLICIT])
+def test_a_plan_counts_what_the_agent_holds(tiny_config, changes):
+    tiny_config = apply_config_overrides(tiny_config, changes)
     found = memory.plan(tiny_config, Machine(1), dims=DIMS)
     agent = setup.make_agent(tiny_config, DIMS, ())
     assert found.parameter_bytes == nbytes((agent.params, agent.frozen, agent.target_critic))
     assert found.optimizer_bytes == nbytes(agent.opt_state)
     assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(agent.params["policy"]))
+    beside = {group: tree for group, tree in agent.params.items() if group in ("critic", "value")}
+    assert found.critic_parameters == sum(leaf.size for leaf in jax.tree.leaves(beside))
     assert found.activation_bytes > 0
     assert found.fits
 
@@ -56,6 +63,14 @@ def test_a_plan_that_does_not_fit_says_what_to_change(tiny_config):
     assert any("chunked" in line for line in memory.advice(tiny_config, found))
     with pytest.raises(ValueError, match="must be a multiple of the number of devices"):
         memory.plan(dataclasses.replace(tiny_config), Machine(3), dims=DIMS)
+
+
+def test_a_target_without_candidates_needs_less_and_none_are_advised_away(tiny_config):
+    many = apply_config_overrides(tiny_config, {"agent.target_samples": 64})
+    plans = [memory.plan(apply_config_overrides(many, each), Machine(1), dims=DIMS) for each in ({}, IMPLICIT)]
+    assert plans[1].activation_bytes < plans[0].activation_bytes / 2
+    small = dataclasses.replace(plans[1], machine=Machine(1, device_memory=1000))
+    assert not any("candidates" in line for line in memory.advice(apply_config_overrides(many, IMPLICIT), small))
 
 
 @pytest.mark.parametrize("algorithm", [None, "rlpd-ac"])

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from acrlpd.agents.config import AgentConfig
+from acrlpd.agents.config import AgentConfig, TemperatureConfig
 from acrlpd.config import DataConfig, PolicyConfig, TrainConfig
 from acrlpd.data import hdf5
 from acrlpd.models.critic import CriticConfig
@@ -56,8 +56,15 @@ def frozen(tmp_path):
     )
 
 
+def implicit(config):
+    agent = dataclasses.replace(config.agent, target="implicit", temperature=TemperatureConfig(adaptive=False))
+    return dataclasses.replace(config, agent=agent)
+
+
 @pytest.mark.slow
-def test_a_run_with_stored_prefixes_is_the_run_without(frozen, tmp_path):
+@pytest.mark.parametrize("target", [lambda config: config, implicit])
+def test_a_run_with_stored_prefixes_is_the_run_without(frozen, tmp_path, target):
+    frozen = target(frozen)
     without = dataclasses.replace(frozen, name="without", data=dataclasses.replace(frozen.data, prefix_bytes=0))
     trainers = [setup.make_trainer(config) for config in (frozen, without)]
     stored, computed = (trainer.loader.batch(0).observations for trainer in trainers)
@@ -121,6 +128,26 @@ def test_critics_alone_read_stored_features_of_any_backbone(frozen, tmp_path, mo
                 np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-5, err_msg=name)
     moved = jax.tree.map(lambda x, y: bool(np.any(x != y)), trainer.agent.params["policy"], untouched)
     assert any(jax.tree.leaves(moved))  # by the third update
+
+
+@pytest.mark.parametrize("prefix_bytes", [2**30, 1000])
+def test_an_implicit_target_reads_features_alone_after_the_chunk(frozen, tmp_path, prefix_bytes):
+    """Whole prefixes at s where they fit the budget, pictures where they do not; at s' pooled features either way."""
+    config = implicit(dataclasses.replace(frozen, data=dataclasses.replace(frozen.data, prefix_bytes=prefix_bytes)))
+    trainer = setup.make_trainer(config)
+    without = dataclasses.replace(config, name="without", data=dataclasses.replace(config.data, prefix_bytes=0))
+    stored, computed = trainer.loader.batch(0), setup.make_trainer(without).loader.batch(0)
+    assert (stored.next_observations.images, stored.next_observations.prefix[1:]) == ({}, (None, None))
+    assert (stored.observations.prefix is None) == bool(stored.observations.images) == (prefix_bytes == 1000)
+    encode, policy = prefixes._encoder(trainer.agent, features_alone=True)
+    expected = encode(policy, computed.next_observations)[0]
+    np.testing.assert_allclose(stored.next_observations.prefix[0], expected, rtol=1e-4, atol=1e-5)
+    online = trainer.loader.batch(0, online=True)
+    assert (online.observations.prefix, online.next_observations.prefix) == (None, None)
+
+    moved = dataclasses.replace(trainer.agent, params=jax.tree.map(lambda x: x + 1, trainer.agent.params))
+    keys = [prefixes.key(config, each, trainer.norm_stats, tmp_path / "data", True) for each in (trainer.agent, moved)]
+    assert keys[0] == keys[1]  # what encodes is frozen, so a resumed run finds its features
 
 
 def test_more_than_the_budget_is_not_stored(frozen, tmp_path, caplog):

@@ -44,6 +44,28 @@ def test_resumed_offline_run_equals_the_uninterrupted_one_bit_for_bit(finished, 
     assert [json.loads(line)["step"] for line in files.metrics.read_text().splitlines()] == [2, 4, 6, 8, 6, 8]
 
 
+def test_a_run_with_an_implicit_target_resumes_bit_for_bit_and_acts(tiny_config):
+    """Critics and V alone at first, then two updates a call; the checkpoint has V and its moments."""
+    temperature = dataclasses.replace(tiny_config.agent.temperature, adaptive=False)
+    agent = dataclasses.replace(tiny_config.agent, target="implicit", temperature=temperature, policy_ema_decay=0.5)
+    config = dataclasses.replace(tiny_config, agent=agent, critic_alone_steps=2, updates_per_call=2)
+    trainer = setup.make_trainer(config)
+    assert trainer.loader.batch(0, critic_alone=True).next_actions is None
+    trainer.train()
+    records = read_jsonl(setup.run_files(config).metrics)
+    for name in ("value_loss", "v_mean", "advantage_mean", "advantage_positive", "grad_norm/value"):
+        assert np.isfinite([each[f"train/{name}"] for each in records]).all()
+    shutil.rmtree(setup.run_files(config).checkpoints / "8")
+    resumed = setup.make_trainer(config, resume=True)
+    assert int(resumed.agent.step) == 4
+    resumed.train()
+    assert_same_bits(trainer.agent, resumed.agent)
+    loaded = setup.load_checkpoint(setup.run_files(config).directory)
+    assert_same_bits(trainer.agent, loaded.agent)
+    seen, rng = trainer.loader.batch(0).observations, jax.random.key(5)
+    np.testing.assert_array_equal(loaded.agent.sample_actions(seen, rng), trainer.agent.sample_actions(seen, rng))
+
+
 def test_another_seed_is_another_run(finished, tiny_config):
     other = setup.make_trainer(dataclasses.replace(tiny_config, seed=finished.config.seed + 1))
     other.train()

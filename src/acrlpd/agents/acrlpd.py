@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from acrlpd.agents import candidates, losses, td
+from acrlpd.agents import candidates, implicit, losses, td
 from acrlpd.agents.config import AgentConfig
 from acrlpd.agents.draws import Draws
+from acrlpd.agents.extraction import Modules
 from acrlpd.agents.losses import LossWeights
 from acrlpd.agents.state import AgentState
 from acrlpd.models import flow
+from acrlpd.models.flow import Prefix
 from acrlpd.models.parameters import Params
 from acrlpd.types import ChunkBatch
 
@@ -24,7 +26,7 @@ from acrlpd.types import ChunkBatch
 def joint_loss(
     params: dict[str, Params], agent: AgentState, batch: ChunkBatch, draws: Draws, weights: LossWeights
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Return the sum of critic, imitation, actor and temperature losses; s and s' take one prefix pass each."""
+    """Return the sum of critic, V's, imitation, actor and temperature losses; s and s' take one prefix pass each."""
     config, nets = agent.config, agent.nets
     modules = nets.modules(params, agent.frozen)
     constant = nets.modules(jax.lax.stop_gradient(params), agent.frozen)
@@ -33,9 +35,17 @@ def joint_loss(
     prefix = flow.encode(modules.policy, batch.observations)
     next_prefix = flow.encode(constant.policy, batch.next_observations)
 
-    # Section 2: the critic's loss at the chunk in the data.
-    chosen = candidates.choose(constant, config, next_prefix, draws.candidates, config.steps_in_target)
-    critic_loss, q, target = td.loss_and_values(modules.critic, agent, batch, draws, prefix, next_prefix, chosen.chunk)
+    # Section 2: the critic's loss at the chunk in the data. The value of s' is the best candidate's there, or V's.
+    value_loss = jnp.zeros(())
+    entropy: Float[Array, " b"] | None = None
+    if modules.value is None:
+        next_chunk, entropy, target_metrics = _best_of_n(constant, agent, draws, next_prefix)
+        next_value = td.slow_value(agent, next_prefix, next_chunk, draws.pair_rng)
+    else:
+        next_value, value_loss, target_metrics = implicit.next_value_and_loss(
+            modules.value, agent, batch, draws, prefix, next_prefix
+        )
+    critic_loss, q, target = td.loss_and_values(modules.critic, agent, batch, draws, prefix, next_value)
 
     # Section 3: the policy's losses, from imitation and from the extraction.
     flow_loss = flow.flow_loss(modules.policy, prefix, batch.actions, draws.flow_noise, draws.flow_time)
@@ -46,22 +56,20 @@ def joint_loss(
         climbing, prefix, draws.actor, temperature
     )
 
-    # Section 4: the temperature's loss, from the spread of the candidates drawn above.
-    judged = modules.critic.judged(chosen.candidates)
-    entropy = losses.gaussian_entropy(judged)
+    # Section 4: the temperature's loss, from the entropy of the candidates drawn above.
     alpha_loss = jnp.zeros(())
     if config.temperature.adaptive:
+        assert entropy is not None, "AgentConfig refuses an adaptive temperature where no candidates are drawn"
         alpha_loss = losses.temperature_loss(
             params["temperature"]["log_temperature"], entropy, target_entropy=nets.target_entropy
         )
 
     total = (
-        weights.critic_weight * critic_loss
+        weights.critic_weight * (critic_loss + value_loss)
         + weights.bc_weight * bc_loss
         + weights.actor_weight * actor_loss
         + weights.alpha_weight * alpha_loss
     )
-    spread = jnp.sqrt(jnp.var(judged, axis=0, ddof=min(1, len(judged) - 1)).sum(axis=(1, 2)))
     metrics = {
         "total_loss": total,
         "critic_loss": critic_loss,
@@ -69,23 +77,49 @@ def joint_loss(
         "actor_loss": actor_loss,
         "alpha_loss": alpha_loss,
         "alpha_value": temperature,
+    }
+    return total, metrics | target_metrics | td.metrics(q, target) | dict(actor_metrics)
+
+
+def _best_of_n(
+    modules: Modules, agent: AgentState, draws: Draws, prefix: Prefix
+) -> tuple[Float[Array, "b h a"], Float[Array, " b"], dict[str, Array]]:
+    """Return the best of N candidates, the entropy of all of them, and metrics of their spread."""
+    config = agent.config
+    chosen = candidates.choose(modules, config, prefix, draws.candidates, config.steps_in_target)
+    judged = modules.critic.judged(chosen.candidates)
+    entropy = losses.gaussian_entropy(judged)
+    spread = jnp.sqrt(jnp.var(judged, axis=0, ddof=min(1, len(judged) - 1)).sum(axis=(1, 2)))
+    metrics = {
         "entropy_estimate": entropy.mean(),
         "best_of_n_variance": chosen.scores.var(axis=0).mean(),
         "action_diversity": jnp.sqrt(2.0) * spread.mean(),  # root mean square distance between two candidates
     }
-    return total, metrics | td.metrics(q, target) | dict(actor_metrics)
+    return chosen.chunk, entropy, metrics
 
 
 def critic_alone_loss(
-    params: Params, agent: AgentState, batch: ChunkBatch, draws: Draws
+    params: dict[str, Params], agent: AgentState, batch: ChunkBatch, draws: Draws
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Return section 2's loss at the data's next chunk, not the policy's: it learns the value of the data's policy."""
-    if batch.next_actions is None:
-        raise ValueError("this batch has no next_actions: make it with ChunkLoader.batch(..., critic_alone=True)")
-    modules = agent.nets.modules(agent.params | {"critic": params}, agent.frozen)
+    """Return section 2's losses without the policy's samples; ``params`` has the groups that train, critic and V.
+
+    With V, nothing else changes. Without it, the next chunk is the data's: this learns the value of the data's policy.
+    """
+    modules = agent.nets.modules(agent.params | params, agent.frozen)
     prefix, next_prefix = (flow.encode(modules.policy, seen) for seen in (batch.observations, batch.next_observations))
-    loss, q, target = td.loss_and_values(modules.critic, agent, batch, draws, prefix, next_prefix, batch.next_actions)
-    return loss, {"total_loss": loss, "critic_loss": loss} | td.metrics(q, target)
+    value_loss = jnp.zeros(())
+    value_metrics: dict[str, Array] = {}
+    if modules.value is not None:
+        next_value, value_loss, value_metrics = implicit.next_value_and_loss(
+            modules.value, agent, batch, draws, prefix, next_prefix
+        )
+    elif batch.next_actions is not None:
+        next_value = td.slow_value(agent, next_prefix, batch.next_actions, draws.pair_rng)
+    else:
+        raise ValueError("this batch has no next_actions: make it with ChunkLoader.batch(..., critic_alone=True)")
+    loss, q, target = td.loss_and_values(modules.critic, agent, batch, draws, prefix, next_value)
+    total = loss + value_loss
+    return total, {"total_loss": total, "critic_loss": loss} | value_metrics | td.metrics(q, target)
 
 
 def _bc_sample_weights(

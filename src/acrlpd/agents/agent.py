@@ -24,7 +24,7 @@ from acrlpd.agents.health import Health, judge, keep_if
 from acrlpd.agents.losses import LossWeights
 from acrlpd.agents.state import AgentState, Networks
 from acrlpd.models import flow, parameters
-from acrlpd.models.critic import CriticNetworks
+from acrlpd.models.critic import CriticNetworks, ValueNetwork
 from acrlpd.models.flow import FlowPolicy, Guidance
 from acrlpd.models.parameters import Params
 from acrlpd.types import ChunkBatch, Metrics, Observation
@@ -51,7 +51,8 @@ class ACRLPDAgent(AgentState):
     ) -> ACRLPDAgent:
         """Create a fresh agent that takes over the arrays of ``policy``; the first update donates their memory.
 
-        ``optimizers`` has one entry per group: policy, critic, temperature; a student uses the policy's.
+        ``optimizers`` has one entry per group: policy, critic, temperature. A student uses the policy's, and V the
+        critic's, each with a state of its own.
         ``action_dim`` is the robot's, if the policy's is wider (openpi pads to 32). Without ``config.critic.horizon``,
         critics judge whole chunks.
         ``trainable`` gets the path of a policy parameter, joined by '/', and returns whether it may change.
@@ -66,14 +67,9 @@ class ACRLPDAgent(AgentState):
                 f"critic.horizon ({critic_horizon}) exceeds the policy's action_horizon ({policy.action_horizon}): "
                 "critics cannot judge more steps than the policy predicts"
             )
-        critic = CriticNetworks(
-            config.critic,
-            feature_dim=policy.feature_dim,
-            state_dim=state_dim,
-            horizon=critic_horizon,
-            action_dim=action_dim,
-            rngs=nnx.Rngs(params=rng),
-        )
+        sizes = {"feature_dim": policy.feature_dim, "state_dim": state_dim}
+        rngs = nnx.Rngs(params=rng)
+        critic = CriticNetworks(config.critic, **sizes, horizon=critic_horizon, action_dim=action_dim, rngs=rngs)
         critic_def, critic_params = parameters.split(critic)
         params: dict[str, Params] = {
             "policy": policy_params,
@@ -87,8 +83,12 @@ class ACRLPDAgent(AgentState):
             suffix, _ = parameters.divide(policy_params, policy.is_suffix_param)  # frozen parts are shared
             params["student"] = jax.tree.map(jnp.copy, suffix)  # starts as one Euler step of the flow
             optimizers["student"] = optimizers["policy"]
+        value_def = None
+        if config.target == "implicit":
+            value_def, params["value"] = parameters.split(ValueNetwork(config.critic, **sizes, rngs=rngs))
+            optimizers["value"] = optimizers["critic"]
         action_shape = (policy.action_horizon, policy.action_dim)
-        nets = Networks(config, policy_def, critic_def, optimizers, action_shape, action_dim, critic_horizon)
+        nets = Networks(config, policy_def, critic_def, optimizers, action_shape, action_dim, critic_horizon, value_def)
         return cls(
             params=params,
             frozen=frozen,
@@ -131,6 +131,7 @@ class ACRLPDAgent(AgentState):
         modules = self.acting_modules()
         policy_def, policy = parameters.split(cast(nnx.Module, modules.policy))
         params = self.params | {"policy": policy, "critic": self.acting_critic}
+        params.pop("value", None)  # V is asked in training alone
         if modules.student is not None:
             params["student"] = parameters.split(cast(nnx.Module, modules.student))[1]
         nets = dataclasses.replace(self.nets, policy_def=policy_def)
@@ -148,7 +149,10 @@ class ACRLPDAgent(AgentState):
         return _update(self, batch, rng, self.config.loss_weights if weights is None else weights)
 
     def update_critic(self, batch: ChunkBatch, rng: PRNGKeyArray) -> tuple[ACRLPDAgent, Metrics]:
-        """Update only the critics, at the data's own ``next_actions``, without sampling the policy."""
+        """Update only the critics, and V if there is one, without sampling the policy.
+
+        Without V, their target is at the data's own ``next_actions``.
+        """
         return _update_critic(self, batch, rng)
 
     def updates(self, batches: ChunkBatch, rngs: PRNGKeyArray, weights: LossWeights) -> tuple[ACRLPDAgent, Metrics]:
@@ -187,8 +191,8 @@ def _update(
 @functools.partial(jax.jit, donate_argnums=0)
 def _update_critic(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -> tuple[ACRLPDAgent, Metrics]:
     gradient = jax.grad(acrlpd.critic_alone_loss, has_aux=True)
-    grads, metrics = gradient(agent.params["critic"], agent, batch, _draw(agent, batch, rng))
-    return _apply(agent, batch, {"critic": grads}, metrics)
+    trained = {group: agent.params[group] for group in ("critic", "value") if group in agent.params}
+    return _apply(agent, batch, *gradient(trained, agent, batch, _draw(agent, batch, rng)))
 
 
 def _apply(

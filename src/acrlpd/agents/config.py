@@ -9,12 +9,13 @@ from typing import Annotated, Literal, get_args
 from acrlpd import fields
 from acrlpd.agents.extraction import BestOfN, Distill, Extraction, ExtractionName, QGradient, make_own
 from acrlpd.agents.health import HealthConfig
-from acrlpd.agents.losses import LossWeights
+from acrlpd.agents.losses import ImplicitStatistic, LossWeights
 from acrlpd.fields import Interval, NonNegativeFloat, PositiveFloat, PositiveInt
 from acrlpd.models.critic import CriticConfig
 from acrlpd.named_code import names_code
 
 AlgorithmName = Literal["acrlpd", "bc", "rlpd_ac"]
+TargetName = Literal["best_of_n", "implicit"]
 BCWeighting = Literal["none", "importance", "difficulty"]
 BestOfNStrategy = Literal["parallel", "chunked", "sequential", "auto"]
 
@@ -33,6 +34,18 @@ class TemperatureConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ImplicitConfig:
+    """What V(s) is of Q over the data's chunks under ``target="implicit"``; its widths and rates are the critic's."""
+
+    statistic: ImplicitStatistic = "expectile"
+    # 0.5: the mean (expectile) or median (quantile) of the data's chunks; near 1: their best
+    level: Annotated[float, Interval("(0, 1)")] = 0.9
+
+    def __post_init__(self):
+        fields.check(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class AgentConfig:
     """The choices of an algorithm, with its critics. Sizes of the policy are in ``PolicyConfig``."""
 
@@ -41,6 +54,8 @@ class AgentConfig:
     temperature: TemperatureConfig = dataclasses.field(default_factory=TemperatureConfig)
     loss_weights: LossWeights = dataclasses.field(default_factory=LossWeights)
     extraction: str = "best_of_n"  # or q_gradient, distill, or FILE.py:NAME: code of your own (CONTRIBUTING.md)
+    target: TargetName = "best_of_n"  # value of s' in the TD target: of the best of N chunks sampled there, or V(s')
+    implicit: ImplicitConfig = dataclasses.field(default_factory=ImplicitConfig)
     discount: Annotated[float, Interval("(0, 1]")] = 0.99  # for each environment step, not for each chunk
     target_update_tau: Annotated[float, Interval("(0, 1]")] = 0.005  # rate at which target critics follow the critics
     act_by_target_critic: bool = True  # if there are no moving averages, target critics choose while acting
@@ -83,14 +98,34 @@ class AgentConfig:
                 "agent.candidate_flow_steps has no effect with extraction='distill': a student's candidate takes one "
                 "step. Leave it out."
             )
-        if self.algorithm == "acrlpd" and self.temperature.adaptive and self.candidates_in_target < 2:
+        if self.target == "implicit":
+            self._check_implicit()
+        elif self.algorithm == "acrlpd" and self.temperature.adaptive and self.candidates_in_target < 2:
             raise ValueError(
                 "agent.temperature.adaptive needs the spread of at least 2 candidates, but the TD target draws "
                 f"{self.candidates_in_target}: raise agent.target_samples or set agent.temperature.adaptive to False"
             )
 
+    def _check_implicit(self) -> None:
+        """Refuse what does not go with a target that samples nothing."""
+        reasons = {"bc": "it trains no critics", "rlpd_ac": "its target is a sample of its policy, as SAC's is"}
+        if self.algorithm in reasons:
+            raise ValueError(
+                f"agent.target='implicit' does not go with agent.algorithm={self.algorithm!r}: "
+                f"{reasons[self.algorithm]}. Leave target at best_of_n"
+            )
+        if self.temperature.adaptive:
+            raise ValueError(
+                "agent.temperature.adaptive needs the spread of the candidates in the TD target, and "
+                "agent.target='implicit' draws none: set agent.temperature.adaptive to False (the temperature then "
+                "stays at initial_temp)"
+            )
+
     @property
     def candidates_in_target(self) -> int:
+        """The number of chunks that an update samples at s'."""
+        if self.target == "implicit":
+            return 0
         return self.best_of_n_samples if self.target_samples is None else self.target_samples
 
     @property

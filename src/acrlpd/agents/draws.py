@@ -17,7 +17,7 @@ from acrlpd.models import flow
 class Draws:
     """The noise of one update, by purpose, and two keys for random numbers that do not belong to single chunks."""
 
-    candidates: Float[Array, "n b h a"]  # at s', for the TD target
+    candidates: Float[Array, "n b h a"]  # at s', for the TD target; n is 0 if it is implicit
     flow_noise: Float[Array, "b h a"]
     flow_time: Float[Array, " b"]
     actor: Float[Array, "m b h a"]

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from acrlpd import named_code
 from acrlpd.agents import losses
 from acrlpd.models import flow
-from acrlpd.models.critic import CriticNetworks
+from acrlpd.models.critic import CriticNetworks, ValueNetwork
 from acrlpd.models.flow import FlowPolicy, Prefix
 from acrlpd.named_code import StoredName
 from acrlpd.types import Metrics
@@ -35,6 +35,7 @@ class Modules:
     policy: FlowPolicy
     critic: CriticNetworks
     student: FlowPolicy | None = None  # has its own action expert and reads the policy's prefix; only for ``distill``
+    value: ValueNetwork | None = None  # only for ``target="implicit"``
 
 
 class Extraction(Protocol):

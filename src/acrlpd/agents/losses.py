@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -10,6 +12,8 @@ from jaxtyping import Array, Float, Int
 from acrlpd import fields
 from acrlpd.fields import NonNegativeFloat
 from acrlpd.types import typed
+
+ImplicitStatistic = Literal["expectile", "quantile"]
 
 
 @struct.dataclass
@@ -55,6 +59,25 @@ def critic_loss(
 ) -> Float[Array, ""]:
     """Return the penalty on the TD error, averaged over members and the whole batch; masked chunks count as zero."""
     return jnp.mean(sequence_mask[None, :] * _penalty(q - target[None, :], huber_delta))
+
+
+@typed
+def implicit_value_loss(
+    v: Float[Array, " b"],
+    q: Float[Array, " b"],
+    sequence_mask: Float[Array, " b"],
+    *,
+    statistic: ImplicitStatistic,
+    level: float,
+) -> Float[Array, ""]:
+    """Return the loss of V(s) at an expectile (IQL, arXiv:2110.06169, eq. 5) or quantile of Q over the data's chunks.
+
+    An error u = Q - V weighs ``level`` above V and 1 - ``level`` below it; it is squared for the expectile and absolute
+    for the quantile. Mean over the whole batch; masked chunks count as zero.
+    """
+    u = q - v
+    size = jnp.square(u) if statistic == "expectile" else jnp.abs(u)
+    return jnp.mean(sequence_mask * jnp.abs(level - (u < 0)) * size)
 
 
 def _penalty(error: Float[Array, "..."], huber_delta: float | None) -> Float[Array, "..."]:

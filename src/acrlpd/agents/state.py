@@ -33,6 +33,7 @@ class Networks:
     action_shape: tuple[int, int]  # horizon and width of the policy's chunks
     action_dim: int  # the robot's; further dimensions are the policy's padding
     critic_horizon: int  # the steps of a chunk that critics judge, and that a TD target looks ahead
+    value_def: nnx.GraphDef | None = None  # of V, under ``target="implicit"``
 
     def __hash__(self) -> int:
         return self._hash
@@ -41,8 +42,9 @@ class Networks:
     def _hash(self) -> int:
         """The hash, computed once: walking the definition of a large policy takes as long as a small update."""
         optimizers = frozenset(self.optimizers.items())
+        structure = (self.policy_def, self.critic_def, self.value_def)
         sizes = (self.action_shape, self.action_dim, self.critic_horizon)
-        return hash((self.config, self.policy_def, self.critic_def, sizes, optimizers))
+        return hash((self.config, structure, sizes, optimizers))
 
     def modules(self, params: dict[str, Params], frozen: Params) -> Modules:
         def policy(*parts: Params) -> Any:
@@ -52,6 +54,9 @@ class Networks:
             policy=policy(params["policy"], frozen),
             critic=nnx.merge(self.critic_def, params["critic"]),
             student=policy(params["policy"], frozen, params["student"]) if "student" in params else None,
+            value=nnx.merge(self.value_def, params["value"])
+            if self.value_def is not None and "value" in params
+            else None,
         )
 
     @property
@@ -63,7 +68,9 @@ class Networks:
 class AgentState:
     """The state that an update replaces and losses read: policy, critics, temperature and their optimisers."""
 
-    params: dict[str, Params]  # by group: "policy", "critic", "temperature", and "student" under distill
+    params: dict[
+        str, Params
+    ]  # by group: "policy", "critic", "temperature"; some have "student" (distill) or "value" (V)
     frozen: Params  # the policy's frozen part, which has no optimiser state
     target_critic: Params
     opt_state: dict[str, optax.OptState]

@@ -1,4 +1,4 @@
-"""The critic's loss (``docs/algorithm.md``, section 2), for a next chunk from the agent, a baseline or the data.
+"""The critic's loss (``docs/algorithm.md``, section 2), for any value of s': of a chunk there, or V's.
 
 The equations are in ``losses.py``; this file computes their inputs.
 """
@@ -24,12 +24,11 @@ def loss_and_values(
     batch: ChunkBatch,
     draws: Draws,
     prefix: Prefix,
-    next_prefix: Prefix,
-    next_chunk: Float[Array, "b h a"],
+    next_value: Float[Array, " b"],
 ) -> tuple[Float[Array, ""], Float[Array, "e b"], Float[Array, " b"]]:
-    """Return the TD loss, the members' values of the dataset's chunk, and their target, which uses ``next_chunk``."""
+    """Return the TD loss, the members' values of the dataset's chunk, and their target, which uses ``next_value``."""
     config = agent.config
-    target = target_values(agent, batch, next_prefix, next_chunk, draws.pair_rng)
+    target = target_values(agent, batch, next_value)
     features = jax.lax.stop_gradient(prefix.features)
     q = critic(features, prefix.state, batch.actions[None], dropout_rng=draws.dropout_rng)[:, 0]  # [e b]
     loss = losses.critic_loss(q, target, batch.sequence_mask, huber_delta=config.huber_delta)
@@ -39,18 +38,19 @@ def loss_and_values(
     return loss, q, target
 
 
-def target_values(
-    agent: AgentState,
-    batch: ChunkBatch,
-    next_prefix: Prefix,
-    next_chunk: Float[Array, "b h a"],
-    pair_rng: PRNGKeyArray,
+def target_values(agent: AgentState, batch: ChunkBatch, next_value: Float[Array, " b"]) -> Float[Array, " b"]:
+    """Return the discounted rewards of the critics' horizon and ``next_value`` after it."""
+    rewards, valid = (each[:, : agent.nets.critic_horizon] for each in (batch.rewards, batch.valid))
+    return losses.td_target(rewards, valid, batch.bootstrap_mask, next_value, discount=agent.config.discount)
+
+
+def slow_value(
+    agent: AgentState, prefix: Prefix, chunk: Float[Array, "b h a"], pair_rng: PRNGKeyArray
 ) -> Float[Array, " b"]:
+    """Return Qbar: the aggregate of the target critics at one chunk per observation."""
     critic = nnx.merge(agent.nets.critic_def, agent.target_critic)
-    members = critic(next_prefix.features, next_prefix.state, next_chunk[None])[:, 0]  # [e b]
-    next_q = critic.aggregate(members, pair_rng)
-    rewards, valid = (each[:, : critic.horizon] for each in (batch.rewards, batch.valid))
-    return losses.td_target(rewards, valid, batch.bootstrap_mask, next_q, discount=agent.config.discount)
+    members = critic(prefix.features, prefix.state, chunk[None])[:, 0]  # [e b]
+    return critic.aggregate(members, pair_rng)
 
 
 def metrics(q: Float[Array, "e b"], target: Float[Array, " b"]) -> dict[str, Array]:

@@ -55,6 +55,16 @@ RULES = (
         lambda c: c.agent.critic.q_aggregation == "mean_minus_std",
         ("agent.critic.pessimism",),
     ),
+    Rule(
+        "agent.target best_of_n",
+        lambda c: c.agent.target == "best_of_n",
+        _in("agent", "target_samples", "target_flow_steps"),
+    ),
+    Rule(
+        "agent.target implicit",
+        lambda c: c.agent.target == "implicit",
+        _in("agent.implicit", "statistic", "level"),
+    ),
     Rule("agent.extraction distill", lambda c: c.agent.extraction == "distill", ("agent.distill_weight",)),
     Rule(
         "an agent.bc_weighting",

@@ -59,11 +59,12 @@ def _table(found: memory.Plan, config: TrainConfig) -> list[str]:
         "together": found.total_bytes,
     }
     limit = "" if machine.device_memory is None else f" of {machine.device_memory / 1e9:.1f} GB"
+    candidates = config.agent.candidates_in_target or "no"
     return [
         f"policy        {found.parameters:,} parameters, {found.trainable:,} of them trainable",
         f"critics       {found.critic_parameters:,} parameters",
         f"on each of {machine.devices} devices ({config.fsdp_devices} share the parameters), "
-        f"{found.local_batch} of {config.data.batch_size} chunks, {config.agent.candidates_in_target} candidates each:",
+        f"{found.local_batch} of {config.data.batch_size} chunks, {candidates} candidates each:",
         *(f"  {name:<12}{size / 1e9:>10.3f} GB{limit if name == 'together' else ''}" for name, size in rows.items()),
         f"checkpoint    {found.checkpoint_bytes / 1e9:.3f} GB on disk",
     ]

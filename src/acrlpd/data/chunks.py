@@ -36,12 +36,14 @@ def gather(
     *,
     critic_horizon: int | None = None,
     images: bool = True,
+    next_images: bool | None = None,
     ends_in_chunks: bool = True,
 ) -> dict[str, Any]:
     """Read the chunks that start at ``rows``, in raw units, with the fields of ``docs/algorithm.md``, section 1.
 
-    ``state``, ``next_state`` [b s]; ``image``, ``next_image`` {camera: [b h w 3]} (empty without ``images``);
-    ``actions`` [b h a]; ``rewards``, ``terminals``, ``valid`` [b h]; ``bootstrap_mask``, ``sequence_mask`` [b];
+    ``state``, ``next_state`` [b s]; ``image``, ``next_image`` {camera: [b h w 3]} (empty without ``images``, or without
+    ``next_images``, by default the same); ``actions`` [b h a]; ``rewards``, ``terminals``, ``valid`` [b h];
+    ``bootstrap_mask``, ``sequence_mask`` [b];
     ``whole`` [b]: all steps are real; ``episode_id``, ``step_id`` [b]; ``row``, ``next_row`` [b] of the store, for
     ``observe``; ``prompt``, ``next_prompt`` [b] of str: the instruction at the chunk's first step and after it. Masks
     are float32, 0 or 1. What is next, ``bootstrap_mask``, ``sequence_mask`` and ``whole`` look at the first
@@ -67,7 +69,8 @@ def gather(
     def take(key: str, wanted: Int[np.ndarray, "*shape"]) -> np.ndarray:
         return store.take(key, wanted, episodes if wanted.ndim == 1 else episodes[:, None])
 
-    cameras = store.cameras if images else ()
+    next_images = images if next_images is None else next_images
+    cameras, next_cameras = (store.cameras if wanted else () for wanted in (images, next_images))
     terminals = take("terminals", steps) & real
     terminal_before = np.cumsum(terminals, axis=1) > terminals  # strictly before: the terminal step itself is valid
     terminated = terminals[:, :judged].any(axis=1)
@@ -77,7 +80,7 @@ def gather(
         "state": take("state", rows),
         "next_state": _seen(store, "state", next_rows, episodes),
         "image": {name: take(IMAGE_PREFIX + name, rows) for name in cameras},
-        "next_image": {name: _seen(store, IMAGE_PREFIX + name, next_rows, episodes) for name in cameras},
+        "next_image": {name: _seen(store, IMAGE_PREFIX + name, next_rows, episodes) for name in next_cameras},
         "actions": store.take_stretches("actions", steps, episodes),
         "rewards": take("rewards", steps) * real,
         "terminals": terminals.astype(np.float32),

@@ -36,7 +36,8 @@ class _Drawn:
     store: EpisodeStore
     rows: Int[np.ndarray, " n"]
     first_id: int  # added to the ids of its episodes
-    prefixes: PrefixRows | None
+    prefixes: PrefixRows | None  # in place of the images of the first observations
+    next_prefixes: PrefixRows | None
 
 
 class ChunkLoader:
@@ -60,6 +61,9 @@ class ChunkLoader:
         prefixes: stored prefixes of each store of ``prior``; offline batches then have them instead of images. Online
             batches cannot, because there are no stored prefixes of the replay.
         features: the part of the prefixes that critics read, for batches that only train critics.
+        next_features: the same part, for the next observations of all offline batches, where an update reads no more of
+            them (an implicit target); without it they have ``prefixes``.
+        next_actions: whether batches that only train critics have the data's next chunks.
         host_index, num_hosts: this process makes its slice of each batch, the ``host_index``-th of ``num_hosts`` equal
             ones; together they are the batch that one process would make. ``batch_size`` is the size of the whole.
     """
@@ -81,6 +85,8 @@ class ChunkLoader:
         prefetch: int = 2,
         prefixes: Sequence[PrefixRows] | None = None,
         features: Sequence[PrefixRows] | None = None,
+        next_features: Sequence[PrefixRows] | None = None,
+        next_actions: bool = True,
         host_index: int = 0,
         num_hosts: int = 1,
     ):
@@ -119,6 +125,8 @@ class ChunkLoader:
         self._prefetch = prefetch
         self._prefixes = prefixes
         self._features = features
+        self._next_prefixes = next_features or prefixes
+        self._next_actions = next_actions
         self._ahead: dict[tuple[int, bool], Future[ChunkBatch]] = {}  # by step and critic_alone
         self._thread: ThreadPoolExecutor | None = None
         self._slice_size = batch_size // num_hosts
@@ -128,8 +136,9 @@ class ChunkLoader:
     def batch(self, step: int, *, online: bool = False, critic_alone: bool = False) -> ChunkBatch:
         """Return the batch of a training step as numpy, replayed chunks first. Only one caller may ask at a time.
 
-        With ``critic_alone`` the same chunks also have their successors, ``next_actions``; chunks whose successor is
-        missing, or cut short within the critic's horizon by anything but a terminal, stay out of the TD loss.
+        With ``critic_alone`` the same chunks also have their successors, ``next_actions``, if it makes any. Chunks
+        whose successor is missing, or cut short within the critic's horizon by anything but a terminal, stay out of
+        the TD loss.
         """
         started = time.perf_counter()
         if online or not self._prefetch:
@@ -163,12 +172,13 @@ class ChunkLoader:
         drawn: list[_Drawn] = []
         if self._replay is not None and replay_size:
             rows = chunks.start_rows(self._replay, rng, replay_size, self._horizon, self._sequence_ratio)
-            drawn.append(_Drawn(self._replay, rows, own_ids, None))
+            drawn.append(_Drawn(self._replay, rows, own_ids, None, None))
         if prior_size := self._batch_size - replay_size:
-            prefixes = None if online else self._features if critic_alone else self._prefixes
-            each = prefixes or (None,) * len(first_ids)
+            offline = (self._features, self._features) if critic_alone else (self._prefixes, self._next_prefixes)
+            nothing = (None,) * len(first_ids)
+            now, after = (nothing if online else each or nothing for each in offline)
             rows_of = self._prior.start_rows(rng, prior_size, self._horizon, self._sequence_ratio)
-            drawn += map(_Drawn, self._prior.stores, rows_of, first_ids, each)
+            drawn += map(_Drawn, self._prior.stores, rows_of, first_ids, now, after)
         parts = [self._read(own, critic_alone=critic_alone) for own in self._own_slice(drawn)]
         # the transforms ran on each part alone, so camera names and picture sizes may differ in the stores
         batch = parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
@@ -228,7 +238,7 @@ class ChunkLoader:
                 yield dataclasses.replace(each, rows=own)
 
     def _read(self, drawn: _Drawn, *, critic_alone: bool) -> ChunkBatch:
-        store, prefixes = drawn.store, drawn.prefixes
+        store, now, after = drawn.store, drawn.prefixes, drawn.next_prefixes
         gather = functools.partial(
             chunks.gather,
             store,
@@ -236,18 +246,18 @@ class ChunkLoader:
             critic_horizon=self._critic_horizon,
             ends_in_chunks=self._ends_in_chunks,
         )
-        raw = gather(drawn.rows, images=prefixes is None)
+        raw = gather(drawn.rows, images=now is None, next_images=after is None)
         raw["episode_id"] = raw["episode_id"] + drawn.first_id
         goes_on = raw["next_row"] < store.num_rows  # no action follows a final observation
-        following = gather(np.where(goes_on, raw["next_row"], raw["row"]), images=False) if critic_alone else None
+        following = None
+        if critic_alone and self._next_actions:
+            rows = np.where(goes_on, raw["next_row"], raw["row"])
+            following = gather(rows, images=False)
         batch = self._to_batch(raw, following, goes_on)
-        if prefixes is None:
-            return batch
-        now, after = (prefixes.take(raw[name]) for name in ("row", "next_row"))
         return dataclasses.replace(
             batch,
-            observations=dataclasses.replace(batch.observations, prefix=now),
-            next_observations=dataclasses.replace(batch.next_observations, prefix=after),
+            observations=_with_prefix(batch.observations, now, raw["row"]),
+            next_observations=_with_prefix(batch.next_observations, after, raw["next_row"]),
         )
 
     def _to_batch(
@@ -278,6 +288,10 @@ class ChunkLoader:
             step_id=raw["step_id"].astype(np.int32),
             next_actions=next_actions,
         )
+
+
+def _with_prefix(seen: Observation, stored: PrefixRows | None, rows: Int[np.ndarray, " b"]) -> Observation:
+    return seen if stored is None else dataclasses.replace(seen, prefix=stored.take(rows))
 
 
 def read_observations(store: EpisodeStore, transform: Transform, rows: Int[np.ndarray, " b"]) -> Observation:

@@ -1,4 +1,4 @@
-"""The critic ensemble: Q of the first steps of an action chunk, with all members in one stacked network.
+"""The critic ensemble: Q of a chunk's first steps, with all members in one stacked network; and V of an observation.
 
 The leading axis of every parameter is the member, so ten critics are one batched matrix product per layer.
 """
@@ -91,12 +91,73 @@ class StackedLayerNorm(nnx.Module):
         return normed * self.scale[...][:, None, None, :] + self.bias[...][:, None, None, :]
 
 
-class CriticNetworks(nnx.Module):
+class _ObservationNetworks(nnx.Module):
+    """The layers that ``CriticNetworks`` and ``ValueNetwork`` share: per member an MLP from an observation to a number.
+
+    An observation is given as the policy's pooled prefix features and the state. With ``chunk_dim``, the first layer
+    reads a flat chunk besides.
+    """
+
+    def __init__(
+        self,
+        config: CriticConfig,
+        *,
+        members: int,
+        feature_dim: int,
+        state_dim: int,
+        chunk_dim: int | None,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        scale = config.kernel_init_scale
+        self.use_features = config.use_pi0_features and feature_dim > 0
+        fused_dim = state_dim
+        if self.use_features:
+            fused_dim = feature_dim + state_dim if config.feature_fusion_method == "concat" else feature_dim
+            if config.feature_fusion_method == "add":
+                self.state_projection = StackedLinear(members, state_dim, feature_dim, scale, rngs)
+            if config.feature_fusion_method == "mlp":
+                self.fusion = StackedLinear(members, feature_dim + state_dim, feature_dim, scale, rngs)
+        widths = config.hidden_dims
+        # The first layer has two parts, so that the observation's part is computed once for all candidates.
+        self.observation_in = StackedLinear(members, fused_dim, widths[0], scale, rngs)
+        if chunk_dim is not None:
+            self.chunk_in = StackedLinear(members, chunk_dim, widths[0], scale, rngs)
+        self.hidden = nnx.List([StackedLinear(members, a, b, scale, rngs) for a, b in itertools.pairwise(widths)])
+        norms = [StackedLayerNorm(members, width) for width in widths] if config.use_layer_norm else []
+        self.norms = nnx.List(norms)
+        self.out = StackedLinear(members, widths[-1], 1, scale, rngs)
+
+    def _observation_share(self, features: Float[Array, "b f"], state: Float[Array, "b s"]) -> Float[Array, "e 1 b w"]:
+        """Return what the observation adds to the first layer, before its activation."""
+        if not self.use_features:
+            return self.observation_in.shared(state[None])
+        both = jnp.concatenate([features, state], axis=-1)[None]
+        if self.config.feature_fusion_method == "concat":
+            return self.observation_in.shared(both)
+        if self.config.feature_fusion_method == "add":
+            return self.observation_in(features[None, None] + self.state_projection.shared(state[None]))
+        return self.observation_in(_ACTIVATIONS[self.config.activation](self.fusion.shared(both)))
+
+    def _after_first_layer(
+        self, x: Float[Array, "e n b w"], dropout_rng: PRNGKeyArray | None = None
+    ) -> Float[Array, "e n b"]:
+        for index in range(len(self.config.hidden_dims)):
+            if index > 0:
+                x = self.hidden[index - 1](x)
+            x = _ACTIVATIONS[self.config.activation](x)
+            if self.config.use_layer_norm:
+                x = self.norms[index](x)
+            if dropout_rng is not None and self.config.dropout_rate > 0:
+                x = _dropout(jax.random.fold_in(dropout_rng, index), x, self.config.dropout_rate)
+        return self.out(x)[..., 0]
+
+
+class CriticNetworks(_ObservationNetworks):
     """The critics: Q_e(observation, chunk) of every member, and their aggregate.
 
-    An observation is given as the policy's pooled prefix features and the state. The target ensemble is a second set of
-    this module's parameters, which the agent holds. ``horizon`` and ``action_dim`` are the steps and action dimensions
-    that are read of a chunk, see ``judged``.
+    The target ensemble is a second set of this module's parameters, which the agent holds. ``horizon`` and
+    ``action_dim`` are the steps and action dimensions that are read of a chunk, see ``judged``.
     """
 
     def __init__(
@@ -109,28 +170,18 @@ class CriticNetworks(nnx.Module):
         action_dim: int,
         rngs: nnx.Rngs,
     ):
-        self.config = config
+        super().__init__(
+            config,
+            members=config.num_critics,
+            feature_dim=feature_dim,
+            state_dim=state_dim,
+            chunk_dim=horizon * action_dim,
+            rngs=rngs,
+        )
         self.horizon = horizon
         self.action_dim = action_dim
-        members, scale = config.num_critics, config.kernel_init_scale
-        self.use_features = config.use_pi0_features and feature_dim > 0
-        fused_dim = state_dim
-        if self.use_features:
-            fused_dim = feature_dim + state_dim if config.feature_fusion_method == "concat" else feature_dim
-            if config.feature_fusion_method == "add":
-                self.state_projection = StackedLinear(members, state_dim, feature_dim, scale, rngs)
-            if config.feature_fusion_method == "mlp":
-                self.fusion = StackedLinear(members, feature_dim + state_dim, feature_dim, scale, rngs)
-        widths = config.hidden_dims
-        # The first layer has two parts, so that the observation's part is computed once for all candidates.
-        self.observation_in = StackedLinear(members, fused_dim, widths[0], scale, rngs)
-        self.chunk_in = StackedLinear(members, horizon * action_dim, widths[0], scale, rngs)
-        self.hidden = nnx.List([StackedLinear(members, a, b, scale, rngs) for a, b in itertools.pairwise(widths)])
-        norms = [StackedLayerNorm(members, width) for width in widths] if config.use_layer_norm else []
-        self.norms = nnx.List(norms)
-        self.out = StackedLinear(members, widths[-1], 1, scale, rngs)
         if config.q_aggregation == "weighted":
-            self.aggregation_logits = nnx.Param(jnp.zeros((members,)))
+            self.aggregation_logits = nnx.Param(jnp.zeros((config.num_critics,)))
 
     @typed
     def __call__(
@@ -147,16 +198,9 @@ class CriticNetworks(nnx.Module):
         """
         n, b = chunks.shape[:2]
         flat = self.judged(chunks).reshape(n, b, -1)
-        x = self._observation_share(features, state) + self.chunk_in.shared(flat)
-        for index in range(len(self.config.hidden_dims)):
-            if index > 0:
-                x = self.hidden[index - 1](x)
-            x = _ACTIVATIONS[self.config.activation](x)
-            if self.config.use_layer_norm:
-                x = self.norms[index](x)
-            if dropout_rng is not None and self.config.dropout_rate > 0:
-                x = _dropout(jax.random.fold_in(dropout_rng, index), x, self.config.dropout_rate)
-        return self.out(x)[..., 0]
+        return self._after_first_layer(
+            self._observation_share(features, state) + self.chunk_in.shared(flat), dropout_rng
+        )
 
     def judged(self, chunks: Float[Array, "*lead h a"]) -> Float[Array, "*lead steps dims"]:
         """Return the part of chunks that has a value: the steps up to the horizon, in the robot's action dimensions.
@@ -164,16 +208,6 @@ class CriticNetworks(nnx.Module):
         Later steps are predicted but not executed, and further dimensions are the policy's padding.
         """
         return chunks[..., : self.horizon, : self.action_dim]
-
-    def _observation_share(self, features: Float[Array, "b f"], state: Float[Array, "b s"]) -> Float[Array, "e 1 b w"]:
-        if not self.use_features:
-            return self.observation_in.shared(state[None])
-        both = jnp.concatenate([features, state], axis=-1)[None]
-        if self.config.feature_fusion_method == "concat":
-            return self.observation_in.shared(both)
-        if self.config.feature_fusion_method == "add":
-            return self.observation_in(features[None, None] + self.state_projection.shared(state[None]))
-        return self.observation_in(_ACTIVATIONS[self.config.activation](self.fusion.shared(both)))
 
     @typed
     def aggregate(self, q: Float[Array, "e *rest"], rng: PRNGKeyArray | None = None) -> Float[Array, "*rest"]:
@@ -194,6 +228,17 @@ class CriticNetworks(nnx.Module):
             pair = jax.random.choice(rng, self.config.num_critics, (2,), replace=False)
             return q[pair].min(axis=0)
         return q.mean(axis=0)
+
+
+class ValueNetwork(_ObservationNetworks):
+    """V(observation) of the implicit target: a single critic's layers without the chunk, and without dropout."""
+
+    def __init__(self, config: CriticConfig, *, feature_dim: int, state_dim: int, rngs: nnx.Rngs):
+        super().__init__(config, members=1, feature_dim=feature_dim, state_dim=state_dim, chunk_dim=None, rngs=rngs)
+
+    @typed
+    def __call__(self, features: Float[Array, "b f"], state: Float[Array, "b s"]) -> Float[Array, " b"]:
+        return self._after_first_layer(self._observation_share(features, state))[0, 0]
 
 
 def _dropout(rng: PRNGKeyArray, x: Float[Array, "e n b w"], rate: float) -> Float[Array, "e n b w"]:

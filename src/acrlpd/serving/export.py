@@ -155,10 +155,14 @@ def member_td_errors(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -
     newest = {"critic": agent.params["critic"]}  # the errors are those of the critics that are trained
     modules = agent.nets.modules(agent.params | agent.ema | newest, agent.frozen)
     prefix, next_prefix = modules.policy.encode(batch.observations), modules.policy.encode(batch.next_observations)
-    shape = (config.candidates_in_target, len(batch.rewards), *agent.nets.action_shape)
-    noise = jax.random.normal(noise_rng, shape)
-    chosen = candidates.choose(modules, config, next_prefix, noise, config.steps_in_target)
-    target = td.target_values(agent, batch, next_prefix, chosen.chunk, subset_rng)
+    if modules.value is not None:
+        next_value = modules.value(next_prefix.features, next_prefix.state)
+    else:
+        shape = (config.candidates_in_target, len(batch.rewards), *agent.nets.action_shape)
+        noise = jax.random.normal(noise_rng, shape)
+        chosen = candidates.choose(modules, config, next_prefix, noise, config.steps_in_target)
+        next_value = td.slow_value(agent, next_prefix, chosen.chunk, subset_rng)
+    target = td.target_values(agent, batch, next_value)
     q = modules.critic(prefix.features, prefix.state, batch.actions[None])[:, 0]
     errors = jnp.abs(q - target[None]) * batch.sequence_mask[None]
     return errors.sum(axis=1) / jnp.maximum(batch.sequence_mask.sum(), 1.0)

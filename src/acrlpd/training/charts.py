@@ -67,8 +67,11 @@ CURVES = (
     Curves(
         "Value",
         "Q of the data's chunks, and the target it is fitted to. Above the best return that is possible, the critic "
-        "overestimates.",
-        (Panel("discounted return", {"q_mean": "Q", "target_q_mean": "TD target"}),),
+        "overestimates. With an implicit target, V and the advantage Q − V.",
+        (
+            Panel("discounted return", {"q_mean": "Q", "target_q_mean": "TD target"}),
+            Panel("discounted return", {"v_mean": "V", "advantage_mean": "Q − V"}),
+        ),
     ),
     Curves(
         "Entropy and temperature",

@@ -59,7 +59,7 @@ PERFORMANCE_OPTIMIZATION_STRATEGIES: dict[str, list[str]] = {
     ],
     "model_computation": [
         "Fewer Euler steps in the target (agent.target_flow_steps)",
-        "Fewer candidates in the target (agent.target_samples)",
+        "Fewer candidates in the target (agent.target_samples), or none (agent.target implicit)",
         "Freeze the vision-language model where the data is small (policy.freeze_pi0_backbone)",
     ],
     "memory_management": [

@@ -127,7 +127,7 @@ class ACRLPDTrainer:
         with self._clocks.span("data", behind="update", busy=self._is_updating):
             own = [self._make_batch(draw, online=phase == "online", critic_alone=critic_alone) for draw in draws]
             batch = put_batch(own, self._mesh)
-        program = (len(steps), own[0].observations.prefix is None, critic_alone, config.agent)
+        program = (len(steps), own[0].next_observations.prefix is None, critic_alone, config.agent)
         with self._clocks.span("update" if program in self._compiled else "compile"):
             weights = [phases.loss_weights(config, step) for step in steps]
             if critic_alone:

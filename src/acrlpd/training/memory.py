@@ -54,7 +54,7 @@ class Plan:
 
     parameters: int  # number of parameters of the policy
     trainable: int  # those of them that training changes
-    critic_parameters: int
+    critic_parameters: int  # with those of V, if there is one
     parameter_bytes: int  # policy, critics, targets, temperature
     optimizer_bytes: int
     batch_bytes: int
@@ -106,7 +106,7 @@ def plan(
     return Plan(
         parameters=_count(agent.params["policy"]) + _count(agent.frozen),
         trainable=_count(agent.params["policy"]),
-        critic_parameters=_count(agent.params["critic"]),
+        critic_parameters=sum(_count(agent.params[group]) for group in ("critic", "value") if group in agent.params),
         parameter_bytes=_local_bytes(config, machine, state),
         optimizer_bytes=_local_bytes(config, machine, agent.opt_state),
         batch_bytes=_bytes(batch),

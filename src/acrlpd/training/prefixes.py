@@ -6,7 +6,8 @@ are frozen (``policy.freeze_pi0_backbone``) and pictures are not augmented, whic
 must fit into ``data.prefix_bytes``, which a full-size pi0's keys and values soon exceed (19 MB per row).
 
 Pooled features alone are small (8 KB per row of a full-size pi0). Critics read nothing else, so the first updates of a
-run, which train only critics (``critic_alone_steps``), read them back, whatever happens to the backbone later.
+run, which train only critics (``critic_alone_steps``), read them back, whatever happens to the backbone later. An
+implicit target reads nothing else of s', so the s' of every offline batch of a frozen backbone are features alone.
 
     <folder>/<key>/arrays.json    shape of a row and dtype of each array
                   /0.bin, ...     features, mask, then the cache's arrays; each has one row per row of the data set,
@@ -62,6 +63,10 @@ class StoredPrefixes:
     def take(self, rows: Int[np.ndarray, " b"]) -> Any:
         """Return the prefixes of these rows of the data set, in memory."""
         return jax.tree.unflatten(self.structure, [np.array(each[rows]) for each in self.arrays])
+
+    def features_alone(self) -> StoredPrefixes:
+        """Return the pooled features of the same rows, without mask and cache."""
+        return StoredPrefixes(self.arrays[:1], jax.tree.structure((0, None, None)))
 
 
 def is_legal(config: TrainConfig) -> bool:
@@ -127,7 +132,8 @@ def key(
     ``number``: place of the data set in the configuration, where several may read the same files differently.
     """
     digest = hashlib.sha256(f"{VERSION} {fingerprint(data)} {features_alone} {number}".encode())
-    weights = (agent.frozen, agent.params["policy"] if features_alone else ())
+    changes = features_alone and not config.policy.freeze_pi0_backbone  # of what encodes, in the course of a run
+    weights = (agent.frozen, agent.params["policy"] if changes else ())
     digest.update(json.dumps([to_dict(config.policy), to_dict(config.data)], sort_keys=True).encode())
     for array in jax.tree.leaves((weights, {name: dataclasses.asdict(each) for name, each in stats.items()})):
         digest.update(np.asarray(array).tobytes())

@@ -174,13 +174,15 @@ def make_loader(
     stats: Mapping[str, NormStats],
 ) -> ChunkLoader:
     """Make the loader of this process, for prior data and online episodes, with stored prefixes where they are used."""
-    stored = features = None
+    stored = features = next_features = None
     data = [Path(each.path) for each in prior_sets(config)]
     if all(path.exists() for path in data):
         folder = Path(config.run_dir) / "prefixes"
         rows = functools.partial(prefixes.open_rows, config, agent, prior, transform, stats, data=data, folder=folder)
         if prefixes.is_legal(config):
             stored = rows()
+            if config.agent.target == "implicit":
+                next_features = [each.features_alone() for each in stored] if stored else rows(features_alone=True)
         if prefixes.are_features_of_use(config, agent):
             features = rows(features_alone=True)
     return ChunkLoader(
@@ -188,6 +190,8 @@ def make_loader(
         transform,
         prefixes=stored,
         features=features,
+        next_features=next_features,
+        next_actions=config.agent.target != "implicit",
         batch_size=config.data.batch_size,
         horizon=config.policy.action_horizon,
         critic_horizon=config.critic_horizon,

@@ -64,6 +64,7 @@ class ActingOptions:
     default_prompt: str | None = None  # the prompt for observations without one
     seed: int = 0  # the seed for requests that bring none of their own
     extraction: str | None = None  # how to choose instead; code of your own (FILE.py:NAME) must be named here
+    guidance_weights: tuple[float, ...] | None = None  # of the extraction guided; None: as trained
 
     def __post_init__(self):
         if self.latency_budget_ms is not None and not 0 < self.latency_budget_ms < math.inf:
@@ -144,16 +145,19 @@ class Trained:
         return setup.Dims(len(self.stats["state"].mean), len(self.stats["actions"].mean))
 
 
-def load_trained(path: str | Path, extraction: str | None = None) -> Trained:
+def load_trained(
+    path: str | Path, extraction: str | None = None, guidance_weights: tuple[float, ...] | None = None
+) -> Trained:
     """Load the agent of a checkpoint, ready to act; arguments as in ``training.setup.load_checkpoint``.
 
     Optimiser state, twice the size of what it optimises, is never read.
     """
     trained = setup.read_policy(Path(path), _load_trained)
-    if extraction is None:
+    if extraction is None and guidance_weights is None:
         return trained
-    config = setup.with_extraction(trained.config, extraction)
-    return dataclasses.replace(trained, agent=trained.agent.with_extraction(extraction), config=config)
+    config = setup.with_extraction(trained.config, extraction, guidance_weights)
+    agent = trained.agent.with_extraction(extraction, guidance_weights)
+    return dataclasses.replace(trained, agent=agent, config=config)
 
 
 def _load_trained(manager: ACRLPDCheckpointManager, step: int) -> Trained:
@@ -242,7 +246,7 @@ class Follower:
     def __init__(self, path: str | Path, options: ActingOptions):
         self._path = Path(path)
         self._options = options
-        self._trained = load_trained(path, options.extraction)
+        self._trained = load_trained(path, options.extraction, options.guidance_weights)
         self._fixed = setup.locate_checkpoint(Path(path))[1] is not None
 
     @property
@@ -286,6 +290,7 @@ def export_acrlpd_model(
     platform: Platform | None = None,
     data: str | Path | None = None,
     extraction: str | None = None,
+    guidance_weights: tuple[float, ...] | None = None,
 ) -> str:
     """Write a trained agent for production and return the folder.
 
@@ -299,13 +304,14 @@ def export_acrlpd_model(
         platform: use the numbers of the production table instead of the level's.
         data: episodes for the TD error, preferably not trained on. None: the run's own.
         extraction: how the agent chooses instead; code of your own must be named here (``setup.load_checkpoint``).
+        guidance_weights: those of the extraction guided. None: as trained.
     """
     output = Path(output_dir).absolute()
     if output.exists():
         raise ValueError(f"{output} exists already: name another folder to export to")
     if optimization_level not in LEVELS:
         raise ValueError(f"optimization_level must be one of {', '.join(LEVELS)}, got {optimization_level!r}")
-    trained = load_trained(checkpoint_path, extraction)
+    trained = load_trained(checkpoint_path, extraction, guidance_weights)
     if trained.agent.chooses:
         trained.config.agent.make_extraction(trained.config.agent.flow_steps)  # what cannot be used is refused here
     num_critics, num_steps = LEVELS[optimization_level]
@@ -439,8 +445,9 @@ def openpi_policy(
         )
     if options.num_samples not in (None, 1):
         raise ValueError(f"{path} has no critic to choose among num_samples={options.num_samples}: leave it out")
-    if options.extraction is not None:
-        raise ValueError(f"{path} has no critic that extraction={options.extraction!r} could use: leave it out")
+    for name in ("extraction", "guidance_weights"):
+        if (value := getattr(options, name)) is not None:
+            raise ValueError(f"{path} has no critic that {name}={value!r} could use: leave it out")
     platform = ROBOTS[openpi.robot]
     mapping.check(
         openpi.robot,

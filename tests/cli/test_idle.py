@@ -22,6 +22,7 @@ SETTINGS = {  # of each rule: under which settings of the demo its fields are id
     "agent.best_of_n_strategy chunked": ({}, {"agent.best_of_n_strategy": "chunked"}),
     "agent.best_of_n_strategy auto": ({"agent.best_of_n_strategy": "parallel"}, {}),
     "agent.extraction q_gradient or one of your own": ({}, {"agent.extraction": "q_gradient"}),
+    "agent.extraction guided": ({}, {"agent.extraction": "guided"}),
     "agent.extraction distill": ({}, {"agent.extraction": "distill"}),
     "an agent.bc_weighting": ({}, {"agent.bc_weighting": "importance"}),
     "agent.critic.use_pi0_features": ({"agent.critic.use_pi0_features": False}, {}),
@@ -46,7 +47,13 @@ SETTINGS = {  # of each rule: under which settings of the demo its fields are id
         for group in ("policy", "critic", "temperature")
     },
 }
-VALUES = {"data.prefix_bytes": 5, "policy.dtype": "float32", "policy.remat": False, "utd_ratio": 0.25}
+VALUES = {
+    "agent.guidance_weights": [0.5],
+    "data.prefix_bytes": 5,
+    "policy.dtype": "float32",
+    "policy.remat": False,
+    "utd_ratio": 0.25,
+}
 OTHER_PRESET = {"policy.dtype": "droid", "policy.remat": "droid"}  # where the value is not the preset's
 FIELDS = [(rule.needs, field) for rule in RULES for field in rule.fields]
 

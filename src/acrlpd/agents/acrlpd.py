@@ -27,14 +27,14 @@ def joint_loss(
     """Return the sum of critic, imitation, actor and temperature losses; s and s' take one prefix pass each."""
     config, nets = agent.config, agent.nets
     modules = nets.modules(params, agent.frozen)
-    constant = nets.modules(jax.lax.stop_gradient(params), agent.frozen)
+    constant = agent.guided(nets.modules(jax.lax.stop_gradient(params), agent.frozen))
     temperature = jax.lax.stop_gradient(jnp.exp(params["temperature"]["log_temperature"]))
 
     prefix = flow.encode(modules.policy, batch.observations)
     next_prefix = flow.encode(constant.policy, batch.next_observations)
 
     # Section 2: the critic's loss at the chunk in the data.
-    chosen = candidates.choose(constant, config, next_prefix, draws.candidates, config.steps_in_target)
+    chosen = candidates.choose(constant, config.in_target, next_prefix, draws.candidates, config.steps_in_target)
     critic_loss, q, target = td.loss_and_values(modules.critic, agent, batch, draws, prefix, next_prefix, chosen.chunk)
 
     # Section 3: the policy's losses, from imitation and from the extraction.

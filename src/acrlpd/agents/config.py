@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 from typing import Literal, get_args
 
-from acrlpd.agents.extraction import BestOfN, Distill, Extraction, ExtractionName, QGradient, make_own
+from acrlpd.agents.extraction import BestOfN, Distill, Extraction, ExtractionName, GuidedByQ, QGradient, make_own
 from acrlpd.agents.health import HealthConfig
 from acrlpd.agents.losses import LossWeights
 from acrlpd.models.critic import CriticConfig
@@ -43,7 +44,7 @@ class AgentConfig:
     critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
     temperature: TemperatureConfig = dataclasses.field(default_factory=TemperatureConfig)
     loss_weights: LossWeights = dataclasses.field(default_factory=LossWeights)
-    extraction: str = "best_of_n"  # or q_gradient, distill, or FILE.py:NAME: code of your own (CONTRIBUTING.md)
+    extraction: str = "best_of_n"  # or q_gradient, distill, guided, or FILE.py:NAME: code of your own
     discount: float = 0.99
     target_update_tau: float = 0.005
     act_by_target_critic: bool = True  # if there are no moving averages, target critics choose while acting
@@ -63,6 +64,8 @@ class AgentConfig:
     huber_delta: float | None = None  # None: squared TD error
     actor_samples: int = 2  # q_gradient: chunks per observation; 1 switches the entropy bonus off
     distill_weight: float = 100.0  # distill: weight of the distance to the flow, relative to Q
+    guidance_weights: tuple[float, ...] = (1.0,)  # guided: weights of Q's gradient, candidates take them in turn
+    target_guidance: bool = False  # guided: guide the candidates in the TD target, too
     bc_weighting: BCWeighting = "none"
     bc_weighting_temperature: float = 1.0
     bc_weighting_bound: float = 4.0  # max ratio of two weights in a batch
@@ -104,6 +107,10 @@ class AgentConfig:
         for name in ("diversity_bonus", "distill_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"agent.{name} must not be negative, got {getattr(self, name)}")
+        if not self.guidance_weights or not all(0 <= weight < math.inf for weight in self.guidance_weights):
+            raise ValueError(
+                f"agent.guidance_weights must be one or more numbers that are not negative, got {self.guidance_weights}"
+            )
         if not 1 <= self.bc_weighting_bound < math.inf:
             raise ValueError(f"agent.bc_weighting_bound must be at least 1, got {self.bc_weighting_bound}")
         if self.extraction == "distill" and self.candidate_flow_steps is not None:
@@ -128,13 +135,43 @@ class AgentConfig:
     @property
     def actor_draws(self) -> int:
         """The number of chunks per observation in the actor loss."""
-        return 1 if self.extraction in ("best_of_n", "distill") else self.actor_samples
+        return 1 if self.extraction in ("best_of_n", "distill", "guided") else self.actor_samples
+
+    @property
+    def in_target(self) -> AgentConfig:
+        """The choices for the candidates in the TD target, which are plain samples unless ``target_guidance``."""
+        plain = self.extraction == "guided" and not self.target_guidance
+        return dataclasses.replace(self, extraction="best_of_n") if plain else self
+
+    def weights_of_candidates(self, n: int) -> tuple[float, ...] | None:
+        """Return the guidance weight of each of n candidates, which take the weights in turn; None if not guided."""
+        if self.extraction != "guided":
+            return None
+        return tuple(itertools.islice(itertools.cycle(self.guidance_weights), n))
+
+    def with_extraction(self, name: str | None, guidance_weights: tuple[float, ...] | None = None) -> AgentConfig:
+        """Return the choices with another extraction, or with other guidance weights; None: as they are.
+
+        Raises:
+            ValueError: there is no such extraction, or it is not guided and there are weights for it.
+        """
+        extraction = self.extraction if name is None else name
+        if guidance_weights is None:
+            return dataclasses.replace(self, extraction=extraction)
+        if extraction != "guided":
+            raise ValueError(
+                f"guidance_weights {guidance_weights} have no effect with extraction {extraction!r}: they need "
+                "--extraction guided"
+            )
+        return dataclasses.replace(self, extraction=extraction, guidance_weights=guidance_weights)
 
     def make_extraction(self, num_steps: int) -> Extraction:
         if self.extraction == "q_gradient":
             return QGradient(num_steps, self.action_clip)
         if self.extraction == "distill":
             return Distill(num_steps, self.action_clip, self.distill_weight)
-        if self.extraction == "best_of_n":
+        if self.extraction == "guided" and any(self.guidance_weights):
+            return GuidedByQ(num_steps, self.action_clip)
+        if self.extraction in ("best_of_n", "guided"):
             return BestOfN(num_steps, self.action_clip)
         return make_own(self.extraction, num_steps, self.action_clip)

@@ -21,6 +21,7 @@ class ExportArguments:
     platform: Platform | None = None  # use flow steps, candidates and critics of the production table
     data: str | None = None  # episodes to compare critics on, preferably not trained on; None: the run's
     extraction: str | None = None  # how to choose instead; code of your own (FILE.py:NAME) must be named here
+    guidance_weights: tuple[float, ...] | None = None  # of the extraction guided; None: as trained
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
             platform=arguments.platform,
             data=arguments.data,
             extraction=arguments.extraction,
+            guidance_weights=arguments.guidance_weights,
         )
     )
     return 0

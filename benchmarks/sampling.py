@@ -1,10 +1,11 @@
-"""Measure best of N on one prefix pass, against N tiled observations, and the gradient of the imitation loss.
+"""Measure best of N on one prefix pass, guided or not, against N tiled observations, and the imitation loss's gradient.
 
     python benchmarks/sampling.py [--candidates 1 8 32] [--steps 10] [--repeats 5] [--json]
 
 The model is a mid-size pi0 (image tower 384x6, first expert 512x6, action expert 256) with three 224 px cameras,
-horizon 50 and float32; candidates run in the blocks that ``best_of_n_strategy="auto"`` chooses. Layers are written out
-one by one, which is fastest for so few (``policy.unroll``); for sampling, they are separate modules as in a server.
+horizon 50 and float32; guided candidates follow the gradient of ten critics of two layers of 256. Candidates run in the
+blocks that ``best_of_n_strategy="auto"`` chooses. Layers are written out one by one, which is fastest for so few
+(``policy.unroll``); for sampling, they are separate modules as in a server.
 FLOPs are counted from the sizes (two per multiply-add of every matrix product): those computed, and those of the model
 as openpi computes it, with the whole last prefix layer, of which only keys and values are needed. Each rate is compared
 with that of plain 1024 x 1024 matrix products before and after each call, in the same process; ratios use the computed
@@ -15,6 +16,7 @@ more.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +28,9 @@ from flax import nnx
 
 from acrlpd.agents import sampling
 from acrlpd.agents.config import AgentConfig
-from acrlpd.models import flow, stacked
+from acrlpd.agents.extraction import Guide, Modules
+from acrlpd.models import stacked
+from acrlpd.models.critic import CriticConfig, CriticNetworks
 from acrlpd.models.pi0 import Pi0, Pi0Config
 from acrlpd.types import Observation
 
@@ -57,7 +61,8 @@ def main() -> None:
     for n in arguments.candidates:
         calls[f"best of {n}"] = best_of(served, n, steps), sampling_flops(n, steps)
         calls[f"{n} tiled"] = tiled_samples(served, n, steps), n * sampling_flops(1, steps)
-        prefixes |= {f"best of {n}": 1, f"{n} tiled": n}
+        calls[f"{n} guided"] = best_of(served, n, steps, guided=True), guided_flops(n, steps)
+        prefixes |= {f"best of {n}": 1, f"{n} guided": 1, f"{n} tiled": n}
     for batch in arguments.batches:
         calls[f"gradient, batch {batch}"] = loss_gradient(policy, batch), 3 * batch * loss_flops()
         prefixes[f"gradient, batch {batch}"] = 3 * batch
@@ -152,21 +157,36 @@ def noise_of(*lead: int, config: Pi0Config = CONFIG) -> jax.Array:
     return jax.random.normal(jax.random.key(1), (*lead, config.action_horizon, config.action_dim))
 
 
-def best_of(policy: Pi0, n: int, steps: int) -> Callable[[], Any]:
+def best_of(policy: Pi0, n: int, steps: int, *, guided: bool = False) -> Callable[[], Any]:
+    config = AgentConfig(extraction="guided" if guided else "best_of_n")
+
     @jax.jit
-    def call(state, seen, noise):
-        policy = nnx.merge(graph, state)
+    def call(state, critics, seen, noise):
+        policy, critic = nnx.merge(graph, state), nnx.merge(critic_graph, critics)
         prefix = policy.encode(seen)
+        modules = Modules(policy, critic, guide=Guide(critic, jnp.ones(()), jnp.ones((1, 1))))
 
         def draw(noise: jax.Array) -> jax.Array:
-            return flow.sample(policy, prefix, noise, num_steps=steps)
+            return config.make_extraction(steps).propose(modules, prefix, noise)
 
-        block_size = sampling.fitting_block(draw, noise, AgentConfig().best_of_n_bytes)
+        block_size = sampling.fitting_block(draw, noise, config.best_of_n_bytes)
         return sampling.in_blocks(draw, noise, block_size=block_size)
 
     graph, state = nnx.split(policy)
+    critic_graph, critics = nnx.split(make_critic())
     seen, noise = observation(1), noise_of(n, 1)
-    return lambda: call(state, seen, noise)
+    return lambda: call(state, critics, seen, noise)
+
+
+def make_critic() -> CriticNetworks:
+    return CriticNetworks(
+        CriticConfig(),
+        feature_dim=CONFIG.paligemma.width,
+        state_dim=CONFIG.state_dim,
+        horizon=CONFIG.action_horizon,
+        action_dim=CONFIG.action_dim,
+        rngs=nnx.Rngs(0),
+    )
 
 
 def tiled_samples(policy: Pi0, n: int, steps: int) -> Callable[[], Any]:
@@ -228,6 +248,14 @@ def sampling_flops(n: int, steps: int) -> float:
     return prefix_flops() + n * steps * suffix_flops()
 
 
+def guided_flops(n: int, steps: int) -> float:
+    """Count sampling whose every step takes a gradient of the critics, by the chunk alone: about two forward passes."""
+    critic = CriticConfig()
+    widths = (CONFIG.action_horizon * CONFIG.action_dim, *critic.hidden_dims, 1)
+    forward = 2.0 * critic.num_critics * sum(a * b for a, b in itertools.pairwise(widths))
+    return sampling_flops(n, steps) + 2 * n * steps * forward
+
+
 def loss_flops() -> float:
     return prefix_flops() + suffix_flops()
 
@@ -238,12 +266,13 @@ def ratios(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[st
     first = by_name[f"best of {arguments.candidates[0]}"]
     found: dict[str, dict[str, float]] = {}
     for n in arguments.candidates:
-        best, tiled = by_name[f"best of {n}"], by_name[f"{n} tiled"]
+        best, tiled, guided = (by_name[name] for name in (f"best of {n}", f"{n} tiled", f"{n} guided"))
         found[str(n)] = {}
         for clock in ("wall", "cpu"):
             one, many, apart = (row[f"{clock}_s"]["median"] for row in (first, best, tiled))
             found[str(n)][f"time_growth_over_flop_growth_{clock}"] = many / one / (best["gflop"] / first["gflop"])
             found[str(n)][f"faster_than_tiled_{clock}"] = apart / many
+            found[str(n)][f"guided_over_plain_{clock}"] = guided[f"{clock}_s"]["median"] / many
     return {"ratios": found}
 
 
@@ -259,13 +288,13 @@ def table(result: dict[str, Any]) -> str:
             f"{row['gflop_model']:12.1f}{row['share_of_matmul_model_wall']:7.2f}{row['share_of_matmul_model_cpu']:7.2f}"
         )
     for n, each in result["ratios"].items():
-        faster, growth = (
+        faster, growth, guided = (
             [each[f"{name}_{clock}"] for clock in ("wall", "cpu")]
-            for name in ("faster_than_tiled", "time_growth_over_flop_growth")
+            for name in ("faster_than_tiled", "time_growth_over_flop_growth", "guided_over_plain")
         )
         lines.append(
             f"N={n}: {faster[0]:.2f} ({faster[1]:.2f} by cpu) x as fast as tiled; time grows {growth[0]:.2f} "
-            f"({growth[1]:.2f}) x as much as FLOPs"
+            f"({growth[1]:.2f}) x as much as FLOPs; guided takes {guided[0]:.3f} ({guided[1]:.3f}) x as long"
         )
     return "\n".join(lines)
 

@@ -45,7 +45,9 @@ class Command:
 
 ROLLOUT = SimpleNamespace(success=True, returns=0.0, length=3)
 TASK = SimpleNamespace(rollouts=[ROLLOUT], evaluation=summarize([ROLLOUT]))
-FINDINGS = SimpleNamespace(task=TASK, to_dict=dict, observation_noise={}, action_noise={}, best_of_n={}, agreement=None)
+FINDINGS = SimpleNamespace(
+    task=TASK, to_dict=dict, observation_noise={}, action_noise={}, best_of_n={}, guidance={}, agreement=None
+)
 RUN = dataclasses.replace(presets.get_preset("demo"), env=EnvConfig(CAR))
 LOADED = SimpleNamespace(agent=None, transform=None, config=RUN, step=4)
 STATS = {"state": normalize.NormStats(np.zeros(1), np.ones(1))}
@@ -96,13 +98,16 @@ COMMANDS = {
             "first_seed": "--first_seed 5",
             "mode": "--mode bc",
             "extraction": "--extraction best_of_n",
+            "guidance_weights": "--guidance_weights 0 2",
             "compare_extraction": ("--compare_extraction best_of_n", "--compare other"),
+            "compare_guidance_weights": ("--compare_guidance_weights 2", "--compare other"),
             "num_envs": "--num_envs 3",
             "seed": "--seed 1",
             "full": "--full",
             "protocol.observation_noise": ("--protocol.observation_noise 0.5", "--full"),
             "protocol.action_noise": ("--protocol.action_noise 0.5", "--full"),
             "protocol.best_of_n": ("--protocol.best_of_n 3", "--full"),
+            "protocol.guidance_weights": ("--protocol.guidance_weights 0.5", "--full"),
             "videos": "--videos 2",
             "output": "--output file.json",
             "json": "--json",
@@ -134,6 +139,7 @@ COMMANDS = {
             "checkpoint": ("--checkpoint other", CHECKPOINT),
             "mode": ("--mode bc", CHECKPOINT),
             "extraction": ("--extraction best_of_n", CHECKPOINT),
+            "guidance_weights": ("--guidance_weights 0 2", CHECKPOINT),
             "num_envs": ("--num_envs 3", CHECKPOINT),
             "num_workers": "--num_workers 2",
             "seed": "--seed 1",
@@ -172,6 +178,7 @@ COMMANDS = {
             "acting.default_prompt": "--default_prompt go",
             "acting.seed": "--seed 1",
             "acting.extraction": "--extraction best_of_n",
+            "acting.guidance_weights": "--guidance_weights 0 2",
             "openpi.robot": "--robot libero",
             "openpi.action_horizon": "--action_horizon 3",
             "openpi.asset_id": "--asset_id arm",
@@ -203,6 +210,7 @@ COMMANDS = {
             "platform": "--platform droid",
             "data": "--data set",
             "extraction": "--extraction own.py:Own",
+            "guidance_weights": "--guidance_weights 0 2",
         },
         ((export, "export_acrlpd_model", "out"),),
     ),

@@ -25,6 +25,7 @@ SETTINGS = {  # of each rule: under which settings of the demo its fields are id
     "agent.critic.q_aggregation mean_minus_std": ({}, {"agent.critic.q_aggregation": "mean_minus_std"}),
     "agent.target best_of_n": (IMPLICIT, {}),
     "agent.target implicit": ({}, IMPLICIT),
+    "agent.extraction guided": ({}, {"agent.extraction": "guided"}),
     "agent.extraction distill": ({}, {"agent.extraction": "distill"}),
     "an agent.bc_weighting": ({}, {"agent.bc_weighting": "importance"}),
     "agent.critic.use_pi0_features": ({"agent.critic.use_pi0_features": False}, {}),
@@ -49,7 +50,13 @@ SETTINGS = {  # of each rule: under which settings of the demo its fields are id
         for group in ("policy", "critic", "temperature")
     },
 }
-VALUES = {"data.prefix_bytes": 5, "policy.dtype": "float32", "policy.remat": False, "utd_ratio": 0.25}
+VALUES = {
+    "agent.guidance_weights": [0.5],
+    "data.prefix_bytes": 5,
+    "policy.dtype": "float32",
+    "policy.remat": False,
+    "utd_ratio": 0.25,
+}
 OTHER_PRESET = {"policy.dtype": "droid", "policy.remat": "droid"}  # where the value is not the preset's
 FIELDS = [(rule.needs, field) for rule in RULES for field in rule.fields]
 

@@ -101,3 +101,88 @@ def test_sample_time_is_a_squeezed_beta():
     quantiles = np.linspace(0.05, 0.95, 19)
     expected = quantiles ** (1 / 1.5) * 0.999 + 0.001
     np.testing.assert_allclose(np.quantile(time, quantiles), expected, atol=0.01)
+
+
+# -- guidance by the gradient of a value -------------------------------------------------------------------------------
+
+
+def test_guided_steps_are_those_of_qgfs_authors(shared):
+    """Every step of a sample that their code drew with the weight 1: the clean chunk, and where the step ends."""
+    file = shared / "golden-improvement" / "qgf.npz"
+    if not file.exists():
+        pytest.skip(f"{file} is not in this set of reference files")
+    with np.load(file) as arrays:
+        golden = dict(arrays)
+    steps, b = golden["trace/t"].shape
+    x = golden["noise"][None]
+    for k in range(steps):
+        v, g, seen = golden["trace/v"][k][None], golden["trace/g"][k][None], []
+        climb = flow.Climb(lambda clean, g=g, seen=seen: seen.append(clean) or jnp.asarray(g), jnp.ones((1, b)), 1.0)
+        np.testing.assert_allclose(x[0], golden["trace/x"][k], atol=1e-5)
+        velocity = flow.guided_velocity(jnp.asarray(v), jnp.asarray(x), jnp.asarray(golden["trace/t"][k][None]), climb)
+        np.testing.assert_allclose(seen[0][0], golden["trace/a_hat"][k], atol=1e-5)
+        x = x - np.asarray(velocity) / steps
+        np.testing.assert_allclose(x[0], golden["trace/x_next"][k], atol=1e-5)
+    np.testing.assert_allclose(np.clip(x[0], -1, 1), golden["guided/1.0/sample"], atol=1e-5)
+    for variant in ("noisy", "jacobian"):
+        assert np.abs(golden[f"{variant}/1.0/sample"] - golden["guided/1.0/sample"]).max() > 1e-3
+
+
+CENTRES = np.array([0.9, -0.4])  # of two critics, whose smaller value counts
+
+
+def value_and_gradient(a):
+    """The smaller of two parabolas of every entry, summed, and its gradient, in NumPy."""
+    each = np.stack([-((a - centre) ** 2).sum(axis=(-2, -1)) for centre in CENTRES])
+    centre = CENTRES[each.argmin(axis=0)][..., None, None]
+    return each.min(axis=0), -2 * (a - centre)
+
+
+def climbed(x, weights, num_steps, variant):
+    """The sampler in NumPy for the velocity sin(2 x) t, whose derivative by x is 2 cos(2 x) t."""
+    for k in range(num_steps):
+        t = 1 - k / num_steps
+        v, slope = np.sin(2 * x) * t, 2 * np.cos(2 * x) * t
+        clean = np.clip(x - t * v, -1, 1)
+        g = value_and_gradient(x if variant == "noisy" else clean)[1]
+        if variant == "jacobian":
+            g = g * (1 - t * slope) * (np.abs(x - t * v) < 1)
+        x = x - (v - weights[:, None, None, None] * g) / num_steps
+    return x
+
+
+def test_guided_samples_equal_numpy_and_no_other_variant(prefix, noise):
+    policy = Field(lambda prefix, x_t, time: jnp.sin(2 * x_t) * time)
+    weights = np.array([0.0, 0.1, 0.3, 1.0, 2.0], np.float32)
+
+    def value(a):
+        return jnp.stack([-((a - centre) ** 2).sum(axis=(-2, -1)) for centre in CENTRES]).min(axis=0).sum()
+
+    climbing = flow.climbing(policy, flow.Climb(jax.grad(value), jnp.asarray(weights)[:, None], 1.0))
+    samples = flow.sample(climbing, prefix, noise, num_steps=4)
+    z = np.asarray(noise, np.float64)
+    np.testing.assert_allclose(samples, climbed(z, weights, 4, "guided"), atol=1e-5)
+    for variant in ("noisy", "jacobian"):
+        assert np.abs(samples - climbed(z, weights, 4, variant))[3:].max() > 1e-2, variant
+    np.testing.assert_array_equal(samples[0], flow.sample(policy, prefix, noise, num_steps=4)[0])
+
+
+def test_nothing_is_differentiated_through_the_guidance(prefix, noise):
+    """The derivative of a guided velocity by the chunk is that of the policy's own."""
+    policy = Field(lambda prefix, x_t, time: jnp.sin(x_t))
+    climbing = flow.climbing(policy, flow.Climb(lambda a: a**3, jnp.ones((1, 1))))
+    time = jnp.full(noise.shape[:2], 0.5)
+    slope = jax.grad(lambda x: climbing.velocity(prefix, x, time).sum())(noise)
+    np.testing.assert_allclose(slope, np.cos(noise), atol=1e-6)
+
+
+def test_a_chunk_that_climbs_goes_on_continuing_another(prefix, noise):
+    """By hand for the velocity x: climbing first, then the pull towards the other chunk, whose Jacobian is 1 - t."""
+    policy = Field(lambda prefix, x_t, time: x_t)
+    guidance = flow.Guidance(jnp.ones((2, 3, 2)), jnp.array([[1.0, 0.5, 0.0]] * 2))
+    both = flow.climbing(flow.Guided(policy, guidance), flow.Climb(lambda a: 2 * a, jnp.full((1, 1), 0.3)))
+    x, t = np.asarray(noise), 0.5
+    climbing = x - 0.3 * 2 * (x - t * x)
+    pull = (1 - (x - t * climbing)) * np.array([1.0, 0.5, 0.0])[:, None] * (1 - t)
+    velocity = both.velocity(prefix, noise, jnp.full(noise.shape[:2], t))
+    np.testing.assert_allclose(velocity, climbing - 2 * pull, atol=1e-5)  # (t^2 + (1 - t)^2) / (t (1 - t)) is 2

@@ -119,6 +119,7 @@ SEEN: dict[str, tuple[Any, Any] | tuple[Any, Any, dict[str, Any]]] = {
     "agent.huber_delta": (looks.learning, 1.0),
     "agent.actor_samples": (looks.learning, 3, {"agent.extraction": "q_gradient"}),
     "agent.distill_weight": (looks.learning, 5.0, {"agent.extraction": "distill"}),
+    "agent.target_guidance": (looks.learning, True, {"agent.extraction": "guided"}),
     "agent.bc_weighting": (looks.learning, "importance"),
     "agent.bc_weighting_temperature": (looks.learning, 2.0, {"agent.bc_weighting": "difficulty"}),
     "agent.bc_weighting_bound": (looks.learning, 3.0, {"agent.bc_weighting": "difficulty"}),
@@ -194,6 +195,7 @@ SEEN: dict[str, tuple[Any, Any] | tuple[Any, Any, dict[str, Any]]] = {
 }
 
 ELSEWHERE = {
+    "agent.guidance_weights": "tests/agents/test_guided.py::test_following_the_gradient_raises_the_value",
     "policy.weights": "tests/training/test_setup.py::test_training_starts_from_the_weights_asked_for",
     "data.norm_stats": DATA + "test_a_run_takes_over_statistics",
     "data.action_dim": DATA + "test_batches_are_drawn_as_asked",

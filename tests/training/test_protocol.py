@@ -1,5 +1,6 @@
 """The full evaluation, with an untrained agent in an environment where luck decides."""
 
+import dataclasses
 import json
 
 import jax
@@ -171,6 +172,19 @@ def test_findings_are_json(findings):
     found = json.loads(json.dumps(findings.to_dict(), allow_nan=False))
     assert found["best_of_n"]["3"]["against_task"]["difference"] == 0
     assert len(found["episodes"]) == 10
+
+
+def test_weights_of_guidance_are_swept_as_n_is(transform, agent, monkeypatch):
+    """Each for all candidates; of a guided agent alone."""
+    environments = LocalVectorEnv([SimulatedEnvironment(Drift(), EnvConfig("drift"))])
+    config = ProtocolConfig(guidance_weights=(0.0, 2.0))
+    protocol = acrlpd.ACRLPDEvaluationProtocol(config, environments, transform, range(2), execute_horizon=2)
+    monkeypatch.setattr(protocol, "_trial", lambda agent, *, mode: agent.config.weights_of_candidates(3))
+    assert protocol.analyze_guidance(agent) == {}
+    guided = dataclasses.replace(agent, q_scale=agent.q_scale + 1).with_extraction("guided")
+    assert protocol.analyze_guidance(guided) == {0.0: (0.0, 0.0, 0.0), 2.0: (2.0, 2.0, 2.0)}
+    with pytest.raises(ValueError, match="guidance_weights must not be negative"):
+        ProtocolConfig(guidance_weights=(-1.0,))
 
 
 def test_noise_comes_right_behind_the_normalization(transform):

@@ -14,14 +14,16 @@ from tests.training.conftest import make_episode
 
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.presets import with_algorithm
-from acrlpd.training import loading, setup
+from acrlpd.training import checkpoint, loading, setup
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.faults import Interrupted
 from acrlpd.training.metrics import read_jsonl
 
 
 def leaves(agent):
-    return jax.tree.leaves((agent.params, agent.target_critic, agent.opt_state, agent.frozen, agent.step))
+    return jax.tree.leaves(
+        (agent.params, agent.target_critic, agent.opt_state, agent.frozen, agent.step, agent.q_scale)
+    )
 
 
 def assert_same_bits(one, other):
@@ -60,7 +62,7 @@ def test_a_run_with_an_implicit_target_resumes_bit_for_bit_and_acts(tiny_config)
     assert int(resumed.agent.step) == 4
     resumed.train()
     assert_same_bits(trainer.agent, resumed.agent)
-    loaded = setup.load_checkpoint(setup.run_files(config).directory)
+    loaded = loading.load_checkpoint(setup.run_files(config).directory)
     assert_same_bits(trainer.agent, loaded.agent)
     seen, rng = trainer.loader.batch(0).observations, jax.random.key(5)
     np.testing.assert_array_equal(loaded.agent.sample_actions(seen, rng), trainer.agent.sample_actions(seen, rng))
@@ -99,6 +101,26 @@ def test_updates_two_in_a_call_end_where_single_ones_do(finished, tiny_config, t
     restored = manager.restore(trainer.agent).agent
     jax.tree.map(np.testing.assert_array_equal, restored.ema["critic"], trainer.agent.target_critic)
     jax.tree.map(np.testing.assert_array_equal, restored.ema["policy"], trainer.agent.ema["policy"])
+
+
+def test_a_checkpoint_from_before_the_size_of_q_was_measured(finished, tmp_path, monkeypatch):
+    split = checkpoint._split
+
+    def without(agent):
+        policy, rest = split(agent)
+        return policy, {name: part for name, part in rest.items() if name != "q_scale"}
+
+    manager = ACRLPDCheckpointManager(tmp_path / "earlier", writer=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_split", without)
+        manager.save(finished.agent, asset_id="acrlpd", norm_stats=finished.norm_stats, run={"progress": {}})
+        manager.wait()
+    restored = manager.restore(finished.agent).agent
+    assert float(finished.agent.q_scale) > 0
+    assert float(restored.q_scale) == 0
+    assert_same_bits(dataclasses.replace(restored, q_scale=finished.agent.q_scale), finished.agent)
+    with pytest.raises(ValueError, match="Resume its run for some updates"):
+        restored.with_extraction("guided")
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def joint_loss(
     """Return the sum of critic, V's, imitation, actor and temperature losses; s and s' take one prefix pass each."""
     config, nets = agent.config, agent.nets
     modules = nets.modules(params, agent.frozen)
-    constant = nets.modules(jax.lax.stop_gradient(params), agent.frozen)
+    constant = agent.guided(nets.modules(jax.lax.stop_gradient(params), agent.frozen))
     temperature = jax.lax.stop_gradient(jnp.exp(params["temperature"]["log_temperature"]))
 
     prefix = flow.encode(modules.policy, batch.observations)
@@ -85,7 +85,7 @@ def _best_of_n(
     modules: Modules, agent: AgentState, draws: Draws, prefix: Prefix
 ) -> tuple[Float[Array, "b h a"], Float[Array, " b"], dict[str, Array]]:
     """Return the best of N candidates, the entropy of all of them, and metrics of their spread."""
-    config = agent.config
+    config = agent.config.in_target
     chosen = candidates.choose(modules, config, prefix, draws.candidates, config.steps_in_target)
     judged = modules.critic.judged(chosen.candidates)
     entropy = losses.gaussian_entropy(judged)

@@ -97,6 +97,7 @@ class ACRLPDAgent(AgentState):
             ema={} if config.policy_ema_decay is None else jax.tree.map(jnp.copy, _acting(params)),
             health=Health.create(("loss", *optimizers)),
             step=jnp.zeros((), jnp.int32),
+            q_scale=jnp.zeros(()),
             nets=nets,
         )
 
@@ -116,18 +117,21 @@ class ACRLPDAgent(AgentState):
 
     @property
     def acting_critic(self) -> Params:
-        """The critics that choose while acting; they are the only ones in an agent that only acts."""
+        """The critics that choose while acting."""
         if "critic" in self.ema:
             return self.ema["critic"]
-        averaged = self.config.act_by_target_critic and self.target_critic
+        averaged = self.config.act_by_target_critic and self.config.policy_ema_decay is None and self.target_critic
         return self.target_critic if averaged else self.params["critic"]
 
     def acting_modules(self) -> Modules:
         """Return the networks that act: the moving averages of policy and critics, if there are any."""
-        return self.nets.modules(self.params | self.ema | {"critic": self.acting_critic}, self.frozen)
+        return self.guided(self.nets.modules(self.params | self.ema | {"critic": self.acting_critic}, self.frozen))
 
     def acting_only(self) -> ACRLPDAgent:
-        """Return an agent that acts the same, without training state, its layers apart if the policy unrolls them."""
+        """Return an agent that acts the same, without training state, its layers apart if the policy unrolls them.
+
+        Of the critics it has those that choose and, under ``guided``, the target critics.
+        """
         modules = self.acting_modules()
         policy_def, policy = parameters.split(cast(nnx.Module, modules.policy))
         params = self.params | {"policy": policy, "critic": self.acting_critic}
@@ -135,12 +139,27 @@ class ACRLPDAgent(AgentState):
         if modules.student is not None:
             params["student"] = parameters.split(cast(nnx.Module, modules.student))[1]
         nets = dataclasses.replace(self.nets, policy_def=policy_def)
-        return dataclasses.replace(self, params=params, frozen={}, ema={}, opt_state={}, target_critic={}, nets=nets)
+        guiding = {} if modules.guide is None else self.target_critic
+        idle: dict[str, Any] = {"frozen": {}, "ema": {}, "opt_state": {}}
+        return dataclasses.replace(self, params=params, target_critic=guiding, nets=nets, **idle)
 
-    def with_extraction(self, name: str) -> ACRLPDAgent:
-        """Return the agent with another extraction. Naming a stored agent's own permits running that code."""
-        nets = dataclasses.replace(self.nets, config=dataclasses.replace(self.config, extraction=name))
-        return dataclasses.replace(self, nets=nets)
+    def with_extraction(
+        self, name: str | None = None, guidance_weights: tuple[float, ...] | None = None
+    ) -> ACRLPDAgent:
+        """Return the agent with another extraction, or with other guidance weights; None: as they are.
+
+        Naming a stored agent's own permits running that code.
+
+        Raises:
+            ValueError: guidance is asked for, and the size of Q, which scales it, was never measured.
+        """
+        config = self.config.with_extraction(name, guidance_weights)
+        if name == "guided" and self.chooses and not self.q_scale > 0:
+            raise ValueError(
+                "extraction 'guided' divides by the running mean of |Q|, which this checkpoint does not have: it was "
+                "saved before the first update, or by an earlier version. Resume its run for some updates"
+            )
+        return dataclasses.replace(self, nets=dataclasses.replace(self.nets, config=config))
 
     def update(
         self, batch: ChunkBatch, rng: PRNGKeyArray, weights: LossWeights | None = None
@@ -211,11 +230,15 @@ def _apply(
         share = losses.averaging_share(agent.step, decay=config.policy_ema_decay)
         ema = optax.incremental_update(_acting(params), ema, share)
     norms = {group: metrics[f"grad_norm/{group}"] for group in grads}
+    q_scale = agent.q_scale
+    if "q_abs_mean" in metrics:  # imitation alone has no Q
+        q_scale = losses.q_scale(q_scale, metrics["q_abs_mean"], agent.step)
     ok, health = judge(agent.health, {"loss": jnp.abs(metrics["total_loss"]), **norms}, config.health)
     metrics |= {"skipped": 1.0 - ok, "skipped_in_a_row": health.skipped_in_a_row}
     metrics |= {"valid_samples": batch.sequence_mask.sum(), "mask_ratio": batch.valid.mean()}
-    before = (agent.params, agent.opt_state, agent.target_critic, agent.ema)
-    params, opt_state, target_critic, ema = keep_if(ok, (params, opt_state, target_critic, ema), before)
+    before = (agent.params, agent.opt_state, agent.target_critic, agent.ema, agent.q_scale)
+    after = (params, opt_state, target_critic, ema, q_scale)
+    params, opt_state, target_critic, ema, q_scale = keep_if(ok, after, before)
     agent = dataclasses.replace(
         agent,
         params=params,
@@ -224,6 +247,7 @@ def _apply(
         ema=ema,
         health=health,
         step=agent.step + 1,
+        q_scale=q_scale,
     )
     return agent, metrics
 

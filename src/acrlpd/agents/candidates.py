@@ -5,8 +5,10 @@ The TD target, acting, evaluation, serving and export all call ``choose``.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import cast
 
+import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
@@ -36,17 +38,19 @@ class Chosen:
     index: Int[Array, " b"]
     candidates: Float[Array, "n b h a"]  # as they were ranked
     scores: Float[Array, "n b"]
+    weights: Float[Array, "n 1"] | None  # how strongly Q's gradient guided each; None: the extraction is not guided
 
     @property
     def values(self) -> Metrics:
         """The values by which the choice was made, with b as first axis."""
-        return {
+        values = {
             "q": sampling.take(self.scores, self.index),
             "q_mean": self.scores.mean(axis=0),
             "q_std": self.scores.std(axis=0),
             "q_candidates": self.scores.T,
             "chosen": self.index,
         }
+        return values if self.weights is None else values | {"guidance_weight": self.weights[self.index, 0]}
 
 
 def choose(
@@ -70,7 +74,8 @@ def choose(
             top_k=config.top_k,
             diversity_bonus=config.diversity_bonus,
         )
-    return Chosen(_finish(modules, config, prefix, noise, chunks, best, num_steps), best, chunks, scores)
+    chunk = _finish(modules, config, prefix, noise, chunks, best, num_steps)
+    return Chosen(chunk, best, chunks, scores, guidance_weights(config, len(noise)))
 
 
 def propose(
@@ -78,18 +83,22 @@ def propose(
 ) -> tuple[Float[Array, "n b h a"], Float[Array, "n b"]]:
     """Return n candidate chunks, drawn by the extraction on one prefix, and the critic's aggregated value of each."""
     extraction = config.make_extraction(_steps_to_rank(config, noise, num_steps))
+    drawn = noise, guidance_weights(config, len(noise))
 
-    def draw(noise: Float[Array, "n b h a"]) -> tuple[Float[Array, "n b h a"], Float[Array, "n b"]]:
-        chunks = extraction.propose(modules, prefix, noise)
+    def draw(
+        drawn: tuple[Float[Array, "n b h a"], Float[Array, "n 1"] | None],
+    ) -> tuple[Float[Array, "n b h a"], Float[Array, "n b"]]:
+        noise, weights = drawn
+        chunks = extraction.propose(_weighted(modules, weights), prefix, noise)
         return chunks, modules.critic.aggregate(modules.critic(prefix.features, prefix.state, chunks))
 
     block_size = {
         "parallel": lambda: None,
         "chunked": lambda: config.best_of_n_block,
         "sequential": lambda: 1,
-        "auto": lambda: sampling.fitting_block(draw, noise, config.best_of_n_bytes),
+        "auto": lambda: sampling.fitting_block(draw, drawn, config.best_of_n_bytes),
     }[config.best_of_n_strategy]()
-    return sampling.in_blocks(draw, noise, block_size=block_size)
+    return sampling.in_blocks(draw, drawn, block_size=block_size)
 
 
 def _finish(
@@ -106,7 +115,21 @@ def _finish(
     if _steps_to_rank(config, noise, num_steps) == num_steps:
         return sampling.take(chunks, best)
     extraction = config.make_extraction(num_steps)
-    return extraction.propose(modules, prefix, sampling.take(noise, best)[None])[0]
+    weights = guidance_weights(config, len(noise))
+    chosen = _weighted(modules, None if weights is None else weights[best].T)
+    return extraction.propose(chosen, prefix, sampling.take(noise, best)[None])[0]
+
+
+def guidance_weights(config: AgentConfig, n: int) -> Float[Array, "n 1"] | None:
+    """Return how strongly Q's gradient guides each of n candidates; None if the extraction is not ``guided``."""
+    weights = config.weights_of_candidates(n)
+    return None if weights is None else jnp.array(weights, jnp.float32)[:, None]
+
+
+def _weighted(modules: Modules, weights: Float[Array, "#n #b"] | None) -> Modules:
+    if weights is None or modules.guide is None:
+        return modules
+    return dataclasses.replace(modules, guide=dataclasses.replace(modules.guide, weights=weights))
 
 
 def _steps_to_rank(config: AgentConfig, noise: Float[Array, "n b h a"], num_steps: int) -> int:

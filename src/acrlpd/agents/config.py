@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 from typing import Annotated, Literal, get_args
 
 from acrlpd import fields
-from acrlpd.agents.extraction import BestOfN, Distill, Extraction, ExtractionName, QGradient, make_own
+from acrlpd.agents.extraction import BestOfN, Distill, Extraction, ExtractionName, GuidedByQ, QGradient, make_own
 from acrlpd.agents.health import HealthConfig
 from acrlpd.agents.losses import ImplicitStatistic, LossWeights
-from acrlpd.fields import Interval, NonNegativeFloat, PositiveFloat, PositiveInt
+from acrlpd.fields import NOT_EMPTY, Interval, NonNegativeFloat, PositiveFloat, PositiveInt
 from acrlpd.models.critic import CriticConfig
 from acrlpd.named_code import names_code
 
@@ -53,7 +54,7 @@ class AgentConfig:
     critic: CriticConfig = dataclasses.field(default_factory=CriticConfig)
     temperature: TemperatureConfig = dataclasses.field(default_factory=TemperatureConfig)
     loss_weights: LossWeights = dataclasses.field(default_factory=LossWeights)
-    extraction: str = "best_of_n"  # or q_gradient, distill, or FILE.py:NAME: code of your own (CONTRIBUTING.md)
+    extraction: str = "best_of_n"  # or q_gradient, distill, guided, or FILE.py:NAME: code of your own (CONTRIBUTING.md)
     target: TargetName = "best_of_n"  # value of s' in the TD target: of the best of N chunks sampled there, or V(s')
     implicit: ImplicitConfig = dataclasses.field(default_factory=ImplicitConfig)
     discount: Annotated[float, Interval("(0, 1]")] = 0.99  # for each environment step, not for each chunk
@@ -79,6 +80,9 @@ class AgentConfig:
     huber_delta: Annotated[float, Interval("(0, inf]")] | None = None  # None: squared TD error
     actor_samples: PositiveInt = 2  # q_gradient: chunks per observation; 1 switches the entropy bonus off
     distill_weight: NonNegativeFloat = 100.0  # distill: weight of the distance to the flow, relative to Q
+    # guided: weights of Q's gradient, which candidates take in turn
+    guidance_weights: Annotated[tuple[NonNegativeFloat, ...], NOT_EMPTY] = (1.0,)
+    target_guidance: bool = False  # guided: guide the candidates in the TD target, too
     # imitate some chunks more: importance: those better than the critic expected; difficulty: those imitated badly
     bc_weighting: BCWeighting = "none"
     bc_weighting_temperature: Annotated[float, Interval("(0, inf]")] = 1.0  # a lower one tells chunks further apart
@@ -135,13 +139,43 @@ class AgentConfig:
     @property
     def actor_draws(self) -> int:
         """The number of chunks per observation in the actor loss."""
-        return 1 if self.extraction in ("best_of_n", "distill") else self.actor_samples
+        return 1 if self.extraction in ("best_of_n", "distill", "guided") else self.actor_samples
+
+    @property
+    def in_target(self) -> AgentConfig:
+        """The choices for the candidates in the TD target, which are plain samples unless ``target_guidance``."""
+        plain = self.extraction == "guided" and not self.target_guidance
+        return dataclasses.replace(self, extraction="best_of_n") if plain else self
+
+    def weights_of_candidates(self, n: int) -> tuple[float, ...] | None:
+        """Return the guidance weight of each of n candidates, which take the weights in turn; None if not guided."""
+        if self.extraction != "guided":
+            return None
+        return tuple(itertools.islice(itertools.cycle(self.guidance_weights), n))
+
+    def with_extraction(self, name: str | None, guidance_weights: tuple[float, ...] | None = None) -> AgentConfig:
+        """Return the choices with another extraction, or with other guidance weights; None: as they are.
+
+        Raises:
+            ValueError: there is no such extraction, or it is not guided and there are weights for it.
+        """
+        extraction = self.extraction if name is None else name
+        if guidance_weights is None:
+            return dataclasses.replace(self, extraction=extraction)
+        if extraction != "guided":
+            raise ValueError(
+                f"guidance_weights {guidance_weights} have no effect with extraction {extraction!r}: they need "
+                "--extraction guided"
+            )
+        return dataclasses.replace(self, extraction=extraction, guidance_weights=guidance_weights)
 
     def make_extraction(self, num_steps: int) -> Extraction:
         if self.extraction == "q_gradient":
             return QGradient(num_steps, self.action_clip)
         if self.extraction == "distill":
             return Distill(num_steps, self.action_clip, self.distill_weight)
-        if self.extraction == "best_of_n":
+        if self.extraction == "guided" and any(self.guidance_weights):
+            return GuidedByQ(num_steps, self.action_clip)
+        if self.extraction in ("best_of_n", "guided"):
             return BestOfN(num_steps, self.action_clip)
         return make_own(self.extraction, num_steps, self.action_clip)

@@ -1,4 +1,4 @@
-"""How Q improves the policy (``docs/algorithm.md``, section 3): best_of_n, q_gradient, distill, or one of your own.
+"""How Q improves the policy (``docs/algorithm.md``, section 3), by one of ``ExtractionName`` or by one of your own.
 
 An extraction defines which candidates the agent chooses among and which loss trains the policy beyond imitation.
 CONTRIBUTING.md has an example of one that stands in a file of its own.
@@ -23,9 +23,18 @@ from acrlpd.models import flow
 from acrlpd.models.critic import CriticNetworks, ValueNetwork
 from acrlpd.models.flow import FlowPolicy, Prefix
 from acrlpd.named_code import StoredName
-from acrlpd.types import Metrics
+from acrlpd.types import AnyArray, Metrics
 
-ExtractionName = Literal["best_of_n", "q_gradient", "distill"]
+ExtractionName = Literal["best_of_n", "q_gradient", "distill", "guided"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Guide:
+    """What guides candidates while they are denoised under ``guided``: the target critics, and by how much."""
+
+    critic: CriticNetworks
+    q_scale: Float[Array, ""]  # running mean of |Q|, by which gradients are divided; 0: not known yet
+    weights: Float[AnyArray, "#n #b"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +45,7 @@ class Modules:
     critic: CriticNetworks
     student: FlowPolicy | None = None  # has its own action expert and reads the policy's prefix; only for ``distill``
     value: ValueNetwork | None = None  # only for ``target="implicit"``
+    guide: Guide | None = None  # only for ``guided``
 
 
 class Extraction(Protocol):
@@ -111,6 +121,32 @@ class Distill:
         distill = losses.distill_loss(student[0], teacher[0])
         q = _q(modules.critic, prefix, clip(student, self.action_clip))  # [e 1 b]: QC-FQL maximizes their mean
         return self.distill_weight * distill - jnp.mean(q), {"distill_loss": distill, "actor_q_mean": q.mean()}
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidedByQ:
+    """Samples that the target critics' gradient guides while they are denoised (QGF, arXiv:2606.11087).
+
+    No network is trained for it. Gradients are divided by the running mean of |Q|, so that a weight means the same at
+    any scale of the rewards. Before the first update there is no such mean, and samples are plain.
+    """
+
+    num_steps: int
+    action_clip: float | None
+
+    def propose(self, modules: Modules, prefix: Prefix, noise: Float[Array, "n b h a"]) -> Float[Array, "n b h a"]:
+        guide = modules.guide
+        if guide is None:
+            raise ValueError("these networks have no guide: they were merged for another extraction than 'guided'")
+
+        def value(chunks: Float[Array, "n b h a"]) -> Float[Array, ""]:
+            return guide.critic.aggregate(_q(guide.critic, prefix, chunks)).sum()  # each value depends on its own chunk
+
+        weights = guide.weights / jnp.where(guide.q_scale > 0, guide.q_scale, jnp.inf)
+        policy = flow.climbing(modules.policy, flow.Climb(jax.grad(value), weights, self.action_clip))
+        return clip(flow.sample(policy, prefix, noise, num_steps=self.num_steps), self.action_clip)
+
+    actor_loss = BestOfN.actor_loss
 
 
 def make_own(name: str, num_steps: int, action_clip: float | None) -> Extraction:

@@ -146,6 +146,18 @@ def soft_actor_loss(
     return jnp.mean(temperature * log_prob - q.mean(axis=0))
 
 
+Q_SCALE_WINDOW = 100  # updates
+
+
+def q_scale(mean: Float[Array, ""], q: Float[Array, ""], step: Int[Array, ""]) -> Float[Array, ""]:
+    """Return the running mean of |Q| after an update whose batch has the mean |Q| ``q``; 0 stands for no mean yet.
+
+    It is the mean of all updates until there are ``Q_SCALE_WINDOW``, and then forgets older ones exponentially.
+    """
+    share = jnp.maximum(1 / (step + 1.0), 1 / Q_SCALE_WINDOW)
+    return jnp.where(mean > 0, mean + share * (q - mean), q)
+
+
 def averaging_share(step: Int[Array, ""], *, decay: float) -> Float[Array, ""]:
     """Return the share of the newest parameters in their moving average: 1 - ``decay``, but 6 / (step + 6) at first.
 

@@ -16,24 +16,30 @@ from acrlpd.types import typed
 CPU_CACHE_BYTES = 24 * 1024**2  # a program's share of a server's last-level cache; blocks of this size were fastest
 
 
-def in_blocks(draw: Callable[[jax.Array], Any], noise: Float[Array, "n b h a"], *, block_size: int | None) -> Any:
-    """Run ``draw(noise)`` for all candidates at once, or in blocks of ``block_size`` to bound its activations.
+def in_blocks(draw: Callable[[Any], Any], drawn: Any, *, block_size: int | None) -> Any:
+    """Run ``draw(drawn)`` for all candidates at once, or in blocks of ``block_size`` to bound its activations.
 
-    ``draw`` returns a pytree whose leaves have n as first axis. Blocks run one after the other and give the same
-    candidates; only the finished chunks and their scores are kept, which are small next to a network's activations.
+    ``drawn`` and the result are pytrees whose leaves have n as first axis, such as the noise [n b h a]. Blocks run one
+    after the other and give the same candidates; only the finished chunks and their scores are kept, which are small
+    next to a network's activations.
     """
-    n = noise.shape[0]
+    n = _count(drawn)
     if block_size is None or block_size >= n:
-        return draw(noise)
+        return draw(drawn)
     whole = n - n % block_size
-    blocks = noise[:whole].reshape(-1, block_size, *noise.shape[1:])
-    drawn = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), jax.lax.map(draw, blocks))
+    blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, block_size, *x.shape[1:]), drawn)
+    done = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), jax.lax.map(draw, blocks))
     if whole == n:
-        return drawn
-    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), drawn, draw(noise[whole:]))
+        return done
+    rest = draw(jax.tree.map(lambda x: x[whole:], drawn))
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), done, rest)
 
 
-def fitting_block(draw: Callable[[jax.Array], Any], noise: Float[Array, "n b h a"], max_bytes: int) -> int:
+def _count(drawn: Any) -> int:
+    return jax.tree.leaves(drawn)[0].shape[0]
+
+
+def fitting_block(draw: Callable[[Any], Any], drawn: Any, max_bytes: int) -> int:
     """Return how many candidates ``draw`` may handle at once so that its intermediate arrays fit; at least one.
 
     The number follows from shapes while the caller is traced: the bytes of one candidate times their number. The
@@ -42,8 +48,8 @@ def fitting_block(draw: Callable[[jax.Array], Any], noise: Float[Array, "n b h a
     """
     if jax.default_backend() == "cpu":
         max_bytes = min(max_bytes, CPU_CACHE_BYTES)
-    n = noise.shape[0]
-    one = jax.ShapeDtypeStruct((1, *noise.shape[1:]), noise.dtype)
+    n = _count(drawn)
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), drawn)
     program = jax.make_jaxpr(draw)(one).jaxpr
     fitting = min(n, max(1, max_bytes // max(1, intermediate_bytes(program))))
     return math.ceil(n / math.ceil(n / fitting))

@@ -7,12 +7,13 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import optax
 from flax import nnx, struct
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from acrlpd.agents.config import AgentConfig
-from acrlpd.agents.extraction import Modules
+from acrlpd.agents.extraction import Guide, Modules
 from acrlpd.agents.health import Health
 from acrlpd.models import parameters, stacked
 from acrlpd.models.parameters import Params
@@ -77,8 +78,17 @@ class AgentState:
     ema: dict[str, Params]  # moving averages of "policy", "student", "critic" under ``policy_ema_decay``
     health: Health
     step: Int[Array, ""]  # number of updates, skipped ones included, so it also counts batches
+    q_scale: Float[Array, ""]  # running mean of |Q_e(s, a)| over members and the data's chunks; 0: not known yet
     nets: Networks = struct.field(pytree_node=False)
 
     @property
     def config(self) -> AgentConfig:
         return self.nets.config
+
+    def guided(self, modules: Modules) -> Modules:
+        """Return the networks together with the target critics that guide their samples, if the extraction is so."""
+        if self.config.extraction != "guided":
+            return modules
+        critic = nnx.merge(self.nets.critic_def, self.target_critic)
+        weights = np.full((1, 1), self.config.guidance_weights[0], np.float32)  # where no candidate has its own
+        return dataclasses.replace(modules, guide=Guide(critic, self.q_scale, weights))

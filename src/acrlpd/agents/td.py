@@ -57,6 +57,7 @@ def metrics(q: Float[Array, "e b"], target: Float[Array, " b"]) -> dict[str, Arr
     return {
         "q_mean": q.mean(),
         "q_std": q.std(),
+        "q_abs_mean": jnp.abs(q).mean(),
         "q_ensemble_variance": q.var(axis=0).mean(),
         "target_q_mean": target.mean(),
         "td_error_mean": jnp.abs(q - target[None]).mean(),

@@ -32,14 +32,17 @@ class CollectArguments:
     mode: ActingMode = "explore"  # for a checkpoint; explore: as online; greedy: the best by its critic; bc: imitation
     num_envs: PositiveInt = 8  # with a checkpoint: environments that share one policy call
     extraction: str | None = None  # with a checkpoint: how to choose instead; code of your own must be named here
+    # with a checkpoint: of the extraction guided; None: as trained
+    guidance_weights: tuple[NonNegativeFloat, ...] | None = None
     num_workers: PositiveInt = 1  # processes
     seed: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         if (self.policy == "checkpoint") != (self.checkpoint is not None):
             raise ValueError("--policy checkpoint and --checkpoint PATH belong together")
-        if self.extraction is not None and self.checkpoint is None:
-            raise ValueError(f"--extraction is a checkpoint's; --policy {self.policy} has no use for it")
+        for name in ("extraction", "guidance_weights"):
+            if getattr(self, name) is not None and self.checkpoint is None:
+                raise ValueError(f"--{name} is a checkpoint's; --policy {self.policy} has no use for it")
         if self.noise_range is not None and self.policy != "expert":
             raise ValueError(f"--noise_range is the expert's; --policy {self.policy} has no use for it")
 
@@ -49,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     fields.check(arguments)
     if arguments.checkpoint is None:
         return _by_script(arguments)
-    loaded = loading.load_stored(arguments.checkpoint, arguments.extraction)
+    loaded = loading.load_stored(arguments.checkpoint, arguments.extraction, arguments.guidance_weights)
     config = loaded.config
     if config.env is not None:  # the run's environment, changed by the flags
         arguments = _parse(argv, default=CollectArguments(arguments.output, env=config.env))

@@ -13,7 +13,7 @@ import tyro
 from acrlpd import fields
 from acrlpd.agents.agent import ActingMode
 from acrlpd.envs.registry import make
-from acrlpd.fields import NonNegativeInt, PositiveInt
+from acrlpd.fields import NonNegativeFloat, NonNegativeInt, PositiveInt
 from acrlpd.training import loading, setup
 from acrlpd.training.comparison import compare
 from acrlpd.training.evaluate import Evaluation, summarize
@@ -35,7 +35,9 @@ class EvalArguments:
     first_seed: NonNegativeInt | None = None  # None: the run's own, so results can be compared seed by seed
     mode: ActingMode = "greedy"  # bc: imitation, one sample of the flow without the critic
     extraction: str | None = None  # how to choose instead; code of your own (FILE.py:NAME) must be named here
+    guidance_weights: tuple[NonNegativeFloat, ...] | None = None  # of the extraction guided; None: as trained
     compare_extraction: str | None = None  # the same for the second checkpoint
+    compare_guidance_weights: tuple[NonNegativeFloat, ...] | None = None  # the same for the second checkpoint
     num_envs: PositiveInt | None = None  # None: as in the run's own evaluations
     seed: NonNegativeInt = 0  # seeds the policy's noise
     full: bool = False  # also test noise, best of N, and whether Q predicts the outcome; shown by acrlpd report
@@ -48,8 +50,10 @@ class EvalArguments:
 def main(argv: Sequence[str]) -> int:
     arguments = tyro.cli(EvalArguments, args=argv, prog="acrlpd eval")
     fields.check(arguments)
-    loaded = loading.load_stored(arguments.checkpoint, arguments.extraction)
-    other = loading.load_stored(arguments.compare, arguments.compare_extraction) if arguments.compare else None
+    loaded = loading.load_stored(arguments.checkpoint, arguments.extraction, arguments.guidance_weights)
+    other = None
+    if arguments.compare:
+        other = loading.load_stored(arguments.compare, arguments.compare_extraction, arguments.compare_guidance_weights)
     tasks = arguments.tasks or (loaded.config.env.name if loaded.config.env else "",)
     findings = {task: _evaluate(loaded, task, arguments) for task in tasks}
     rollouts = [each for of_task in findings.values() for each in of_task.task.rollouts]
@@ -84,7 +88,7 @@ def _evaluate(loaded: Trained, task: str, arguments: EvalArguments) -> Findings:
     episodes = arguments.episodes or config.eval.episodes
     environments = setup.make_environments(config, min(episodes, arguments.num_envs or config.eval.num_envs))
     protocol = ACRLPDEvaluationProtocol(
-        arguments.protocol if arguments.full else ProtocolConfig((), (), ()),
+        arguments.protocol if arguments.full else ProtocolConfig((), (), (), ()),
         environments,
         loaded.transform,
         range(first, first + episodes),
@@ -119,6 +123,7 @@ def _describe(result: dict[str, Any], findings: dict[str, Findings], overall: Ev
             ("observation noise", each.observation_noise),
             ("action noise", each.action_noise),
             ("best of", each.best_of_n),
+            ("guidance weight", each.guidance),
         ):
             for level, trial in trials.items():
                 print(f"  {kind} {level}: success {trial.evaluation}, return {trial.evaluation.return_mean:.1f}")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import tyro
 
 from acrlpd.deploy import OptimizationLevel, export_acrlpd_model
+from acrlpd.fields import NonNegativeFloat
 from acrlpd.serving.production import Platform
 
 
@@ -21,6 +22,7 @@ class ExportArguments:
     platform: Platform | None = None  # use flow steps, candidates and critics of the production table
     data: str | None = None  # episodes to compare critics on, preferably not trained on; None: the run's
     extraction: str | None = None  # how to choose instead; code of your own (FILE.py:NAME) must be named here
+    guidance_weights: tuple[NonNegativeFloat, ...] | None = None  # of the extraction guided; None: as trained
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
             platform=arguments.platform,
             data=arguments.data,
             extraction=arguments.extraction,
+            guidance_weights=arguments.guidance_weights,
         )
     )
     return 0

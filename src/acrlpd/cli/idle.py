@@ -47,7 +47,7 @@ RULES = (
     Rule("agent.best_of_n_strategy auto", lambda c: c.agent.best_of_n_strategy == "auto", ("agent.best_of_n_bytes",)),
     Rule(
         "agent.extraction q_gradient or one of your own",
-        lambda c: c.agent.extraction not in ("best_of_n", "distill"),
+        lambda c: c.agent.extraction not in ("best_of_n", "distill", "guided"),
         ("agent.actor_samples",),
     ),
     Rule(
@@ -64,6 +64,11 @@ RULES = (
         "agent.target implicit",
         lambda c: c.agent.target == "implicit",
         _in("agent.implicit", "statistic", "level"),
+    ),
+    Rule(
+        "agent.extraction guided",
+        lambda c: c.agent.extraction == "guided",
+        _in("agent", "guidance_weights", "target_guidance"),
     ),
     Rule("agent.extraction distill", lambda c: c.agent.extraction == "distill", ("agent.distill_weight",)),
     Rule(

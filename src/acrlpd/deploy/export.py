@@ -47,6 +47,7 @@ def export_acrlpd_model(
     platform: Platform | None = None,
     data: str | Path | None = None,
     extraction: str | None = None,
+    guidance_weights: tuple[float, ...] | None = None,
 ) -> str:
     """Write a trained agent for production and return the folder.
 
@@ -60,13 +61,14 @@ def export_acrlpd_model(
         platform: use the numbers of the production table instead of the level's.
         data: episodes for the TD error, preferably not trained on. None: the run's own.
         extraction: how the agent chooses instead; code of your own must be named here (``loading.load_checkpoint``).
+        guidance_weights: those of the extraction guided. None: as trained.
     """
     output = Path(output_dir).absolute()
     if output.exists():
         raise ValueError(f"{output} exists already: name another folder to export to")
     if optimization_level not in LEVELS:
         raise ValueError(f"optimization_level must be one of {', '.join(LEVELS)}, got {optimization_level!r}")
-    trained = load_trained(checkpoint_path, extraction)
+    trained = load_trained(checkpoint_path, extraction, guidance_weights)
     if trained.agent.chooses:
         trained.config.agent.make_extraction(trained.config.agent.flow_steps)  # what cannot be used is refused here
     num_critics, num_steps = LEVELS[optimization_level]

@@ -45,8 +45,9 @@ def openpi_policy(
         )
     if options.num_samples not in (None, 1):
         raise ValueError(f"{path} has no critic to choose among num_samples={options.num_samples}: leave it out")
-    if options.extraction is not None:
-        raise ValueError(f"{path} has no critic that extraction={options.extraction!r} could use: leave it out")
+    for name in ("extraction", "guidance_weights"):
+        if (value := getattr(options, name)) is not None:
+            raise ValueError(f"{path} has no critic that {name}={value!r} could use: leave it out")
     platform = ROBOTS[openpi.robot]
     mapping.check(
         openpi.robot,

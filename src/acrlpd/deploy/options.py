@@ -27,6 +27,7 @@ class ActingOptions:
     default_prompt: str | None = None  # the prompt for observations without one
     seed: Annotated[int, Interval(f"[0, {2**32})")] = 0  # the seed for requests that bring none of their own
     extraction: str | None = None  # how to choose instead; code of your own (FILE.py:NAME) must be named here
+    guidance_weights: tuple[NonNegativeFloat, ...] | None = None  # of the extraction guided; None: as trained
 
     def __post_init__(self):
         fields.check(self)

@@ -26,12 +26,14 @@ def is_ours(path: str | Path) -> bool:
     return any((each / part).is_dir() for each in steps for part in ("acrlpd", "run"))
 
 
-def load_trained(path: str | Path, extraction: str | None = None) -> Trained:
+def load_trained(
+    path: str | Path, extraction: str | None = None, guidance_weights: tuple[float, ...] | None = None
+) -> Trained:
     """Load the agent of a checkpoint, ready to act; arguments as in ``training.loading.load_checkpoint``.
 
     Optimiser state, twice the size of what it optimises, is never read.
     """
-    return loading.load_stored(path, extraction, for_serving=True)
+    return loading.load_stored(path, extraction, guidance_weights, for_serving=True)
 
 
 def trained_policy(trained: Trained, options: ActingOptions) -> Policy:
@@ -80,7 +82,7 @@ class Follower:
     def __init__(self, path: str | Path, options: ActingOptions):
         self._path = Path(path)
         self._options = options
-        self._trained = load_trained(path, options.extraction)
+        self._trained = load_trained(path, options.extraction, options.guidance_weights)
         self._fixed = loading.locate_checkpoint(Path(path))[1] is not None
 
     @property

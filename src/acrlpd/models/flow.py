@@ -6,7 +6,9 @@ place that knows.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +117,30 @@ def sample(
     return jax.lax.fori_loop(0, num_steps, step, (noise, jnp.float32(1.0)))[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class Climb:
+    """A value that samples climb while they are denoised (QGF, arXiv:2606.11087)."""
+
+    gradient: Callable[[Float[Array, "n b h a"]], Float[Array, "n b h a"]]  # of the value, by the clean chunk
+    weights: Float[Array, "n b"]  # how strongly each candidate follows it; 0: not at all
+    clip: float | None = None  # clean chunks are clipped to +- this before the gradient is taken
+
+
+def guided_velocity(
+    v_t: Float[Array, "n b h a"], x_t: Float[Array, "n b h a"], time: Float[Array, "n b"], climb: Climb
+) -> Float[Array, "n b h a"]:
+    """Return ``v_t - weights * g``: a step with this velocity moves the chunk towards higher values, too.
+
+    g is the gradient of the value at the clean chunk that a single jump reaches, ``x_t - time * v_t``. It is not the
+    gradient with respect to ``x_t``: the Jacobian of the jump is left out on purpose, which QGF's authors found better.
+    Nothing is differentiated through g.
+    """
+    clean = jax.lax.stop_gradient(x_t - time[:, :, None, None] * v_t)
+    if climb.clip is not None:
+        clean = jnp.clip(clean, -climb.clip, climb.clip)
+    return v_t - climb.weights[:, :, None, None] * jax.lax.stop_gradient(climb.gradient(clean))
+
+
 MAX_GUIDANCE_WEIGHT = 5.0  # beta of real-time chunking (its paper, section IV): with few steps, more is unstable
 
 
@@ -140,15 +166,17 @@ def prefix_weights(frozen: int, overlap: int, horizon: int) -> Float[np.ndarray,
 
 
 class Guided:
-    """A policy whose every step is guided towards a chunk that continues another (equations 2 to 4 of the paper).
+    """A policy whose every step is guided: up the gradient of a value, towards a chunk that continues another, or both.
 
-    The guidance is the error of the denoised estimate, backpropagated through the network as a vector-Jacobian
-    product, so a step costs one additional backward pass.
+    Climbing changes the policy's velocity (``guided_velocity``), and continuing the velocity that results. Continuing
+    follows equations 2 to 4 of real-time chunking's paper: its guidance is the error of the denoised estimate,
+    backpropagated through the network as a vector-Jacobian product, so a step costs one additional backward pass.
     """
 
-    def __init__(self, policy: FlowPolicy, guidance: Guidance):
+    def __init__(self, policy: FlowPolicy, guidance: Guidance | None = None, climb: Climb | None = None):
         self.policy = policy
         self.guidance = guidance
+        self.climb = climb
         self.action_dim = policy.action_dim
         self.action_horizon = policy.action_horizon
         self.feature_dim = policy.feature_dim
@@ -161,15 +189,38 @@ class Guided:
     def velocity(
         self, prefix: Prefix, x_t: Float[Array, "n b h a"], time: Float[Array, "n b"]
     ) -> Float[Array, "n b h a"]:
-        t = time[:, :, None, None]
-
-        def denoise(x_t):
+        def climbing_velocity(x_t):
             v_t = self.policy.velocity(prefix, x_t, time)
-            return x_t - t * v_t, v_t
+            return v_t if self.climb is None else guided_velocity(v_t, x_t, time, self.climb)
 
-        denoised, pull_back, v_t = jax.vjp(denoise, x_t, has_aux=True)
-        error = (self.guidance.actions[None] - denoised) * self.guidance.weights[None, :, :, None]
-        (pull,) = pull_back(error)
-        # The paper's (1 - tau) / (tau r^2) with tau = 1 - t. It is infinite at pure noise, hence the maximum.
-        weight = jnp.minimum((jnp.square(1 - t) + jnp.square(t)) / (t * (1 - t)), MAX_GUIDANCE_WEIGHT)
-        return v_t - weight * pull
+        if self.guidance is None:
+            return climbing_velocity(x_t)
+        return continuing(climbing_velocity, x_t, time, self.guidance)
+
+
+def continuing(
+    velocity: Callable[[Float[Array, "n b h a"]], Float[Array, "n b h a"]],
+    x_t: Float[Array, "n b h a"],
+    time: Float[Array, "n b"],
+    guidance: Guidance,
+) -> Float[Array, "n b h a"]:
+    """Return the velocity at ``x_t``, guided so that the chunk continues the one in ``guidance``."""
+    t = time[:, :, None, None]
+
+    def denoise(x_t):
+        v_t = velocity(x_t)
+        return x_t - t * v_t, v_t
+
+    denoised, pull_back, v_t = jax.vjp(denoise, x_t, has_aux=True)
+    error = (guidance.actions[None] - denoised) * guidance.weights[None, :, :, None]
+    (pull,) = pull_back(error)
+    # The paper's (1 - tau) / (tau r^2) with tau = 1 - t. It is infinite at pure noise, hence the maximum.
+    weight = jnp.minimum((jnp.square(1 - t) + jnp.square(t)) / (t * (1 - t)), MAX_GUIDANCE_WEIGHT)
+    return v_t - weight * pull
+
+
+def climbing(policy: FlowPolicy, climb: Climb) -> FlowPolicy:
+    """Return the policy with samples that climb a value; one that continues a chunk goes on doing so."""
+    if isinstance(policy, Guided):
+        return cast(FlowPolicy, Guided(policy.policy, policy.guidance, climb))
+    return cast(FlowPolicy, Guided(policy, climb=climb))

@@ -52,7 +52,8 @@ def write_stablehlo(folder: Path, agent: ACRLPDAgent, interface: Interface, *, b
     from safetensors.numpy import save_file
 
     params = agent.params | {"critic": agent.acting_critic}
-    acting = dataclasses.replace(agent, params=params, opt_state={}, target_critic={})
+    guiding = agent.target_critic if agent.config.extraction == "guided" else {}
+    acting = dataclasses.replace(agent, params=params, opt_state={}, target_critic=guiding)
     weights, rebuild = _flat(acting)
     inputs = _inputs(interface, batch_size)
 
@@ -153,14 +154,14 @@ def member_td_errors(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -
     config = agent.config
     noise_rng, subset_rng = jax.random.split(rng)
     newest = {"critic": agent.params["critic"]}  # the errors are those of the critics that are trained
-    modules = agent.nets.modules(agent.params | agent.ema | newest, agent.frozen)
+    modules = agent.guided(agent.nets.modules(agent.params | agent.ema | newest, agent.frozen))
     prefix, next_prefix = modules.policy.encode(batch.observations), modules.policy.encode(batch.next_observations)
     if modules.value is not None:
         next_value = modules.value(next_prefix.features, next_prefix.state)
     else:
         shape = (config.candidates_in_target, len(batch.rewards), *agent.nets.action_shape)
         noise = jax.random.normal(noise_rng, shape)
-        chosen = candidates.choose(modules, config, next_prefix, noise, config.steps_in_target)
+        chosen = candidates.choose(modules, config.in_target, next_prefix, noise, config.steps_in_target)
         next_value = td.slow_value(agent, next_prefix, chosen.chunk, subset_rng)
     target = td.target_values(agent, batch, next_value)
     q = modules.critic(prefix.features, prefix.state, batch.actions[None])[:, 0]

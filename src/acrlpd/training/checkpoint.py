@@ -2,7 +2,7 @@
 
 checkpoints/<step>/params/      the policy's parameters in openpi's layout; their moving average if there is one
                   /assets/<asset id>/norm_stats.json
-                  /acrlpd/      critics, targets, temperature, student, optimisers, step; the source of an average
+                  /acrlpd/      critics, targets, mean |Q|, temperature, student, optimisers, step; an average's source
                   /run/         JSON: the configuration, counters of the run, library versions, checksums of all this
 """
 
@@ -250,10 +250,14 @@ class ACRLPDCheckpointManager:
         """
         step = self._resolve(step)
         run = self.read_run(step)
+        known = self._stored_paths(step, "acrlpd")
         averages_critics = "critic" in template.ema
-        if averages_critics and not self._has_averaged_critics(step):  # earlier versions averaged the policy alone
+        if averages_critics and not any(path.startswith("/ema/critic/") for path in known):
+            # earlier versions averaged the policy alone
             template = dataclasses.replace(template, ema={k: v for k, v in template.ema.items() if k != "critic"})
         policy, rest = (jax.tree.map(ocp.utils.to_shape_dtype_struct, tree) for tree in _split(template))
+        if "/q_scale" not in known:  # earlier versions kept no mean of |Q|
+            del rest["q_scale"]
         acts_only = not template.opt_state
         expected = {"params": {"params": policy}, "acrlpd": rest}
         self._check_structure(step, expected, run.get("structure"), unread="/opt_state/" if acts_only else "")
@@ -268,10 +272,9 @@ class ACRLPDCheckpointManager:
             agent = dataclasses.replace(agent, ema=agent.ema | {"critic": jax.tree.map(jnp.copy, agent.target_critic)})
         return Restored(agent, self.read_norm_stats(step), run, step)
 
-    def _has_averaged_critics(self, step: int) -> bool:
-        with self._naming(step, folder := self.directory / str(step) / "acrlpd"):
-            stored = _shapes(self._arrays.metadata(folder).tree)
-        return any(path.startswith("/ema/critic/") for path in stored)
+    def _stored_paths(self, step: int, item: str) -> Collection[str]:
+        with self._naming(step, folder := self.directory / str(step) / item):
+            return _shapes(self._arrays.metadata(folder).tree).keys()
 
     def release(self, step: int | None) -> None:
         """Stop keeping ``step``, unless it was named at the start."""
@@ -463,6 +466,7 @@ def _split(agent: ACRLPDAgent) -> tuple[Params, dict[str, Any]]:
         "target_critic": agent.target_critic,
         "health": agent.health,
         "step": agent.step,
+        "q_scale": agent.q_scale,
     }
     rest |= {"opt_state": agent.opt_state} if agent.opt_state else {}
     return jax.tree.map(lambda array: {"value": array}, policy), rest | ({"ema": averages} if averages else {})
@@ -481,4 +485,5 @@ def _join(template: ACRLPDAgent, policy: Params, rest: Mapping[str, Any]) -> ACR
         health=rest["health"],
         ema=acting | rest.get("ema", {}) if template.ema else {},
         step=rest["step"],
+        q_scale=rest.get("q_scale", jnp.zeros(())),  # 0: not known
     )

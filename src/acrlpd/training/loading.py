@@ -49,7 +49,9 @@ class Trained:
         return dataclasses.replace(self, agent=restored.agent, step=restored.step)
 
 
-def load_checkpoint(path: str | Path, *, extraction: str | None = None) -> Trained:
+def load_checkpoint(
+    path: str | Path, *, extraction: str | None = None, guidance_weights: tuple[float, ...] | None = None
+) -> Trained:
     """Return the agent of a checkpoint, sharded over devices as in training if their number allows it.
 
     ``path`` is a run (its best policy, or the newest if none was evaluated), its ``checkpoints`` folder (the newest),
@@ -57,24 +59,32 @@ def load_checkpoint(path: str | Path, *, extraction: str | None = None) -> Train
     environments from its ``config`` runs the code that ``config.env.name`` names.
 
     ``extraction`` replaces the one that the agent was trained with. An agent that was trained with a user's extraction,
-    which is code, acts only if that code or a built-in extraction is named here.
+    which is code, acts only if that code or a built-in extraction is named here. ``guidance_weights`` replaces the
+    weights of ``guided``.
     """
-    loaded = load_stored(path, extraction)
+    loaded = load_stored(path, extraction, guidance_weights)
     env = loaded.config.env
     return loaded if env is None else dataclasses.replace(loaded, config=with_task(loaded.config, str(env.name)))
 
 
-def load_stored(path: str | Path, extraction: str | None = None, *, for_serving: bool = False) -> Trained:
+def load_stored(
+    path: str | Path,
+    extraction: str | None = None,
+    guidance_weights: tuple[float, ...] | None = None,
+    *,
+    for_serving: bool = False,
+) -> Trained:
     """Load as ``load_checkpoint``, for a command, which runs only code that its user names: see ``StoredName``.
 
     ``for_serving`` leaves out the optimiser state, twice the size of what it optimises, and puts the whole agent on
     every device.
     """
     trained = _read(Path(path), functools.partial(_load, for_serving=for_serving))
-    if extraction is None:
+    if extraction is None and guidance_weights is None:
         return trained
-    config = with_extraction(trained.config, extraction)
-    return dataclasses.replace(trained, agent=trained.agent.with_extraction(extraction), config=config)
+    config = with_extraction(trained.config, extraction, guidance_weights)
+    agent = trained.agent.with_extraction(extraction, guidance_weights)
+    return dataclasses.replace(trained, agent=agent, config=config)
 
 
 def _read(path: Path, read: Callable[[ACRLPDCheckpointManager, int], Trained]) -> Trained:
@@ -161,6 +171,8 @@ def with_task(config: TrainConfig, task: str) -> TrainConfig:
     return dataclasses.replace(config, env=dataclasses.replace(config.env, name=task, instruction=instruction))
 
 
-def with_extraction(config: TrainConfig, name: str) -> TrainConfig:
+def with_extraction(
+    config: TrainConfig, name: str | None, guidance_weights: tuple[float, ...] | None = None
+) -> TrainConfig:
     """Return the configuration with another extraction. Passing its own as plain text permits running its code."""
-    return dataclasses.replace(config, agent=dataclasses.replace(config.agent, extraction=name))
+    return dataclasses.replace(config, agent=config.agent.with_extraction(name, guidance_weights))

@@ -15,7 +15,7 @@ from acrlpd.agents.agent import ACRLPDAgent, ActingMode
 from acrlpd.data.transforms import Transform
 from acrlpd.envs.rollout import Rollout
 from acrlpd.envs.vector import VectorEnv
-from acrlpd.fields import PositiveFloat, PositiveInt
+from acrlpd.fields import NonNegativeFloat, PositiveFloat, PositiveInt
 from acrlpd.training.agreement import Agreement, Choice, agreement
 from acrlpd.training.comparison import Comparison, compare
 from acrlpd.training.evaluate import Evaluation, evaluate
@@ -32,6 +32,8 @@ class ProtocolConfig:
     observation_noise: tuple[PositiveFloat, ...] = (0.01, 0.05, 0.1)
     action_noise: tuple[PositiveFloat, ...] = (0.01, 0.05, 0.1)  # likewise, on every executed action
     best_of_n: tuple[PositiveInt, ...] = (1, 4, 16, 32)  # numbers of candidates
+    # each for all candidates; of agents that are guided
+    guidance_weights: tuple[NonNegativeFloat, ...] = (0.0, 0.3, 1.0, 3.0)
 
     def __post_init__(self) -> None:
         fields.check(self)
@@ -53,6 +55,7 @@ class Findings:
     observation_noise: Mapping[float, Trial]
     action_noise: Mapping[float, Trial]
     best_of_n: Mapping[int, Trial]
+    guidance: Mapping[float, Trial]  # by weight; empty unless the extraction is guided
     agreement: Agreement | None  # None: imitation alone has no critic
 
     def against_task(self, trial: Trial) -> Comparison:
@@ -63,6 +66,7 @@ class Findings:
         named = {f"robustness/obs_noise_{level}": trial for level, trial in self.observation_noise.items()}
         named |= {f"robustness/action_noise_{level}": trial for level, trial in self.action_noise.items()}
         named |= {f"robustness/best_of_{n}": trial for n, trial in self.best_of_n.items()}
+        named |= {f"robustness/guidance_{weight}": trial for weight, trial in self.guidance.items()}
         found = {name: trial.evaluation.return_mean for name, trial in named.items()}
         found |= {f"{name}_success_rate": trial.evaluation.success for name, trial in named.items()}
         facts = self.agreement.to_dict() if self.agreement else {}
@@ -75,6 +79,7 @@ class Findings:
             "observation_noise": self.observation_noise,
             "action_noise": self.action_noise,
             "best_of_n": self.best_of_n,
+            "guidance": self.guidance,
         }
         return {
             "task": self.task.evaluation.to_dict(),
@@ -133,6 +138,7 @@ class ACRLPDEvaluationProtocol:
             observation_noise=observation_noise,
             action_noise=action_noise,
             best_of_n=self.analyze_best_of_n_performance(agent),
+            guidance=self.analyze_guidance(agent),
             agreement=self.check_pi0_critic_consistency(agent, task, choices),
         )
 
@@ -156,8 +162,15 @@ class ACRLPDEvaluationProtocol:
         return observation_noise, {level: self._trial(agent, action_noise=level) for level in self.config.action_noise}
 
     def analyze_best_of_n_performance(self, agent: ACRLPDAgent) -> dict[int, Trial]:
-        """Evaluate the best of more and more candidates by the critic; 1 is the policy without the critic."""
+        """Evaluate the best of more and more candidates by the critic; 1 is the policy without the critic's choice."""
         return {n: self._trial(agent, mode="greedy", num_samples=n) for n in self.config.best_of_n}
+
+    def analyze_guidance(self, agent: ACRLPDAgent) -> dict[float, Trial]:
+        """Evaluate how strongly Q's gradient should guide samples; 0 is best of N alone."""
+        if not agent.chooses or agent.config.extraction != "guided":
+            return {}
+        weights = self.config.guidance_weights
+        return {each: self._trial(agent.with_extraction(None, (each,)), mode="greedy") for each in weights}
 
     def check_pi0_critic_consistency(
         self, agent: ACRLPDAgent, task: Trial, choices: Mapping[int, Sequence[Choice]]

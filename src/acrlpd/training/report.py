@@ -279,8 +279,8 @@ TRIAL_HEADER = ("trial", "solved", "success", "95 % interval", "return", "steps"
 def _trial_rows(findings: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
     kinds = {"observation_noise": "noise {} on observations", "action_noise": "noise {} on actions"}
     trials = [("the task as it is", findings["task"])]
-    for kind, name in {**kinds, "best_of_n": "best of {}"}.items():
-        trials += [(name.format(level), trial) for level, trial in findings[kind].items()]
+    for kind, name in {**kinds, "best_of_n": "best of {}", "guidance": "guidance weight {}"}.items():
+        trials += [(name.format(level), trial) for level, trial in findings.get(kind, {}).items()]
     for name, trial in trials:
         paired = trial.get("against_task")
         yield (

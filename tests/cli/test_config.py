@@ -43,7 +43,7 @@ def test_every_range_is_shown_beside_its_value(capsys, tmp_path):
     shown = capsys.readouterr().out
     for line in (
         "  discount: 0.99  # a number in (0, 1]",
-        "    q_aggregation: mean  # 'min', 'mean', 'weighted' or 'subset'",
+        "    q_aggregation: mean  # 'min', 'mean', 'weighted', 'subset' or 'mean_minus_std'",
         "      warmup_steps: 100  # a whole number of at least 0",
         "seed: 0  # a whole number of at least 0",
     ):

@@ -130,6 +130,7 @@ OUT_OF_RANGE = {
         for group in ("agent.loss_weights", "online_loss_weights")
         for name in ("critic", "actor", "bc", "alpha")
     },
+    "agent.implicit.level": 1,
     "agent.discount": 0,
     "agent.target_update_tau": 2,
     "agent.policy_ema_decay": 1,

@@ -548,6 +548,20 @@ def test_exploration_does_not_reward_spread_in_the_padding(toys):
     assert (widest != sampling.mean_distance(noise).argmax(axis=0)).any()
 
 
+@pytest.mark.parametrize("mode", ["greedy", "explore"])
+def test_the_critic_chooses_among_typical_candidates(toys, mode):
+    """A fourth of four candidates is one: the nearest to their mean, whatever the critic says. In targets all count."""
+    agent = with_temperature(toys.agent(toys.config(typical_share=0.25), policy=toys.policy(3), action_dim=2), 1e-3)
+    still = jax.tree.map(jnp.zeros_like, agent.params["policy"])  # no velocity: a chunk is its noise
+    agent = dataclasses.replace(agent, params=agent.params | {"policy": still})
+    noise = jax.random.normal(jax.random.split(toys.key(0))[0], (4, 6, 3, 3))
+    chunk = agent.sample_actions(Observation(state=jnp.zeros((6, 4))), toys.key(0), mode=mode)
+    judged = np.asarray(noise[..., :2])
+    nearest = np.linalg.norm((judged - judged.mean(axis=0)).reshape(4, 6, -1), axis=2).argmin(axis=0)
+    np.testing.assert_array_equal(chunk, sampling.take(noise, jnp.asarray(nearest)))
+    assert agent.config.in_target.typical_share == 1.0
+
+
 def test_bc_is_the_flow_and_ignores_the_critic(agents, actor, toys):
     agent, rng = agents["min"], toys.key(2)
     modules = agent.nets.modules(agent.params, agent.frozen)

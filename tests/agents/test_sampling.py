@@ -93,6 +93,15 @@ def test_cold_exploration_is_greedy(choices, scores):
     np.testing.assert_array_equal(drawn, np.broadcast_to(np.argmax(scores, axis=0), drawn.shape))
 
 
+@pytest.mark.parametrize(("share", "kept"), [(1.0, N), (0.5, -(-N // 2)), (0.01, 1)])
+def test_typical_candidates_are_those_nearest_to_the_mean(candidates, share, kept):
+    found = np.asarray(sampling.typical(candidates, share))
+    chunks = np.asarray(candidates)
+    distance = np.linalg.norm((chunks - chunks.mean(axis=0)).reshape(N, B, -1), axis=2)
+    for b in range(B):
+        assert set(np.flatnonzero(found[:, b])) == set(np.argsort(distance[:, b])[:kept].tolist())
+
+
 def test_mean_distance_by_hand():
     """Three chunks on a line, at 0, 3 and 7, spread over horizon and action as 3-4-5 triangles."""
     unit = np.array([[0.6, 0.0], [0.0, 0.8]])

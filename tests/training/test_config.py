@@ -139,6 +139,7 @@ OUT_OF_RANGE = {
     **{f"agent.{name}flow_steps": 0 for name in ("", "candidate_", "target_")},
     **{f"agent.{name}": -1 for name in ("huber_delta", "action_clip", "diversity_bonus", "distill_weight")},
     "agent.guidance_weights": [1, -1],
+    "agent.typical_share": 0,
     "agent.bc_weighting_temperature": 0,
     "agent.bc_weighting_bound": 0.5,
     "agent.health.spike_factor": 1,

@@ -111,6 +111,7 @@ SEEN: dict[str, tuple[Any, Any] | tuple[Any, Any, dict[str, Any]]] = {
     "agent.best_of_n_block": (looks.learning, 3, {**MANY, "agent.best_of_n_strategy": "chunked"}),
     "agent.best_of_n_bytes": (looks.learning, 1, {"agent.best_of_n_strategy": "auto"}),
     "agent.top_k": (looks.acting, 2),
+    "agent.typical_share": (looks.acting, 0.5),
     "agent.diversity_bonus": (looks.acting, 0.5),
     "agent.flow_steps": (looks.acting, 4),
     "agent.candidate_flow_steps": (looks.acting, 1),

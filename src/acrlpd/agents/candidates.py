@@ -63,12 +63,15 @@ def choose(
 ) -> Chosen:
     """Return the best of n candidates by the critic; with ``explore``, one drawn by their values and their spread."""
     chunks, scores = propose(modules, config, prefix, noise, num_steps)
+    judged, eligible = modules.critic.judged(chunks), scores  # nothing else counts in distances
+    if config.typical_share < 1:
+        eligible = jnp.where(sampling.typical(judged, config.typical_share), scores, -jnp.inf)
     if explore is None:
-        _, best = sampling.select(chunks, scores)
+        _, best = sampling.select(judged, eligible)
     else:
         _, best = sampling.select(
-            modules.critic.judged(chunks),  # nothing else counts in the diversity
-            scores,
+            judged,
+            eligible,
             explore.rng,
             temperature=explore.temperature,
             top_k=config.top_k,

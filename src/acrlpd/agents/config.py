@@ -69,6 +69,8 @@ class AgentConfig:
     best_of_n_block: PositiveInt = 8  # candidates at a time under "chunked"
     best_of_n_bytes: PositiveInt = 2 * 1024**3  # "auto": candidates at a time fit in this and, on a CPU, in its cache
     top_k: PositiveInt | None = None  # explore among this many best candidates; None: among all
+    # while acting, choose among this share of the candidates, those nearest to their mean; 1: among all
+    typical_share: Annotated[float, Interval("(0, 1]")] = 1.0
     # added to Q while exploring, times the mean distance to the other candidates
     diversity_bonus: NonNegativeFloat = 0.0
     flow_steps: PositiveInt = 10  # Euler steps while acting
@@ -143,9 +145,9 @@ class AgentConfig:
 
     @property
     def in_target(self) -> AgentConfig:
-        """The choices for the candidates in the TD target, which are plain samples unless ``target_guidance``."""
+        """The choices for the candidates in the TD target: all count, as plain samples unless ``target_guidance``."""
         plain = self.extraction == "guided" and not self.target_guidance
-        return dataclasses.replace(self, extraction="best_of_n") if plain else self
+        return dataclasses.replace(self, typical_share=1.0, extraction="best_of_n" if plain else self.extraction)
 
     def weights_of_candidates(self, n: int) -> tuple[float, ...] | None:
         """Return the guidance weight of each of n candidates, which take the weights in turn; None if not guided."""

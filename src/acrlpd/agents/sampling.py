@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from acrlpd.types import typed
 
@@ -134,6 +134,20 @@ def select(
         scores = scores / temperature + draw(jax.random.gumbel, rng, scores.shape[0], scores.shape[1])
     best = jnp.argmax(scores, axis=0)
     return take(candidates, best), best
+
+
+@typed
+def typical(candidates: Float[Array, "n b h a"], share: float) -> Bool[Array, "n b"]:
+    """Return which candidates are among the ``share`` of an observation's nearest to their mean, at least one.
+
+    The distance is L2. A critic's errors are largest on chunks that its data lacks, and the best of many candidates is
+    often one of those: leaving them out is a bound on how far a choice may go, as in regularized best-of-N sampling
+    (Jinnai et al. 2024, arXiv:2404.01054).
+    """
+    n, b = candidates.shape[:2]
+    distance = jnp.linalg.norm((candidates - candidates.mean(axis=0)[None]).reshape(n, b, -1), axis=-1)
+    furthest = jnp.sort(distance, axis=0)[max(1, math.ceil(share * n)) - 1]
+    return distance <= furthest[None]
 
 
 @typed

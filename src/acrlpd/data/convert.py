@@ -12,7 +12,6 @@ import io
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -34,7 +33,7 @@ from acrlpd.data.sources import Dataset
 from acrlpd.data.statistics import RunningStats
 from acrlpd.data.video import import_av
 from acrlpd.data.windows import check_videos
-from acrlpd.files import inside, remove_abandoned, temporary_path
+from acrlpd.files import inside, written_whole
 from acrlpd.types import Episode
 
 logger = logging.getLogger(__name__)
@@ -144,22 +143,19 @@ def _read_back(reader: Callable[[Path], Dataset], temporary: Path, folder: Path)
 
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """Make a hidden folder beside ``folder``, and rename it to ``folder`` on success."""
+    """Yield a new folder, which becomes ``folder`` on success."""
     if folder.exists():
         raise ValueError(f"{folder} already exists. Name a folder that does not, or remove it first.")
-    remove_abandoned(folder.parent)
-    temporary = temporary_path(folder)
-    temporary.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield temporary
-        os.replace(temporary, folder)
+        with written_whole(folder) as temporary:
+            temporary.mkdir()
+            yield temporary
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
         text = f"{os.strerror(error.errno)}; nothing was kept. Free some space, or write to another disk"
         raise OSError(error.errno, text, str(folder)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @dataclasses.dataclass

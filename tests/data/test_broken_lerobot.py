@@ -260,7 +260,7 @@ def test_no_video_is_opened_before_pictures_are_asked_for(tmp_path, monkeypatch)
     for path in folder.rglob("*.mp4"):
         path.write_bytes(b"no video")
     source = LeRobotSource(folder)
-    assert len(statistics.from_source(source)["state"].mean) == source.window(0, "state", 0, 1).shape[1]
+    assert len(statistics.from_sources([source])["state"].mean) == source.window(0, "state", 0, 1).shape[1]
     with pytest.raises(ValueError, match=r"file-000\.mp4: episode 0: .* cannot be opened"):
         windows.open_store(source)
 

@@ -474,10 +474,10 @@ def test_frames_after_an_hour_are_found(tmp_path, monkeypatch):
     """The mp4's own times are exact; the table's are off by up to 0.12 ms there, and the tolerance is 0.1 ms."""
     folder = written(tmp_path, "h264", monkeypatch)
     source = LeRobotSource(folder)
-    monkeypatch.setattr(source, "_rows", lambda facts, key: (np.arange(HOUR) / 30).astype(np.float32))
-    source.meta = dataclasses.replace(source.meta, fps=30.0)
-    times = source._frame_times(source._facts[0], "observation.images.top")
+    monkeypatch.setattr(source._files, "rows", lambda facts, key: (np.arange(HOUR) / 30).astype(np.float32))
+    source._files.meta = dataclasses.replace(source.meta, fps=30.0)
+    times = source._files.frame_times(source._facts[0], "observation.images.top")
     np.testing.assert_allclose(times, np.arange(HOUR) / 30, rtol=0, atol=1e-9)
     late = np.arange(HOUR) / 30 + 0.001  # a stated time that is no rounding counts as it is
-    monkeypatch.setattr(source, "_rows", lambda facts, key: late)
-    np.testing.assert_array_equal(source._frame_times(source._facts[0], "observation.images.top"), late)
+    monkeypatch.setattr(source._files, "rows", lambda facts, key: late)
+    np.testing.assert_array_equal(source._files.frame_times(source._facts[0], "observation.images.top"), late)

@@ -26,9 +26,9 @@ from acrlpd.data import hdf5
 from acrlpd.data.episodes import check_fps, step_tasks, task_runs
 from acrlpd.data.finals import has_final
 from acrlpd.data.hdf5 import H5DatasetReader
-from acrlpd.data.lerobot import REWARD, SUCCESS, TERMINAL, LeRobotSource
+from acrlpd.data.lerobot import LeRobotSource
 from acrlpd.data.lerobot_checks import told_size
-from acrlpd.data.lerobot_meta import DEFAULT_CHUNKS_SIZE, INDEX, TASK_INDEX, TIMESTAMP
+from acrlpd.data.lerobot_meta import DEFAULT_CHUNKS_SIZE, INDEX, REWARD, SUCCESS, TASK_INDEX, TERMINAL, TIMESTAMP
 from acrlpd.data.parquet import import_pyarrow
 from acrlpd.data.sources import Dataset
 from acrlpd.data.statistics import RunningStats

@@ -37,8 +37,10 @@ class Moments:
 
     def __init__(self) -> None:
         self.count = 0.0
-        self.low, self.high = np.array(np.inf), np.array(-np.inf)
-        self.mean = self._variance = np.zeros(())
+        self.low: np.ndarray = np.array(np.inf)
+        self.high: np.ndarray = np.array(-np.inf)
+        self.mean: np.ndarray = np.zeros(())
+        self._variance: np.ndarray = np.zeros(())
 
     def add(self, values: Float[np.ndarray, "n d"], weight: float = 1.0) -> None:
         """Add vectors that count with ``weight`` each."""

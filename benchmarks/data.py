@@ -175,7 +175,7 @@ def chunk_statistics(folder: Path, seconds: float) -> dict[str, Any]:
         return {}
     found = {}
     for horizon in (1, 50):
-        _, taken_s = timed(lambda: statistics.from_source(LeRobotSource(root), Compose(()), horizon=horizon))  # noqa: B023
+        _, taken_s = timed(lambda: statistics.from_sources([LeRobotSource(root)], horizon=horizon))  # noqa: B023
         found[f"horizon_{horizon}_s"] = taken_s
     return {"steps": 100 * VIDEO_STEPS} | found
 

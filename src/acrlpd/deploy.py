@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from acrlpd import unfinished
 from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.agents.config import AgentConfig
 from acrlpd.config import TrainConfig, to_dict
@@ -35,6 +34,7 @@ from acrlpd.data.transforms import (
     make_bool_mask,
     to_model,
 )
+from acrlpd.files import written_whole
 from acrlpd.models import lora, paligemma, torch_names, weights
 from acrlpd.models.pi0 import Pi0, Pi0Config
 from acrlpd.models.pi0_fast import Pi0Fast, Pi0FastConfig
@@ -318,7 +318,7 @@ def export_acrlpd_model(
     members = best_critics(trained, num_critics, data) if num_critics is not None else None
     small = _with_critics(trained, agent_config, members)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished.whole(output) as partial:
+    with written_whole(output) as partial:
         _write_checkpoint(partial, small)
         export.write_stablehlo(partial / "stablehlo", small.agent, _interface(small))
         _write_pytorch(partial / "pytorch", small)

@@ -22,7 +22,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from acrlpd.data import finals, processes
-from acrlpd.data import rewards as reward_labels
 from acrlpd.data.episodes import (
     IMAGE_PREFIX,
     KNOWN_SUCCESS,
@@ -50,7 +49,7 @@ from acrlpd.data.layouts.own import (
 from acrlpd.data.layouts.robomimic import Robomimic
 from acrlpd.data.mapped import map_rows
 from acrlpd.data.metadata_cache import Arrays, MetadataCache, pack, unpack
-from acrlpd.data.rewards import RewardConfig
+from acrlpd.data.rewards import Labeller, RewardConfig
 from acrlpd.data.rows import Rows
 from acrlpd.data.video import VideoReaders
 from acrlpd.files import listed
@@ -438,24 +437,16 @@ def _labelled(
     layout: Layout, records: dict[int, Record], bad: BadEpisodes, config: RewardConfig | None
 ) -> dict[int, _Labelled]:
     stored = [record.rewards for record in records.values() if record.rewards is not None]
-    threshold = reward_labels.success_reward(config, stored)
-    # zeros mean failure in robomimic; in our own layout they may also mean that rewards are unknown
-    are_known = reward_labels.are_known(config, stored)
+    labeller = Labeller.of(config, stored)
     labelled = {}
     for index, record in records.items():
-        source = layout.sources[index]
-        own = record.terminals is not None and reward_labels.believes_terminals(config)
-        rewards = record.rewards if are_known or record.terminals is None else None
+        source, own = layout.sources[index], record.terminals
+        # zeros mean failure in robomimic; in our own layout they may also mean that rewards are unknown
+        rewards = record.rewards if labeller.are_known or own is None else None
         with bad.guard(source):
-            success = reward_labels.success_of(config, record.success, None if own else rewards, threshold)
-            rewards, terminals = reward_labels.label(
-                config,
-                len(record),
-                success=success,
-                stored=rewards,
-                terminals=record.terminals,
-                threshold=threshold,
-                where=source,
+            success = labeller.success(record.success, rewards, has_terminals=own is not None)
+            rewards, terminals = labeller.label(
+                len(record), success=success, stored=rewards, terminals=own, where=source
             )
             info = EpisodeInfo(len(record), record.task, success, source, record.task_changes)
             labelled[index] = _Labelled(record, info, rewards, terminals)

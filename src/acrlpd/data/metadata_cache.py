@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from acrlpd.data.tree import files_below
-from acrlpd.files import remove_abandoned, temporary_path
+from acrlpd.files import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -128,15 +128,10 @@ def _mapped(content: mmap.mmap, start: int, *, dtype: str, shape: list[int], dat
 def _write(entry: Path, files: str, arrays: Arrays, told: list[str]) -> None:
     """Write the whole entry or nothing. If there is no room for it, the next opening takes as long as this one."""
     facts = {"version": str(VERSION), "files": files, "warnings": json.dumps(told)}
-    temporary = temporary_path(entry)
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(entry.parent)
-        try:
+        with written_whole(entry) as temporary:
             save_file(arrays, temporary, metadata=facts | {"checksum": _checksum(arrays, facts)})
-            os.replace(temporary, entry)
-        finally:
-            temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         logger.warning("metadata cache: %s cannot be written (%s); opening will take as long next time", entry, error)
 

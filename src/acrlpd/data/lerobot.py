@@ -24,11 +24,12 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Shaped, UInt8
 
+from acrlpd.data import flat, lerobot_meta, lerobot_stretches, video
 from acrlpd.data import lerobot_checks as checks
-from acrlpd.data import lerobot_meta, lerobot_stretches, video
 from acrlpd.data.episodes import (
     IMAGE_PREFIX,
     KNOWN_SUCCESS,
+    NUMBERS,
     BadEpisodes,
     EpisodeInfo,
     OptionError,
@@ -39,7 +40,6 @@ from acrlpd.data.episodes import (
 )
 from acrlpd.data.frame_cache import FrameCache, FrameOrigin
 from acrlpd.data.lerobot_meta import REQUIRED, TASK_INDEX, TIMESTAMP, EpisodeRow
-from acrlpd.data.mapped import MappedRows, map_rows
 from acrlpd.data.metadata_cache import Arrays, MetadataCache, pack, unpack
 from acrlpd.data.parquet import DataError, ParquetReader
 from acrlpd.data.pictures import PictureError
@@ -164,8 +164,6 @@ class LeRobotSource:
         used = (*self.state_keys, *self.action_keys, *self.meta.cameras)
         self.left_out = [f"{IMAGE_PREFIX}{name} ({why})" for name, why in (unread | facts["unread"]).items()]
         self.left_out += lerobot_meta.unused(self.meta, used)  # columns that are there but not read
-        self._threshold: float | None = facts["threshold"]
-        self._rewards_are_known: bool = facts["rewards_are_known"]
         self._sizes = {key: (height, width) for key, (height, width) in facts["sizes"].items()}
         known = zip(*(opened[key].tolist() for key in ("numbers", "firsts", "tasks", "successes")), strict=True)
         changes = {number: tuple(map(tuple, each)) for number, each in facts["task_changes"]}
@@ -174,6 +172,8 @@ class LeRobotSource:
             for number, first, task, success in known
         ]
         self.lengths = np.array([facts.row.length for facts in self._facts])
+        self._ends = np.cumsum(self.lengths)
+        self.flat = flat.Flat({key: opened[key] for key in NUMBERS})
 
     @property
     def num_episodes(self) -> int:
@@ -212,12 +212,11 @@ class LeRobotSource:
 
     def episode(self, index: int) -> Episode:
         info = self.info(index)
-        rewards, terminals = self._label(self._facts[index], self._threshold)
         return Episode(
             state=self.window(index, "state", 0, info.length),
             actions=self.window(index, "actions", 0, info.length),
-            rewards=rewards,
-            terminals=terminals,
+            rewards=self.window(index, "rewards", 0, info.length),
+            terminals=self.window(index, "terminals", 0, info.length),
             task=info.task,
             task_changes=info.task_changes,
             images={name: self.window(index, IMAGE_PREFIX + name, 0, info.length) for name in self.cameras},
@@ -229,12 +228,9 @@ class LeRobotSource:
         facts = self._facts[index]
         if not 0 <= start <= stop <= facts.row.length:
             raise IndexError(f"{_where(facts.row)}: window {start}..{stop} leaves the episode (0..{facts.row.length})")
-        if key == "state":
-            return self._numbers(facts, self.state_keys, start, stop)
-        if key == "actions":
-            return self._numbers(facts, self.action_keys, start, stop)
-        if key in ("rewards", "terminals"):
-            return self._label(facts, self._threshold)[key == "terminals"][start:stop]
+        if key in self.flat:
+            first = int(self._ends[index]) - facts.row.length
+            return self.flat.window(key, first + start, first + stop)
         if key == "task":
             indices = self._rows(facts, TASK_INDEX)[start:stop].ravel().tolist()
             return np.array([self._text(index) for index in indices], np.str_)
@@ -246,20 +242,6 @@ class LeRobotSource:
         if key.startswith(IMAGE_PREFIX):
             check_is_read(_where(facts.row), key, self.left_out)
         return np.array(self._rows(facts, key)[start:stop])
-
-    def mapped(self) -> dict[str, MappedRows]:
-        """Return all frames of the cameras whose episodes are all in the frame cache."""
-        if self._frame_cache is None:
-            return {}
-        cache = self._frame_cache
-        records = (
-            {
-                IMAGE_PREFIX + name: cache.rows(name, self._origin(facts, name), facts.row.length)
-                for name in self.cameras
-            }
-            for facts in self._facts
-        )
-        return map_rows(records, self.lengths)
 
     def frame_origin(self, index: int, camera: str) -> FrameOrigin:
         """Return the file from which the frames of a camera come, for the frame cache."""
@@ -282,10 +264,10 @@ class LeRobotSource:
         for start in range(0, facts.row.length, FULL_CHECK_BLOCK):
             self._decoded(facts, key, start, min(start + FULL_CHECK_BLOCK, facts.row.length))
 
-    def _numbers(self, facts: _Facts, keys: Sequence[str], start: int, stop: int) -> Float[np.ndarray, "t d"]:
-        parts = [self._rows(facts, key)[start:stop] for key in keys]
-        flat = [part.reshape(len(part), math.prod(part.shape[1:])) for part in parts]
-        return np.concatenate(flat, axis=1).astype(np.float32)
+    def _joined(self, facts: _Facts, keys: Sequence[str]) -> Float[np.ndarray, "t d"]:
+        parts = [self._rows(facts, key) for key in keys]
+        blocks = [part.reshape(len(part), math.prod(part.shape[1:])) for part in parts]
+        return np.concatenate(blocks, axis=1).astype(np.float32)
 
     def _rows(self, facts: _Facts | _Checked, key: str) -> np.ndarray:
         """Return all rows of an episode in one column, as they are stored."""
@@ -359,25 +341,30 @@ class LeRobotSource:
         values_of_all = _reward_values(good)
         threshold = success_reward(self._rewards, values_of_all)
         self._rewards_are_known = are_known(self._rewards, values_of_all)
+        columns = {key: flat.FlatRows(self._metadata_cache.folder if self._metadata_cache else None) for key in NUMBERS}
         for checked in good:
+            labelled = None
             with bad.guard(_name(checked.row)):
                 own = TERMINAL in self._columns and believes_terminals(self._rewards)
                 values = checked.reward_values if self._rewards_are_known and not own else None
                 success = success_of(self._rewards, checked.success, values, threshold)
                 facts = _Facts(checked.row, checked.first, checked.tasks, success)
-                self._label(facts, threshold)  # fails if the episode's outcome or the meaning of its rewards is unknown
+                # fails if the episode's outcome or the meaning of its rewards is unknown
+                labelled = self._label(facts, threshold)
+            if labelled is not None:
                 usable.append((checked, success))
+                numbers = (self._joined(facts, self.state_keys), self._joined(facts, self.action_keys), *labelled)
+                for column, values in zip(columns.values(), numbers, strict=True):
+                    column.append(values)
         bad.report(str(self.meta.root), len(rows))
         changes = [(checked.row.number, checked.tasks[1:]) for checked, _ in usable if len(checked.tasks) > 1]
         return {
-            "facts": pack(
-                {"skipped": bad.skipped, "threshold": threshold, "sizes": self._sizes}
-                | {"rewards_are_known": self._rewards_are_known, "task_changes": changes, "unread": unread}
-            ),
+            "facts": pack({"skipped": bad.skipped, "sizes": self._sizes, "task_changes": changes, "unread": unread}),
             "numbers": np.array([checked.row.number for checked, _ in usable]),
             "firsts": np.array([checked.first for checked, _ in usable]),
             "tasks": np.array([checked.tasks[0][1] for checked, _ in usable]),
             "successes": np.array([KNOWN_SUCCESS.index(success) for _, success in usable], np.int8),
+            **{key: column.result() for key, column in columns.items()},
         }
 
     def _with_own_stretches(self, found: Sequence[_Checked], bad: BadEpisodes) -> list[_Checked]:

@@ -10,7 +10,6 @@ episode ends where its rows end.
 from __future__ import annotations
 
 import functools
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -18,11 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Shaped, UInt8
 
-from acrlpd.data import lerobot_meta, lerobot_opening
+from acrlpd.data import flat, lerobot_meta, lerobot_opening
 from acrlpd.data.episodes import (
     IMAGE_PREFIX,
+    NUMBERS,
     BadEpisodes,
     EpisodeInfo,
     check_is_read,
@@ -32,9 +32,8 @@ from acrlpd.data.frame_cache import FrameCache, FrameOrigin
 from acrlpd.data.lerobot_files import EpisodeFacts, LeRobotFiles
 from acrlpd.data.lerobot_meta import REQUIRED, REWARD, SUCCESS, TASK_INDEX, TERMINAL, EpisodeRow
 from acrlpd.data.lerobot_opening import Opening
-from acrlpd.data.mapped import MappedRows, map_rows
 from acrlpd.data.metadata_cache import Arrays, MetadataCache, unpack
-from acrlpd.data.rewards import Labeller, RewardConfig
+from acrlpd.data.rewards import RewardConfig
 from acrlpd.files import inside
 from acrlpd.types import Episode
 
@@ -99,7 +98,16 @@ class LeRobotSource:
         self._frame_cache, self._metadata_cache = frame_cache, metadata_cache
         selected = _selected(self.meta, episodes)
         bad, are_chosen = BadEpisodes(on_bad_episode), cameras is not None
-        opening = Opening(self._files, camera_keys, rewards, bad, check_images=check_images, are_chosen=are_chosen)
+        opening = Opening(
+            self._files,
+            {"state": self.state_keys, "actions": self.action_keys},
+            camera_keys,
+            rewards,
+            bad,
+            check_images=check_images,
+            are_chosen=are_chosen,
+            folder=metadata_cache.folder if metadata_cache else None,
+        )
         self._opened_videos = opening.opens_videos
         numbers = [row.number for row in selected] if episodes is not None else None
         asked = (columns, camera_keys, not are_chosen, numbers, rewards, on_bad_episode, check_images, tolerance_s)
@@ -111,10 +119,11 @@ class LeRobotSource:
         used = (*self.state_keys, *self.action_keys, *self.meta.cameras)
         self.left_out = [f"{IMAGE_PREFIX}{name} ({why})" for name, why in (unread | facts["unread"]).items()]
         self.left_out += lerobot_meta.unused(self.meta, used)  # columns that are there but not read
-        self._labeller = Labeller(rewards, facts["threshold"], facts["rewards_are_known"])
         self._files.sizes = {key: (height, width) for key, (height, width) in facts["sizes"].items()}
         self._facts = lerobot_opening.episodes_of(opened, self.meta)
         self.lengths = np.array([facts.row.length for facts in self._facts])
+        self._ends = np.cumsum(self.lengths)
+        self.flat = flat.Flat({key: opened[key] for key in NUMBERS})
 
     @property
     def num_episodes(self) -> int:
@@ -153,12 +162,11 @@ class LeRobotSource:
 
     def episode(self, index: int) -> Episode:
         info = self.info(index)
-        rewards, terminals = self._files.label(self._facts[index], self._labeller)
         return Episode(
             state=self.window(index, "state", 0, info.length),
             actions=self.window(index, "actions", 0, info.length),
-            rewards=rewards,
-            terminals=terminals,
+            rewards=self.window(index, "rewards", 0, info.length),
+            terminals=self.window(index, "terminals", 0, info.length),
             task=info.task,
             task_changes=info.task_changes,
             images={name: self.window(index, IMAGE_PREFIX + name, 0, info.length) for name in self.cameras},
@@ -170,12 +178,9 @@ class LeRobotSource:
         facts = self._facts[index]
         if not 0 <= start <= stop <= facts.row.length:
             raise IndexError(f"{facts.where}: window {start}..{stop} leaves the episode (0..{facts.row.length})")
-        if key == "state":
-            return self._numbers(facts, self.state_keys, start, stop)
-        if key == "actions":
-            return self._numbers(facts, self.action_keys, start, stop)
-        if key in ("rewards", "terminals"):
-            return self._files.label(facts, self._labeller)[key == "terminals"][start:stop]
+        if key in self.flat:
+            first = int(self._ends[index]) - facts.row.length
+            return self.flat.window(key, first + start, first + stop)
         if key == "task":
             indices = self._files.rows(facts, TASK_INDEX)[start:stop].ravel().tolist()
             return np.array([self._text(index) for index in indices], np.str_)
@@ -187,20 +192,6 @@ class LeRobotSource:
         if key.startswith(IMAGE_PREFIX):
             check_is_read(facts.where, key, self.left_out)
         return np.array(self._files.rows(facts, key)[start:stop])
-
-    def mapped(self) -> dict[str, MappedRows]:
-        """Return all frames of the cameras whose episodes are all in the frame cache."""
-        if self._frame_cache is None:
-            return {}
-        cache = self._frame_cache
-        records = (
-            {
-                IMAGE_PREFIX + name: cache.rows(name, self._origin(facts, name), facts.row.length)
-                for name in self.cameras
-            }
-            for facts in self._facts
-        )
-        return map_rows(records, self.lengths)
 
     def frame_origin(self, index: int, camera: str) -> FrameOrigin:
         """Return the file from which the frames of a camera come, for the frame cache."""
@@ -238,11 +229,6 @@ class LeRobotSource:
             find_out()
         else:
             self._metadata_cache.get(self.meta.root, asked, find_out)
-
-    def _numbers(self, facts: EpisodeFacts, keys: Sequence[str], start: int, stop: int) -> Float[np.ndarray, "t d"]:
-        parts = [self._files.rows(facts, key)[start:stop] for key in keys]
-        flat = [part.reshape(len(part), math.prod(part.shape[1:])) for part in parts]
-        return np.concatenate(flat, axis=1).astype(np.float32)
 
     def _frames(self, facts: EpisodeFacts, camera: str, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
         key = self._camera_keys[camera]

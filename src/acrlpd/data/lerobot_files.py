@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,12 @@ class LeRobotFiles:
         with blaming(episode.row, file):
             table = self.parquet.columns(file, self.columns if key in self.columns else (key,))
         return table[key][episode.first : episode.first + episode.row.length]
+
+    def joined(self, episode: EpisodeFacts, keys: Sequence[str]) -> Float[np.ndarray, "t d"]:
+        """Return all rows of an episode in several columns, side by side."""
+        parts = [self.rows(episode, key) for key in keys]
+        blocks = [part.reshape(len(part), math.prod(part.shape[1:])) for part in parts]
+        return np.concatenate(blocks, axis=1).astype(np.float32)
 
     def frames(self, episode: EpisodeFacts, key: str, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
         """Decode the frames ``start`` to ``stop`` of a feature."""

@@ -1,4 +1,4 @@
-"""What opening a LeRobot dataset finds out: which episodes are whole, the size of pictures, success and rewards."""
+"""What opening a LeRobot dataset finds out: which episodes are whole, the size of pictures, success and all numbers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from acrlpd.data import flat, lerobot_stretches, video
 from acrlpd.data import lerobot_checks as checks
-from acrlpd.data import lerobot_stretches, video
-from acrlpd.data.episodes import KNOWN_SUCCESS, BadEpisodes, OptionError, check_alike, usual_features
+from acrlpd.data.episodes import KNOWN_SUCCESS, NUMBERS, BadEpisodes, OptionError, check_alike, usual_features
 from acrlpd.data.lerobot_files import EpisodeFacts, LeRobotFiles, blaming, fault
 from acrlpd.data.lerobot_meta import REWARD, SUCCESS, TASK_INDEX, TERMINAL, EpisodeRow, Meta
 from acrlpd.data.metadata_cache import Arrays, pack, unpack
@@ -42,28 +42,34 @@ class Opening:
     """The checks of a dataset's episodes.
 
     Args:
+        joined: the columns that make up ``state`` and ``actions``.
         cameras: the features with pictures, by the camera's name.
         bad: what happens to an episode that cannot be used.
         check_images: decode every picture. Otherwise, if bad episodes are left out, check that the frames are there.
         are_chosen: the user named the cameras, so one that holds no colour is an error.
+        folder: where numbers that are too large for memory are kept; see ``flat.FlatRows``.
     """
 
     def __init__(
         self,
         files: LeRobotFiles,
+        joined: Mapping[str, Sequence[str]],
         cameras: dict[str, str],
         rewards: RewardConfig | None,
         bad: BadEpisodes,
         *,
         check_images: bool,
         are_chosen: bool,
+        folder: Path | None,
     ):
         self._files, self._meta = files, files.meta
+        self._joined = joined
         self._cameras = cameras
         self._rewards = rewards
         self._bad = bad
         self._are_chosen = are_chosen
         self._check_images = check_images
+        self._folder = folder
 
     @property
     def opens_videos(self) -> bool:
@@ -94,29 +100,35 @@ class Opening:
         return good
 
     def _labelled(self, found: Sequence[_Checked], unread: dict[str, str], total: int) -> Arrays:
-        """Label the episodes, to see that their outcome and the meaning of their rewards are known."""
+        """Label the episodes; leave out those whose outcome, or the meaning of whose rewards, is unknown."""
         values = [checked.reward_values for checked in found if checked.reward_values is not None]
         labeller = Labeller.of(self._rewards, values)
         has_terminals = TERMINAL in self._files.columns
         usable: list[EpisodeFacts] = []
+        numbers = {key: flat.FlatRows(self._folder) for key in NUMBERS}
         for checked in found:
+            labels = None
             with self._bad.guard(name_of(checked.facts.row)):
                 rewards = checked.reward_values if labeller.are_known else None
                 success = labeller.success(checked.facts.success, rewards, has_terminals=has_terminals)
                 facts = dataclasses.replace(checked.facts, success=success)
-                self._files.label(facts, labeller)
+                labels = self._files.label(facts, labeller)
+            if labels is not None:
                 usable.append(facts)
+                own = {key: self._files.joined(facts, keys) for key, keys in self._joined.items()}
+                for key, rows in (own | dict(zip(("rewards", "terminals"), labels, strict=True))).items():
+                    numbers[key].append(rows)
         self._bad.report(str(self._meta.root), total)
         changes = [(facts.row.number, facts.tasks[1:]) for facts in usable if len(facts.tasks) > 1]
         return {
             "facts": pack(
-                {"skipped": self._bad.skipped, "threshold": labeller.threshold, "sizes": self._files.sizes}
-                | {"rewards_are_known": labeller.are_known, "task_changes": changes, "unread": unread}
+                {"skipped": self._bad.skipped, "sizes": self._files.sizes, "task_changes": changes, "unread": unread}
             ),
             "numbers": np.array([facts.row.number for facts in usable]),
             "firsts": np.array([facts.first for facts in usable]),
             "tasks": np.array([facts.tasks[0][1] for facts in usable]),
             "successes": np.array([KNOWN_SUCCESS.index(facts.success) for facts in usable], np.int8),
+            **{key: column.result() for key, column in numbers.items()},
         }
 
     # -- numbers -------------------------------------------------------------------------------------------------------

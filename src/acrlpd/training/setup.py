@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
@@ -489,8 +488,7 @@ def make_norm_stats(
 
 def _own_stats(config: TrainConfig, prior: Mixture, sources: Sequence[Dataset], min_std: float) -> dict[str, NormStats]:
     before, store = before_normalization(config), prior.stores[0]
-    in_memory = isinstance(store.state, np.ndarray) and isinstance(store.actions, np.ndarray)
-    if in_memory and not before and len(sources) == 1:
+    if store.in_memory and not before and len(sources) == 1:
         return statistics.from_store(store, min_std=min_std)
     transform = Compose(before) if before else None
     horizon = config.policy.action_horizon if before else 1

@@ -6,7 +6,7 @@ time to open data; and the share of its time that a training run waits for data.
 Every case runs in its own process, whose memory is reported as three numbers (without its worker processes):
 
     private_at_end_mb      memory at the end that only it has and that cannot be reclaimed: this must fit
-    mapped_at_end_mb       pages of the data's files in addition, which the kernel reclaims when others need memory
+    mapped_at_end_mb       pages of mapped files in addition, which the kernel reclaims when others need memory
     peak_resident_mb       the maximum of both together at any moment: it grows with the data that is read
 
 Synthetic data is generated once, in ``--folder``; without a folder it is deleted afterwards (all of it takes 4 GB).
@@ -175,7 +175,7 @@ def chunk_statistics(folder: Path, seconds: float) -> dict[str, Any]:
         return {}
     found = {}
     for horizon in (1, 50):
-        _, taken_s = timed(lambda: statistics.from_source(LeRobotSource(root), Compose(()), horizon=horizon))  # noqa: B023
+        _, taken_s = timed(lambda: statistics.from_sources([LeRobotSource(root)], horizon=horizon))  # noqa: B023
         found[f"horizon_{horizon}_s"] = taken_s
     return {"steps": 100 * VIDEO_STEPS} | found
 

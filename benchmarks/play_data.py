@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from acrlpd import files
 from acrlpd.envs import rendering
 
 EPISODE_STEPS = 1001
@@ -31,12 +32,11 @@ def main() -> None:
 
 
 def write(path: Path, episodes: int, seed: int) -> None:
-    """Write a file in OGBench's format atomically."""
+    """Write a file in OGBench's format."""
     arrays = play(episodes, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.stem}.tmp.npz")
-    np.savez_compressed(unfinished, **arrays)  # type: ignore[arg-type]  # to the stubs, any name could be allow_pickle
-    unfinished.replace(path)
+    with files.written_whole(path) as temporary:
+        np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]  # to the stubs, a name may be allow_pickle
 
 
 def play(episodes: int, seed: int) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Guarded opening and parsing of files from outside, and whole-or-nothing writing of our own files.
+"""Guarded opening and parsing of files from outside, and whole-or-nothing writing of our own files and folders.
 
 Data sets, checkpoints and configurations are made by others. Whatever they hold, reading ends soon and within bounded
 memory, with the content or with a one-line error that names the file: a pipe is not waited for, a name does not lead
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import itertools
 import json
@@ -360,27 +361,35 @@ def open_picture(content: bytes) -> Image.Image:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 HOST = platform.node() or "here"  # process ids mean nothing on another machine that shares the folder
-NAME = re.compile(rf"\..+\.{re.escape(HOST)}-(\d+)\.tmp")
+ASIDE = "overwritten"  # NAME.overwritten, NAME.overwritten-2, ...
 
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write a file to; it replaces ``path`` once it is completely on disk.
+    """Yield a path of the same suffix to write a file or a folder to; it replaces ``path`` once all of it is on disk.
 
-    A reader sees the old file or the new one, even after a loss of power. If the block raises, nothing is left.
+    A reader sees the old content or the new one, even after a loss of power. If the block raises, nothing is left and
+    ``path`` is unchanged. A folder that is replaced is first set aside under a visible name and deleted last. The path
+    lies in a hidden folder beside ``path``, which a killed process leaves behind: the next process that writes to the
+    same place removes it.
     """
     path = Path(path)
-    temporary = temporary_path(path)
+    _tidy(path.parent)
+    hidden = temporary_path(path)
+    _remove(hidden)
+    hidden.mkdir()
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
+        new = hidden / f"content{path.suffix}"
+        yield new
+        for part in (*new.rglob("*"), new):
+            _sync(part)
+        _replace(new, path)
+        _sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+        _remove(hidden)
 
 
-def sync(path: str | os.PathLike[str]) -> None:
+def _sync(path: Path) -> None:
     """Force a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -389,12 +398,59 @@ def sync(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def temporary_path(path: Path) -> Path:
-    """Return the hidden path where this process writes what will become ``path``. Readers skip hidden files.
+def _replace(new: Path, path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        os.replace(new, path)
+        return
+    aside = set_aside(path)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.replace(aside, path)
+        raise
+    discard(aside)
 
-    A process that is killed meanwhile leaves it behind.
-    """
+
+def set_aside(path: Path) -> Path:
+    """Rename ``path`` to a free name beside it, and return the new path."""
+    names = (path.with_name(f"{path.name}.{ASIDE}{'' if count == 1 else f'-{count}'}") for count in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    os.replace(path, aside)
+    return aside
+
+
+def those_set_aside(path: Path) -> list[Path]:
+    """Return what was set aside in favour of ``path`` and still exists, sorted by name."""
+    pattern = re.compile(rf"{re.escape(path.name)}\.{ASIDE}(-\d+)?")
+    if not path.parent.is_dir():
+        return []
+    return sorted(other for other in path.parent.iterdir() if pattern.fullmatch(other.name))
+
+
+def discard(path: Path) -> None:
+    """Delete a folder so that it is never seen half deleted under its name, even if the process is killed."""
+    doomed = temporary_path(path)
+    _remove(doomed)
+    os.replace(path, doomed)
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file, a link or a folder with its content, if it exists and can be deleted."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def temporary_path(path: Path) -> Path:
+    """Return the hidden path of this process's unfinished work on ``path``. Readers skip hidden files and folders."""
     return path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether ``path`` has the name of unfinished work of a process, running or killed."""
+    return re.fullmatch(r"\..+\.tmp", path.name) is not None
 
 
 def remove_abandoned(folder: Path) -> None:
@@ -402,12 +458,12 @@ def remove_abandoned(folder: Path) -> None:
     if not folder.is_dir():
         return
     for path in folder.glob(".*.tmp"):
-        found = NAME.fullmatch(path.name)
+        found = re.fullmatch(rf"\..+\.{re.escape(HOST)}-(\d+)\.tmp", path.name)
         if found is not None and not _is_running(int(found[1])):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            _remove(path)
+
+
+_tidy = functools.cache(remove_abandoned)  # once per process: listing a large folder takes longer than writing a file
 
 
 def _is_running(process: int) -> bool:

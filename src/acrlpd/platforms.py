@@ -7,7 +7,7 @@ is usual, and ``ConfigValidator`` compares the two. These columns have a field o
     warmup_ratio       schedule.warmup_steps, which the founding presets give as well, and which is used: 5 % of droid's
                        decay_steps as here, but 7 % of aloha's and 6 % of libero's
     decay_profile      the schedule's kind: cosine, unless schedule.rsqrt_timescale is set
-    cache_size         data.memory_bytes: bytes, not episodes; small data is copied into memory, large data is mapped
+    cache_size         data.memory_bytes: bytes of pictures, not episodes; numbers are in memory or, if large, mapped
     shuffle_buffer     no effect: each batch is drawn evenly from all rows, which shuffles more than any buffer
     data_augmentation  no effect: the critics read the policy's features, so Q would have to hold for every crop, and
                        stored prefixes of a frozen backbone would not fit; no update augments (``training/prefixes.py``)

@@ -260,7 +260,7 @@ def test_no_video_is_opened_before_pictures_are_asked_for(tmp_path, monkeypatch)
     for path in folder.rglob("*.mp4"):
         path.write_bytes(b"no video")
     source = LeRobotSource(folder)
-    assert len(statistics.from_source(source)["state"].mean) == source.window(0, "state", 0, 1).shape[1]
+    assert len(statistics.from_sources([source])["state"].mean) == source.window(0, "state", 0, 1).shape[1]
     with pytest.raises(ValueError, match=r"file-000\.mp4: episode 0: .* cannot be opened"):
         windows.open_store(source)
 
@@ -474,10 +474,10 @@ def test_frames_after_an_hour_are_found(tmp_path, monkeypatch):
     """The mp4's own times are exact; the table's are off by up to 0.12 ms there, and the tolerance is 0.1 ms."""
     folder = written(tmp_path, "h264", monkeypatch)
     source = LeRobotSource(folder)
-    monkeypatch.setattr(source, "_rows", lambda facts, key: (np.arange(HOUR) / 30).astype(np.float32))
-    source.meta = dataclasses.replace(source.meta, fps=30.0)
-    times = source._frame_times(source._facts[0], "observation.images.top")
+    monkeypatch.setattr(source._files, "rows", lambda facts, key: (np.arange(HOUR) / 30).astype(np.float32))
+    source._files.meta = dataclasses.replace(source.meta, fps=30.0)
+    times = source._files.frame_times(source._facts[0], "observation.images.top")
     np.testing.assert_allclose(times, np.arange(HOUR) / 30, rtol=0, atol=1e-9)
     late = np.arange(HOUR) / 30 + 0.001  # a stated time that is no rounding counts as it is
-    monkeypatch.setattr(source, "_rows", lambda facts, key: late)
-    np.testing.assert_array_equal(source._frame_times(source._facts[0], "observation.images.top"), late)
+    monkeypatch.setattr(source._files, "rows", lambda facts, key: late)
+    np.testing.assert_array_equal(source._files.frame_times(source._facts[0], "observation.images.top"), late)

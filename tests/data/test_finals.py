@@ -107,17 +107,17 @@ def test_it_is_kept_on_every_way(tmp_path, name, memory_bytes):
 
 
 def test_it_is_read_when_it_is_asked_for(tmp_path):
-    class Unmapped:
+    class Windows:
         def __init__(self, source):
             self._source = source
 
         def __getattr__(self, name):
-            if name == "mapped" or name.startswith("_"):
+            if name == "flat" or name.startswith("_"):
                 raise AttributeError(name)
             return getattr(self._source, name)
 
-    store = open_store(Unmapped(gzipped(tmp_path)), memory_bytes=0)
-    assert isinstance(store._columns["state"].rows, SourceRows)
+    store = open_store(Windows(gzipped(tmp_path)), memory_bytes=0)
+    assert isinstance(store._columns["images/top"].rows, SourceRows)
     assert_follows(store)
     assert store.episode(3).final.images["wrist"].tolist() == np.full((5, 6, 3), 134).tolist()
 

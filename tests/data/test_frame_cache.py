@@ -54,7 +54,6 @@ def test_a_damaged_record_is_named_and_made_anew(demos, tmp_path, damaged):
     record.write_bytes(damaged(whole))
     with pytest.raises(ValueError, match=rf"{record.name}: the record is damaged .*`acrlpd data cache`"):
         reader.window(1, "images/top_image", 0, 5)
-    assert "images/top_image" not in reader.mapped()
     assert main(arguments) == 0
     assert record.read_bytes() == whole
     np.testing.assert_array_equal(reader.window(1, "images/top_image", 0, 5), frames)

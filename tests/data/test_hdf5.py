@@ -192,7 +192,9 @@ def test_window_reads_the_rows_of_one_key(tmp_path):
         np.testing.assert_array_equal(reader.window(0, key, 2, 5), store.window(0, key, 2, 5))
     with pytest.raises(IndexError, match=r"episode_0\.hdf5: window 2\.\.7 leaves the episode \(0\.\.6\)"):
         reader.window(0, "state", 2, 7)
-    with pytest.raises(KeyError, match=r"episode_0\.hdf5: no key 'images/wrist'; it has state, actions, images/top"):
+    with pytest.raises(
+        KeyError, match=r"episode_0\.hdf5: no key 'images/wrist'; it has state, actions, rewards, terminals, images/top"
+    ):
         reader.window(0, "images/wrist", 0, 1)
 
 
@@ -247,23 +249,26 @@ def test_skipping_warns_counts_and_keeps_the_order(tmp_path):
         H5DatasetReader(tmp_path, on_bad_episode="ignore")
 
 
-def test_a_window_of_plain_numbers_is_mapped_not_read(tmp_path, monkeypatch):
+def test_plain_pictures_are_read_without_hdf5(tmp_path, monkeypatch):
     path = hdf5.write_episode(tmp_path / "episode_0.hdf5", make_episode(6))
     with h5py.File(path) as file:
-        expected = file["actions"][2:5]
+        expected = file["observations/images/top"][2:5]
     reader = H5DatasetReader(tmp_path)
     monkeypatch.setattr(h5py, "File", None)  # HDF5 is not asked any more
-    np.testing.assert_array_equal(reader.window(0, "actions", 2, 5), expected)
+    np.testing.assert_array_equal(reader.window(0, "images/top", 2, 5), expected)
+    assert reader.window(0, "images/top", 6, 6).shape == (0, *expected.shape[1:])
 
 
 def test_a_file_cut_short_after_opening_is_an_error_not_a_crash(tmp_path):
-    path = hdf5.write_episode(tmp_path / "episode_0.hdf5", make_episode(6), compression="gzip")
-    reader = H5DatasetReader(tmp_path)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"episode_0\.hdf5: actions: rows 2\.\.5 cannot be read any more"):
-        reader.window(0, "actions", 2, 5)
-    with pytest.raises(ValueError, match=r"episode_0\.hdf5: expected a complete HDF5 file"):
-        reader.window(0, "images/top", 2, 5)
+    plain, message = r"observations/images/top: rows 2\.\.5 cannot be read any more", "expected a complete HDF5 file"
+    for compression, told in ((None, plain), ("gzip", message)):
+        path = hdf5.write_episode(tmp_path / "episode_0.hdf5", make_episode(6), compression=compression)
+        reader = H5DatasetReader(tmp_path)
+        before = reader.window(0, "actions", 2, 5)
+        path.write_bytes(path.read_bytes()[:100])
+        with pytest.raises(ValueError, match=rf"episode_0\.hdf5: {told}"):
+            reader.window(0, "images/top", 2, 5)
+        np.testing.assert_array_equal(reader.window(0, "actions", 2, 5), before)  # numbers were read at the opening
 
 
 def test_folders_without_episodes(tmp_path):

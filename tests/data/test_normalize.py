@@ -17,6 +17,11 @@ STATS = NormStats(
 )
 
 
+def exact(values):
+    q01, q99 = np.quantile(values, [0.01, 0.99], axis=0).astype(np.float64)
+    return NormStats(values.mean(axis=0, dtype=np.float64), values.std(axis=0, dtype=np.float64), q01, q99)
+
+
 def test_formulas_by_hand():
     x = np.array([[2.0, 10.0]])
     np.testing.assert_allclose(norm.normalize(x, STATS, quantiles=False), [[1 / 0.500001, 8 / 4.000001]])
@@ -103,11 +108,11 @@ def test_running_statistics_agree_with_exact_ones():
     running = statistics.RunningStats()
     for part in np.split(values, [10, 700, 3001]):
         running.update(part[None])
-    result, exact = running.result(), statistics.exact(values)
-    np.testing.assert_allclose(result.mean, exact.mean, atol=1e-12)
-    np.testing.assert_allclose(result.std, exact.std, rtol=1e-9)
+    result, true = running.result(), exact(values)
+    np.testing.assert_allclose(result.mean, true.mean, atol=1e-12)
+    np.testing.assert_allclose(result.std, true.std, rtol=1e-9)
     for name in ("q01", "q99"):
-        np.testing.assert_allclose(getattr(result, name), getattr(exact, name), atol=0.05 * exact.std.max(), rtol=0.05)
+        np.testing.assert_allclose(getattr(result, name), getattr(true, name), atol=0.05 * true.std.max(), rtol=0.05)
 
 
 def test_running_statistics_of_too_little_or_changing_data():
@@ -118,7 +123,7 @@ def test_running_statistics_of_too_little_or_changing_data():
     with pytest.raises(ValueError, match="3 dimensions, expected 2"):
         running.update(np.zeros((1, 3)))
     with pytest.raises(ValueError, match="at least 2 vectors, got 1"):
-        statistics.exact(np.zeros((1, 2)))
+        statistics.from_sources([OneEpisode(np.zeros((1, 2)))])
 
 
 def test_floor_widens_still_dimensions_and_names_them():
@@ -155,12 +160,17 @@ class OneEpisode:
 
     def __init__(self, state):
         self.state = state
+        self.lengths = np.array([len(state)])
 
     def info(self, index):
         return SimpleNamespace(length=len(self.state), task="lift", success=False, source="")
 
     def window(self, index, key, start, stop):
         return self.state[start:stop]
+
+
+def streamed(source, **options):
+    return statistics.from_sources([source], **options)
 
 
 @pytest.mark.parametrize("quantiles", [False, True])
@@ -170,8 +180,7 @@ def test_what_rarely_moves_is_not_blown_up(column, quantiles):
     rng = np.random.default_rng(0)
     state = np.stack([rng.normal(size=3000).astype(np.float32), column(rng)], axis=1)
     episode = Episode(state, state, np.zeros(3000, np.float32), np.zeros(3000, bool), task="lift")
-    for make in (statistics.from_store, statistics.from_source):
-        source = EpisodeStore.from_episodes([episode]) if make is statistics.from_store else OneEpisode(state)
+    for make, source in ((statistics.from_store, EpisodeStore.from_episodes([episode])), (streamed, OneEpisode(state))):
         with pytest.warns(UserWarning, match=r"state: 1 of 2 dimensions \(1\) hardly or rarely move"):
             stats = make(source)["state"]
         values = norm.normalize(state, stats, quantiles=quantiles)
@@ -180,18 +189,18 @@ def test_what_rarely_moves_is_not_blown_up(column, quantiles):
             < np.abs(values[:, 1]).max()
             <= (statistics.MAX_NORMALIZED if quantiles or column is rarely_closed else 16)
         )
-        exact = statistics.exact(state)
-        np.testing.assert_allclose([stats.std[0], stats.q01[0]], [exact.std[0], exact.q01[0]], atol=0.01)
+        true = exact(state)
+        np.testing.assert_allclose([stats.std[0], stats.q01[0]], [true.std[0], true.q01[0]], atol=0.01)
         bare = make(source, min_std=0.0)["state"]
-        np.testing.assert_allclose(bare.std, exact.std, rtol=1e-5)
+        np.testing.assert_allclose(bare.std, true.std, rtol=1e-5)
 
 
 @pytest.mark.parametrize("fault", [50.0, 1e3, 1e6, 1e9, 1e15])
-@pytest.mark.parametrize("make", [statistics.from_store, statistics.from_source])
+@pytest.mark.parametrize("make", [statistics.from_store, streamed])
 def test_a_faulty_value_neither_moves_the_quantiles_nor_hides_the_others(make, fault):
     rng = np.random.default_rng(0)
     state = rng.normal(size=(3000, 1)).astype(np.float32)
-    clean = statistics.exact(state)
+    clean = exact(state)
     state[7] = fault
     episode = Episode(state, state, np.zeros(3000, np.float32), np.zeros(3000, bool), task="lift")
     source = EpisodeStore.from_episodes([episode]) if make is statistics.from_store else OneEpisode(state)
@@ -245,6 +254,57 @@ def make_store(lengths):
         )
         for n in lengths
     )
+
+
+class Blocks(OneEpisode):
+    """As many episodes as there are parts of the state."""
+
+    def __init__(self, parts):
+        self.parts, self.lengths, self.num_episodes = parts, np.array([len(part) for part in parts]), len(parts)
+
+    def info(self, index):
+        return SimpleNamespace(length=len(self.parts[index]), task="lift", success=False, source="")
+
+    def window(self, index, key, start, stop):
+        return self.parts[index][start:stop]
+
+
+@pytest.mark.parametrize("num", [2, 3, 50, 99, 100, 101, 102, 149, 251, 3000, 12_345])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e6])
+def test_one_pass_finds_numpys_quantiles_in_memory_and_by_parts(monkeypatch, num, scale):
+    """Bit for bit, also where the outermost values are looked for many times on the way."""
+    monkeypatch.setattr(statistics, "SORTED_AT_ONCE", 16)
+    rng = np.random.default_rng(num)
+    values = (rng.normal(size=(num, 3)) * scale + [0.0, 7.0, -1e3]).astype(np.float32)
+    values[:, 2] = np.round(values[:, 2])  # many equal ones
+    true = exact(values)
+    for cuts in ([], sorted(rng.integers(1, num, size=5))):
+        parts = Blocks([part for part in np.split(values, cuts) if len(part)])
+        found = statistics.from_sources([parts], min_std=0.0)["state"]
+        np.testing.assert_array_equal(found.q01, true.q01)
+        np.testing.assert_array_equal(found.q99, true.q99)
+        np.testing.assert_allclose(found.mean, true.mean, rtol=1e-12, atol=1e-12 * scale)
+        np.testing.assert_allclose(found.std, true.std, rtol=1e-9)
+    in_memory = statistics.from_store(EpisodeStore.from_episodes([_episode(values)]), min_std=0.0)["state"]
+    for name, value in vars(true).items():
+        np.testing.assert_array_equal(getattr(in_memory, name), value)
+
+
+@pytest.mark.parametrize(("share", "is_low"), [(0.005, False), (0.0231, True), (0.47, True)])
+def test_weights_decide_which_values_are_the_outermost(share, is_low):
+    """300 rows lie below 1000 others; whether q01 is one of them depends on the weight that they have together."""
+    rng = np.random.default_rng(0)
+    few, many = rng.normal(size=(300, 1)).astype(np.float32) - 100, rng.normal(size=(1000, 1)).astype(np.float32)
+    found = statistics.from_sources([Blocks([few]), Blocks([many])], (share, 1 - share), min_std=0.0)["state"]
+    weights = np.repeat([share / 300, (1 - share) / 1000], [300, 1000])
+    true = np.quantile(np.concatenate([few, many]), [0.01, 0.99], 0, weights=weights, method="inverted_cdf")
+    np.testing.assert_array_equal([found.q01, found.q99], true)
+    assert (found.q01 < -90) == is_low
+
+
+def _episode(state):
+    length = len(state)
+    return Episode(state, state, np.zeros(length, np.float32), np.zeros(length, bool), task="lift")
 
 
 def test_from_store_is_exact():

@@ -129,6 +129,6 @@ def test_versions_of_a_set_hold_the_same_rows(sets):
 @pytest.mark.filterwarnings("ignore:.*rarely move")
 def test_statistics(sets):
     for source, reference in sets:
-        stats = statistics.from_source(source)
+        stats = statistics.from_sources([source])
         mean = reference[f"sum__{reference['action_key']}"] / reference["total_frames"]
         np.testing.assert_allclose(stats["actions"].mean, mean, rtol=1e-9, atol=1e-12)

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from acrlpd.data import hdf5, windows
+from acrlpd.data import hdf5
 from acrlpd.data.episodes import EpisodeStore
+from acrlpd.data.flat import FlatRows
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.loader import ChunkLoader
-from acrlpd.data.mapped import MappedRows
 from acrlpd.data.transforms import Compose
 from acrlpd.data.windows import SourceRows, WindowReader, open_store
 from acrlpd.types import Episode
@@ -36,7 +36,7 @@ def make_episode(length, seed) -> Episode:
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("set")
     for number, length in enumerate(LENGTHS):
-        compression = "gzip" if number % 2 else None  # read through HDF5, and by mapping the file
+        compression = "gzip" if number % 2 else None  # read through HDF5, and without it
         hdf5.write_episode(hdf5.episode_path(folder, number), make_episode(length, number), compression=compression)
     return H5DatasetReader(folder)
 
@@ -46,14 +46,14 @@ def memory(source):
     return EpisodeStore.from_source(source)
 
 
-class Unmapped:
+class Windows:
     """A source that can do nothing but read windows."""
 
     def __init__(self, source):
         self._source = source
 
     def __getattr__(self, name):
-        if name == "mapped" or name.startswith("_"):
+        if name == "flat" or name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._source, name)
 
@@ -72,12 +72,11 @@ def loader(store, **changes):
         (None, []),
         (NUMBERS_BYTES + sum(LENGTHS) * 2 * FRAME, []),
         (NUMBERS_BYTES + 12 * FRAME, ["images/top", "images/wrist"]),
-        (NUMBERS_BYTES - 1, ["state", "images/top", "images/wrist"]),
-        (0, ["state", "actions", "rewards", "terminals", "images/top", "images/wrist"]),
+        (0, ["images/top", "images/wrist"]),
     ],
 )
 def test_batches_do_not_depend_on_what_is_in_memory(source, memory, memory_bytes, windowed):
-    store = open_store(Unmapped(source), memory_bytes=memory_bytes)
+    store = open_store(Windows(source), memory_bytes=memory_bytes)
     columns = {key: column.rows for key, column in store._columns.items()}
     assert [key for key, rows in columns.items() if not isinstance(rows, np.ndarray)] == windowed
     expected, found = loader(memory), loader(store)
@@ -86,17 +85,17 @@ def test_batches_do_not_depend_on_what_is_in_memory(source, memory, memory_bytes
     assert ("cache_hit_rate" in found.stats()) == bool(windowed)
 
 
-def test_what_can_be_mapped_is_not_loaded(source, memory):
-    store = open_store(source, memory_bytes=0)
-    columns = {key: column.rows for key, column in store._columns.items()}
-    assert [key for key, rows in columns.items() if isinstance(rows, MappedRows)] == ["state", "actions"]
-    assert [key for key, rows in columns.items() if isinstance(rows, SourceRows)] == ["images/top", "images/wrist"]
+def test_batches_do_not_depend_on_what_is_mapped(source, memory, monkeypatch):
+    monkeypatch.setattr(FlatRows.__init__, "__kwdefaults__", {"memory_bytes": 0})
+    store = open_store(Windows(source))  # pictures in memory
+    assert not store.in_memory
+    assert store.reader is None
     for step in range(5):
         jax.tree.map(np.testing.assert_array_equal, loader(store).batch(step), loader(memory).batch(step))
 
 
 def test_a_store_of_windows_is_a_source_itself(source, memory):
-    store = open_store(Unmapped(source), memory_bytes=0)
+    store = open_store(Windows(source), memory_bytes=0)
     assert (store.num_rows, store.lengths.tolist(), store.tasks) == (sum(LENGTHS), LENGTHS, memory.tasks)
     for index in range(len(LENGTHS)):
         found, expected = store.episode(index), memory.episode(index)
@@ -112,10 +111,10 @@ def test_rows_come_in_the_order_asked_for(source, memory):
     rows = np.array([23, 0, 8, 8, 3, 0, 17, 9])
     np.testing.assert_array_equal(reader.read("images/top", rows), memory.images["top"][rows])
     assert reader.hit_rate == 0.0
-    assert reader.read("state", np.zeros(0, int)).shape == (0, 3)
-    grid = windows.SourceRows(reader, "state", (sum(LENGTHS), 3))
-    np.testing.assert_array_equal(grid[rows.reshape(2, 4)], memory.state[rows.reshape(2, 4)])
-    np.testing.assert_array_equal(grid[2:5], memory.state[2:5])
+    assert reader.read("images/top", np.zeros(0, int)).shape == (0, 5, 6, 3)
+    grid = SourceRows(reader, "images/top", (sum(LENGTHS), 5, 6, 3))
+    np.testing.assert_array_equal(grid[rows.reshape(2, 4)], memory.images["top"][rows.reshape(2, 4)])
+    np.testing.assert_array_equal(grid[2:5], memory.images["top"][2:5])
 
 
 class Counted:
@@ -148,14 +147,6 @@ def test_a_row_is_read_once_while_its_episode_is_held(source):
     assert counted.rows == 6
     reader.read("images/top", np.array([0]))
     assert counted.rows == 7
-
-
-def test_numbers_are_not_held(source, memory):
-    counted = Counted(source)
-    reader = WindowReader(counted, cache_bytes=1000 * FRAME)
-    for _ in range(2):
-        np.testing.assert_array_equal(reader.read("actions", np.array([2, 1])), memory.actions[[2, 1]])
-    assert counted.rows == 4
 
 
 def test_more_than_the_limit_is_not_held(source, memory):
@@ -202,7 +193,7 @@ def test_processes_change_nothing(source, memory):
 def test_an_error_in_a_process_names_the_file(tmp_path):
     for number in range(2):
         hdf5.write_episode(hdf5.episode_path(tmp_path, number), make_episode(4, number))
-    store = open_store(Unmapped(H5DatasetReader(tmp_path)), memory_bytes=400, num_workers=1)
+    store = open_store(Windows(H5DatasetReader(tmp_path)), memory_bytes=400, num_workers=1)
     os.truncate(hdf5.episode_path(tmp_path, 1), 100)
     try:
         with pytest.raises(ValueError, match=r"episode_000001\.hdf5: observations/images/top: rows 0\.\.1"):

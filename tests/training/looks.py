@@ -201,10 +201,10 @@ def rewarded(config: TrainConfig) -> Any:
     given, staged = config.data.rewards, np.array([0, 1, 2], np.float32)
     found = []
     for success, stored in ((True, None), (False, None), (True, staged), (None, None)):
-        threshold = None if stored is None else rewards.success_reward(given, [stored])
+        labeller = rewards.Labeller.of(given, [] if stored is None else [stored])
         try:
-            known = rewards.success_of(given, success)
-            found.append(digest(rewards.label(given, 3, success=known, stored=stored, threshold=threshold, where="")))
+            known = labeller.success(success)
+            found.append(digest(labeller.label(3, success=known, stored=stored, where="")))
         except ValueError as error:
             found.append(str(error))
     return found

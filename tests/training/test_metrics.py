@@ -25,5 +25,5 @@ def test_json_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(os, "replace", lambda old, new: done.append("replace") or replace(old, new))
     write_json(tmp_path / "a.json", {"a": 1})
-    assert done == [str(temporary_path(tmp_path / "a.json")), "replace", str(tmp_path)]
+    assert done == [str(temporary_path(tmp_path / "a.json") / "content.json"), "replace", str(tmp_path)]
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}

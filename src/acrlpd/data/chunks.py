@@ -66,9 +66,7 @@ def gather(
     final = ends_with & store.knows_final(episodes)
     next_rows = np.where(final, store.num_rows + episodes, np.minimum(rows + judged, end - 1))
 
-    def take(key: str, wanted: Int[np.ndarray, "*shape"]) -> np.ndarray:
-        return store.take(key, wanted, episodes if wanted.ndim == 1 else episodes[:, None])
-
+    take = store.take
     next_images = images if next_images is None else next_images
     cameras, next_cameras = (store.cameras if wanted else () for wanted in (images, next_images))
     terminals = take("terminals", steps) & real
@@ -81,7 +79,7 @@ def gather(
         "next_state": _seen(store, "state", next_rows, episodes),
         "image": {name: take(IMAGE_PREFIX + name, rows) for name in cameras},
         "next_image": {name: _seen(store, IMAGE_PREFIX + name, next_rows, episodes) for name in next_cameras},
-        "actions": store.take_stretches("actions", steps, episodes),
+        "actions": store.take_stretches("actions", steps),
         "rewards": take("rewards", steps) * real,
         "terminals": terminals.astype(np.float32),
         "valid": (real & ~terminal_before).astype(np.float32),
@@ -100,7 +98,7 @@ def gather(
 def num_cut(store: EpisodeStore) -> int:
     """Count the episodes cut without terminal and final observation: no window that ends with them bootstraps."""
     cut = np.flatnonzero(~store.has_final)
-    return int(np.sum(~store.take("terminals", store.ends[cut] - 1, cut)))
+    return int(np.sum(~store.take("terminals", store.ends[cut] - 1)))
 
 
 @typed
@@ -124,7 +122,7 @@ def _seen(
 ) -> Shaped[np.ndarray, "b *shape"]:
     """Read rows of a key of observations, numbered as in ``observe``."""
     after = rows >= store.num_rows
-    found = store.take(key, np.where(after, store.ends[episodes] - 1, rows), episodes)
+    found = store.take(key, np.where(after, store.ends[episodes] - 1, rows))
     final = after & store.knows_final(episodes)
     if final.any():
         found[final] = store.take_finals(key, episodes[final])

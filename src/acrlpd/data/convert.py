@@ -12,7 +12,7 @@ import io
 import json
 import logging
 import os
-import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -26,15 +26,15 @@ from acrlpd.data import hdf5
 from acrlpd.data.episodes import check_fps, step_tasks, task_runs
 from acrlpd.data.finals import has_final
 from acrlpd.data.hdf5 import H5DatasetReader
-from acrlpd.data.lerobot import REWARD, SUCCESS, TERMINAL, LeRobotSource
+from acrlpd.data.lerobot import LeRobotSource
 from acrlpd.data.lerobot_checks import told_size
-from acrlpd.data.lerobot_meta import DEFAULT_CHUNKS_SIZE, INDEX, TASK_INDEX, TIMESTAMP
+from acrlpd.data.lerobot_meta import DEFAULT_CHUNKS_SIZE, INDEX, REWARD, SUCCESS, TASK_INDEX, TERMINAL, TIMESTAMP
 from acrlpd.data.parquet import import_pyarrow
 from acrlpd.data.sources import Dataset
 from acrlpd.data.statistics import RunningStats
 from acrlpd.data.video import import_av
 from acrlpd.data.windows import check_videos
-from acrlpd.files import inside, remove_abandoned, temporary_path
+from acrlpd.files import inside, written_whole
 from acrlpd.types import Episode
 
 logger = logging.getLogger(__name__)
@@ -144,22 +144,19 @@ def _read_back(reader: Callable[[Path], Dataset], temporary: Path, folder: Path)
 
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """Make a hidden folder beside ``folder``, and rename it to ``folder`` on success."""
+    """Yield a new folder, which becomes ``folder`` on success."""
     if folder.exists():
         raise ValueError(f"{folder} already exists. Name a folder that does not, or remove it first.")
-    remove_abandoned(folder.parent)
-    temporary = temporary_path(folder)
-    temporary.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield temporary
-        os.replace(temporary, folder)
+        with written_whole(folder) as temporary:
+            temporary.mkdir()
+            yield temporary
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
         text = f"{os.strerror(error.errno)}; nothing was kept. Free some space, or write to another disk"
         raise OSError(error.errno, text, str(folder)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @dataclasses.dataclass
@@ -192,7 +189,8 @@ class _LeRobotWriter:
             inside(folder, camera, "the name of a camera")
         self._cameras = {camera: f"observation.images.{camera}" for camera in dataset.cameras}
         self._tasks: dict[str, int] = {}
-        self._stats: dict[str, _Stats] = {}
+        self._stats: dict[str, RunningStats] = {}
+        self._counts: Counter[str] = Counter()
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def write(self, robot_type: str | None) -> None:
@@ -222,7 +220,7 @@ class _LeRobotWriter:
         path.parent.mkdir(parents=True)
         arrow.parquet.write_table(arrow.Table.from_pylist(table), path)
         self._write_tasks(arrow)
-        self._write_json("meta/stats.json", {key: stats.result() for key, stats in self._stats.items()})
+        self._write_json("meta/stats.json", {key: self._feature_stats(key) for key in self._stats})
         self._write_json("meta/info.json", self._info(robot_type, first))
 
     def _columns(self, number: int, first: int) -> tuple[dict[str, Any], dict[str, UInt8[np.ndarray, "t h w 3"]]]:
@@ -244,7 +242,7 @@ class _LeRobotWriter:
         frames = {key: episode.images[camera] for camera, key in self._cameras.items()}
         for key, values in columns.items():
             self._shapes[key] = values.shape[1:] or (1,)
-            self._stats.setdefault(key, _Stats()).add(values.reshape(len(values), -1).astype(np.float64))
+            self._count(key, values.reshape(len(values), -1).astype(np.float64), len(values))
         for key, images in frames.items():
             if self._shapes.setdefault(key, images.shape[1:]) != images.shape[1:]:
                 raise ValueError(
@@ -252,8 +250,19 @@ class _LeRobotWriter:
                     f"found {told_size(images.shape[1:3])}. Leave the episode out, or bring all to one size."
                 )
             shown = images[np.unique(np.linspace(0, len(images) - 1, FRAMES_FOR_STATS).astype(int))]
-            self._stats.setdefault(key, _Stats(picture=True)).add(shown.reshape(-1, 3) / 255.0, len(shown))
+            self._count(key, shown.reshape(-1, 3) / 255.0, len(shown))
         return columns, frames
+
+    def _count(self, key: str, vectors: Float[np.ndarray, "n d"], count: int) -> None:
+        """Add vectors to the statistics of a feature; ``count`` is the number that LeRobot counts."""
+        self._stats.setdefault(key, RunningStats()).update(vectors)
+        self._counts[key] += count
+
+    def _feature_stats(self, key: str) -> dict[str, Any]:
+        """Return LeRobot's statistics of a feature; those of pictures are by channel, from 0 to 1."""
+        stats, shape = self._stats[key], (-1, 1, 1) if key in self._cameras.values() else (-1,)
+        found = {"min": stats.low, "max": stats.high} | vars(stats.result())
+        return {name: value.reshape(shape).tolist() for name, value in found.items()} | {"count": [self._counts[key]]}
 
     def _table(self, arrow: Any, columns: Mapping[str, Any]) -> Any:
         arrays = {key: _arrow_column(arrow, values) for key, values in columns.items()}
@@ -333,29 +342,6 @@ class _LeRobotWriter:
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=4), encoding="utf-8")
-
-
-class _Stats:
-    """LeRobot's statistics of a feature; pictures are in [0, 1], with statistics per channel."""
-
-    def __init__(self, *, picture: bool = False):
-        self._running = RunningStats()
-        self._picture = picture
-        self._low = self._high = np.empty(0)
-        self._count = 0
-
-    def add(self, values: Float[np.ndarray, "n d"], count: int | None = None) -> None:
-        """Add vectors; ``count`` is the number that LeRobot counts, if it differs from theirs."""
-        low, high = values.min(axis=0), values.max(axis=0)
-        self._low = np.minimum(self._low, low) if self._count else low
-        self._high = np.maximum(self._high, high) if self._count else high
-        self._count += len(values) if count is None else count
-        self._running.update(values)
-
-    def result(self) -> dict[str, Any]:
-        found = {"min": self._low, "max": self._high} | vars(self._running.result())
-        shape = (-1, 1, 1) if self._picture else (-1,)
-        return {name: value.reshape(shape).tolist() for name, value in found.items()} | {"count": [self._count]}
 
 
 class _DataFiles:

@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from acrlpd.data import finals
 from acrlpd.data.finals import IMAGE_PREFIX, Finals
-from acrlpd.data.rows import Column, FixedColumn, RowReader, Rows
+from acrlpd.data.flat import is_mapped
+from acrlpd.data.rows import Column, FixedColumn
 from acrlpd.types import Episode
 
 
@@ -72,6 +73,7 @@ def check_task_changes(where: str, changes: Sequence[tuple[int, str]], length: i
         )
 
 
+NUMBERS = ("state", "actions", "rewards", "terminals")
 KNOWN_SUCCESS = (None, False, True)  # readers store the index: 0, 1, 2 = unknown, failed, succeeded
 
 
@@ -99,6 +101,29 @@ class EpisodeSource(Protocol):
 
     def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
         """Read rows ``start`` to ``stop`` (exclusive) of one key of an episode; both must lie inside the episode."""
+        ...
+
+
+@runtime_checkable
+class FlatSource(Protocol):
+    """An ``EpisodeSource`` that has all its numbers at hand."""
+
+    @property
+    def flat(self) -> Mapping[str, np.ndarray]:
+        """All rows of ``state``, ``actions``, ``rewards`` and ``terminals``."""
+        ...
+
+
+class PictureReader(Protocol):
+    """A reader of pictures that are not in memory."""
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the requested pictures that were in memory already."""
+        ...
+
+    def close(self) -> None:
+        """Stop the reader's processes."""
         ...
 
 
@@ -208,6 +233,10 @@ class HeldEpisodes:
     def final(self, index: int, key: str) -> Shaped[np.ndarray, "*shape"]:
         return self._store.final(index, key)
 
+    @property
+    def flat(self) -> dict[str, np.ndarray]:
+        return {key: getattr(self._store, key) for key in NUMBERS}
+
 
 class EpisodeStore:
     """Episodes in memory, appended at the end; itself an ``EpisodeSource``.
@@ -221,7 +250,8 @@ class EpisodeStore:
         if max_bytes is not None and max_bytes <= 0:
             raise ValueError(f"max_bytes must be positive, got {max_bytes}. Leave it out to keep every episode.")
         self.max_bytes = max_bytes
-        self.reader: RowReader | None = None  # None if no rows are read on demand
+        self.reader: PictureReader | None = None  # None if no pictures are read on demand
+        self.in_memory = True  # whether the numbers are, rather than in a mapped file
         self.skipped: Sequence[tuple[str, str]] = ()  # name and fault of each episode that the source left out
         self._columns: dict[str, Column | FixedColumn] = {}
         self._first_source = ""  # the episode whose shapes all others must have
@@ -257,19 +287,23 @@ class EpisodeStore:
     @classmethod
     def of_columns(
         cls,
-        columns: Mapping[str, Rows | np.ndarray],
+        columns: Mapping[str, Any],
         infos: Sequence[EpisodeInfo],
-        reader: RowReader | None = None,
+        reader: PictureReader | None = None,
         *,
         source: object = None,
     ) -> EpisodeStore:
         """Return a store of rows that lie elsewhere; it cannot grow. Keys are those of an ``EpisodeSource``.
 
-        ``source`` provides the final observations, if it is a ``FinalSource``.
+        Columns are arrays, or objects that are indexed like them. ``source`` provides the final observations, if it is
+        a ``FinalSource``.
         """
         store = cls()
         store.reader = reader
-        store._columns = {key: FixedColumn(rows) for key, rows in columns.items()}
+        store.in_memory = not any(map(is_mapped, columns.values()))
+        # a plain view of a mapped array, because indexing a numpy.memmap takes longer
+        plain = {key: rows.view(np.ndarray) if is_mapped(rows) else rows for key, rows in columns.items()}
+        store._columns = {key: FixedColumn(rows) for key, rows in plain.items()}
         store._ends.append(np.cumsum([info.length for info in infos]))
         store._infos = list(infos)
         starts = store.starts.tolist()
@@ -454,19 +488,17 @@ class EpisodeStore:
             self._known_numbering = _Numbering(self._ends.rows - self._rows_dropped)
         return self._known_numbering
 
-    def take(self, key: str, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
-        """Return rows of a key by number; the caller passes the position of each row's episode."""
-        return self._column(key).take(rows, episodes)
+    def take(self, key: str, rows: Int[np.ndarray, "*shape"]) -> np.ndarray:
+        """Return rows of a key by number."""
+        return self._column(key).take(rows)
 
-    def take_stretches(
-        self, key: str, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]
-    ) -> Shaped[np.ndarray, "b h *shape"]:
+    def take_stretches(self, key: str, steps: Int[np.ndarray, "b h"]) -> Shaped[np.ndarray, "b h *shape"]:
         """Like ``take``, for steps that count up to their episode's last row and then repeat it; this is faster."""
         column = self._column(key)
-        found = column.stretches(steps, episodes)
+        found = column.stretches(steps)
         past = np.flatnonzero(steps[:, -1] - steps[:, 0] < steps.shape[1] - 1)
         if len(past):
-            found[past] = column.take(steps[past], episodes[past][:, None])
+            found[past] = column.take(steps[past])
         return found
 
     def _rows(self, key: str) -> np.ndarray:

@@ -132,7 +132,7 @@ class Finals:
 
     def take(self, key: str, episodes: Int[np.ndarray, " b"]) -> Shaped[np.ndarray, "b *shape"]:
         """Return one key of the final observations of these episodes; all of them must have one."""
-        return self._columns[key].take(self._numbers.rows[episodes] - self._dropped, episodes)
+        return self._columns[key].take(self._numbers.rows[episodes] - self._dropped)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,5 +144,5 @@ class _SourceFinals:
     episodes: Int[np.ndarray, " m"]  # those that have one
     nbytes: int = 0
 
-    def take(self, rows: Int[np.ndarray, " b"], episodes: Int[np.ndarray, " b"]) -> Shaped[np.ndarray, "b *shape"]:
+    def __getitem__(self, rows: Int[np.ndarray, " b"]) -> Shaped[np.ndarray, "b *shape"]:
         return np.stack([self.source.final(int(index), self.key) for index in self.episodes[rows]])

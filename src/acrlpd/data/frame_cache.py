@@ -1,4 +1,4 @@
-"""A cache of decoded frames at the model's resolution, made once and read from memory-mapped files.
+"""A cache of decoded frames at the model's resolution, made once and read from files of its own.
 
 Decoding and resizing a video frame takes milliseconds, reading it from a record microseconds. A record holds the frames
 of one camera in one episode, ``<folder>/<height>x<width>/<camera>/<episode>-<state>-<stretch>.npy``, uint8 [t h w 3].
@@ -11,9 +11,7 @@ records.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-import io
 import logging
 import re
 import shutil
@@ -24,15 +22,16 @@ import numpy as np
 from jaxtyping import UInt8
 
 from acrlpd import fields, files
+from acrlpd.data import flat
 from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeSource
-from acrlpd.data.layouts.columns import Rows
+from acrlpd.data.layouts.columns import StoredRows
 from acrlpd.fields import PositiveInt
 from acrlpd.pictures import resize_with_pad
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 64  # frames decoded at a time
-HEADER_BYTES = 128  # header size of such a npy file
+FRAMES = np.dtype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,33 +97,25 @@ class FrameCache:
             (index, camera)
             for camera in source.cameras
             for index, length in enumerate(source.lengths.tolist())
-            if self.rows(camera, source.frame_origin(index, camera), length) is None
+            if not self._is_whole(self.record_path(camera, source.frame_origin(index, camera)), length)
         ]
 
     def read(
         self, camera: str, origin: FrameOrigin, length: int, start: int, stop: int
     ) -> UInt8[np.ndarray, "t h w 3"] | None:
         """Read frames ``start`` to ``stop`` of an episode of ``length`` frames; None if there is no record."""
-        rows = self.rows(camera, origin, length)
-        if rows is not None:
-            return rows.read(start, stop)
-        path = self.record_path(camera, origin)
+        path, shape = self.record_path(camera, origin), self._shape(length)
         if not path.is_file():
             return None
-        raise ValueError(
-            f"{path}: the record is damaged or of another size: expected uint8 {self._shape(length)}. Delete the file, "
-            "or have it made anew with `acrlpd data cache`."
-        )
+        if not self._is_whole(path, length):
+            raise ValueError(
+                f"{path}: the record is damaged or of another size: expected uint8 {shape}. Delete the file, or have "
+                "it made anew with `acrlpd data cache`."
+            )
+        return StoredRows(path, "", camera, shape, FRAMES, flat.HEADER_BYTES).read(start, stop)
 
-    def rows(self, camera: str, origin: FrameOrigin, length: int) -> Rows | None:
-        """Return the place of a record's frames in its file, for mapping; None if there is no record of this form."""
-        path, shape = self.record_path(camera, origin), self._shape(length)
-        if not path.is_file() or path.stat().st_size != self._record_bytes(length):
-            return None
-        with path.open("rb", buffering=0) as file:
-            if file.read(HEADER_BYTES) != _header(shape):
-                return None
-        return Rows(path, "", camera, shape, np.dtype(np.uint8), HEADER_BYTES)
+    def _is_whole(self, path: Path, length: int) -> bool:
+        return path.is_file() and flat.has_form(path, self._shape(length), FRAMES)
 
     def resize(self, frames: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t h w 3"]:
         """Resize frames as in a record, so that frames have one size whether they are cached or not."""
@@ -146,7 +137,7 @@ class FrameCache:
         return length, self.height, self.width, 3
 
     def _record_bytes(self, length: int) -> int:
-        return length * self.height * self.width * 3 + HEADER_BYTES
+        return length * self.height * self.width * 3 + flat.HEADER_BYTES
 
     def _write(self, source: FrameSource, index: int, camera: str) -> None:
         origin, length = source.frame_origin(index, camera), int(source.lengths[index])
@@ -154,7 +145,7 @@ class FrameCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         # not through a mapping: a full disk would then kill the process
         with files.written_whole(path) as temporary, temporary.open("wb") as record:
-            record.write(_header(self._shape(length)))
+            record.write(flat.header(self._shape(length), FRAMES))
             for start in range(0, length, BLOCK):
                 stop = min(start + BLOCK, length)
                 frames = self.resize(source.window(index, IMAGE_PREFIX + camera, start, stop))
@@ -168,11 +159,3 @@ class FrameCache:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@functools.cache
-def _header(shape: tuple[int, int, int, int]) -> bytes:
-    """Return the header of a record."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    return buffer.getvalue()

@@ -21,8 +21,7 @@ import h5py
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from acrlpd.data import finals, processes
-from acrlpd.data import rewards as reward_labels
+from acrlpd.data import finals, flat, processes
 from acrlpd.data.episodes import (
     IMAGE_PREFIX,
     KNOWN_SUCCESS,
@@ -33,10 +32,11 @@ from acrlpd.data.episodes import (
     usual_features,
 )
 from acrlpd.data.frame_cache import FrameCache, FrameOrigin
-from acrlpd.data.layouts import droid, stored
+from acrlpd.data.layouts import droid
 from acrlpd.data.layouts.aloha import Aloha
-from acrlpd.data.layouts.columns import Column, Layout, Options, Reading, Record, find
+from acrlpd.data.layouts.columns import DatasetPictures, Layout, Options, Pictures, Reading, Record, find
 from acrlpd.data.layouts.droid import Droid
+from acrlpd.data.layouts.mp4 import Video
 from acrlpd.data.layouts.own import (
     FORMAT,
     SUFFIXES,
@@ -48,10 +48,8 @@ from acrlpd.data.layouts.own import (
     write_episode,
 )
 from acrlpd.data.layouts.robomimic import Robomimic
-from acrlpd.data.mapped import map_rows
 from acrlpd.data.metadata_cache import Arrays, MetadataCache, pack, unpack
-from acrlpd.data.rewards import RewardConfig
-from acrlpd.data.rows import Rows
+from acrlpd.data.rewards import Labeller, RewardConfig
 from acrlpd.data.video import VideoReaders
 from acrlpd.files import listed
 from acrlpd.types import Episode
@@ -143,7 +141,8 @@ class H5DatasetReader:
 
         def find_out() -> Arrays:
             bad = BadEpisodes(on_bad_episode)
-            return _find_out(self.path, options, bad, rewards, check_images=check_images, num_workers=num_workers)
+            folder = metadata_cache.folder if metadata_cache else None
+            return _find_out(self.path, options, bad, rewards, check_images, num_workers, folder)
 
         asked = (options, on_bad_episode, rewards, check_images)
         opened = metadata_cache.get(self.path, asked, find_out) if metadata_cache and self.path.exists() else find_out()
@@ -156,15 +155,15 @@ class H5DatasetReader:
         self.lengths = opened["lengths"]
         self._facts = facts
         self._task_changes = {index: tuple(map(tuple, changes)) for index, changes in facts["task_changes"]}
+        self.flat = flat.Flat({key: opened.pop(key) for key in ("state", "actions", "rewards", "terminals")})
         self._opened = opened
         self._ends = np.cumsum(self.lengths)
         self._frame_cache = frame_cache
         self._videos = VideoReaders()
-        self._decoded: dict[int, dict[str, Column]] = {}
-        first = self._columns(0)
-        self.state_dim = first["state"].row_shape[0]
-        self.action_dim = first["actions"].row_shape[0]
-        self.cameras = tuple(key.removeprefix(IMAGE_PREFIX) for key in first if key.startswith(IMAGE_PREFIX))
+        self._decoded: dict[int, dict[str, Pictures]] = {}
+        self.state_dim: int = self.flat["state"].shape[1]
+        self.action_dim: int = self.flat["actions"].shape[1]
+        self.cameras = tuple(key.removeprefix(IMAGE_PREFIX) for key in self._pictures(0))
 
     @property
     def num_episodes(self) -> int:
@@ -211,67 +210,59 @@ class H5DatasetReader:
         return self._opened["has_final"]
 
     def final(self, index: int, key: str) -> Shaped[np.ndarray, "*shape"]:
+        if key == "state":
+            return self._opened["final_state"][np.sum(self.has_final[:index])].copy()
         row = self._stored(index, "final")[key].read(0, 1)
-        return (self._frame_cache.resize(row) if self._frame_cache and key.startswith(IMAGE_PREFIX) else row)[0]
+        return (self._frame_cache.resize(row) if self._frame_cache else row)[0]
 
     def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
         length = int(self.lengths[index])
         if not 0 <= start <= stop <= length:
             raise IndexError(f"{self.info(index).source}: window {start}..{stop} leaves the episode (0..{length})")
-        if key in ("rewards", "terminals"):
-            first = self._ends[index] - length
-            return self._opened[key][first + start : first + stop].copy()
-        columns = self._columns(index)
-        if key not in columns:
+        if key in self.flat:
+            first = int(self._ends[index]) - length
+            return self.flat.window(key, first + start, first + stop)
+        pictures = self._pictures(index)
+        if key not in pictures:
             source = self.info(index).source
             check_is_read(source, key, self.left_out)
-            raise KeyError(f"{source}: no key {key!r}; it has {', '.join(columns)}, rewards, terminals")
-        if self._frame_cache is None or not key.startswith(IMAGE_PREFIX):
-            return columns[key].read(start, stop)
+            raise KeyError(f"{source}: no key {key!r}; it has {', '.join((*self.flat, *pictures))}")
+        if self._frame_cache is None:
+            return pictures[key].read(start, stop)
         camera = key.removeprefix(IMAGE_PREFIX)
-        cached = self._frame_cache.read(camera, self._origin(index, columns[key]), length, start, stop)
-        return self._frame_cache.resize(columns[key].read(start, stop)) if cached is None else cached
-
-    def mapped(self) -> dict[str, Rows | np.ndarray]:
-        """Return all rows of the keys that need no reading: plain rows in files, and the results of opening."""
-
-        def episodes() -> Iterator[dict[str, Column | None]]:
-            for index in range(self.num_episodes):
-                columns = self._stored(index, "column")
-                yield {key: self._cached(index, key, column) for key, column in columns.items()}
-
-        known = {key: self._opened[key] for key in ("rewards", "terminals")}
-        return {**map_rows(episodes(), self.lengths), **known}
-
-    def _cached(self, index: int, key: str, column: Column) -> Column | None:
-        """Return a column, or for pictures its rows in the frame cache, if there is one; None if these are missing."""
-        if self._frame_cache is None or not key.startswith(IMAGE_PREFIX):
-            return column
-        camera = key.removeprefix(IMAGE_PREFIX)
-        return self._frame_cache.rows(camera, self._origin(index, column), int(self.lengths[index]))
+        cached = self._frame_cache.read(camera, self._origin(index, pictures[key]), length, start, stop)
+        return self._frame_cache.resize(pictures[key].read(start, stop)) if cached is None else cached
 
     def frame_origin(self, index: int, camera: str) -> FrameOrigin:
         """Return the file from which the frames of a camera come, for the frame cache."""
-        return self._origin(index, self._columns(index)[IMAGE_PREFIX + camera])
+        return self._origin(index, self._pictures(index)[IMAGE_PREFIX + camera])
 
-    def _origin(self, index: int, column: Column) -> FrameOrigin:
-        """Identify frames by the stored form of their column, without the path: the data set may be moved."""
-        stretch = stored.encode({"": column}).decode().replace(json.dumps(str(column.path)), "")
+    def _origin(self, index: int, pictures: Pictures) -> FrameOrigin:
+        """Identify frames by the place of their pictures, without the path: the data set may be moved."""
+        stretch = json.dumps({"": pictures.encoded()}).replace(json.dumps(str(pictures.path)), "")
         place = self.info(index).source.removeprefix(str(self.path)) or self.path.name  # the file, and the demo in it
         words = "_".join(re.findall(r"[\w.]+", place, re.ASCII))[-80:]
-        return FrameOrigin(f"{words}-{hashlib.sha256(place.encode()).hexdigest()[:8]}", column.path, stretch)
+        return FrameOrigin(f"{words}-{hashlib.sha256(place.encode()).hexdigest()[:8]}", pictures.path, stretch)
 
-    def _columns(self, index: int) -> dict[str, Column]:
+    def _pictures(self, index: int) -> dict[str, Pictures]:
         if index not in self._decoded:
             if len(self._decoded) >= MAX_DECODED:
                 self._decoded = {}
-            self._decoded[index] = self._stored(index, "column")
+            self._decoded[index] = self._stored(index, "pictures")
         return self._decoded[index]
 
-    def _stored(self, index: int, name: Literal["column", "final"]) -> dict[str, Column]:
+    def _stored(self, index: int, name: Literal["pictures", "final"]) -> dict[str, Pictures]:
         end = self._opened[f"{name}_ends"]
         start = end[index - 1] if index else 0
-        return stored.decode(self._opened[f"{name}s"][start : end[index]].tobytes(), self._videos)
+        places = json.loads(self._opened[name][start : end[index]].tobytes())
+        return {key: _decoded(encoded, self._videos) for key, encoded in places.items()}
+
+
+def _decoded(encoded: list[Any], videos: VideoReaders) -> Pictures:
+    """Return what ``Pictures.encoded`` described. All videos share readers, which limits the number of open files."""
+    if encoded[0] == "picked":
+        return dataclasses.replace(_decoded(encoded[1], videos), picks=tuple(encoded[2]))
+    return Video.decode(encoded, videos) if encoded[0] == "video" else DatasetPictures.decode(encoded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,19 +280,29 @@ def _find_out(
     options: Options,
     bad: BadEpisodes,
     rewards: RewardConfig | None,
-    *,
     check_images: bool,
     num_workers: int,
+    folder: Path | None,
 ) -> Arrays:
-    """Scan a data set and return all that a reader knows before it reads windows, in the form of a cache entry."""
+    """Scan a data set and return all that a reader knows before it reads pictures, in the form of a cache entry."""
     layout = _open_layout(path, options)
-    records = _alike(layout, _scan(layout, bad, check_images=check_images, num_workers=num_workers), bad)
-    episodes = _labelled(layout, records, bad, rewards)
+    numbers = {key: flat.FlatRows(folder) for key in ("state", "actions", "rewards", "terminals")}
+    scanned = _scan(layout, bad, numbers, check_images=check_images, num_workers=num_workers)
+    episodes = _labelled(layout, _alike(layout, scanned, bad), bad, rewards)
     bad.report(str(path), len(layout.sources))
     infos = [episode.info for episode in episodes.values()]
     tasks = {task: number for number, task in enumerate(dict.fromkeys(info.task for info in infos))}
-    columns = [stored.encode(episode.record.columns) for episode in episodes.values()]
-    last = [stored.encode(episode.record.final) for episode in episodes.values()]
+    places = {
+        "pictures": [_encoded(episode.record.pictures) for episode in episodes.values()],
+        "final": [_encoded(episode.record.final_pictures) for episode in episodes.values()],
+    }
+    final_state = [each.record.final_state.values for each in episodes.values() if each.record.final_state is not None]
+    kept = [position for position, index in enumerate(scanned) if index in episodes]
+    for key in ("state", "actions"):
+        numbers[key].keep(kept)
+    for episode in episodes.values():
+        numbers["rewards"].append(episode.rewards)
+        numbers["terminals"].append(episode.terminals)
     facts = {
         "layout": layout.name,
         "fps": layout.fps,
@@ -324,14 +325,17 @@ def _find_out(
         "lengths": np.array([info.length for info in infos]),
         "tasks": np.array([tasks[info.task] for info in infos]),
         "success": np.array([KNOWN_SUCCESS.index(info.success) for info in infos], np.int8),
-        "rewards": np.concatenate([episode.rewards for episode in episodes.values()]),
-        "terminals": np.concatenate([episode.terminals for episode in episodes.values()]),
-        "columns": np.frombuffer(b"".join(columns), np.uint8),
-        "column_ends": np.cumsum([len(text) for text in columns]),
-        "has_final": np.array([bool(episode.record.final) for episode in episodes.values()]),
-        "finals": np.frombuffer(b"".join(last), np.uint8),
-        "final_ends": np.cumsum([len(text) for text in last]),
+        "has_final": np.array([episode.record.final_state is not None for episode in episodes.values()]),
+        "final_state": np.concatenate(final_state) if final_state else np.zeros((0, 1), np.float32),
+        **{name: np.frombuffer(b"".join(texts), np.uint8) for name, texts in places.items()},
+        **{f"{name}_ends": np.cumsum([len(text) for text in texts]) for name, texts in places.items()},
+        **{key: rows.result() for key, rows in numbers.items()},
     }
+
+
+def _encoded(pictures: Mapping[str, Pictures]) -> bytes:
+    """Return the places of an episode's pictures as JSON: a hundred thousand objects would take memory and time."""
+    return json.dumps({key: each.encoded() for key, each in pictures.items()}).encode()
 
 
 def _left_out(layout: Layout, records: Mapping[int, Record]) -> list[str]:
@@ -340,14 +344,21 @@ def _left_out(layout: Layout, records: Mapping[int, Record]) -> list[str]:
     return [*dict.fromkeys(cameras), *layout.unused(next(iter(records)))]
 
 
-def _scan(layout: Layout, bad: BadEpisodes, *, check_images: bool, num_workers: int) -> dict[int, Record]:
-    """Return the usable episodes by index."""
-    records = {}
+def _scan(
+    layout: Layout, bad: BadEpisodes, numbers: Mapping[str, flat.FlatRows], *, check_images: bool, num_workers: int
+) -> dict[int, Record]:
+    """Return the usable episodes by index. Their states and actions are added to ``numbers``."""
+    records: dict[int, Record] = {}
     scanned = _scanned(layout, check_images=check_images, num_workers=num_workers)
     with contextlib.closing(scanned):
         for index, found in enumerate(scanned):
+            record = None
             with bad.guard(layout.sources[index]):
-                records[index] = found.get()
+                record = found.get()
+            if record is not None:
+                for key, joined in record.numbers.items():
+                    numbers[key].append(joined.values)
+                records[index] = record.without_numbers()
     return records
 
 
@@ -407,10 +418,9 @@ def _scan_adopted(index: int) -> _Scanned:
 
 def _decode_all(record: Record) -> None:
     """Read every picture once, a block at a time: raw pictures of a whole episode may not fit into memory."""
-    for key, column in record.columns.items():
-        if key.startswith(IMAGE_PREFIX):
-            for start in range(0, len(column), DECODE_BLOCK):
-                column.read(start, min(start + DECODE_BLOCK, len(column)))
+    for pictures in record.pictures.values():
+        for start in range(0, len(pictures), DECODE_BLOCK):
+            pictures.read(start, min(start + DECODE_BLOCK, len(pictures)))
 
 
 def _alike(layout: Layout, records: dict[int, Record], bad: BadEpisodes) -> dict[int, Record]:
@@ -438,24 +448,16 @@ def _labelled(
     layout: Layout, records: dict[int, Record], bad: BadEpisodes, config: RewardConfig | None
 ) -> dict[int, _Labelled]:
     stored = [record.rewards for record in records.values() if record.rewards is not None]
-    threshold = reward_labels.success_reward(config, stored)
-    # zeros mean failure in robomimic; in our own layout they may also mean that rewards are unknown
-    are_known = reward_labels.are_known(config, stored)
+    labeller = Labeller.of(config, stored)
     labelled = {}
     for index, record in records.items():
-        source = layout.sources[index]
-        own = record.terminals is not None and reward_labels.believes_terminals(config)
-        rewards = record.rewards if are_known or record.terminals is None else None
+        source, own = layout.sources[index], record.terminals
+        # zeros mean failure in robomimic; in our own layout they may also mean that rewards are unknown
+        rewards = record.rewards if labeller.are_known or own is None else None
         with bad.guard(source):
-            success = reward_labels.success_of(config, record.success, None if own else rewards, threshold)
-            rewards, terminals = reward_labels.label(
-                config,
-                len(record),
-                success=success,
-                stored=rewards,
-                terminals=record.terminals,
-                threshold=threshold,
-                where=source,
+            success = labeller.success(record.success, rewards, has_terminals=own is not None)
+            rewards, terminals = labeller.label(
+                len(record), success=success, stored=rewards, terminals=own, where=source
             )
             info = EpisodeInfo(len(record), record.task, success, source, record.task_changes)
             labelled[index] = _Labelled(record, info, rewards, terminals)

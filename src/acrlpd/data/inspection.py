@@ -16,6 +16,7 @@ from acrlpd.data import instructions, mixture, sources
 from acrlpd.data.episodes import IMAGE_PREFIX, OptionError, task_runs
 from acrlpd.data.mixture import Facts
 from acrlpd.data.sources import Dataset
+from acrlpd.data.statistics import Moments
 
 CLIPPED_SHARE = 0.05  # suspect clipping if at least this share of steps lies at one end of a dimension's range
 CLIPPED_ARRIVALS = 2  # and if the value arrives there this often per episode; an arm at rest arrives only once
@@ -127,33 +128,27 @@ def disagreements(found: Mapping[str, Inspection]) -> list[Problem]:
 
 
 class _Dimensions:
-    """Ranges and moments of vectors, and how often each dimension is at, and arrives at, an end of its range."""
+    """Moments of vectors, and how often each dimension is at, and arrives at, an end of its range."""
 
     def __init__(self) -> None:
-        self.count = self.episodes = 0
+        self.moments = Moments()
+        self.episodes = 0
+        self.at_low = self.at_high = np.zeros((2, 1), int)  # steps, arrivals
 
     def add(self, values: Float[np.ndarray, "t d"]) -> None:
         """Add the vectors of an episode."""
-        low, high = values.min(axis=0), values.max(axis=0)
-        if self.episodes == 0:
-            self.low, self.high = low, high
-            self.at_low = self.at_high = np.zeros((2, len(low)), int)  # steps, arrivals
-            self._sum = self._squares = np.zeros(len(low))
-        low, high = np.minimum(self.low, low), np.maximum(self.high, high)
+        before_low, before_high = self.moments.low, self.moments.high
+        self.moments.add(values)
+        low, high = self.moments.low, self.moments.high
         # if the end of the range has moved, no earlier value lies at it
-        self.at_low = np.where(low == self.low, self.at_low, 0) + _steps_and_arrivals(values == low[None])
-        self.at_high = np.where(high == self.high, self.at_high, 0) + _steps_and_arrivals(values == high[None])
-        self.low, self.high = low, high
-        self._sum = self._sum + values.sum(axis=0, dtype=np.float64)
-        self._squares = self._squares + np.square(values, dtype=np.float64).sum(axis=0)
-        self.count += len(values)
+        self.at_low = np.where(low == before_low, self.at_low, 0) + _steps_and_arrivals(values == low[None])
+        self.at_high = np.where(high == before_high, self.at_high, 0) + _steps_and_arrivals(values == high[None])
         self.episodes += 1
 
     @property
     def range(self) -> Range:
-        mean = self._sum / self.count
-        std = np.sqrt(np.maximum(self._squares / self.count - mean**2, 0))
-        return Range(self.low.tolist(), self.high.tolist(), mean.tolist(), std.tolist())
+        found = self.moments
+        return Range(found.low.tolist(), found.high.tolist(), found.mean.tolist(), found.std.tolist())
 
 
 def _steps_and_arrivals(at_end: Bool[np.ndarray, "t d"]) -> Int[np.ndarray, "2 d"]:
@@ -222,15 +217,16 @@ def _contents(dataset: Dataset, numbers: dict[str, _Dimensions]) -> Contents:
 
 
 def _suspicious(key: str, found: _Dimensions) -> Iterator[Problem]:
-    constant = found.low == found.high
+    low, high, count = found.moments.low, found.moments.high, found.moments.count
+    constant = low == high
     for dim in np.flatnonzero(constant).tolist():
-        yield Problem("warning", "", f"{key}: dimension {dim} is constant: it is {found.low[dim]:g} in every step")
+        yield Problem("warning", "", f"{key}: dimension {dim} is constant: it is {low[dim]:g} in every step")
     if key != "actions":
         return
-    switch = found.at_low[0] + found.at_high[0] >= SWITCH_SHARE * found.count
-    for end, value, (steps, arrivals) in (("lowest", found.low, found.at_low), ("highest", found.high, found.at_high)):
-        often = (steps >= CLIPPED_SHARE * found.count) & (arrivals >= CLIPPED_ARRIVALS * found.episodes)
+    switch = found.at_low[0] + found.at_high[0] >= SWITCH_SHARE * count
+    for end, value, (steps, arrivals) in (("lowest", low, found.at_low), ("highest", high, found.at_high)):
+        often = (steps >= CLIPPED_SHARE * count) & (arrivals >= CLIPPED_ARRIVALS * found.episodes)
         for dim in np.flatnonzero(often & ~constant & ~switch).tolist():
-            share = f"{steps[dim] / found.count:.0%} of the steps"
+            share = f"{steps[dim] / count:.0%} of the steps"
             text = f"actions: dimension {dim} lies at its {end} value, {value[dim]:g}, in {share}: was it clipped?"
             yield Problem("warning", "", text)

@@ -1,9 +1,9 @@
 """A cache on disk of what opening a data set finds out: the second opening reads one file instead of every episode.
 
 An entry is a ``.safetensors`` file of numbers, flags and JSON texts, which is mapped into memory; only the parts that
-are used are read. It is valid for one path, one set of options and one state of the files (name, size, times and
-identity of each). In any other case, or if the entry is damaged, the data set is read again. Entries may be deleted at
-any time.
+are used are read. Arrays that ``flat.FlatRows`` holds in a file get files of their own, in a folder that the entry
+names. An entry is valid for one path, one set of options and one state of the files (name, size, times and identity of
+each). In any other case, or if the entry is damaged, the data set is read again. Entries may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import json
 import logging
 import mmap
 import os
+import shutil
+import uuid
 import warnings
 import zlib
 from collections.abc import Callable
@@ -24,12 +26,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from acrlpd.data import flat
 from acrlpd.data.tree import files_below
-from acrlpd.files import remove_abandoned, temporary_path
+from acrlpd.files import written_whole
 
 logger = logging.getLogger(__name__)
 
-VERSION = 6  # version of the entries' content; raise it when readers store something else
+VERSION = 7  # version of the entries' content; raise it when readers store something else
 
 Arrays = dict[str, np.ndarray]
 
@@ -114,6 +117,8 @@ def _read(entry: Path, files: str) -> tuple[Arrays, list[str]] | None:
         arrays = {key: _mapped(content, start, **about) for key, about in header.items()}
         if facts.pop("checksum") != _checksum(arrays, facts):
             raise ValueError("its checksum is wrong")
+        for key, (dtype, shape) in json.loads(facts["flat"]).items():
+            arrays[key] = flat.open_mapped(entry.parent / facts["folder"] / f"{key}.npy", tuple(shape), np.dtype(dtype))
         return arrays, json.loads(facts["warnings"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         logger.warning("metadata cache: %s is damaged (%s) and is made anew", entry, error)
@@ -127,18 +132,30 @@ def _mapped(content: mmap.mmap, start: int, *, dtype: str, shape: list[int], dat
 
 def _write(entry: Path, files: str, arrays: Arrays, told: list[str]) -> None:
     """Write the whole entry or nothing. If there is no room for it, the next opening takes as long as this one."""
+    large = {key: array for key, array in arrays.items() if flat.is_mapped(array)}
+    arrays = {key: array for key, array in arrays.items() if key not in large}
     facts = {"version": str(VERSION), "files": files, "warnings": json.dumps(told)}
-    temporary = temporary_path(entry)
+    facts |= {"flat": json.dumps({key: (array.dtype.str, array.shape) for key, array in large.items()})}
+    facts |= {"folder": f"{entry.stem}-{uuid.uuid4().hex[:8]}"}  # another process may be making the same entry
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(entry.parent)
-        try:
+        if large:
+            _write_flat(entry.parent / facts["folder"], large)
+        with written_whole(entry) as temporary:
             save_file(arrays, temporary, metadata=facts | {"checksum": _checksum(arrays, facts)})
-            os.replace(temporary, entry)
-        finally:
-            temporary.unlink(missing_ok=True)
+        for folder in entry.parent.glob(f"{entry.stem}-*"):
+            if folder.name != facts["folder"]:
+                shutil.rmtree(folder, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         logger.warning("metadata cache: %s cannot be written (%s); opening will take as long next time", entry, error)
+
+
+def _write_flat(folder: Path, arrays: Arrays) -> None:
+    """Write the folder with all arrays, or nothing."""
+    with written_whole(folder) as temporary:
+        temporary.mkdir()
+        for key, array in arrays.items():
+            flat.write(temporary / f"{key}.npy", array)
 
 
 def _checksum(arrays: Arrays, facts: dict[str, str]) -> str:

@@ -17,11 +17,10 @@ import numpy as np
 
 from acrlpd import files
 from acrlpd.data import pictures
-from acrlpd.data import rewards as reward_labels
 from acrlpd.data.episodes import IMAGE_PREFIX, BadEpisodes, EpisodeStore, HeldEpisodes, check_fps, told_numbers
 from acrlpd.data.layouts.columns import Reading, check_inside
 from acrlpd.data.pictures import PictureError
-from acrlpd.data.rewards import RewardConfig
+from acrlpd.data.rewards import Labeller, RewardConfig
 from acrlpd.types import Episode, FinalObservation
 
 PREFIX = "minari:"
@@ -57,11 +56,11 @@ class MinariSource(HeldEpisodes):
         bad = BadEpisodes(on_bad_episode)
         self._store = EpisodeStore()
         left_out: dict[str, str] = {}
-        threshold = reward_labels.success_reward(rewards, [np.asarray(episode.rewards) for episode in found])
+        labeller = Labeller.of(rewards, [np.asarray(episode.rewards) for episode in found])
         for episode in found.iterate_episodes():
             source = f"{dataset}: episode {episode.id}"
             with bad.guard(source):
-                self._store.append(_episode(episode, source, state_keys, rewards, threshold, default_task))
+                self._store.append(_episode(episode, source, state_keys, labeller, default_task))
                 left_out |= _readable(episode, state_keys)[1]
         bad.report(str(dataset), int(found.total_episodes))
         self.skipped = bad.skipped
@@ -98,14 +97,7 @@ def _check_files(folder: Path) -> None:
     return None
 
 
-def _episode(
-    found: Any,
-    source: str,
-    state_keys: Sequence[str] | None,
-    config: RewardConfig | None,
-    threshold: float | None,
-    task: str,
-) -> Episode:
+def _episode(found: Any, source: str, state_keys: Sequence[str] | None, labeller: Labeller, task: str) -> Episode:
     length = len(found.actions)
     parts, _ = _readable(found, state_keys)
     images = {name: part[:length] for name, part in parts.items() if name not in (state_keys or ()) and part.ndim == 4}
@@ -118,16 +110,10 @@ def _episode(
         raise ValueError(f"{source}: actions: expected one array, found {type(found.actions).__name__}")
     stored = np.asarray(found.rewards, np.float32)
     recorded = found.infos.get("success") if found.infos else None
-    success = reward_labels.success_of(
-        config, None if recorded is None else bool(np.any(recorded)), None if config is None else stored, threshold
-    )
-    terminals = np.asarray(found.terminations, bool)
-    rewards = stored
-    if config is not None:
-        own = terminals if config.convention == "as_stored" else None
-        rewards, terminals = reward_labels.label(
-            config, length, success=success, stored=stored, terminals=own, threshold=threshold, where=source
-        )
+    config = labeller.config
+    success = labeller.success(None if recorded is None else bool(np.any(recorded)), None if config is None else stored)
+    own = np.asarray(found.terminations, bool) if config is None or config.convention == "as_stored" else None
+    rewards, terminals = labeller.label(length, success=success, stored=stored, terminals=own, where=source)
     read = [parts[name] for name in (*names, *images)]
     last = None
     if all(len(part) == length + 1 for part in read):

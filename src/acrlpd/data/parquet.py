@@ -68,7 +68,7 @@ class ParquetReader:
             group += 1
 
         def read() -> Any:
-            file = import_pyarrow().parquet.ParquetFile(path, memory_map=True, pre_buffer=False)
+            file = import_pyarrow().parquet.ParquetFile(path, pre_buffer=False)
             batches = file.iter_batches(row + 1, row_groups=[group], columns=[name])
             column = next(batches).column(0).slice(row, 1)
             return _to_cells(import_pyarrow().chunked_array([column]), name)[0]

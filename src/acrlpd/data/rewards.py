@@ -17,7 +17,7 @@ With the convention ``as_stored`` rewards keep their numbers, for dense or shape
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -45,20 +45,96 @@ class RewardConfig:
             raise ValueError("rewards.source 'sparse' makes rewards; the convention 'as_stored' keeps those stored")
 
 
-def are_known(config: RewardConfig | None, stored: Iterable[np.ndarray]) -> bool:
-    """Return whether the stored rewards of a data set have a meaning.
+@dataclasses.dataclass(frozen=True)
+class Labeller:
+    """The way in which all episodes of a data set get their success, rewards and terminals.
 
-    Recorders and converters without rewards write only zeros; then rewards can only come from success.
+    Without a ``config`` rewards stay as stored, and are 0 if there are none: good for imitation only.
     """
-    return (config is not None and config.convention == "as_stored") or any(np.any(rewards) for rewards in stored)
+
+    config: RewardConfig | None
+    threshold: float | None  # min stored reward of a step at which the task is done; None if it is unknown
+    are_known: bool  # False if the stored rewards mean nothing: recorders and converters without any write zeros
+
+    @classmethod
+    def of(cls, config: RewardConfig | None, stored: Sequence[np.ndarray]) -> Labeller:
+        """Return the labeller of a data set with these stored rewards (or their different values) of all its episodes.
+
+        One episode alone could mislead: a staged one that fails early has only 0 and 1.
+        """
+        as_stored = config is not None and config.convention == "as_stored"
+        return cls(config, _threshold(config, stored), as_stored or any(np.any(rewards) for rewards in stored))
+
+    @property
+    def _believes_terminals(self) -> bool:
+        """Whether stored terminals decide, with no guess from rewards; the user's ``success_reward`` wins."""
+        return self.config is None or self.config.success_reward is None
+
+    def success(
+        self, recorded: bool | None, stored: np.ndarray | None = None, *, has_terminals: bool = False
+    ) -> bool | None:
+        """Return whether an episode succeeded, from the first source that knows; None if none does.
+
+        Sources: the format (``recorded``), its rewards reaching the threshold (unless terminals decide), the user.
+        """
+        if recorded is not None:
+            return recorded
+        if stored is not None and self.threshold is not None and not (has_terminals and self._believes_terminals):
+            return bool((stored >= self.threshold).any())
+        return None if self.config is None else self.config.success
+
+    @typed
+    def label(
+        self,
+        length: int,
+        *,
+        success: bool | None,
+        stored: Float[np.ndarray, " t"] | None = None,
+        terminals: Bool[np.ndarray, " t"] | None = None,
+        where: str,
+    ) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+        """Return the rewards and the terminals of an episode of ``length`` steps.
+
+        Args:
+            success: the result of ``success``.
+            stored: the rewards that the format holds for the episode, if any.
+            terminals: the format's own statement of where the task ended, if any.
+            where: the episode (and file), for messages.
+
+        Raises:
+            ValueError: rewards are requested, but the success of the episode or the meaning of its rewards is unknown.
+        """
+        config, threshold = self.config, self.threshold
+        last = np.arange(length) == length - 1
+        kept, own = (stored, terminals) if config is None or config.source == "stored" else (None, None)
+        own = own if self._believes_terminals else None
+        reached = None if kept is None or threshold is None else kept >= threshold
+        if reached is not None and own is None and self._believes_terminals and success is False and reached.any():
+            reached = None  # a stage of the task, not its end
+        unchanged = config is None or config.convention == "as_stored"
+        if kept is None and config is not None and unchanged:
+            raise _nothing_stored(where)
+        if kept is not None and reached is None and not unchanged:
+            raise _unknown_meaning(where, kept, success)
+        if kept is not None and own is not None:
+            done = own
+        elif reached is not None:
+            done = reached
+        elif success is None and config is not None:
+            raise _unknown_success(where)
+        else:
+            done = own if own is not None and own.any() else last & bool(success)
+        if config is None:
+            return (np.zeros(length, np.float32) if kept is None else kept), done
+        ends = last if config.terminal_on_failure and not done.any() else done
+        if kept is not None and unchanged:
+            return kept, ends
+        succeeded = done & bool(success) if reached is None else reached
+        return succeeded.astype(np.float32) - (1 if config.convention == "-1/0" else 0), ends
 
 
-def success_reward(config: RewardConfig | None, stored: Iterable[np.ndarray]) -> float | None:
-    """Return the min stored reward at which a step counts as a success; None if it is unknown.
-
-    The user's value comes first; else it is 1 for rewards of 0 and 1, and 0 for rewards of -1 and 0. ``stored`` holds
-    the rewards of all episodes of a data set: one alone could mislead, as a staged one that fails early has only 0, 1.
-    """
+def _threshold(config: RewardConfig | None, stored: Sequence[np.ndarray]) -> float | None:
+    """Return the user's threshold; else 1 for rewards of 0 and 1, 0 for rewards of -1 and 0, None for others."""
     if config is not None and config.success_reward is not None:
         return config.success_reward
     values: set[float] = set()
@@ -71,79 +147,7 @@ def success_reward(config: RewardConfig | None, stored: Iterable[np.ndarray]) ->
     return 0.0 if values <= {-1.0, 0.0} else None
 
 
-def success_of(
-    config: RewardConfig | None, recorded: bool | None, stored: np.ndarray | None = None, threshold: float | None = None
-) -> bool | None:
-    """Return whether an episode succeeded, from the first source that knows; None if none does.
-
-    Sources: the format (``recorded``), its rewards reaching ``threshold`` (see ``success_reward``), the user.
-    """
-    if recorded is not None:
-        return recorded
-    if stored is not None and threshold is not None:
-        return bool((stored >= threshold).any())
-    return config.success if config is not None else None
-
-
-def believes_terminals(config: RewardConfig | None) -> bool:
-    """Return whether stored terminals decide, with no guess from rewards; the user's ``success_reward`` wins."""
-    return config is None or config.success_reward is None
-
-
-@typed
-def label(
-    config: RewardConfig | None,
-    length: int,
-    *,
-    success: bool | None,
-    stored: Float[np.ndarray, " t"] | None = None,
-    terminals: Bool[np.ndarray, " t"] | None = None,
-    threshold: float | None = None,
-    where: str,
-) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-    """Return the rewards and the terminals of an episode of ``length`` steps.
-
-    Args:
-        config: None keeps rewards as stored, and 0 if there are none: good for imitation only.
-        success: the result of ``success_of``.
-        stored: the rewards that the format holds for the episode, if any; see ``are_known``.
-        terminals: the format's own statement of where the task ended, if any; see ``believes_terminals``.
-        threshold: the result of ``success_reward`` for the data set.
-        where: the episode (and file), for messages.
-
-    Raises:
-        ValueError: rewards are requested, but the success of the episode or the meaning of its rewards is unknown.
-    """
-    last = np.arange(length) == length - 1
-    kept, own = (stored, terminals) if config is None or config.source == "stored" else (None, None)
-    own = own if believes_terminals(config) else None
-    reached = None if kept is None or threshold is None else kept >= threshold
-    guessed = own is None and (config is None or config.success_reward is None)
-    if reached is not None and guessed and success is False and reached.any():
-        reached = None  # a stage of the task, not its end
-    unchanged = config is None or config.convention == "as_stored"
-    if kept is None and config is not None and unchanged:
-        raise _nothing_stored(where)
-    if kept is not None and reached is None and not unchanged:
-        raise _unknown_meaning(where, kept, success)
-    if kept is not None and own is not None:
-        done = own
-    elif reached is not None:
-        done = reached
-    elif success is None and config is not None:
-        raise unknown_success(where)
-    else:
-        done = own if own is not None and own.any() else last & bool(success)
-    if config is None:
-        return (np.zeros(length, np.float32) if kept is None else kept), done
-    ends = last if config.terminal_on_failure and not done.any() else done
-    if kept is not None and unchanged:
-        return kept, ends
-    succeeded = done & bool(success) if reached is None else reached
-    return succeeded.astype(np.float32) - (1 if config.convention == "-1/0" else 0), ends
-
-
-def unknown_success(where: str) -> ValueError:
+def _unknown_success(where: str) -> ValueError:
     return ValueError(
         f"{where}: success: rewards were asked for, but nothing in the data says whether the episode succeeded. State "
         "it: --data.rewards.success True if all such episodes succeeded, False if none did (from Python "

@@ -1,46 +1,21 @@
-"""The rows of one key, over all episodes in order: a growing array, a fixed one, or an object that reads them."""
+"""The rows of one key, over all episodes in order: a growing array, or fixed rows that lie elsewhere."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Shaped
 
 
-class Rows(Protocol):
-    """The rows of all episodes in order, indexed by number like an array."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def nbytes(self) -> int:
-        """The memory that the rows take."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: Any) -> np.ndarray:
-        """Return rows; the index is an array of row numbers, of any shape, or a slice inside one episode."""
-        ...
-
-    def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
-        """Return rows by number; ``episodes`` has the position of each row's episode."""
-        ...
-
-    def stretches(
-        self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]
-    ) -> Shaped[np.ndarray, "b h *shape"]:
-        """Return windows of consecutive rows from ``steps[:, 0]`` on. Rows past an episode's end are undefined."""
-        ...
-
-
 def _stretches(
     array: Shaped[np.ndarray, "r *shape"], steps: Int[np.ndarray, "b h"]
 ) -> Shaped[np.ndarray, "b h *shape"]:
-    """Return ``Rows.stretches``. With each window viewed as one opaque item, numpy copies it at once, which is fast."""
+    """Return windows of consecutive rows from ``steps[:, 0]`` on; rows past an episode's end are undefined.
+
+    With each window viewed as one opaque item, numpy copies it at once, which is fast.
+    """
     length, size = steps.shape[1], array[:1].nbytes
     if len(array) < length or not size or not array.flags.c_contiguous:
         return array[steps]
@@ -49,31 +24,17 @@ def _stretches(
     return found[:, None].view(array.dtype).reshape(*steps.shape, *array.shape[1:])
 
 
-class RowReader(Protocol):
-    """A reader of rows that are not in memory."""
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the requested rows that were in memory already."""
-        ...
-
-    def close(self) -> None:
-        """Stop the reader's processes."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class FixedColumn:
-    """A fixed number of rows that lie elsewhere; it cannot grow."""
+    """A fixed number of rows that lie elsewhere: an array, or an object that is indexed like one. It cannot grow."""
 
-    rows: Any  # Rows, or an array
+    rows: Any
 
-    def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
-        return self.rows[rows] if isinstance(self.rows, np.ndarray) else self.rows.take(rows, episodes)
+    def take(self, rows: Int[np.ndarray, "*shape"]) -> np.ndarray:
+        return self.rows[rows]
 
-    def stretches(self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]) -> np.ndarray:
-        array = isinstance(self.rows, np.ndarray)
-        return _stretches(self.rows, steps) if array else self.rows.stretches(steps, episodes)
+    def stretches(self, steps: Int[np.ndarray, "b h"]) -> np.ndarray:
+        return _stretches(self.rows, steps) if isinstance(self.rows, np.ndarray) else self.rows[steps]
 
     def append(self, rows: np.ndarray) -> None:
         raise ValueError("this EpisodeStore reads its rows from a source and cannot grow; append to a store of its own")
@@ -98,10 +59,10 @@ class Column:
         """A view of the rows, valid until the next append."""
         return self._buffer[self._begin : self._end]
 
-    def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
+    def take(self, rows: Int[np.ndarray, "*shape"]) -> np.ndarray:
         return self.rows[rows]
 
-    def stretches(self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]) -> np.ndarray:
+    def stretches(self, steps: Int[np.ndarray, "b h"]) -> np.ndarray:
         return _stretches(self.rows, steps)
 
     def append(self, rows: np.ndarray) -> None:

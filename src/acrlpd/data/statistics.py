@@ -1,21 +1,20 @@
-"""Normalization statistics of recorded data: exact in memory, else in as few passes as accurate quantiles take.
+"""Normalization statistics of recorded data, in one pass over it: exact moments, and exact quantiles of their tails.
 
 Dimensions that hardly or rarely move are widened (``with_floor``), which openpi does not do.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from acrlpd.data import chunks
 from acrlpd.data.episodes import EpisodeSource, EpisodeStore
-from acrlpd.data.normalize import EPSILON, NormStats, quantiles_of, ranges
+from acrlpd.data.normalize import EPSILON, NormStats, ranges
 from acrlpd.data.transforms import Transform
 from acrlpd.types import Episode, typed
 
@@ -26,26 +25,154 @@ MAX_AWAY = 5.0  # max distance between the middles of statistics and data that f
 MAX_WIDER, MAX_NARROWER = 10.0, 30.0  # max ratios of their half widths; degrees for radians would be a factor of 57
 HARDLY = 1e-2  # raw units; a half width below this does not reveal units and may have been widened (``with_floor``)
 FEW = 5  # up to this many values far out, or a thousandth of all, count as faults; more are rare motions
-MAX_RECOUNTS = 8  # max number of passes that count values in increasingly fine bins
+TAIL = 0.01  # the share of the values below q01, and above q99
+SORTED_AT_ONCE = 1 << 16  # min number of vectors to look through for the outermost ones
+
+
+class Moments:
+    """Number, range, mean and standard deviation of vectors, by dimension.
+
+    Blocks are merged by their means and variances, so a small spread far from 0 does not cancel numerically.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0.0
+        self.low: np.ndarray = np.array(np.inf)
+        self.high: np.ndarray = np.array(-np.inf)
+        self.mean: np.ndarray = np.zeros(())
+        self._variance: np.ndarray = np.zeros(())
+
+    def add(self, values: Float[np.ndarray, "n d"], weight: float = 1.0) -> None:
+        """Add vectors that count with ``weight`` each."""
+        self.low = np.minimum(self.low, values.min(axis=0))
+        self.high = np.maximum(self.high, values.max(axis=0))
+        self.count += len(values) * weight
+        share = len(values) * weight / self.count
+        away = values.mean(axis=0, dtype=np.float64) - self.mean
+        wider = values.var(axis=0, dtype=np.float64) - self._variance
+        self._variance = self._variance + wider * share + np.square(away) * share * (1 - share)
+        self.mean = self.mean + away * share
+
+    @property
+    def std(self) -> Float[np.ndarray, " d"]:
+        """The standard deviation of the population."""
+        return np.sqrt(self._variance)
+
+
+class Summary:
+    """The statistics of vectors after one pass over them.
+
+    Besides moments it keeps the lowest and the highest values, about one in a hundred each: these give both quantiles
+    exactly, and the number of values far outside of them. ``total`` is the sum of the weights of all vectors to come;
+    the weights average to 1.
+    """
+
+    def __init__(self, total: float):
+        self.moments = Moments()
+        self._total = total
+        self._outermost: dict[float, _Outermost] = {}  # by weight
+
+    def add(self, values: Float[np.ndarray, "n d"], weight: float = 1.0) -> None:
+        """Add vectors that count with ``weight`` each."""
+        self.moments.add(values, weight)
+        if weight not in self._outermost:
+            self._outermost[weight] = _Outermost(math.ceil(TAIL * self._total / weight) + 1)
+        self._outermost[weight].add(values)
+
+    def stats(self) -> NormStats:
+        """Return mean, standard deviation and quantiles."""
+        if self.moments.count < 2:
+            raise ValueError(f"statistics need at least 2 vectors, got {self.moments.count:g}")
+        if len(self._outermost) == 1:
+            (outermost,) = self._outermost.values()
+            q01, q99 = outermost.quantile(TAIL), outermost.quantile(1 - TAIL)
+        else:
+            q01, q99 = self._weighted_quantiles()
+        return NormStats(self.moments.mean, self.moments.std, q01.astype(np.float64), q99.astype(np.float64))
+
+    def floored(self, key: str, min_std: float) -> NormStats:
+        """Return the statistics with a floor, see ``with_floor``."""
+        stats = self.stats()
+        if min_std == 0:
+            return stats
+        bounds = self.moments.low, self.moments.high
+        return with_floor(stats, key, min_std=min_std, bounds=bounds, rare=self._rare_motions(stats))
+
+    def _rare_motions(self, stats: NormStats) -> Bool[np.ndarray, " d"]:
+        """Return the dimensions in which too many values for faults would normalize to more than ``MAX_NORMALIZED``.
+
+        All of these are beyond the quantiles, so they are among the outermost ones.
+        """
+        middle, half_width = _middle(stats)
+        far = sum(
+            weight * np.sum(np.abs(each.values - middle) > MAX_NORMALIZED * half_width, axis=0)
+            for weight, each in self._outermost.items()
+        )
+        return far > max(FEW, self.moments.count / 1000)
+
+    def _weighted_quantiles(self) -> np.ndarray:
+        """Return the lowest values up to which the weights add up to each share of all."""
+        kept = [(each.values, weight * each.counts) for weight, each in self._outermost.items()]
+        values, weights = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+        return np.quantile(values, [TAIL, 1 - TAIL], axis=0, weights=weights, method="inverted_cdf")
+
+
+class _Outermost:
+    """The ``num`` lowest and the ``num`` highest values of each dimension, of vectors of one weight."""
+
+    def __init__(self, num: int):
+        self._num = num
+        self._blocks: list[np.ndarray] = []
+        self._waiting = self._count = 0
+
+    def add(self, values: Float[np.ndarray, "n d"]) -> None:
+        self._blocks.append(values)
+        self._count += len(values)
+        self._waiting += len(values)
+        if self._waiting > max(2 * self._num, SORTED_AT_ONCE):
+            self._blocks, self._waiting = [self.values], 0
+
+    @property
+    def values(self) -> Float[np.ndarray, "n d"]:
+        """The values kept, with the lower ones first."""
+        values = np.concatenate(self._blocks)
+        if len(values) > 2 * self._num:
+            values = np.partition(values, (self._num - 1, len(values) - self._num), axis=0)
+            values = np.concatenate([values[: self._num], values[-self._num :]])
+        return values
+
+    @property
+    def counts(self) -> Float[np.ndarray, " n"]:
+        """The number of values that each of ``values`` stands for; those in between count as the highest low one."""
+        counts = np.ones(len(self.values))
+        counts[min(self._num, len(counts)) - 1] += self._count - len(counts)
+        return counts
+
+    def quantile(self, share: float) -> Float[np.ndarray, " d"]:
+        """Return what ``numpy.quantile`` returns for all values, for a share in one of the tails."""
+        values = np.sort(self.values, axis=0)
+        place = (self._count - 1) * share
+        first = math.floor(place)
+        shift = 0 if share < 0.5 else len(values) - self._count  # the upper tail counts from the end
+        before, after = values[first + shift], values[min(first + 1, self._count - 1) + shift]
+        step, past = after - before, np.float64(place - first)
+        return before + step * past if past < 0.5 else after - step * (1 - past)
 
 
 class RunningStats:
-    """Statistics of more vectors than fit in memory, as in openpi: moments are exact, quantiles use a histogram.
+    """openpi's statistics of more vectors than fit in memory: quantiles use a histogram of the range so far.
 
-    With ``bounds`` (min and max of each dimension, known beforehand) no count moves to another bin, and a quantile is
-    off by less than a bin, which is a 5000th of the range. Moments are then taken about the middle of the range, so a
-    small spread far from 0 does not cancel numerically. Without ``bounds`` the range grows as in openpi, and every
-    growth may shift the counts by a bin.
+    Every growth of the range may shift the counts by a bin. LeRobot's files have such numbers; for pictures, of which
+    ``Summary`` would keep too many values, they are good enough.
     """
 
-    def __init__(self, *, num_bins: int = 5000, bounds: tuple[np.ndarray, np.ndarray] | None = None):
+    def __init__(self, *, num_bins: int = 5000):
         self._num_bins = num_bins
-        self._bounds = bounds
-        self._count = 0.0
+        self._count = 0
 
     @typed
-    def update(self, batch: Float[np.ndarray, "*batch d"], weight: float = 1.0) -> None:
-        """Add vectors that count with ``weight`` each; every axis but the last is a batch axis."""
+    def update(self, batch: Float[np.ndarray, "*batch d"]) -> None:
+        """Add vectors; every axis but the last is a batch axis."""
         batch = batch.reshape(-1, batch.shape[-1])
         if len(batch) == 0:
             return
@@ -53,40 +180,27 @@ class RunningStats:
         if self._count == 0:
             self._mean = np.zeros_like(batch[0])
             self._mean_of_squares = np.zeros_like(batch[0])
-            self._origin = np.zeros_like(batch[0])
-            if self._bounds is not None:
-                low, high = self._bounds
-                self._origin = (low + high) / 2
-            self._low, self._high = low, high
+            self.low, self.high = low, high
             self._counts = np.zeros((batch.shape[-1], self._num_bins))
             self._edges = self._make_edges(low - 1e-10, high + 1e-10)
         elif batch.shape[-1] != len(self._mean):
             raise ValueError(f"vectors have {batch.shape[-1]} dimensions, expected {len(self._mean)} as before")
-        elif (low < self._low).any() or (high > self._high).any():
-            self._widen(np.minimum(low, self._low), np.maximum(high, self._high))
-        self._count += len(batch) * weight
-        share = len(batch) * weight / self._count
-        centred = batch - self._origin
-        self._mean += (centred.mean(axis=0) - self._mean) * share
-        self._mean_of_squares += (np.square(centred).mean(axis=0) - self._mean_of_squares) * share
+        elif (low < self.low).any() or (high > self.high).any():
+            self._widen(np.minimum(low, self.low), np.maximum(high, self.high))
+        self._count += len(batch)
+        share = len(batch) / self._count
+        self._mean += (batch.mean(axis=0) - self._mean) * share
+        self._mean_of_squares += (np.square(batch).mean(axis=0) - self._mean_of_squares) * share
         for dim, edges in enumerate(self._edges):
-            self._counts[dim] += np.histogram(batch[:, dim], bins=edges)[0] * weight
+            self._counts[dim] += np.histogram(batch[:, dim], bins=edges)[0]
 
     def result(self) -> NormStats:
         """Return the statistics. As in openpi, std is the population's and quantiles are left edges of bins."""
         if self._count < 2:
-            raise ValueError(f"statistics need at least 2 vectors, got {self._count:g}")
+            raise ValueError(f"statistics need at least 2 vectors, got {self._count}")
         variance = self._mean_of_squares - np.square(self._mean)
-        return NormStats(
-            mean=self._origin + self._mean,
-            std=np.sqrt(np.maximum(0, variance)),
-            q01=self._quantile(0.01),
-            q99=self._quantile(0.99),
-        )
-
-    @property
-    def bin_width(self) -> Float[np.ndarray, " d"]:
-        return self._edges[:, 1] - self._edges[:, 0]
+        std = np.sqrt(np.maximum(0, variance))
+        return NormStats(mean=self._mean, std=std, q01=self._quantile(TAIL), q99=self._quantile(1 - TAIL))
 
     def _make_edges(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         return np.linspace(low, high, self._num_bins + 1, axis=-1)
@@ -97,7 +211,7 @@ class RunningStats:
         As in openpi, the first bin's count is lost if only the upper end moves: its left edge was 1e-10 lower.
         """
         old_edges = self._edges
-        self._low, self._high = low, high
+        self.low, self.high = low, high
         self._edges = self._make_edges(low, high)
         for dim, edges in enumerate(self._edges):
             self._counts[dim] = np.histogram(old_edges[dim, :-1], bins=edges, weights=self._counts[dim])[0]
@@ -105,20 +219,6 @@ class RunningStats:
     def _quantile(self, q: float) -> np.ndarray:
         below = np.cumsum(self._counts, axis=1) < q * self._count
         return self._edges[np.arange(len(self._edges)), below.sum(axis=1)]  # the last edge if it is never reached
-
-
-@typed
-def exact(values: Float[np.ndarray, "n d"]) -> NormStats:
-    """Return the statistics of vectors that fit in memory, with float64 moments and exact quantiles."""
-    if len(values) < 2:
-        raise ValueError(f"statistics need at least 2 vectors, got {len(values)}")
-    q01, q99 = np.quantile(values, [0.01, 0.99], axis=0)
-    return NormStats(
-        mean=values.mean(axis=0, dtype=np.float64),
-        std=values.std(axis=0, dtype=np.float64),
-        q01=q01.astype(np.float64),
-        q99=q99.astype(np.float64),
-    )
 
 
 def with_floor(
@@ -175,24 +275,6 @@ def _middle(stats: NormStats) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray
     return (stats.q01 + stats.q99) / 2, (stats.q99 - stats.q01) / 2
 
 
-class _FarOut:
-    """A counter of the values that would normalize to more than ``MAX_NORMALIZED``."""
-
-    def __init__(self, stats: NormStats):
-        self._middle, half_width = _middle(stats)
-        self._limit = MAX_NORMALIZED * half_width
-        self._far, self._count = np.zeros(len(stats.mean)), 0.0
-
-    def update(self, batch: Float[np.ndarray, "n d"], weight: float = 1.0) -> None:
-        self._far += np.sum(np.abs(batch - self._middle) > self._limit, axis=0) * weight
-        self._count += len(batch) * weight
-
-    @property
-    def are_rare_motions(self) -> Bool[np.ndarray, " d"]:
-        """The dimensions that have too many such values for these to be faults."""
-        return self._far > max(FEW, self._count / 1000)
-
-
 def warn_of_misfits(
     stats: Mapping[str, NormStats], data: Mapping[str, NormStats], *, where: str, of: str, quantiles: bool
 ) -> None:
@@ -231,28 +313,28 @@ def _named(chosen: Bool[np.ndarray, " d"]) -> str:
 def from_store(
     store: EpisodeStore, transform: Transform | None = None, *, horizon: int = 1, min_std: float = MIN_STD
 ) -> dict[str, NormStats]:
-    """Return exact statistics of ``state`` and ``actions`` over all episodes in memory.
+    """Return the statistics of ``state`` and ``actions`` over all episodes in memory.
 
     ``transform`` runs before normalization (robot, delta actions). With it, the statistics cover, as in openpi, all
-    ``horizon`` steps of the chunk at every row, including repeated last actions. That keeps num_rows * horizon *
-    action size numbers in memory at once: for large sets use ``from_source`` instead.
+    ``horizon`` steps of the chunk at every row, including repeated last actions.
     """
-    if transform is None:
-        values = {"state": store.state, "actions": store.actions}
-    else:
-        parts = list(_transformed(store, transform, horizon))
-        values = {
-            key: np.concatenate([np.reshape(part[key], (-1, part[key].shape[-1])) for part in parts])
-            for key in ("state", "actions")
-        }
-    return {key: _of_all(value, key, min_std) for key, value in values.items()}
+    whole = {"state": store.state, "actions": store.actions}
+    blocks = [whole] if transform is None else _transformed(store, transform, horizon)
+    return _of_blocks(((block, 1.0) for block in blocks), store.num_rows, min_std)
 
 
-def _of_all(values: Float[np.ndarray, "n d"], key: str, min_std: float) -> NormStats:
-    stats, bounds = exact(values), (values.min(axis=0), values.max(axis=0))
-    far = _FarOut(stats)
-    far.update(values)
-    return with_floor(stats, key, min_std=min_std, bounds=bounds, rare=far.are_rare_motions)
+def _of_blocks(
+    blocks: Iterable[tuple[Mapping[str, np.ndarray], float]], num_rows: int, min_std: float
+) -> dict[str, NormStats]:
+    """Return the statistics of blocks of rows, each with the weight of its rows."""
+    found: dict[str, Summary] = {}
+    for block, weight in blocks:
+        for key, rows in block.items():
+            vectors = rows.reshape(-1, rows.shape[-1])
+            if key not in found:
+                found[key] = Summary(num_rows * len(vectors) / len(rows))  # a row may be a chunk
+            found[key].add(vectors, weight)
+    return {key: summary.floored(key, min_std) for key, summary in found.items()}
 
 
 def _transformed(
@@ -266,86 +348,31 @@ def _transformed(
         yield {"state": data["state"], "actions": data["actions"]}
 
 
-def from_source(
-    source: EpisodeSource,
-    transform: Transform | None = None,
-    *,
-    horizon: int = 1,
-    num_episodes: int | None = None,
-    cameras: Sequence[str] = (),
-    min_std: float = MIN_STD,
-) -> dict[str, NormStats]:
-    """Compute the statistics of ``from_store`` for sets larger than memory: several passes, one episode at a time.
-
-    Quantiles are off by less than a 5000th of a dimension's range. If that is too coarse, because a few values lie far
-    from all others, the others are counted again in finer bins. No picture is read: a ``transform`` that expects
-    ``cameras`` gets black ones. ``num_episodes`` limits the number of episodes, which are evenly spread.
-    """
-    options: dict[str, Any] = {"horizon": horizon, "num_episodes": num_episodes, "cameras": cameras}
-    return from_sources([source], [1.0], transform, **options, min_std=min_std)
-
-
 def from_sources(
     sources: Sequence[EpisodeSource],
-    shares: Sequence[float],
+    shares: Sequence[float] = (1.0,),
     transform: Transform | None = None,
     *,
     horizon: int = 1,
     num_episodes: int | None = None,
-    cameras: Sequence[str] = (),
     min_std: float = MIN_STD,
 ) -> dict[str, NormStats]:
-    """Compute the statistics of ``from_source`` over several sets, weighted by their shares of a batch."""
-    chosen = [_spread(source, num_episodes) for source in sources]
-    weights = _weights(sources, chosen, shares) if len(sources) > 1 else [1.0]
+    """Return the statistics of ``from_store`` for sets larger than memory, weighted by their shares of a batch.
 
-    def weighted() -> Iterator[tuple[dict[str, np.ndarray], float]]:
+    They are read once, an episode at a time, and one value in fifty is kept in memory. No picture is read.
+    ``num_episodes`` limits the number of episodes, which are evenly spread.
+    """
+    chosen = [_spread(source, num_episodes) for source in sources]
+    steps = [int(source.lengths[indices].sum()) for source, indices in zip(sources, chosen, strict=True)]
+    weights = [share * sum(steps) / own for share, own in zip(shares, steps, strict=True)]  # they average to 1 a row
+
+    def blocks() -> Iterator[tuple[dict[str, np.ndarray], float]]:
         for source, indices, weight in zip(sources, chosen, weights, strict=True):
             for index in indices.tolist():
-                store = EpisodeStore.from_episodes([_without_pictures(source, index, cameras)])
-                for data in _transformed(store, transform, horizon):
-                    rows = {key: value.reshape(-1, value.shape[-1]) for key, value in data.items()}
-                    yield {key: value.astype(np.float64) for key, value in rows.items()}, weight
+                store = EpisodeStore.from_episodes([_without_pictures(source, index)])
+                yield from ((block, weight) for block in _transformed(store, transform, horizon))
 
-    low: dict[str, np.ndarray] = {}
-    high: dict[str, np.ndarray] = {}
-    for block, _ in weighted():
-        for key, value in block.items():
-            low[key] = np.minimum(low.get(key, np.inf), value.min(axis=0))
-            high[key] = np.maximum(high.get(key, -np.inf), value.max(axis=0))
-    running = {key: RunningStats(bounds=(low[key], high[key])) for key in low}
-    for block, weight in weighted():
-        for key, value in block.items():
-            running[key].update(value, weight)
-    found = {key: stats.result() for key, stats in running.items()}
-    bin_width = {key: stats.bin_width for key, stats in running.items()}
-    for _ in range(MAX_RECOUNTS):
-        closer = {key: _CloserQuantiles(found[key], width, min_std) for key, width in bin_width.items()}
-        if not any(each.dims.any() for each in closer.values()):
-            break
-        for block, weight in weighted():
-            for key, value in block.items():
-                closer[key].update(value, weight)
-        found = {key: closer[key].improved(stats) for key, stats in found.items()}
-        bin_width = {key: each.bin_width for key, each in closer.items()}
-    if min_std == 0:
-        return found
-    far = {key: _FarOut(stats) for key, stats in found.items()}
-    for block, weight in weighted():
-        for key, value in block.items():
-            far[key].update(value, weight)
-    return {
-        key: with_floor(stats, key, min_std=min_std, bounds=(low[key], high[key]), rare=far[key].are_rare_motions)
-        for key, stats in found.items()
-    }
-
-
-def _weights(
-    sources: Sequence[EpisodeSource], chosen: Sequence[Int[np.ndarray, " n"]], shares: Sequence[float]
-) -> list[float]:
-    """Return the weight of a row of each source; the weights of all rows average to 1."""
-    steps = [int(source.lengths[indices].sum()) for source, indices in zip(sources, chosen, strict=True)]
-    return [share * sum(steps) / own for share, own in zip(shares, steps, strict=True)]
+    return _of_blocks(blocks(), sum(steps), min_std)
 
 
 def _spread(source: EpisodeSource, count: int | None) -> Int[np.ndarray, " n"]:
@@ -354,33 +381,7 @@ def _spread(source: EpisodeSource, count: int | None) -> Int[np.ndarray, " n"]:
     return np.unique(spread.round().astype(int))
 
 
-class _CloserQuantiles:
-    """A second count for dimensions with too few bins between q01 and q99, in finer bins over just that range."""
-
-    def __init__(self, stats: NormStats, bin_width: Float[np.ndarray, " d"], min_std: float, *, num_bins: int = 5000):
-        self._q01, self._q99 = quantiles_of(stats)
-        self.dims = bin_width > np.maximum(self._q99 - self._q01, max(min_std, 1e-6)) / 50
-        self._edges = np.linspace(self._q01 - bin_width, self._q99 + 2 * bin_width, num_bins + 1, axis=-1)
-        self.bin_width = np.where(self.dims, self._edges[:, 1] - self._edges[:, 0], bin_width)
-        self._counts = np.zeros((len(self._edges), num_bins + 1))  # the first one counts all values below the range
-        self._count = 0.0
-
-    def update(self, batch: Float[np.ndarray, "n d"], weight: float = 1.0) -> None:
-        self._count += len(batch) * weight
-        for dim in np.flatnonzero(self.dims):
-            self._counts[dim, 0] += np.sum(batch[:, dim] < self._edges[dim, 0]) * weight
-            self._counts[dim, 1:] += np.histogram(batch[:, dim], bins=self._edges[dim])[0] * weight
-
-    def improved(self, stats: NormStats) -> NormStats:
-        q01, q99 = (np.where(self.dims, self._at(q), old) for q, old in ((0.01, self._q01), (0.99, self._q99)))
-        return dataclasses.replace(stats, q01=q01, q99=q99)
-
-    def _at(self, q: float) -> Float[np.ndarray, " d"]:
-        below = np.cumsum(self._counts, axis=1) < q * self._count
-        return self._edges[np.arange(len(self._edges)), np.maximum(below.sum(axis=1) - 1, 0)]
-
-
-def _without_pictures(source: EpisodeSource, index: int, cameras: Sequence[str]) -> Episode:
+def _without_pictures(source: EpisodeSource, index: int) -> Episode:
     info = source.info(index)
     return Episode(
         state=source.window(index, "state", 0, info.length),
@@ -388,7 +389,6 @@ def _without_pictures(source: EpisodeSource, index: int, cameras: Sequence[str])
         rewards=np.zeros(info.length, np.float32),
         terminals=np.zeros(info.length, bool),
         task=info.task,
-        images={camera: np.zeros((info.length, 1, 1, 3), np.uint8) for camera in cameras},
         success=info.success,
         source=info.source,
     )

@@ -7,9 +7,9 @@ reader keeps its file open and continues where it stopped, so consecutive window
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,8 +124,7 @@ class VideoReaders:
     """The last ``MAX_OPEN_FILES`` readers used, by file. Older ones close when no thread uses them any more."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[Path, VideoReader] = OrderedDict()
-        self._lock = threading.Lock()
+        self._open = functools.lru_cache(MAX_OPEN_FILES)(VideoReader)
 
     def __reduce__(self) -> tuple[type[VideoReaders], tuple[()]]:
         """Pickle without open files: a copy in another process opens its own."""
@@ -135,14 +134,7 @@ class VideoReaders:
         self, path: Path, times_s: Float[np.ndarray, " t"], tolerance_s: float, span_s: tuple[float, float]
     ) -> UInt8[np.ndarray, "t h w 3"]:
         """Return frames of a file, see ``VideoReader.frames``."""
-        with self._lock:
-            if path not in self._open:
-                self._open[path] = VideoReader(path)
-            self._open.move_to_end(path)
-            reader = self._open[path]
-            while len(self._open) > MAX_OPEN_FILES:
-                self._open.popitem(last=False)
-        return reader.frames(times_s, tolerance_s, span_s)
+        return self._open(path).frames(times_s, tolerance_s, span_s)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Training data that need not fit into memory: rows are mapped if possible, others are read when a batch needs them.
+"""Training data that need not fit into memory: numbers are mapped, pictures are read when a batch needs them.
 
 Pictures that were read are cached by episode up to a limit; the least recently used episode is dropped first. Reading,
 which for videos means decoding, may be spread over processes. Neither changes the content of a batch.
@@ -18,22 +18,18 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from acrlpd.data import processes
-from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeSource, EpisodeStore
-from acrlpd.data.rows import Rows
+from acrlpd.data import flat, processes
+from acrlpd.data.episodes import IMAGE_PREFIX, NUMBERS, EpisodeSource, EpisodeStore, FlatSource
 
-COPIED_BYTES = 64 << 20  # data up to this size is copied: cheap, and safe if the files change meanwhile
-NUMBERS = ("state", "actions", "rewards", "terminals")
 JOBS_PER_WORKER = 4  # groups of jobs in one read: few enough to send, enough that workers finish together
 
 
 def open_store(source: EpisodeSource, *, memory_bytes: int | None = None, num_workers: int = 0) -> EpisodeStore:
-    """Open the episodes of ``source`` for training, with as much of them in memory as ``memory_bytes`` allows.
+    """Open the episodes of ``source`` for training, with their pictures in memory if ``memory_bytes`` allows.
 
-    Small data sets are copied into memory. Of larger ones, keys that the source can map stay in its files (see
-    ``mapped``). The rest is loaded if all of it fits; else only its numbers are, smallest key first, and everything
-    else is read on demand. The default limit is half of the machine's memory. ``num_workers`` processes read; with 0
-    the calling process does.
+    Numbers are in memory if they are small, else in a mapped file of ours (see ``flat``). Pictures are loaded if all of
+    them fit, and are read on demand otherwise. The default limit is half of the machine's memory. ``num_workers``
+    processes read; with 0 the calling process does.
     """
     check_videos(source)
     store = _stored(source, _physical_memory() // 2 if memory_bytes is None else memory_bytes, num_workers)
@@ -54,54 +50,39 @@ def open_stores(
 
 
 def _row_bytes(source: EpisodeSource) -> int:
-    return sum(source.window(0, key, 0, 1).nbytes for key in keys(source))
+    return sum(source.window(0, key, 0, 1).nbytes for key in (*NUMBERS, *_camera_keys(source)))
 
 
 def _stored(source: EpisodeSource, limit: int, num_workers: int) -> EpisodeStore:
-    features = {key: source.window(0, key, 0, 1) for key in keys(source)}
+    numbers = source.flat if isinstance(source, FlatSource) else _numbers(source)
+    cameras = {key: source.window(0, key, 0, 1) for key in _camera_keys(source)}
     num_rows = int(np.sum(source.lengths))
-    needed = {key: num_rows * row.nbytes for key, row in features.items()}
-    if sum(needed.values()) <= min(limit, COPIED_BYTES):
+    limit -= sum(rows.nbytes for rows in numbers.values() if not flat.is_mapped(rows))
+    pictures_fit = num_rows * sum(row.nbytes for row in cameras.values()) <= limit
+    if pictures_fit and not any(map(flat.is_mapped, numbers.values())):
         return EpisodeStore.from_source(source)
-    mapped = source.mapped() if isinstance(source, MappableSource) else {}
-    needed = {key: nbytes for key, nbytes in needed.items() if key not in mapped}
-    if not mapped and sum(needed.values()) <= limit:
-        return EpisodeStore.from_source(source)
-    kept, limit = _kept(needed, limit)
-    reader = WindowReader(source, cache_bytes=limit, num_workers=num_workers) if kept < needed.keys() else None
+    reader = None if pictures_fit else WindowReader(source, cache_bytes=max(limit, 0), num_workers=num_workers)
 
-    def rows(key: str) -> Rows | np.ndarray:
-        if key in mapped:
-            return mapped[key]
-        if key in kept or reader is None:
-            return _loaded(source, key, features[key])
-        return SourceRows(reader, key, (num_rows, *features[key].shape[1:]))
+    def rows(key: str) -> SourceRows | np.ndarray:
+        if reader is None:
+            return _loaded(source, key, cameras[key])
+        return SourceRows(reader, key, (num_rows, *cameras[key].shape[1:]))
 
     infos = [source.info(index) for index in range(source.num_episodes)]
-    return EpisodeStore.of_columns({key: rows(key) for key in features}, infos, reader, source=source)
+    return EpisodeStore.of_columns({**numbers, **{key: rows(key) for key in cameras}}, infos, reader, source=source)
 
 
-def _kept(needed: Mapping[str, int], limit: int) -> tuple[set[str], int]:
-    """Return the keys to load, which are all keys or only numbers, and the bytes that are left."""
-    if sum(needed.values()) <= limit:
-        return set(needed), limit - sum(needed.values())
-    kept: set[str] = set()
-    for key in sorted(needed.keys() & set(NUMBERS), key=lambda key: needed[key]):
-        if needed[key] <= limit:
-            kept.add(key)
-            limit -= needed[key]
-    return kept, limit
+def _numbers(source: EpisodeSource) -> flat.Flat:
+    """Read the numbers of a source that can only read windows."""
+    found = {key: flat.FlatRows() for key in NUMBERS}
+    for index, length in enumerate(source.lengths.tolist()):
+        for key, rows in found.items():
+            rows.append(source.window(index, key, 0, length))
+    return flat.Flat({key: rows.result() for key, rows in found.items()})
 
 
-def keys(source: EpisodeSource) -> list[str]:
-    return [*NUMBERS, *(IMAGE_PREFIX + camera for camera in source.cameras)]
-
-
-@runtime_checkable
-class MappableSource(Protocol):
-    def mapped(self) -> Mapping[str, Rows | np.ndarray]:
-        """Return all rows of the keys that need not be read."""
-        ...
+def _camera_keys(source: EpisodeSource) -> list[str]:
+    return [IMAGE_PREFIX + camera for camera in source.cameras]
 
 
 @runtime_checkable
@@ -119,7 +100,7 @@ def check_videos(source: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class SourceRows:
-    """One key of all episodes, indexed like an array by row numbers or a slice."""
+    """The pictures of one camera of all episodes, indexed like an array by row numbers or a slice."""
 
     reader: WindowReader
     key: str
@@ -133,20 +114,12 @@ class SourceRows:
         wanted = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
         return self.reader.read(self.key, wanted.ravel()).reshape(*wanted.shape, *self.shape[1:])
 
-    def take(self, rows: Int[np.ndarray, "*shape"], episodes: Int[np.ndarray, "*#shape"]) -> np.ndarray:
-        return self[rows]
-
-    def stretches(
-        self, steps: Int[np.ndarray, "b h"], episodes: Int[np.ndarray, " b"]
-    ) -> Shaped[np.ndarray, "b h *shape"]:
-        return self[steps]
-
 
 class WindowReader:
-    """A reader of rows by number, counted over all episodes of a source. Threads may share it; they take turns.
+    """A reader of pictures by number, counted over all episodes of a source. Threads may share it; they take turns.
 
     Args:
-        cache_bytes: limit of the pictures kept in memory. Numbers are left to the system's file cache.
+        cache_bytes: limit of the pictures kept in memory.
         num_workers: processes that read. Each opens its own files, and imports what the source needs (about 200 MB).
     """
 
@@ -179,9 +152,8 @@ class WindowReader:
             out: np.ndarray | None = None
             for group, kept, steps in zip(groups, held, missing, strict=True):
                 new = dict(zip(steps.tolist(), next(fetched), strict=True)) if len(steps) else {}
-                if key.startswith(IMAGE_PREFIX):
-                    self._count(group, new)
-                    self._held.add(key, group.episode, new)
+                self._count(group, new)
+                self._held.add(key, group.episode, new)
                 for place, step in zip(group.places.tolist(), group.steps.tolist(), strict=True):
                     row = new[step] if step in new else kept[step]
                     out = np.empty((len(rows), *row.shape), row.dtype) if out is None else out

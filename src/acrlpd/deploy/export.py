@@ -12,13 +12,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from acrlpd import unfinished
 from acrlpd.agents.config import AgentConfig
 from acrlpd.config import to_dict
 from acrlpd.data import normalize
 from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.robots.mapping import ROBOTS, unseen
 from acrlpd.deploy.trained import load_trained, policy_spec
+from acrlpd.files import written_whole
 from acrlpd.models import lora, torch_names, weights
 from acrlpd.models.pi0 import Pi0
 from acrlpd.serving import export
@@ -81,7 +81,7 @@ def export_acrlpd_model(
     members = best_critics(trained, num_critics, data) if num_critics is not None else None
     small = _with_critics(trained, agent_config, members)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished.whole(output) as partial:
+    with written_whole(output) as partial:
         _write_checkpoint(partial, small)
         export.write_stablehlo(partial / "stablehlo", small.agent, interface(small))
         _write_pytorch(partial / "pytorch", small)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from acrlpd import files
 from acrlpd.envs import rendering
 from acrlpd.envs.env import Outcome, check_physics
 
@@ -196,9 +197,8 @@ def _answer_libero() -> None:
     places = {"bddl_files": "bddl_files", "init_states": "init_files", "datasets": "../datasets", "assets": "assets"}
     config = {"benchmark_root": str(root)} | {key: str(root / place) for key, place in places.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"config.{os.getpid()}.yaml"
-    unfinished.write_text(yaml.safe_dump(config))
-    unfinished.replace(folder / "config.yaml")  # atomic, because workers start in parallel
+    with files.written_whole(folder / "config.yaml") as temporary:  # workers start in parallel
+        temporary.write_text(yaml.safe_dump(config))
     os.environ["LIBERO_CONFIG_PATH"] = str(folder)
 
 

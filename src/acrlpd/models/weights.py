@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
 
-from acrlpd import files, unfinished
+from acrlpd import files
 from acrlpd.models import torch_names
 
 Weights: TypeAlias = dict[str, np.ndarray]
@@ -614,7 +614,7 @@ def _on_host(value: Any) -> jax.Array:
 def _replacing(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a path next to ``target`` to write to; it replaces the target at the end, or is deleted on an error."""
     _check_free(target, overwrite=overwrite)
-    with _parents(target), unfinished.whole(target) as partial:
+    with _parents(target), files.written_whole(target) as partial:
         yield partial
 
 

@@ -98,7 +98,7 @@ class _Folder:
             ValueError: the existing files were made in another way.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(self.directory)
+        remove_abandoned(self.directory)  # even if nothing is left to be written
         numbered = {hdf5.episode_number(path): path for path in self.directory.glob("*.hdf5")}
         done = {number: path for number, path in numbered.items() if number is not None}
         for path in list(done.values())[:1]:

@@ -63,7 +63,6 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write beside the target and rename: a reader sees the old file or the new one, even after a loss of power."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.remove_abandoned(path.parent)
     with files.written_whole(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, default=_plain) + "\n", encoding="utf-8")
 

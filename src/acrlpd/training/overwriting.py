@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from acrlpd import unfinished
+from acrlpd import files
 from acrlpd.config import TrainConfig
 from acrlpd.training.guards import LOCK_FILE, RunLock
 from acrlpd.training.run import RunFiles
@@ -42,13 +42,13 @@ class Replaced:
     def put_back(self) -> None:
         """Give the old run its name back; what exists of the new run is deleted."""
         if os.path.lexists(self.directory):
-            unfinished.discard(self.directory)
+            files.discard(self.directory)
         self.aside.rename(self.directory)
         self.lock.release()
         logger.warning("the new run did not start; the old one is in %s as it was", self.directory)
 
     def delete(self) -> None:
-        unfinished.discard(self.aside)
+        files.discard(self.aside)
         self.lock.release()
 
     def say_if_kept(self) -> None:
@@ -58,26 +58,26 @@ class Replaced:
         self.lock.release()
 
 
-def set_aside(config: TrainConfig, files: RunFiles) -> Replaced | None:
+def set_aside(config: TrainConfig, run: RunFiles) -> Replaced | None:
     """Move the run that is in the way of a new one to a name beside it; return None if there is none.
 
     Raises:
         ValueError: it is not a run, it is in use, or the new run reads from it. Nothing was changed.
     """
-    directory = files.directory
+    directory = run.directory
     if not os.path.lexists(directory):
         return None
     names = _checked_names(directory)
     if not names - {LOCK_FILE}:
         return None
-    _check_config(files)
+    _check_config(run)
     for field, path in _read_inside(config, directory):
         raise ValueError(
             f"{field} ({path}) lies in {directory}, which --overwrite would delete: choose another --name, or "
             "move what is to be read to another folder"
         )
     lock = RunLock(directory)
-    aside = unfinished.set_aside(directory)
+    aside = files.set_aside(directory)
     logger.info("the old run is set aside as %s until the new one has a checkpoint", aside)
     return Replaced(directory, aside, lock)
 
@@ -86,7 +86,7 @@ def tell_of_set_aside(path: Path) -> None:
     """Warn of runs that were set aside for one in ``path``, or in a folder that contains ``path``."""
     path = Path(os.path.abspath(path))
     for folder in (path, *path.parents[:2]):
-        for aside in unfinished.those_set_aside(folder):
+        for aside in files.those_set_aside(folder):
             logger.warning(
                 "%s holds the run that --overwrite set aside for a new one in %s: resume it there, rename or delete it",
                 *(aside, folder),
@@ -97,7 +97,7 @@ def _checked_names(directory: Path) -> set[str]:
     if directory.is_symlink() or not directory.is_dir():
         kind = f"a link to {os.readlink(directory)}" if directory.is_symlink() else "no folder"
         raise ValueError(f"{directory} is {kind}, and --overwrite deletes only runs: choose another --name")
-    names = {path.name for path in directory.iterdir() if not unfinished.is_temporary(path)}
+    names = {path.name for path in directory.iterdir() if not files.is_temporary(path)}
     foreign = sorted(names - OURS)
     if foreign:
         more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
@@ -108,16 +108,15 @@ def _checked_names(directory: Path) -> set[str]:
     return names
 
 
-def _check_config(files: RunFiles) -> None:
+def _check_config(run: RunFiles) -> None:
     """Refuse a folder whose ``config.json`` belongs to another program; a damaged file is not a reason."""
     try:
-        stored = json.loads(files.config.read_bytes())
+        stored = json.loads(run.config.read_bytes())
     except (OSError, ValueError, RecursionError):
         return
     if stored and not (isinstance(stored, dict) and {"policy", "agent", "data"} <= stored.keys()):
         raise ValueError(
-            f"{files.config} is not the configuration of a run, and --overwrite deletes only runs: choose another "
-            "--name"
+            f"{run.config} is not the configuration of a run, and --overwrite deletes only runs: choose another --name"
         )
 
 

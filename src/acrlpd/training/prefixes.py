@@ -33,7 +33,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from acrlpd import unfinished
 from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import TrainConfig, to_dict
 from acrlpd.data.episodes import EpisodeStore
@@ -42,7 +41,7 @@ from acrlpd.data.metadata_cache import fingerprint
 from acrlpd.data.mixture import Mixture
 from acrlpd.data.normalize import NormStats
 from acrlpd.data.transforms import Transform
-from acrlpd.files import read_json
+from acrlpd.files import read_json, written_whole
 from acrlpd.models import flow, parameters
 from acrlpd.models.parameters import Params
 from acrlpd.types import Observation
@@ -166,7 +165,7 @@ def _computed(
 def _write(target: Path, like: list[Any], blocks: Iterator[list[np.ndarray]], num_rows: int) -> None:
     """Write the arrays, under another name until they are complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished.whole(target) as temporary:
+    with written_whole(target) as temporary:
         temporary.mkdir()
         index = [{"shape": each.shape[1:], "dtype": jnp.dtype(each.dtype).name} for each in like]
         (temporary / INDEX).write_text(json.dumps(index), encoding="utf-8")

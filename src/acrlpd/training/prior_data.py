@@ -8,8 +8,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from acrlpd.config import TrainConfig
 from acrlpd.data import chunks, instructions, normalize, statistics, windows
 from acrlpd.data.episodes import EpisodeStore
@@ -157,8 +155,7 @@ def make_norm_stats(
 
 def _own_stats(config: TrainConfig, prior: Mixture, sources: Sequence[Dataset], min_std: float) -> dict[str, NormStats]:
     before, store = before_normalization(config), prior.stores[0]
-    in_memory = isinstance(store.state, np.ndarray) and isinstance(store.actions, np.ndarray)
-    if in_memory and not before and len(sources) == 1:
+    if store.in_memory and not before and len(sources) == 1:
         return statistics.from_store(store, min_std=min_std)
     transform = Compose(before) if before else None
     horizon = config.policy.action_horizon if before else 1

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from acrlpd import unfinished
 from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import TrainConfig
 from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.envs.rollout import OnlineCollector, Rollout
+from acrlpd.files import written_whole
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.metrics import write_json
 
@@ -169,7 +169,7 @@ def save_rollouts(path: Path, rollouts: list[Rollout]) -> None:
     for row, each in zip(actions, rollouts, strict=True):
         row[: each.length] = each.episode.actions
     path.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished.whole(path) as temporary:
+    with written_whole(path) as temporary:
         np.savez_compressed(
             temporary,
             seed=[each.seed for each in rollouts],

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from acrlpd.data.layouts import cameras, columns
-from acrlpd.data.layouts.columns import Column, Joined, Options, Reading, Record
+from acrlpd.data.layouts.columns import Joined, Options, Reading, Record
 
 IMAGES = "observations/images"
 STATE_KEYS = ("qpos",)
@@ -40,7 +40,7 @@ class Aloha:
         with Reading(self._paths[index]) as file:
             cameras.check_keys(where, file, state, "state_keys", asked=options.state_keys is not None)
             cameras.check_keys(where, file, actions, "action_keys", asked=options.action_keys is not None)
-            found: dict[str, Column] = {
+            found = {
                 "state": Joined(tuple(columns.numbers(where, file, label) for label in state)),
                 "actions": Joined(tuple(columns.numbers(where, file, label) for label in actions)),
             }
@@ -49,7 +49,7 @@ class Aloha:
                 for name in columns.names(where, file, IMAGES)
             }
             pictures, left_out = cameras.choose(where, openers, options.cameras)
-        return columns.checked(where, Record(found | pictures, options.default_task, left_out=left_out))
+        return columns.checked(where, Record(found, pictures, options.default_task, left_out=left_out))
 
     def unused(self, index: int) -> list[str]:
         state, actions = self._labels()

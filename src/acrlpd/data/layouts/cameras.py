@@ -16,7 +16,7 @@ from acrlpd import files
 from acrlpd.data import pictures
 from acrlpd.data.episodes import IMAGE_PREFIX, OptionError, told_numbers
 from acrlpd.data.layouts import columns
-from acrlpd.data.layouts.columns import Jpegs, Pictures, Rows
+from acrlpd.data.layouts.columns import DatasetPictures, StoredRows
 from acrlpd.data.pictures import PictureError
 
 KINDS = "fiubSVO"  # dtype kinds of numbers and of encoded pictures
@@ -56,23 +56,19 @@ def choose(
 
 def stored(
     where: str, group: h5py.Group, label: str, *, flip: tuple[int, ...] = (), bgr: bool = False
-) -> Pictures | Jpegs:
+) -> DatasetPictures:
     """Return the pictures of a dataset: raw ones, or one JPEG or PNG per row, padded, of fixed or variable length.
 
     Raises:
         PictureError: the pictures are not 8-bit colour.
     """
     data = columns.dataset(where, group, label)
-    rows = Rows.at(data, label)
-    if _is_encoded(data):
-        encoded = Jpegs.of(rows, bgr=bgr)
-        return Pictures(encoded, flip) if flip else encoded
-    raw = Pictures(rows, flip)
-    pictures.rgb_shape(rows.row_shape, rows.dtype)
-    if rows.kind == "f":  # floats are colours only if all of them lie in 0..1
+    rows = StoredRows.at(data, label)
+    found = DatasetPictures.of(rows, is_encoded=_is_encoded(data), bgr=bgr, flip=flip)
+    if rows.dtype.kind == "f":  # floats are colours only if all of them lie in 0..1
         for start in range(0, len(rows), BLOCK):
             pictures.rgb_rows(rows.read(start, min(start + BLOCK, len(rows))))
-    return raw
+    return found
 
 
 def _is_encoded(data: h5py.Dataset) -> bool:

@@ -1,10 +1,11 @@
-"""Columns of an episode file, read window by window, and the checks that every HDF5 layout shares.
+"""The numbers and pictures of an episode file, and the checks that every HDF5 layout shares.
 
-A layout finds the episodes and the columns of each one; ``acrlpd.data.hdf5`` does the rest.
+A layout finds the episodes and the datasets of each one; ``acrlpd.data.hdf5`` does the rest.
 """
 
 from __future__ import annotations
 
+import abc
 import collections
 import dataclasses
 import math
@@ -12,11 +13,11 @@ import os
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, TypeVar
 
 import h5py
 import numpy as np
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from PIL import Image
 
 from acrlpd import files
@@ -26,39 +27,67 @@ from acrlpd.data.options import check_format
 from acrlpd.types import typed
 
 
-class Column(Protocol):
-    """One key of one episode, with its rows in time order."""
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """A dataset of numbers with one row per step, as it is stored."""
+
+    label: str  # name in the format, for messages
+    shape: tuple[int, ...]
+    kind: str  # the ``numpy.dtype.kind``
+    values: Shaped[np.ndarray, "t *row"] | None  # None once they are kept elsewhere
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
     @property
-    def path(self) -> Path:
-        """The file that holds the column."""
-        ...
+    def stored(self) -> Shaped[np.ndarray, "t *row"]:
+        assert self.values is not None, "they are kept elsewhere"
+        return self.values
+
+    def converted(self, function: Callable[[np.ndarray], np.ndarray]) -> Numbers:
+        """Return the numbers after a function of the rows; as float64 or float32."""
+        values = function(self.stored)
+        return Numbers(self.label, values.shape, self.kind, values)
+
+    def pick(self, steps: Int[np.ndarray, " n"]) -> Numbers:
+        return Numbers(self.label, (len(steps), *self.shape[1:]), self.kind, self.stored[steps])
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """The numbers of several datasets side by side; one with a number per step gets width 1."""
+
+    parts: tuple[Numbers, ...]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
 
     @property
     def label(self) -> str:
-        """The column's name in the format, for messages."""
-        ...
+        return " ++ ".join(part.label for part in self.parts)
 
     @property
-    def row_shape(self) -> tuple[int, ...]: ...
+    def row_shape(self) -> tuple[int]:
+        return (sum(math.prod(part.shape[1:]) for part in self.parts),)
 
     @property
-    def kind(self) -> str:
-        """The ``numpy.dtype.kind`` of the stored numbers."""
-        ...
+    def values(self) -> Float[np.ndarray, "t s"]:
+        blocks = [part.stored.reshape(len(part), math.prod(part.shape[1:])) for part in self.parts]
+        return np.concatenate(blocks, axis=1, dtype=np.float32)
 
-    def __len__(self) -> int: ...
+    def pick(self, steps: Int[np.ndarray, " n"]) -> Joined:
+        return Joined(tuple(part.pick(steps) for part in self.parts))
 
-    def read(self, start: int, stop: int) -> Shaped[np.ndarray, "t *row"]:
-        """Read the rows ``start`` to ``stop`` (exclusive)."""
-        ...
+    def without_values(self) -> Joined:
+        return Joined(tuple(dataclasses.replace(part, values=None) for part in self.parts))
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """An episode whose numbers a layout has checked."""
+    """An episode whose numbers a layout has checked. Pictures are read when they are asked for."""
 
-    columns: dict[str, Column]  # state, actions and images/<camera>
+    numbers: dict[str, Joined]  # state and actions
+    pictures: Mapping[str, Pictures]  # images/<camera>
     task: str = ""  # empty if the format has no instruction
     success: bool | None = None  # None if the format does not say
     rewards: Float[np.ndarray, " t"] | None = None  # as stored; None if there are none
@@ -66,20 +95,25 @@ class Record:
     task_changes: tuple[tuple[int, str], ...] = ()  # see ``Episode``; only our own layout has them
     task_mark: str = ""  # distinguishes a task without a text from others, such as the name of its file
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)  # reason for each camera that is not read
-    final: dict[str, Column] = dataclasses.field(default_factory=dict)  # observation after the last action, one row
+    final_state: Joined | None = None  # of the observation after the last action, one row; None: not recorded
+    final_pictures: Mapping[str, Pictures] = dataclasses.field(default_factory=dict)  # likewise
 
     def __len__(self) -> int:
-        return len(self.columns["actions"])
+        return len(self.numbers["actions"])
 
     @property
     def features(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Row shape and dtype kind by name; they must agree across the episodes of a data set."""
-        named = {key: column for key, column in self.columns.items() if not isinstance(column, Joined)}
-        for column in self.columns.values():
-            if isinstance(column, Joined):
-                named |= {part.label: part for part in column.parts}
-        found = {name: (column.row_shape, column.kind) for name, column in named.items()}
+        found: dict[str, tuple[tuple[int, ...], str]] = {
+            key: (each.row_shape, "u") for key, each in self.pictures.items()
+        }
+        found |= {part.label: (part.shape[1:], part.kind) for each in self.numbers.values() for part in each.parts}
         return found if self.rewards is None else {**found, "rewards": ((), "f")}  # without any, they become zeros
+
+    def without_numbers(self) -> Record:
+        """Return the record without the state and the actions, which are by far the most of it."""
+        numbers = {key: each.without_values() for key, each in self.numbers.items()}
+        return dataclasses.replace(self, numbers=numbers)
 
 
 class Layout(Protocol):
@@ -273,67 +307,37 @@ def names(where: str, parent: h5py.Group, label: str) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """A dataset. If the file holds its numbers as one plain block, a window is read without HDF5."""
+class StoredRows:
+    """The place of a dataset's rows. If the file holds them as one plain block, they are read without HDF5."""
 
     path: Path
     name: str  # path in the file
     label: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    offset: int | None  # first byte in the file; None if the numbers are chunked, compressed or elsewhere
+    offset: int | None  # first byte in the file; None if the rows are chunked, compressed or elsewhere
 
     @classmethod
-    def of(cls, where: str, data: h5py.Dataset, label: str, *, kinds: str, ranks: Sequence[int]) -> Rows:
-        """Return the rows of a data set; refuse other dtype kinds and numbers of axes."""
-        shape, dtype = data.shape, data.dtype
-        if shape is None:
-            raise ValueError(f"{where}: {label}: expected numbers, found a dataset without any content")
-        if dtype.kind not in kinds:
-            names = " or ".join(
-                {"f": "floats", "i": "integers", "u": "unsigned integers", "b": "booleans"}[kind] for kind in kinds
-            )
-            raise ValueError(f"{where}: {label}: expected {names}, found {dtype}")
-        if len(shape) not in ranks:
-            expected = " or ".join(map(str, ranks))
-            raise ValueError(f"{where}: {label}: expected {expected} axes, time first, found shape {shape}")
-        return cls.at(data, label)
-
-    @classmethod
-    def at(cls, data: h5py.Dataset, label: str) -> Rows:
-        """Return the rows of a data set of any kind."""
+    def at(cls, data: h5py.Dataset, label: str) -> StoredRows:
         plain = data.chunks is None and not data.is_virtual and not data.dtype.hasobject
         path = Path(os.fsdecode(h5py.h5f.get_name(data.id)))  # data.file would build a File object
         return cls(path, data.name, label, data.shape, data.dtype, data.id.get_offset() if plain else None)
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        return self.shape[1:]
-
-    @property
-    def kind(self) -> str:
-        return self.dtype.kind
-
-    @property
-    def is_aligned(self) -> bool:
-        """Return whether the numbers can be used in place when the file is mapped into memory."""
-        return self.offset is not None and self.offset % self.dtype.itemsize == 0
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        if self.offset is not None and stop > start:
+        if self.offset is not None:
             return self._read_plain(start, stop, self.offset)
         files.check_memory(
-            f"{self.path}: {self.label}", (stop - start) * math.prod(self.row_shape) * self.dtype.itemsize
+            f"{self.path}: {self.label}", (stop - start) * math.prod(self.shape[1:]) * self.dtype.itemsize
         )
         with Reading(self.path) as file:
             return file[self.name][start:stop]
 
     def _read_plain(self, start: int, stop: int, offset: int) -> np.ndarray:
         """Read the rows without HDF5. A mapping would crash the process if its file were cut short."""
-        size = math.prod(self.row_shape)
+        size = math.prod(self.shape[1:])
         with self.path.open("rb", buffering=0) as file:
             file.seek(offset + start * self.dtype.itemsize * size)
             values = np.fromfile(file, self.dtype, (stop - start) * size)
@@ -342,149 +346,82 @@ class Rows:
                 f"{self.path}: {self.label}: rows {start}..{stop} cannot be read any more: the file is shorter than it "
                 "was. Was it replaced while it was in use?"
             )
-        return values.reshape(stop - start, *self.row_shape)
+        return values.reshape(stop - start, *self.shape[1:])
 
 
 @dataclasses.dataclass(frozen=True)
-class Converted:
-    """A column of numbers to which a function is applied."""
+class Pictures(abc.ABC):
+    """The pictures of one camera in one episode, in time order: 8-bit RGB in the end, however they are stored."""
 
-    column: Column
-    function: Callable[[np.ndarray], np.ndarray]
-    row_shape: tuple[int, ...]
-
-    @property
-    def path(self) -> Path:
-        return self.column.path
-
-    @property
-    def label(self) -> str:
-        return self.column.label
-
-    @property
-    def kind(self) -> str:
-        return self.column.kind
+    path: Path
+    label: str  # name in the format, for messages
+    num_stored: int
+    row_shape: tuple[int, ...]  # h, w, 3
+    picks: tuple[int, ...] | None = None  # numbers of the stored pictures that count, ascending; None: all
 
     def __len__(self) -> int:
-        return len(self.column)
+        return self.num_stored if self.picks is None else len(self.picks)
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self.function(self.column.read(start, stop))
-
-
-@dataclasses.dataclass(frozen=True)
-class Joined:
-    """The numbers of several columns side by side, as float32; a column of scalars gets width 1."""
-
-    parts: tuple[Column, ...]
-
-    @property
-    def path(self) -> Path:
-        return self.parts[0].path
-
-    @property
-    def label(self) -> str:
-        return " ++ ".join(part.label for part in self.parts)
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        return (sum(part.row_shape[0] if part.row_shape else 1 for part in self.parts),)
-
-    @property
-    def kind(self) -> str:
-        return "f"
-
-    def __len__(self) -> int:
-        return len(self.parts[0])
-
-    def read(self, start: int, stop: int) -> Float[np.ndarray, "t s"]:
-        blocks = [part.read(start, stop) for part in self.parts]
-        flat = [block.reshape(len(block), math.prod(block.shape[1:])) for block in blocks]
-        return np.concatenate(flat, axis=1, dtype=np.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Pictures:
-    """Pictures as RGB; ``flip`` lists the axes of a picture to reverse (0 rows, 1 columns)."""
-
-    rows: Rows | Jpegs
-    flip: tuple[int, ...] = ()
-
-    @property
-    def path(self) -> Path:
-        return self.rows.path
-
-    @property
-    def label(self) -> str:
-        return self.rows.label
-
-    @property
-    def row_shape(self) -> tuple[int, int, int]:
-        if isinstance(self.rows, Jpegs):
-            return self.rows.row_shape
-        return pictures.rgb_shape(self.rows.row_shape, self.rows.dtype)
-
-    @property
-    def kind(self) -> str:
-        return "u"
-
-    @property
-    def is_plain(self) -> bool:
-        """Return whether the stored rows are the pictures without any conversion."""
-        return isinstance(self.rows, Rows) and not self.flip and self.rows.row_shape == self.row_shape
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    def pick(self, steps: Int[np.ndarray, " n"]) -> Self:
+        """Return some of the pictures; ``steps`` ascend."""
+        before = np.arange(len(self)) if self.picks is None else np.array(self.picks, int)
+        return dataclasses.replace(self, picks=tuple(before[steps].tolist()))
 
     def read(self, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
-        try:
-            frames = pictures.rgb_rows(self.rows.read(start, stop))
-        except pictures.PictureError as error:
-            raise ValueError(f"{self.path}: {self.label}: rows {start}..{stop}: {error}") from error
-        return np.ascontiguousarray(np.flip(frames, tuple(axis + 1 for axis in self.flip)))
+        """Read the pictures ``start`` to ``stop`` (exclusive)."""
+        if self.picks is None:
+            return self._read(start, stop)
+        wanted = np.array(self.picks[start:stop], int)
+        if not len(wanted):
+            return self._read(0, 0)
+        return self._read(int(wanted[0]), int(wanted[-1]) + 1)[wanted - wanted[0]]
+
+    @abc.abstractmethod
+    def _read(self, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
+        """Read pictures by their stored numbers."""
+
+    @abc.abstractmethod
+    def _encoded(self) -> list[Any]:
+        """Return where all stored pictures are, as JSON values."""
+
+    def encoded(self) -> list[Any]:
+        """Return the pictures' place as JSON values, which ``hdf5`` decodes. Records of a frame cache depend on it."""
+        return self._encoded() if self.picks is None else ["picked", self._encoded(), list(self.picks)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Jpegs:
-    """Pictures stored as one JPEG or PNG per row. Padding does not matter: decoders stop at the end marker."""
+class DatasetPictures(Pictures):
+    """Pictures in a dataset: as numbers, or as one JPEG or PNG per row."""
 
-    rows: Rows
-    row_shape: tuple[int, int, int]  # shape of the first picture
-    bgr: bool = False  # the recorder swapped red and blue
+    rows: StoredRows = dataclasses.field(kw_only=True)
+    is_encoded: bool = dataclasses.field(kw_only=True)  # padding does not matter: decoders stop at the end marker
+    bgr: bool = dataclasses.field(default=False, kw_only=True)  # the recorder of JPEGs swapped red and blue
+    flip: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)  # axes to reverse (0 rows, 1 columns)
 
     @classmethod
-    def of(cls, rows: Rows, *, bgr: bool = False) -> Jpegs:
-        """Check the first picture; raise ``pictures.PictureError`` unless it is 8-bit colour."""
-        if not len(rows):
-            return cls(rows, (0, 0, 3), bgr)
-        first = _open_jpeg(rows, 0, _cells(rows, 0, 1)[0])
+    def of(
+        cls, rows: StoredRows, *, is_encoded: bool, bgr: bool = False, flip: tuple[int, ...] = ()
+    ) -> DatasetPictures:
+        """Check the first picture, if it is encoded; raise ``pictures.PictureError`` unless it is 8-bit colour."""
+        shape = _encoded_shape(rows) if is_encoded else pictures.rgb_shape(rows.shape[1:], rows.dtype)
+        return cls(rows.path, rows.label, len(rows), shape, rows=rows, is_encoded=is_encoded, bgr=bgr, flip=flip)
+
+    def _read(self, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
+        frames = self._decoded(start, stop) if self.is_encoded else self._raw(start, stop)
+        return np.ascontiguousarray(np.flip(frames, tuple(axis + 1 for axis in self.flip)))
+
+    def _raw(self, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
         try:
-            pictures.check_colour(first)
-        except DAMAGE as error:
-            raise _bad_jpeg(rows, 0, error) from error
-        return cls(rows, (first.height, first.width, 3), bgr)
+            return pictures.rgb_rows(self.rows.read(start, stop))
+        except pictures.PictureError as error:
+            raise ValueError(f"{self.path}: {self.label}: rows {start}..{stop}: {error}") from error
 
-    @property
-    def path(self) -> Path:
-        return self.rows.path
-
-    @property
-    def label(self) -> str:
-        return self.rows.label
-
-    @property
-    def kind(self) -> str:
-        return "u"
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
+    def _decoded(self, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
         files.check_memory(f"{self.path}: {self.label}", (stop - start) * math.prod(self.row_shape))
         frames = np.empty((stop - start, *self.row_shape), np.uint8)
         for frame, (number, row) in zip(frames, enumerate(_cells(self.rows, start, stop), start), strict=True):
             frame[...] = self._decode(number, row)
-        return frames[..., ::-1].copy() if self.bgr else frames
+        return frames[..., ::-1] if self.bgr else frames
 
     def _decode(self, number: int, row: UInt8[np.ndarray, " bytes"]) -> np.ndarray:
         picture = _open_jpeg(self.rows, number, row)
@@ -494,13 +431,44 @@ class Jpegs:
             raise _bad_jpeg(self.rows, number, error) from error
         if frame.shape != self.row_shape:
             raise ValueError(
-                f"{self.rows.path}: {self.label}: the JPEG image of frame {number} has shape {frame.shape}, "
+                f"{self.path}: {self.label}: the JPEG image of frame {number} has shape {frame.shape}, "
                 f"expected {self.row_shape} as in frame 0"
             )
         return frame
 
+    def _encoded(self) -> list[Any]:
+        rows = self.rows
+        place = ["rows", str(rows.path), rows.name, rows.label, rows.shape, rows.dtype.str, rows.offset]
+        encoded = ["jpegs", place, self.row_shape, self.bgr] if self.is_encoded else place
+        return encoded if self.is_encoded and not self.flip else ["pictures", encoded, self.flip]
 
-def _cells(rows: Rows, start: int, stop: int) -> np.ndarray:
+    @classmethod
+    def decode(cls, encoded: list[Any]) -> DatasetPictures:
+        """Return what ``_encoded`` described."""
+        kind, place, *rest = encoded
+        if kind == "pictures" and place[0] == "jpegs":
+            return dataclasses.replace(cls.decode(place), flip=tuple(rest[0]))
+        _, path, name, label, shape, dtype, offset = place
+        rows = StoredRows(Path(path), name, label, tuple(shape), np.dtype(dtype), offset)
+        if kind == "pictures":
+            return cls.of(rows, is_encoded=False, flip=tuple(rest[0]))
+        row_shape, bgr = rest
+        return cls(rows.path, label, len(rows), tuple(row_shape), rows=rows, is_encoded=True, bgr=bgr)
+
+
+def _encoded_shape(rows: StoredRows) -> tuple[int, int, int]:
+    """Return the shape of the first picture; raise ``pictures.PictureError`` unless it is 8-bit colour."""
+    if not len(rows):
+        return 0, 0, 3
+    first = _open_jpeg(rows, 0, _cells(rows, 0, 1)[0])
+    try:
+        pictures.check_colour(first)
+    except DAMAGE as error:
+        raise _bad_jpeg(rows, 0, error) from error
+    return first.height, first.width, 3
+
+
+def _cells(rows: StoredRows, start: int, stop: int) -> np.ndarray:
     """Return the bytes of each picture. As fixed-length strings they would lose final zeros, which WebP may need."""
     cells = rows.read(start, stop)
     return cells.view(np.dtype((np.void, cells.itemsize))) if cells.dtype.kind == "S" else cells
@@ -509,70 +477,39 @@ def _cells(rows: Rows, start: int, stop: int) -> np.ndarray:
 DAMAGE = (OSError, SyntaxError)  # Pillow raises these, and ValueError, for damaged data
 
 
-def _open_jpeg(rows: Rows, number: int, row: np.ndarray) -> Image.Image:
+def _open_jpeg(rows: StoredRows, number: int, row: np.ndarray) -> Image.Image:
     try:
         return files.open_picture(row.tobytes())
     except ValueError as error:
         raise _bad_jpeg(rows, number, error) from error
 
 
-def _bad_jpeg(rows: Rows, number: int, reason: object) -> ValueError:
+def _bad_jpeg(rows: StoredRows, number: int, reason: object) -> ValueError:
     return ValueError(
         f"{rows.path}: {rows.label}: the image of frame {number} cannot be decoded: expected a JPEG or PNG ({reason})"
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Picked:
-    """Some rows of a column, in ascending order."""
-
-    column: Column
-    picks: np.ndarray
-
-    @property
-    def path(self) -> Path:
-        return self.column.path
-
-    @property
-    def label(self) -> str:
-        return self.column.label
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        return self.column.row_shape
-
-    @property
-    def kind(self) -> str:
-        return self.column.kind
-
-    def __len__(self) -> int:
-        return len(self.picks)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        wanted = self.picks[start:stop]
-        if not len(wanted):
-            return self.column.read(0, 0)
-        first, last = int(wanted[0]), int(wanted[-1])
-        return self.column.read(first, last + 1)[wanted - first]
-
-
-def numbers(where: str, group: h5py.Group, label: str, *, kinds: str = "fiu", ranks: Sequence[int] = (1, 2)) -> Rows:
-    """Return the rows of a dataset with one or several numbers per step; all must be finite."""
+def numbers(where: str, group: h5py.Group, label: str, *, kinds: str = "fiu", ranks: Sequence[int] = (1, 2)) -> Numbers:
+    """Read a dataset with one or several numbers per step; all must be finite."""
     data = dataset(where, group, label)
-    rows = Rows.of(where, data, label, kinds=kinds, ranks=ranks)
-    files.check_memory(f"{where}: {label}", math.prod(rows.shape) * rows.dtype.itemsize)
-    check_finite(where, label, data[...])
-    return rows
+    if data.shape is None:
+        raise ValueError(f"{where}: {label}: expected numbers, found a dataset without any content")
+    if data.dtype.kind not in kinds:
+        words = {"f": "floats", "i": "integers", "u": "unsigned integers", "b": "booleans"}
+        raise ValueError(f"{where}: {label}: expected {' or '.join(words[kind] for kind in kinds)}, found {data.dtype}")
+    if data.ndim not in ranks:
+        expected = " or ".join(map(str, ranks))
+        raise ValueError(f"{where}: {label}: expected {expected} axes, time first, found shape {data.shape}")
+    files.check_memory(f"{where}: {label}", data.size * data.dtype.itemsize)
+    values = data[...]
+    check_finite(where, label, values)
+    return Numbers(label, data.shape, data.dtype.kind, values)
 
 
 def vector(where: str, group: h5py.Group, label: str, *, kinds: str = "fiub") -> Shaped[np.ndarray, " t"]:
     """Read a dataset with one number per step; all must be finite."""
-    data = dataset(where, group, label)
-    rows = Rows.of(where, data, label, kinds=kinds, ranks=(1,))
-    files.check_memory(f"{where}: {label}", len(rows) * rows.dtype.itemsize)
-    values = data[...]
-    check_finite(where, label, values)
-    return values
+    return numbers(where, group, label, kinds=kinds, ranks=(1,)).stored
 
 
 def check_finite(where: str, label: str, array: np.ndarray) -> None:
@@ -600,30 +537,33 @@ def check_lengths(where: str, lengths: Mapping[str, int]) -> int:
 
 def checked(where: str, record: Record) -> Record:
     """Return the record; raise unless every key has one row per step."""
-    parts = [part for column in record.columns.values() for part in _parts(column)]
-    lengths = {part.label: len(part) for part in parts}
+    lengths = {part.label: len(part) for each in record.numbers.values() for part in each.parts}
+    lengths |= {each.label: len(each) for each in record.pictures.values()}
     for label, values in {"rewards": record.rewards, "terminals": record.terminals}.items():
         if values is not None:
             lengths[label] = len(values)
     check_lengths(where, lengths)
-    for key, column in record.final.items():
-        like = record.columns[key]
-        if len(column) != 1 or column.row_shape != like.row_shape:
+    final: dict[str, Joined | Pictures] = {**record.final_pictures}
+    if record.final_state is not None:
+        final["state"] = record.final_state
+    for key, last in final.items():
+        like = record.pictures[key] if key in record.pictures else record.numbers[key]
+        if len(last) != 1 or last.row_shape != like.row_shape:
             raise ValueError(
-                f"{where}: {column.label}: expected 1 row of shape {like.row_shape} (as in {like.label}), found "
-                f"{len(column)} of shape {column.row_shape}"
+                f"{where}: {last.label}: expected 1 row of shape {like.row_shape} (as in {like.label}), found "
+                f"{len(last)} of shape {last.row_shape}"
             )
     return record
 
 
-def last_row(where: str, column: Column, steps: int) -> Picked:
+Rows = TypeVar("Rows", Joined, Pictures)
+
+
+def last_row(where: str, column: Rows, steps: int) -> Rows:
     """Pick the last row of a column, which must have one row for each of ``steps`` actions."""
-    check_lengths(where, {"actions": steps} | {part.label: len(part) for part in _parts(column)})
-    return Picked(column, np.array([steps - 1]))
-
-
-def _parts(column: Column) -> Sequence[Column]:
-    return column.parts if isinstance(column, Joined) else (column,)
+    parts = column.parts if isinstance(column, Joined) else (column,)
+    check_lengths(where, {"actions": steps} | {part.label: len(part) for part in parts})
+    return column.pick(np.array([steps - 1]))
 
 
 def text(where: str, name: str, value: Any) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from acrlpd import files
 from acrlpd.data.episodes import IMAGE_PREFIX, first_text
 from acrlpd.data.layouts import cameras, columns
-from acrlpd.data.layouts.columns import Column, Joined, Options, Picked, Reading, Record
+from acrlpd.data.layouts.columns import Joined, Options, Reading, Record
 from acrlpd.data.layouts.mp4 import Video
 from acrlpd.data.tree import files_below
 from acrlpd.data.video import VideoReaders
@@ -69,11 +69,11 @@ class Droid:
             cameras.check_keys(
                 where, file, actions, "action_keys", asked=options.action_keys is not None, below=NUMBERS
             )
-            numbers: dict[str, Column] = {
+            numbers = {
                 "state": Joined(tuple(columns.numbers(where, file, label) for label in state)),
                 "actions": Joined(tuple(columns.numbers(where, file, label) for label in actions)),
             }
-            columns.checked(where, Record(numbers))
+            columns.checked(where, Record(numbers, {}))
             _check_clock(where, file, len(numbers["state"]))
             serials, others = _cameras(where, file)
             success = _success(where, file, metadata, folder.relative_to(self._root.parent))
@@ -86,7 +86,7 @@ class Droid:
             for camera in sorted(serials)
         }
         pictures, left_out = cameras.choose(where, openers, options.cameras)
-        record = Record(numbers | pictures, self._task(uuid), success, task_mark=mark, left_out=left_out | others)
+        record = Record(numbers, pictures, self._task(uuid), success, task_mark=mark, left_out=left_out | others)
         return _picked(where, _ended_with_videos(where, record), driven)
 
     def unused(self, index: int) -> list[str]:
@@ -187,8 +187,9 @@ def _driven(where: str, file: h5py.File) -> np.ndarray:
 def _ended_with_videos(where: str, record: Record) -> Record:
     """End the episode where its shortest video ends, and cut longer videos to the length of the episode."""
     steps = len(record)
-    shortest = min(record.columns, key=lambda key: len(record.columns[key]))
-    kept = len(record.columns[shortest])
+    lengths = {"": steps} | {key: len(each) for key, each in record.pictures.items()}
+    shortest = min(lengths, key=lengths.__getitem__)
+    kept = lengths[shortest]
     if kept < steps:
         warnings.warn(
             f"{where}: {shortest}: the video has {kept} frames for {steps} steps; the episode ends there", stacklevel=2
@@ -201,15 +202,13 @@ def _picked(where: str, record: Record, steps: np.ndarray | None) -> Record:
     if steps is None:
         return record
     steps = steps[steps < len(record)]
-    if all(np.array_equal(steps, np.arange(len(column))) for column in record.columns.values()):
+    lengths = {*map(len, record.numbers.values()), *map(len, record.pictures.values())}  # videos may be longer
+    if all(np.array_equal(steps, np.arange(length)) for length in lengths):
         return record
     if not len(steps):
         raise ValueError(f"{where}: no step is left: the operator was driving at none of them")
-    return dataclasses.replace(record, columns={key: _pick(column, steps) for key, column in record.columns.items()})
-
-
-def _pick(column: Column, steps: np.ndarray) -> Column:
-    """Pick steps of a column. Joined parts stay separate, because each one's shape must agree across episodes."""
-    if isinstance(column, Joined):
-        return Joined(tuple(Picked(part, steps) for part in column.parts))
-    return Picked(column, steps)
+    return dataclasses.replace(
+        record,
+        numbers={key: each.pick(steps) for key, each in record.numbers.items()},
+        pictures={key: each.pick(steps) for key, each in record.pictures.items()},
+    )

@@ -5,24 +5,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from acrlpd.data import video
+from acrlpd.data.layouts.columns import Pictures
 
 TOLERANCE_S = 1e-6  # frames are requested at exactly the times at which they were found
 
 
 @dataclasses.dataclass(frozen=True)
-class Video:
-    """A column whose row t is frame t of a video, in presentation order."""
+class Video(Pictures):
+    """Pictures of which number t is frame t of a video, in presentation order."""
 
-    path: Path
-    label: str  # name of the camera
-    num_frames: int
-    row_shape: tuple[int, ...]  # h, w, 3
-    readers: video.VideoReaders
+    readers: video.VideoReaders = dataclasses.field(kw_only=True)
 
     @classmethod
     def of(cls, path: Path, label: str, readers: video.VideoReaders) -> Video:
@@ -36,16 +34,18 @@ class Video:
             raise
         except video.VideoError as error:
             raise _named(path, label, error) from error
-        return cls(path, label, len(times), first.shape[1:], readers)
+        return cls(path, label, len(times), first.shape[1:], readers=readers)
 
-    @property
-    def kind(self) -> str:
-        return "u"
+    def _encoded(self) -> list[Any]:
+        return ["video", str(self.path), self.label, self.num_stored, self.row_shape]
 
-    def __len__(self) -> int:
-        return self.num_frames
+    @classmethod
+    def decode(cls, encoded: list[Any], readers: video.VideoReaders) -> Video:
+        """Return what ``_encoded`` described."""
+        _, path, label, num_frames, row_shape = encoded
+        return cls(Path(path), label, num_frames, tuple(row_shape), readers=readers)
 
-    def read(self, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
+    def _read(self, start: int, stop: int) -> UInt8[np.ndarray, "t h w 3"]:
         times = _frame_times(self.path)[start:stop]
         if not len(times):
             return np.empty((0, *self.row_shape), np.uint8)

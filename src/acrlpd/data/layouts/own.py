@@ -35,7 +35,7 @@ from acrlpd import files
 from acrlpd.data import finals
 from acrlpd.data.episodes import check_task_changes, first_text, step_tasks
 from acrlpd.data.layouts import cameras, columns
-from acrlpd.data.layouts.columns import Column, Joined, Options, Reading, Record
+from acrlpd.data.layouts.columns import Joined, Options, Reading, Record
 from acrlpd.types import Episode, FinalObservation
 
 FORMAT = "acrlpd"
@@ -145,24 +145,26 @@ class Own:
                 for name in columns.names(where, file, IMAGES)
             }
             pictures, left_out = cameras.choose(where, openers, self._options.cameras)
-            found: dict[str, Column] = {
+            found = {
                 "state": Joined((columns.numbers(where, file, "observations/state", kinds="f", ranks=(2,)),)),
                 "actions": Joined((columns.numbers(where, file, "actions", kinds="f", ranks=(2,)),)),
             }
-            final: dict[str, Column] = {}
+            final_state, final_pictures = None, {}
             if columns.find(where, file, "final") is not None:
-                final["state"] = Joined((columns.numbers(where, file, "final/state", kinds="f", ranks=(2,)),))
-                final |= {key: cameras.stored(where, file, f"final/{key}") for key in pictures}
+                final_state = Joined((columns.numbers(where, file, "final/state", kinds="f", ranks=(2,)),))
+                final_pictures = {key: cameras.stored(where, file, f"final/{key}") for key in pictures}
             default = self._options.default_task
             record = Record(
-                found | pictures,
+                found,
+                pictures,
                 first_text(columns.text(where, "task", file.attrs["task"]), default),
                 columns.flag(where, "success", file.attrs.get("success")),
                 columns.vector(where, file, "rewards", kinds="f").astype(np.float32),
                 columns.vector(where, file, "terminals", kinds="b"),
                 tuple((step, first_text(text, default)) for step, text in _task_changes(where, file)),
                 left_out=left_out,
-                final=final,
+                final_state=final_state,
+                final_pictures=final_pictures,
             )
         check_task_changes(where, record.task_changes, len(columns.checked(where, record)))
         return record

@@ -33,7 +33,7 @@ import numpy as np
 from acrlpd import files
 from acrlpd.data.episodes import IMAGE_PREFIX, first_text
 from acrlpd.data.layouts import cameras, columns
-from acrlpd.data.layouts.columns import Column, Converted, Joined, Options, Picked, Reading, Record
+from acrlpd.data.layouts.columns import Joined, Numbers, Options, Pictures, Reading, Record
 
 ARM = r"(robot(\d+)(_right|_left)?)_eef_pos"  # every arm has this key; robosuite's two-armed robots add the side
 ARM_KEYS = ("eef_pos", "eef_quat", "gripper_qpos")  # the state has these keys of every arm
@@ -77,7 +77,7 @@ class Robomimic:
             state, actions = self._labels(where, demo)
             cameras.check_keys(where, demo, state, "state_keys", asked=not convert)
             cameras.check_keys(where, demo, actions, "action_keys", asked=options.action_keys is not None)
-            found: dict[str, Column] = {
+            found = {
                 "state": Joined(tuple(_state(where, demo, label, convert=convert) for label in state)),
                 "actions": Joined(tuple(columns.numbers(where, demo, label) for label in actions)),
             }
@@ -86,35 +86,36 @@ class Robomimic:
                 for camera, label in self._cameras(where, demo).items()
             }
             pictures, left_out = cameras.choose(where, openers, options.cameras)
-            final = self._final(where, demo, index, state, list(pictures))
+            final_state, final_pictures = self._final(where, demo, index, state, list(pictures))
             meta = columns.json_text(where, "ep_meta", demo.attrs.get("ep_meta"))
             record = Record(
-                found | pictures,
+                found,
+                pictures,
                 first_text(str(meta.get("lang") or ""), self._tasks[path], options.default_task),
                 task_mark=self._marks[path],
                 rewards=_rewards(where, demo),
                 left_out=left_out,
-                final=final,
+                final_state=final_state,
+                final_pictures=final_pictures,
             )
             _check_num_samples(where, demo, len(columns.checked(where, record)))
         return _aligned(where, record) if options.align_observations else record
 
     def _final(
         self, where: str, demo: h5py.Group, index: int, state: Sequence[str], pictures: Sequence[str]
-    ) -> dict[str, Column]:
+    ) -> tuple[Joined | None, dict[str, Pictures]]:
         """Return the observation after the last action, if ``next_obs`` has all keys of the observations."""
         known = self._cameras(where, demo)
         labels = {key: known[key.removeprefix(IMAGE_PREFIX)] for key in pictures}
         wanted = [*state, *labels.values()]
         if any(columns.find(where, demo, _next(label)) is None for label in wanted):
-            return {}
+            return None, {}
         convert, flip = self._options.state_keys is None, self._flips[self._demos[index][0]]
-        after: dict[str, Column] = {
-            "state": Joined(tuple(_state(where, demo, _next(label), convert=convert) for label in state))
-        }
-        after |= {key: cameras.stored(where, demo, _next(label), flip=flip) for key, label in labels.items()}
+        after = Joined(tuple(_state(where, demo, _next(label), convert=convert) for label in state))
+        seen = {key: cameras.stored(where, demo, _next(label), flip=flip) for key, label in labels.items()}
         steps = len(columns.dataset(where, demo, self._labels(where, demo)[1][0]))
-        return {key: columns.last_row(where, column, steps) for key, column in after.items()}
+        last = {key: columns.last_row(where, each, steps) for key, each in seen.items()}
+        return columns.last_row(where, after, steps), last
 
     def unused(self, index: int) -> list[str]:
         where, (path, name) = self.sources[index], self._demos[index]
@@ -222,10 +223,10 @@ def _rewards(where: str, demo: h5py.Group) -> np.ndarray | None:
     return columns.vector(where, demo, "rewards").astype(np.float32)
 
 
-def _state(where: str, demo: h5py.Group, label: str, *, convert: bool) -> Column:
+def _state(where: str, demo: h5py.Group, label: str, *, convert: bool) -> Numbers:
     rows = columns.numbers(where, demo, label)
-    is_quaternion = label.endswith("_quat") and rows.row_shape == (4,)
-    return Converted(rows, columns.axis_angle, (3,)) if convert and is_quaternion else rows
+    is_quaternion = label.endswith("_quat") and rows.shape[1:] == (4,)
+    return rows.converted(columns.axis_angle) if convert and is_quaternion else rows
 
 
 def _arms(there: Sequence[str]) -> list[str]:
@@ -284,7 +285,12 @@ def _aligned(where: str, record: Record) -> Record:
     if steps < 2:
         raise ValueError(f"{where}: align_observations needs at least 2 steps, found {steps}")
     before, after = np.arange(steps - 1), np.arange(1, steps)
-    shifted = {key: Picked(column, after if key == "actions" else before) for key, column in record.columns.items()}
-    rewards = None if record.rewards is None else record.rewards[1:]
-    final = {key: Picked(record.columns[key], after[-1:]) for key in record.columns if key != "actions"}
-    return dataclasses.replace(record, columns=dict(shifted), rewards=rewards, final=dict(final))
+    state, actions = record.numbers["state"], record.numbers["actions"]
+    return dataclasses.replace(
+        record,
+        numbers={"state": state.pick(before), "actions": actions.pick(after)},
+        pictures={key: each.pick(before) for key, each in record.pictures.items()},
+        rewards=None if record.rewards is None else record.rewards[1:],
+        final_state=state.pick(after[-1:]),
+        final_pictures={key: each.pick(after[-1:]) for key, each in record.pictures.items()},
+    )

@@ -148,7 +148,7 @@ def test_frames_of_videos_are_read_from_the_cache(videos, tmp_path, monkeypatch)
     decoded = ACRLPDDataLoader(source, 6, 4, seed=5)
     cache.build(source)
     loader = ACRLPDDataLoader(source, 6, 4, memory_bytes=1 << 16, seed=5)
-    monkeypatch.setattr(source._videos, "frames", None)  # no video is asked any more
+    monkeypatch.setattr(source._files, "frames", None)  # no video is asked any more
     assert_same(loader.batch(2), decoded.batch(2))
     for each in (loader, decoded):
         each.close()

@@ -26,6 +26,10 @@ SETTINGS = {  # of each rule: under which settings of the demo its fields are id
     "agent.target best_of_n": (IMPLICIT, {}),
     "agent.target implicit": ({}, IMPLICIT),
     "agent.extraction guided": ({}, {"agent.extraction": "guided"}),
+    "agent.extraction guided with agent.target best_of_n": (
+        {"agent.extraction": "guided", **IMPLICIT},
+        {"agent.extraction": "guided"},
+    ),
     "agent.extraction distill": ({}, {"agent.extraction": "distill"}),
     "an agent.bc_weighting": ({}, {"agent.bc_weighting": "importance"}),
     "agent.critic.use_pi0_features": ({"agent.critic.use_pi0_features": False}, {}),

@@ -177,12 +177,13 @@ def test_nothing_is_differentiated_through_the_guidance(prefix, noise):
 
 
 def test_a_chunk_that_climbs_goes_on_continuing_another(prefix, noise):
-    """By hand for the velocity x: climbing first, then the pull towards the other chunk, whose Jacobian is 1 - t."""
+    """By hand for the velocity x: climbing where steps are free, then the pull, whose Jacobian is 1 - t."""
     policy = Field(lambda prefix, x_t, time: x_t)
     guidance = flow.Guidance(jnp.ones((2, 3, 2)), jnp.array([[1.0, 0.5, 0.0]] * 2))
     both = flow.climbing(flow.Guided(policy, guidance), flow.Climb(lambda a: 2 * a, jnp.full((1, 1), 0.3)))
     x, t = np.asarray(noise), 0.5
-    climbing = x - 0.3 * 2 * (x - t * x)
-    pull = (1 - (x - t * climbing)) * np.array([1.0, 0.5, 0.0])[:, None] * (1 - t)
+    agree = np.array([1.0, 0.5, 0.0])[:, None]
+    climbing = x - (1 - agree) * 0.3 * 2 * (x - t * x)
+    pull = (1 - (x - t * climbing)) * agree * (1 - t)
     velocity = both.velocity(prefix, noise, jnp.full(noise.shape[:2], t))
     np.testing.assert_allclose(velocity, climbing - 2 * pull, atol=1e-5)  # (t^2 + (1 - t)^2) / (t (1 - t)) is 2

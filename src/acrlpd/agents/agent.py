@@ -154,7 +154,9 @@ class ACRLPDAgent(AgentState):
             ValueError: guidance is asked for, and the size of Q, which scales it, was never measured.
         """
         config = self.config.with_extraction(name, guidance_weights)
-        if name == "guided" and self.chooses and not self.q_scale > 0:
+        asked = name is not None or guidance_weights is not None
+        guides = config.extraction == "guided" and any(config.guidance_weights) and self.chooses
+        if asked and guides and not self.q_scale > 0:
             raise ValueError(
                 "extraction 'guided' divides by the running mean of |Q|, which this checkpoint does not have: it was "
                 "saved before the first update, or by an earlier version. Resume its run for some updates"

@@ -65,7 +65,8 @@ def choose(
     chunks, scores = propose(modules, config, prefix, noise, num_steps)
     judged, eligible = modules.critic.judged(chunks), scores  # nothing else counts in distances
     if config.typical_share < 1:
-        eligible = jnp.where(sampling.typical(judged, config.typical_share), scores, -jnp.inf)
+        typical = sampling.typical(judged, config.typical_share)
+        eligible = jnp.where(typical | jnp.isnan(scores), scores, -jnp.inf)  # what is not finite is noticed later
     if explore is None:
         _, best = sampling.select(judged, eligible)
     else:

@@ -82,7 +82,7 @@ class AgentConfig:
     huber_delta: Annotated[float, Interval("(0, inf]")] | None = None  # None: squared TD error
     actor_samples: PositiveInt = 2  # q_gradient: chunks per observation; 1 switches the entropy bonus off
     distill_weight: NonNegativeFloat = 100.0  # distill: weight of the distance to the flow, relative to Q
-    # guided: weights of Q's gradient, which candidates take in turn
+    # guided: weights of Q's gradient, which candidates take in turn: with fewer candidates, the first weights
     guidance_weights: Annotated[tuple[NonNegativeFloat, ...], NOT_EMPTY] = (1.0,)
     target_guidance: bool = False  # guided: guide the candidates in the TD target, too
     # imitate some chunks more: importance: those better than the critic expected; difficulty: those imitated badly

@@ -36,6 +36,8 @@ class TrainState:
     opt_state: Any
     target_params: Any
     ema_params: Any
+    health: Any
+    q_scale: Array
 
 
 @struct.dataclass
@@ -46,7 +48,9 @@ class ACRLPDPi0Agent(ACRLPDAgent):
         return self.update(batch, rng)  # type: ignore[return-value]  # an update keeps the class
 
     def create_train_state(self) -> TrainState:
-        return TrainState(self.step, self.params, self.opt_state, self.target_critic, self.ema)
+        return TrainState(
+            self.step, self.params, self.opt_state, self.target_critic, self.ema, self.health, self.q_scale
+        )
 
     def update_from_train_state(self, state: TrainState) -> ACRLPDPi0Agent:
         """Return this agent with ``state``; its frozen parameters and its configuration stay."""
@@ -57,6 +61,8 @@ class ACRLPDPi0Agent(ACRLPDAgent):
             opt_state=state.opt_state,
             target_critic=state.target_params,
             ema=state.ema_params,
+            health=state.health,
+            q_scale=state.q_scale,
         )
 
 

@@ -146,7 +146,8 @@ def typical(candidates: Float[Array, "n b h a"], share: float) -> Bool[Array, "n
     """
     n, b = candidates.shape[:2]
     distance = jnp.linalg.norm((candidates - candidates.mean(axis=0)[None]).reshape(n, b, -1), axis=-1)
-    furthest = jnp.sort(distance, axis=0)[max(1, math.ceil(share * n)) - 1]
+    kept = max(1, math.ceil(share * n - 1e-9))  # 0.55 * 100 is a little more than 55
+    furthest = jnp.sort(distance, axis=0)[kept - 1]
     return distance <= furthest[None]
 
 

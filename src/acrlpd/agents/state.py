@@ -69,9 +69,8 @@ class Networks:
 class AgentState:
     """The state that an update replaces and losses read: policy, critics, temperature and their optimisers."""
 
-    params: dict[
-        str, Params
-    ]  # by group: "policy", "critic", "temperature"; some have "student" (distill) or "value" (V)
+    # by group: "policy", "critic", "temperature"; some have "student" (distill) or "value" (V)
+    params: dict[str, Params]
     frozen: Params  # the policy's frozen part, which has no optimiser state
     target_critic: Params
     opt_state: dict[str, optax.OptState]

@@ -68,7 +68,12 @@ RULES = (
     Rule(
         "agent.extraction guided",
         lambda c: c.agent.extraction == "guided",
-        _in("agent", "guidance_weights", "target_guidance"),
+        ("agent.guidance_weights",),
+    ),
+    Rule(
+        "agent.extraction guided with agent.target best_of_n",
+        lambda c: c.agent.extraction == "guided" and c.agent.target == "best_of_n",
+        ("agent.target_guidance",),
     ),
     Rule("agent.extraction distill", lambda c: c.agent.extraction == "distill", ("agent.distill_weight",)),
     Rule(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -29,6 +30,8 @@ from acrlpd.training.build import abstract_agent, delta_mask, has_quantiles, mak
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.loading import Trained
 from acrlpd.training.prior_data import open_mixture, open_sets
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +131,18 @@ def _with_critics(trained: Trained, agent_config: AgentConfig, members: np.ndarr
         target_critic = export.keep_critics(agent.target_critic, members)
         agent = dataclasses.replace(agent, params=params, ema=ema, target_critic=target_critic)
     config = dataclasses.replace(trained.config, agent=agent_config)
-    nets = abstract_agent(config, trained.dims, trained.cameras).nets
-    return dataclasses.replace(trained, agent=dataclasses.replace(agent, nets=nets), config=config)
+    like = abstract_agent(config, trained.dims, trained.cameras)  # another extraction may have no student
+    health = dataclasses.replace(agent.health, means=_only(like.health.means, agent.health.means))
+    parts: dict[str, Any] = {
+        "params": _only(like.params, agent.params),
+        "ema": _only(like.ema, agent.ema),
+        "health": health,
+    }
+    return dataclasses.replace(trained, agent=dataclasses.replace(agent, nets=like.nets, **parts), config=config)
+
+
+def _only(names: Iterable[str], groups: Mapping[str, T]) -> dict[str, T]:
+    return {name: groups[name] for name in names}
 
 
 def _write_checkpoint(folder: Path, trained: Trained) -> None:

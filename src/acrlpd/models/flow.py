@@ -122,7 +122,7 @@ class Climb:
     """A value that samples climb while they are denoised (QGF, arXiv:2606.11087)."""
 
     gradient: Callable[[Float[Array, "n b h a"]], Float[Array, "n b h a"]]  # of the value, by the clean chunk
-    weights: Float[Array, "n b"]  # how strongly each candidate follows it; 0: not at all
+    weights: Float[AnyArray, "#n #b"]  # how strongly each candidate follows it; 0: not at all
     clip: float | None = None  # clean chunks are clipped to +- this before the gradient is taken
 
 
@@ -191,7 +191,13 @@ class Guided:
     ) -> Float[Array, "n b h a"]:
         def climbing_velocity(x_t):
             v_t = self.policy.velocity(prefix, x_t, time)
-            return v_t if self.climb is None else guided_velocity(v_t, x_t, time, self.climb)
+            if self.climb is None:
+                return v_t
+            climbing = guided_velocity(v_t, x_t, time, self.climb)
+            if self.guidance is None:
+                return climbing
+            free = 1 - self.guidance.weights[None, :, :, None]  # what must be as in the old chunk does not climb
+            return v_t + free * (climbing - v_t)
 
         if self.guidance is None:
             return climbing_velocity(x_t)

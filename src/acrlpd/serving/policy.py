@@ -125,8 +125,8 @@ class TokenSampler:
 class AgentSampler:
     """A sampler of an agent's chunk: with ``greedy``, the critic's best of N; with ``bc``, one sample of the flow.
 
-    The random numbers for a key are those of ``ACRLPDAgent.sample_actions`` for one observation. Optimiser state and
-    target critics are not kept.
+    The random numbers for a key are those of ``ACRLPDAgent.sample_actions`` for one observation. What training alone
+    needs is not kept (``ACRLPDAgent.acting_only``).
     """
 
     def __init__(

@@ -70,8 +70,7 @@ class Recovery:
         state.config = dataclasses.replace(state.config, agent=lighter)
         if _is_consumed(state.agent):
             self._restore(before=state.step)
-        nets = dataclasses.replace(state.agent.nets, config=lighter)
-        state.agent = dataclasses.replace(state.agent, nets=nets)
+        self._apply_choices()
 
     @contextlib.contextmanager
     def save_before_leaving(self) -> Iterator[None]:
@@ -94,10 +93,16 @@ class Recovery:
         checkpoints.wait()
         if not any(step <= before for step in checkpoints.steps()):
             self._state.replace_agent(self._parts.fresh_agent())
+            self._apply_choices()
             return Progress()
         restored = checkpoints.restore_newest(self._state.agent, before=before)
         self._state.replace_agent(restored.agent)
         return Progress(**restored.run["progress"])
+
+    def _apply_choices(self) -> None:
+        """Give the agent the run's choices, which became lighter than at its start if it once ran out of memory."""
+        nets = dataclasses.replace(self._state.agent.nets, config=self._state.config.agent)
+        self._state.agent = dataclasses.replace(self._state.agent, nets=nets)
 
     def _try_to_save(self, reason: Exception) -> None:
         agent, step = self._state.agent, self._state.step

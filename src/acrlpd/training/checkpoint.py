@@ -2,7 +2,7 @@
 
 checkpoints/<step>/params/      the policy's parameters in openpi's layout; their moving average if there is one
                   /assets/<asset id>/norm_stats.json
-                  /acrlpd/      critics, V, targets, mean |Q|, temperature, student, optimisers, step; sources of averages
+                  /acrlpd/      critics, V, targets, mean |Q|, temperature, student, optimisers, step; averages' sources
                   /run/         JSON: the configuration, counters of the run, library versions, checksums of all this
 """
 

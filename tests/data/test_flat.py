@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acrlpd.data import flat, hdf5, windows
+from acrlpd.data import flat, hdf5, metadata_cache, windows
 from acrlpd.data.flat import FlatRows, is_mapped
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.metadata_cache import MetadataCache
@@ -137,7 +137,8 @@ def test_joined_data_sets_become_float32(tmp_path, dtype, chunked):
 
 
 def entry_files(cache):
-    return {path.stem: path for path in cache.folder.glob("*/*.npy")}
+    """The files of the latest entry."""
+    return {path.stem: path for path in sorted(cache.folder.glob("*/*.npy"), key=lambda path: path.stat().st_ctime_ns)}
 
 
 @pytest.mark.parametrize("damage", ["cut", "grown", "gone", "header", "empty"])
@@ -154,7 +155,6 @@ def test_a_damaged_file_of_ours_is_made_anew(tmp_path, large, damage):
     source = H5DatasetReader(folder, metadata_cache=cache)
     np.testing.assert_array_equal(source.flat["state"], expected(folder, "state"))
     assert entry_files(cache)["state"].read_bytes() == whole
-    assert len(list(cache.folder.iterdir())) == 2  # the entry and its folder: the damaged one is gone
 
 
 def test_a_changed_data_set_is_read_anew_while_the_old_numbers_stay_mapped(tmp_path, large):
@@ -166,6 +166,35 @@ def test_a_changed_data_set_is_read_anew_while_the_old_numbers_stay_mapped(tmp_p
     np.testing.assert_array_equal(after.flat["state"], expected(folder, "state"))
     shutil.rmtree(cache.folder)
     np.testing.assert_array_equal(before.flat["state"], old)
+
+
+def test_only_old_folders_that_no_entry_names_are_removed(tmp_path, large):
+    """Two processes that open a data set at once must not remove each other's arrays."""
+    folder, cache = write_own(tmp_path / "set"), MetadataCache(tmp_path / "cache")
+    H5DatasetReader(folder, metadata_cache=cache)
+    (named,) = (path for path in cache.folder.iterdir() if path.is_dir())
+    unnamed, unnamed_young, foreign = (named.with_name(f"{'0' * 32}-{end}") for end in ("0" * 8, "1" * 8, "mine"))
+    for other in (unnamed, unnamed_young, foreign):
+        other.mkdir()
+    for old in (named, unnamed, foreign):
+        os.utime(old, (0, 0))
+    other = H5DatasetReader(write_own(tmp_path / "other"), metadata_cache=cache)
+    assert (named.exists(), unnamed.exists(), unnamed_young.exists(), foreign.exists()) == (True, False, True, True)
+    own = Path(other.flat["state"].filename).parent
+    for old in (named, own):
+        os.utime(old, (0, 0))
+    hdf5.episode_path(folder, 1).unlink()
+    H5DatasetReader(folder, metadata_cache=cache)
+    assert (named.exists(), own.exists()) == (False, True)
+
+
+def test_an_entry_that_cannot_be_written_leaves_no_arrays(tmp_path, large, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metadata_cache, "save_file", full)
+    H5DatasetReader(write_own(tmp_path / "set"), metadata_cache=MetadataCache(tmp_path / "cache"))
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_cache_folder_that_cannot_be_written(tmp_path, large, caplog):

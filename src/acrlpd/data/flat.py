@@ -11,7 +11,7 @@ import io
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -22,14 +22,29 @@ MEMORY_BYTES = 64 << 20  # a key of at most this size stays in memory
 HEADER_BYTES = 128  # size of the header of the .npy files written here
 
 
-class Flat(dict[str, np.ndarray]):
+class Flat(Mapping[str, np.ndarray]):
     """The rows of all episodes by key: ``state``, ``actions``, ``rewards`` and ``terminals``; read-only if mapped.
 
-    A copy in another process is empty: worker processes read pictures only.
+    A copy, as in another process, has the keys without the rows: worker processes read pictures only.
     """
 
-    def __reduce__(self) -> tuple[type[Flat], tuple[()]]:
-        return Flat, ()
+    def __init__(self, rows: Mapping[str, np.ndarray | None]):
+        self._rows = rows  # None in a copy
+
+    def __reduce__(self) -> tuple[type[Flat], tuple[dict[str, None]]]:
+        return Flat, (dict.fromkeys(self._rows),)
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        rows = self._rows[key]
+        if rows is None:
+            raise ValueError(f"{key}: a copy of a data set, as in another process, has no numbers: open the set there")
+        return rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def window(self, key: str, first: int, stop: int) -> np.ndarray:
         """Return a copy of some rows."""

@@ -71,9 +71,9 @@ def test_any_episodes_may_be_kept(lengths, memory_bytes, data):
     rng = np.random.default_rng(0)
     blocks = [rng.normal(size=(length, 3)).astype(np.float32) for length in lengths]
     blocks[0] = blocks[0][:, :1]  # of another width: it is not kept
-    rows = FlatRows(memory_bytes=memory_bytes)
+    rows = FlatRows("state", memory_bytes=memory_bytes)
     for block in blocks:
-        rows.append(block)
+        rows.append(block, "an episode")
     kept = sorted(data.draw(st.sets(st.integers(1, len(lengths) - 1))) if len(lengths) > 1 else [0]) or [0]
     rows.keep(kept)
     whole = np.concatenate([blocks[index] for index in kept])
@@ -205,13 +205,39 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path, large, caplog):
     assert caplog.text.count("cannot be written") == 1
 
 
-def test_a_full_disk_is_named(tmp_path, large, monkeypatch):
+@pytest.mark.parametrize("at", ["append", "keep", "result"])
+def test_a_full_disk_is_named(tmp_path, at):
+    rows = FlatRows("state", tmp_path, memory_bytes=0)
+    block = np.zeros((3, 2), np.float32)
+    calls = {"append": lambda: rows.append(block, "c"), "keep": lambda: rows.keep([1]), "result": rows.result}
+    for name in ("a", "b"):
+        rows.append(block, name)
+    rows._file.close()
+    rows._file = open("/dev/full", "w+b", buffering=-1 if at == "result" else 0)  # noqa: SIM115
+    if at == "result":
+        rows._file.write(b"not on disk yet")
+    with pytest.raises(OSError, match=rf"{tmp_path}: .* \(state\): No space left .* XDG_CACHE_HOME and TMPDIR"):
+        calls[at]()
+
+
+def test_no_folder_for_the_numbers_at_all(tmp_path, large, monkeypatch):
     def full(**_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    with pytest.raises(OSError, match="no room for a copy of the data set's numbers: No space left"):
+    with pytest.raises(OSError, match=r"a copy of the data set's numbers \(state\): No space left"):
         H5DatasetReader(write_own(tmp_path))
+
+
+@pytest.mark.parametrize("other", [np.zeros((2, 3), np.float64), np.zeros((2, 6), np.float32)])
+def test_rows_of_another_kind_are_refused(other):
+    rows = FlatRows("state")
+    rows.append(np.zeros((4, 3), np.float32), "first.hdf5")
+    rows.append(other, "second.hdf5")
+    with pytest.raises(
+        ValueError, match=r"second\.hdf5: state has rows of float.*, expected float32 \(3,\) as in first"
+    ):
+        rows.result()
 
 
 def test_no_file_of_the_user_stays_open_or_mapped(tmp_path, large):

@@ -74,10 +74,10 @@ def _stored(source: EpisodeSource, limit: int, num_workers: int) -> EpisodeStore
 
 def _numbers(source: EpisodeSource) -> flat.Flat:
     """Read the numbers of a source that can only read windows."""
-    found = {key: flat.FlatRows() for key in NUMBERS}
+    found = {key: flat.FlatRows(key) for key in NUMBERS}
     for index, length in enumerate(source.lengths.tolist()):
         for key, rows in found.items():
-            rows.append(source.window(index, key, 0, length))
+            rows.append(source.window(index, key, 0, length), source.info(index).source)
     return flat.Flat({key: rows.result() for key, rows in found.items()})
 
 

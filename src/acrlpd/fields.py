@@ -235,7 +235,7 @@ def _is_a(kind: Any, declared: tuple[Any, ...], value: Any) -> bool:
     if typing.get_origin(kind) is Literal:
         return any(value == choice and type(value) is type(choice) for choice in typing.get_args(kind))
     if kind in (int, float):
-        number = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
+        number: Any = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
         intervals = [each for each in declared if isinstance(each, Interval)] or [Interval("(-inf, inf)")]
         return isinstance(value, number) and not isinstance(value, bool) and all(value in each for each in intervals)
     return isinstance(value, kind) if isinstance(kind, type) else typing.get_origin(kind) is not tuple

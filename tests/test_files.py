@@ -218,6 +218,21 @@ def test_what_was_written_takes_its_place_or_vanishes(tmp_path, kind, before):
     assert content(path) == ("new" if kind == "file" else {"new": "new"})
 
 
+def written_beside(path, kind):
+    with files.written_whole(path, replaces=False) as temporary:
+        fill(temporary, "new", "folder")
+        of_kind(kind, path) if kind == "broken link" else fill(path, "other", kind)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "broken link"])
+def test_what_came_into_being_meanwhile_is_not_replaced(tmp_path, kind):
+    path = tmp_path / "a"
+    with pytest.raises(FileExistsError, match="a exists already"):
+        written_beside(path, kind)
+    assert os.listdir(tmp_path) == ["a"]
+    assert path.is_symlink() or content(path) == ("other" if kind == "file" else {"other": "other"})
+
+
 def test_a_folder_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     """First its files, then the lists of names, then its own name: a loss of power leaves all of it or nothing."""
     done = []

@@ -28,6 +28,8 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
@@ -73,6 +75,8 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 def check(config: Any, *, without: tuple[str, ...] = ()) -> None:
     """Refuse a dataclass with a value that its field does not allow; fields ``without`` are not looked at.
 
+    A NumPy number becomes Python's: it could not be written to a file, and gives its own dtype to what it is used with.
+
     Raises:
         ValueError: one line for each such field, with its name, what is allowed and what it is.
     """
@@ -82,6 +86,15 @@ def check(config: Any, *, without: tuple[str, ...] = ()) -> None:
     problems = [fault for name in names for fault in faults(hints(cls)[name], values[name], name)]
     if problems:
         raise ValueError("\n".join(problems))
+    for name in names:
+        if (plain := _plain(values[name])) is not values[name]:
+            object.__setattr__(config, name, plain)
+
+
+def _plain(value: Any) -> Any:
+    if type(value) is tuple and any(isinstance(item, np.generic | tuple) for item in value):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 @functools.cache
@@ -222,7 +235,7 @@ def _is_a(kind: Any, declared: tuple[Any, ...], value: Any) -> bool:
     if typing.get_origin(kind) is Literal:
         return any(value == choice and type(value) is type(choice) for choice in typing.get_args(kind))
     if kind in (int, float):
-        number = (int, float) if kind is float else int
+        number: Any = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
         intervals = [each for each in declared if isinstance(each, Interval)] or [Interval("(-inf, inf)")]
         return isinstance(value, number) and not isinstance(value, bool) and all(value in each for each in intervals)
     return isinstance(value, kind) if isinstance(kind, type) else typing.get_origin(kind) is not tuple

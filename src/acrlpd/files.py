@@ -365,8 +365,10 @@ ASIDE = "overwritten"  # NAME.overwritten, NAME.overwritten-2, ...
 
 
 @contextlib.contextmanager
-def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+def written_whole(path: str | os.PathLike[str], *, replaces: bool = True) -> Iterator[Path]:
     """Yield a path of the same suffix to write a file or a folder to; it replaces ``path`` once all of it is on disk.
+
+    Unless it ``replaces``, whatever is at ``path`` by then stays untouched, which is a ``FileExistsError``.
 
     A reader sees the old content or the new one, even after a loss of power. If the block raises, nothing is left and
     ``path`` is unchanged. A folder that is replaced is first set aside under a visible name and deleted last. The path
@@ -383,7 +385,9 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield new
         for part in (*new.rglob("*"), new):
             _sync(part)
-        _replace(new, path)
+        if not replaces and os.path.lexists(path):
+            raise FileExistsError(f"{path} exists already: name another place, or remove it first")
+        (_replace if replaces else os.replace)(new, path)  # the latter replaces no folder that holds anything
         _sync(path.parent)
     finally:
         _remove(hidden)

@@ -186,6 +186,19 @@ def test_nothing_is_left_of_a_failure(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own", "taken"]
 
 
+def test_a_folder_that_came_into_being_meanwhile_is_kept(tmp_path, monkeypatch):
+    source, check = written(tmp_path / "own"), convert._read_back
+
+    def beside(reader, temporary, folder):
+        (folder / "other").mkdir(parents=True)
+        check(reader, temporary, folder)
+
+    monkeypatch.setattr(convert, "_read_back", beside)
+    with pytest.raises(FileExistsError, match="new exists already"):
+        convert.to_hdf5(source, tmp_path / "new")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["other"]
+
+
 def test_what_a_killed_conversion_left_is_removed(tmp_path):
     process = subprocess.Popen(["true"])
     process.wait()

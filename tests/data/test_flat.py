@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acrlpd.data import flat, hdf5, windows
+from acrlpd.data import flat, hdf5, metadata_cache, windows
 from acrlpd.data.flat import FlatRows, is_mapped
 from acrlpd.data.hdf5 import H5DatasetReader
 from acrlpd.data.metadata_cache import MetadataCache
@@ -71,9 +71,9 @@ def test_any_episodes_may_be_kept(lengths, memory_bytes, data):
     rng = np.random.default_rng(0)
     blocks = [rng.normal(size=(length, 3)).astype(np.float32) for length in lengths]
     blocks[0] = blocks[0][:, :1]  # of another width: it is not kept
-    rows = FlatRows(memory_bytes=memory_bytes)
+    rows = FlatRows("state", memory_bytes=memory_bytes)
     for block in blocks:
-        rows.append(block)
+        rows.append(block, "an episode")
     kept = sorted(data.draw(st.sets(st.integers(1, len(lengths) - 1))) if len(lengths) > 1 else [0]) or [0]
     rows.keep(kept)
     whole = np.concatenate([blocks[index] for index in kept])
@@ -137,7 +137,8 @@ def test_joined_data_sets_become_float32(tmp_path, dtype, chunked):
 
 
 def entry_files(cache):
-    return {path.stem: path for path in cache.folder.glob("*/*.npy")}
+    """The files of the latest entry."""
+    return {path.stem: path for path in sorted(cache.folder.glob("*/*.npy"), key=lambda path: path.stat().st_ctime_ns)}
 
 
 @pytest.mark.parametrize("damage", ["cut", "grown", "gone", "header", "empty"])
@@ -154,7 +155,6 @@ def test_a_damaged_file_of_ours_is_made_anew(tmp_path, large, damage):
     source = H5DatasetReader(folder, metadata_cache=cache)
     np.testing.assert_array_equal(source.flat["state"], expected(folder, "state"))
     assert entry_files(cache)["state"].read_bytes() == whole
-    assert len(list(cache.folder.iterdir())) == 2  # the entry and its folder: the damaged one is gone
 
 
 def test_a_changed_data_set_is_read_anew_while_the_old_numbers_stay_mapped(tmp_path, large):
@@ -168,6 +168,35 @@ def test_a_changed_data_set_is_read_anew_while_the_old_numbers_stay_mapped(tmp_p
     np.testing.assert_array_equal(before.flat["state"], old)
 
 
+def test_only_old_folders_that_no_entry_names_are_removed(tmp_path, large):
+    """Two processes that open a data set at once must not remove each other's arrays."""
+    folder, cache = write_own(tmp_path / "set"), MetadataCache(tmp_path / "cache")
+    H5DatasetReader(folder, metadata_cache=cache)
+    (named,) = (path for path in cache.folder.iterdir() if path.is_dir())
+    unnamed, unnamed_young, foreign = (named.with_name(f"{'0' * 32}-{end}") for end in ("0" * 8, "1" * 8, "mine"))
+    for other in (unnamed, unnamed_young, foreign):
+        other.mkdir()
+    for old in (named, unnamed, foreign):
+        os.utime(old, (0, 0))
+    other = H5DatasetReader(write_own(tmp_path / "other"), metadata_cache=cache)
+    assert (named.exists(), unnamed.exists(), unnamed_young.exists(), foreign.exists()) == (True, False, True, True)
+    own = Path(other.flat["state"].filename).parent
+    for old in (named, own):
+        os.utime(old, (0, 0))
+    hdf5.episode_path(folder, 1).unlink()
+    H5DatasetReader(folder, metadata_cache=cache)
+    assert (named.exists(), own.exists()) == (False, True)
+
+
+def test_an_entry_that_cannot_be_written_leaves_no_arrays(tmp_path, large, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metadata_cache, "save_file", full)
+    H5DatasetReader(write_own(tmp_path / "set"), metadata_cache=MetadataCache(tmp_path / "cache"))
+    assert not list((tmp_path / "cache").iterdir())
+
+
 def test_a_cache_folder_that_cannot_be_written(tmp_path, large, caplog):
     folder = write_own(tmp_path / "set")
     (tmp_path / "cache").write_text("a file where a folder should be")
@@ -176,13 +205,39 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path, large, caplog):
     assert caplog.text.count("cannot be written") == 1
 
 
-def test_a_full_disk_is_named(tmp_path, large, monkeypatch):
+@pytest.mark.parametrize("at", ["append", "keep", "result"])
+def test_a_full_disk_is_named(tmp_path, at):
+    rows = FlatRows("state", tmp_path, memory_bytes=0)
+    block = np.zeros((3, 2), np.float32)
+    calls = {"append": lambda: rows.append(block, "c"), "keep": lambda: rows.keep([1]), "result": rows.result}
+    for name in ("a", "b"):
+        rows.append(block, name)
+    rows._file.close()
+    rows._file = open("/dev/full", "w+b", buffering=-1 if at == "result" else 0)  # noqa: SIM115
+    if at == "result":
+        rows._file.write(b"not on disk yet")
+    with pytest.raises(OSError, match=rf"{tmp_path}: .* \(state\): No space left .* XDG_CACHE_HOME and TMPDIR"):
+        calls[at]()
+
+
+def test_no_folder_for_the_numbers_at_all(tmp_path, large, monkeypatch):
     def full(**_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    with pytest.raises(OSError, match="no room for a copy of the data set's numbers: No space left"):
+    with pytest.raises(OSError, match=r"a copy of the data set's numbers \(state\): No space left"):
         H5DatasetReader(write_own(tmp_path))
+
+
+@pytest.mark.parametrize("other", [np.zeros((2, 3), np.float64), np.zeros((2, 6), np.float32)])
+def test_rows_of_another_kind_are_refused(other):
+    rows = FlatRows("state")
+    rows.append(np.zeros((4, 3), np.float32), "first.hdf5")
+    rows.append(other, "second.hdf5")
+    with pytest.raises(
+        ValueError, match=r"second\.hdf5: state has rows of float.*, expected float32 \(3,\) as in first"
+    ):
+        rows.result()
 
 
 def test_no_file_of_the_user_stays_open_or_mapped(tmp_path, large):
@@ -209,7 +264,10 @@ def expected_frames(folder):
 
 def test_a_copy_in_another_process_has_no_numbers(tmp_path):
     source = copy.deepcopy(H5DatasetReader(write_own(tmp_path)))  # as pickle would
-    assert source.flat == {}
+    assert set(source.flat) == NUMBERS
+    for ask in (lambda: source.window(2, "state", 0, 9), lambda: source.flat["state"], lambda: source.episode(2)):
+        with pytest.raises(ValueError, match=r"^state: a copy of a data set, .* has no numbers: open the set there$"):
+            ask()
     np.testing.assert_array_equal(source.window(2, "images/top", 0, 9), expected_frames(tmp_path)[9:18])
 
 

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -92,3 +93,20 @@ def test_what_a_killed_build_left_is_removed(demos, tmp_path):
     dead.write_bytes(b"half")
     cache.build(reader)
     assert sorted(record.parent.glob(".*")) == sorted([foreign, elsewhere])  # ours became a record
+
+
+def test_two_builds_may_replace_the_same_old_record(demos, tmp_path, monkeypatch):
+    cache, glob = FrameCache(tmp_path / "frames", 4, 4), Path.glob
+    cache.build(H5DatasetReader(demos))
+    old = set(cache.folder.rglob("*.npy"))
+    os.utime(demos, (1, 1))
+
+    def first_there(folder, pattern):
+        found = list(glob(folder, pattern))
+        for path in old.intersection(found):
+            path.unlink()  # by the other build
+        return found
+
+    monkeypatch.setattr(Path, "glob", first_there)
+    cache.build(H5DatasetReader(demos))
+    assert not cache.missing(H5DatasetReader(demos))

@@ -1,5 +1,6 @@
 """Rows read when they are asked for are those of a store in memory, whatever the cache and the processes."""
 
+import dataclasses
 import os
 import threading
 
@@ -92,6 +93,13 @@ def test_batches_do_not_depend_on_what_is_mapped(source, memory, monkeypatch):
     assert store.reader is None
     for step in range(5):
         jax.tree.map(np.testing.assert_array_equal, loader(store).batch(step), loader(memory).batch(step))
+
+
+def test_without_cameras_nothing_is_read_on_demand(tmp_path):
+    episode = dataclasses.replace(make_episode(4, 0), images={})
+    hdf5.write_episode(hdf5.episode_path(tmp_path, 0), episode)
+    store = open_store(H5DatasetReader(tmp_path), memory_bytes=0)  # the numbers alone are larger
+    assert (store.reader, store.in_memory) == (None, True)
 
 
 def test_a_store_of_windows_is_a_source_itself(source, memory):

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 
 from acrlpd import fields, presets
@@ -244,6 +245,17 @@ def test_another_type_is_refused(field):
 def test_python_is_checked_as_the_command_line_is(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+def test_numbers_of_numpy_become_numbers_of_python():
+    critic = CriticConfig(hidden_dims=(np.int64(8), 4), num_critics=np.int32(3))
+    found = AgentConfig(critic=critic, discount=np.float32(0.5))
+    assert found == AgentConfig(critic=CriticConfig(hidden_dims=(8, 4), num_critics=3), discount=0.5)
+    assert json.loads(json.dumps(to_dict(found)))["critic"]["hidden_dims"] == [8, 4]
+    assert type(found.discount) is float
+    for wrong in (np.bool_(True), np.float32(3.0), np.array(3)):
+        with pytest.raises(ValueError, match="num_critics must be a whole number"):
+            CriticConfig(num_critics=wrong)
 
 
 def test_an_interval_says_which_bounds_it_has():

@@ -144,12 +144,12 @@ def _read_back(reader: Callable[[Path], Dataset], temporary: Path, folder: Path)
 
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a new folder, which becomes ``folder`` on success."""
+    """Yield a new folder, which becomes ``folder`` on success, unless that came into being meanwhile."""
     if folder.exists():
         raise ValueError(f"{folder} already exists. Name a folder that does not, or remove it first.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with written_whole(folder) as temporary:
+        with written_whole(folder, replaces=False) as temporary:
             temporary.mkdir()
             yield temporary
     except OSError as error:

@@ -6,14 +6,15 @@ mapped here is a copy, made once when the data set is opened, which the kernel m
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
@@ -22,85 +23,127 @@ MEMORY_BYTES = 64 << 20  # a key of at most this size stays in memory
 HEADER_BYTES = 128  # size of the header of the .npy files written here
 
 
-class Flat(dict[str, np.ndarray]):
+class Flat(Mapping[str, np.ndarray]):
     """The rows of all episodes by key: ``state``, ``actions``, ``rewards`` and ``terminals``; read-only if mapped.
 
-    A copy in another process is empty: worker processes read pictures only.
+    A copy, as in another process, has the keys without the rows: worker processes read pictures only.
     """
 
-    def __reduce__(self) -> tuple[type[Flat], tuple[()]]:
-        return Flat, ()
+    def __init__(self, rows: Mapping[str, np.ndarray | None]):
+        self._rows = rows  # None in a copy
+
+    def __reduce__(self) -> tuple[type[Flat], tuple[dict[str, None]]]:
+        return Flat, (dict.fromkeys(self._rows),)
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        rows = self._rows[key]
+        if rows is None:
+            raise ValueError(f"{key}: a copy of a data set, as in another process, has no numbers: open the set there")
+        return rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def window(self, key: str, first: int, stop: int) -> np.ndarray:
         """Return a copy of some rows."""
         return np.array(self[key][first:stop])
 
 
+class _Block(NamedTuple):
+    """The rows of one episode in a file."""
+
+    start: int  # in bytes, as is the size
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    episode: str
+
+
 class FlatRows:
     """The rows of one key, appended episode by episode: in memory up to ``memory_bytes``, then in a temporary file.
 
     The file is in ``folder`` if files can be made there, else in the system's folder for temporary ones. It has no
-    name, so nothing of it remains when the process ends.
+    name, so nothing of it remains when the process ends. All methods raise an OSError if there is no room for the rows.
     """
 
-    def __init__(self, folder: Path | None = None, *, memory_bytes: int = MEMORY_BYTES):
+    def __init__(self, key: str, folder: Path | None = None, *, memory_bytes: int = MEMORY_BYTES):
+        self._key = key
         self._folder = folder
         self._memory_bytes = memory_bytes
         self._file: IO[bytes] = io.BytesIO()
-        self._blocks: list[tuple[int, int, tuple[int, ...]]] = []  # first byte, size and shape of each episode's rows
-        self._dtype = np.dtype(np.float32)
+        self._blocks: list[_Block] = []
         self._nbytes = 0
 
-    def append(self, rows: Shaped[np.ndarray, "t *shape"]) -> None:
-        """Add the rows of the next episode.
-
-        Raises:
-            OSError: there is no room for them.
-        """
-        self._dtype = rows.dtype
-        self._blocks.append((self._nbytes, rows.nbytes, rows.shape))
+    def append(self, rows: Shaped[np.ndarray, "t *shape"], episode: str) -> None:
+        """Add the rows of the next episode, which errors call ``episode``."""
+        self._blocks.append(_Block(self._nbytes, rows.nbytes, rows.shape, rows.dtype, episode))
         self._nbytes += rows.nbytes
-        try:
+        with self._naming_the_place():
             if self._nbytes > self._memory_bytes and isinstance(self._file, io.BytesIO):
-                self._file = _moved_to_disk(self._file, self._folder)
+                self._file = self._moved_to_disk(self._file)
             self._file.write(rows.tobytes())
-        except OSError as error:
-            raise OSError(error.errno, f"no room for a copy of the data set's numbers: {error.strerror}") from error
 
     def keep(self, episodes: Iterable[int]) -> None:
         """Keep only these episodes, in ascending order of their positions."""
         blocks, end = [], 0
         for index in episodes:
-            start, nbytes, shape = self._blocks[index]
-            if start > end:
-                self._file.seek(start)
-                content = self._file.read(nbytes)
-                self._file.seek(end)
-                self._file.write(content)
-            blocks.append((end, nbytes, shape))
-            end += nbytes
+            block = self._blocks[index]
+            if block.start > end:
+                with self._naming_the_place():
+                    self._file.seek(block.start)
+                    content = self._file.read(block.nbytes)
+                    self._file.seek(end)
+                    self._file.write(content)
+            blocks.append(block._replace(start=end))
+            end += block.nbytes
         self._blocks, self._nbytes = blocks, end
 
     def result(self) -> Shaped[np.ndarray, "r *shape"]:
-        """Return all rows, which must have one shape, and close: an array in memory, or a ``numpy.memmap``."""
-        shape = (sum(shape[0] for _, _, shape in self._blocks), *self._blocks[0][2][1:])
-        with self._file as file:
+        """Return all rows and close: an array in memory, or a ``numpy.memmap``.
+
+        Raises:
+            ValueError: an episode's rows differ from the first one's in shape or dtype.
+        """
+        first = self._blocks[0]
+        for block in self._blocks:
+            if (block.shape[1:], block.dtype) != (first.shape[1:], first.dtype):
+                raise ValueError(
+                    f"{block.episode}: {self._key} has rows of {block.dtype} {block.shape[1:]}, expected {first.dtype} "
+                    f"{first.shape[1:]} as in {first.episode}. Repair the episode, or leave it out."
+                )
+        shape = (sum(block.shape[0] for block in self._blocks), *first.shape[1:])
+        with self._naming_the_place(), self._file as file:
             file.seek(0)
             if self._nbytes <= self._memory_bytes:
-                return np.frombuffer(file.read(self._nbytes), self._dtype).reshape(shape)
-            return np.memmap(file, self._dtype, "r", shape=shape)  # it needs no open file
+                return np.frombuffer(file.read(self._nbytes), first.dtype).reshape(shape)
+            return np.memmap(file, first.dtype, "r", shape=shape)  # it needs no open file
 
+    def _moved_to_disk(self, content: io.BytesIO) -> IO[bytes]:
+        """Return a nameless file with this content, in the folder if files can be made there."""
+        try:
+            if self._folder is not None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - it stays open
+        except OSError:
+            self._folder = None
+            file = tempfile.TemporaryFile()  # noqa: SIM115
+        file.write(content.getbuffer())
+        return file
 
-def _moved_to_disk(content: io.BytesIO, folder: Path | None) -> IO[bytes]:
-    """Return a nameless file with this content, in ``folder`` if files can be made there."""
-    try:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it stays open
-    except OSError:
-        file = tempfile.TemporaryFile()  # noqa: SIM115
-    file.write(content.getbuffer())
-    return file
+    @contextlib.contextmanager
+    def _naming_the_place(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            place = self._folder or tempfile.tempdir or "the folder for temporary files"
+            text = (
+                f"{place}: cannot keep a copy of the data set's numbers ({self._key}): {error.strerror or error}. "
+                "Set XDG_CACHE_HOME and TMPDIR to a folder with more room, or to one in memory such as /dev/shm"
+            )
+            raise OSError(error.errno, text) from error
 
 
 def is_mapped(rows: object) -> bool:

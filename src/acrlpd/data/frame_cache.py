@@ -154,7 +154,7 @@ class FrameCache:
         for other in path.parent.glob(f"{origin.name}-*.npy"):  # also matches names that begin with this one
             found = re.fullmatch(r"([0-9a-f]+)-[0-9a-f]+", other.stem.removeprefix(f"{origin.name}-"))
             if found is not None and found[1] != state:  # from an earlier state of the file
-                other.unlink()
+                other.unlink(missing_ok=True)  # another process may have removed it
 
 
 def _digest(text: str) -> str:

@@ -25,6 +25,7 @@ from acrlpd.data import finals, flat, processes
 from acrlpd.data.episodes import (
     IMAGE_PREFIX,
     KNOWN_SUCCESS,
+    NUMBERS,
     BadEpisodes,
     EpisodeInfo,
     check_alike,
@@ -155,7 +156,7 @@ class H5DatasetReader:
         self.lengths = opened["lengths"]
         self._facts = facts
         self._task_changes = {index: tuple(map(tuple, changes)) for index, changes in facts["task_changes"]}
-        self.flat = flat.Flat({key: opened.pop(key) for key in ("state", "actions", "rewards", "terminals")})
+        self.flat = flat.Flat({key: opened.pop(key) for key in NUMBERS})
         self._opened = opened
         self._ends = np.cumsum(self.lengths)
         self._frame_cache = frame_cache
@@ -286,7 +287,7 @@ def _find_out(
 ) -> Arrays:
     """Scan a data set and return all that a reader knows before it reads pictures, in the form of a cache entry."""
     layout = _open_layout(path, options)
-    numbers = {key: flat.FlatRows(folder) for key in ("state", "actions", "rewards", "terminals")}
+    numbers = {key: flat.FlatRows(key, folder) for key in NUMBERS}
     scanned = _scan(layout, bad, numbers, check_images=check_images, num_workers=num_workers)
     episodes = _labelled(layout, _alike(layout, scanned, bad), bad, rewards)
     bad.report(str(path), len(layout.sources))
@@ -301,8 +302,8 @@ def _find_out(
     for key in ("state", "actions"):
         numbers[key].keep(kept)
     for episode in episodes.values():
-        numbers["rewards"].append(episode.rewards)
-        numbers["terminals"].append(episode.terminals)
+        numbers["rewards"].append(episode.rewards, episode.info.source)
+        numbers["terminals"].append(episode.terminals, episode.info.source)
     facts = {
         "layout": layout.name,
         "fps": layout.fps,
@@ -357,7 +358,7 @@ def _scan(
                 record = found.get()
             if record is not None:
                 for key, joined in record.numbers.items():
-                    numbers[key].append(joined.values)
+                    numbers[key].append(joined.values, layout.sources[index])
                 records[index] = record.without_numbers()
     return records
 

@@ -105,7 +105,7 @@ class Opening:
         labeller = Labeller.of(self._rewards, values)
         has_terminals = TERMINAL in self._files.columns
         usable: list[EpisodeFacts] = []
-        numbers = {key: flat.FlatRows(self._folder) for key in NUMBERS}
+        numbers = {key: flat.FlatRows(key, self._folder) for key in NUMBERS}
         for checked in found:
             labels = None
             with self._bad.guard(name_of(checked.facts.row)):
@@ -117,7 +117,7 @@ class Opening:
                 usable.append(facts)
                 own = {key: self._files.joined(facts, keys) for key, keys in self._joined.items()}
                 for key, rows in (own | dict(zip(("rewards", "terminals"), labels, strict=True))).items():
-                    numbers[key].append(rows)
+                    numbers[key].append(rows, name_of(facts.row))
         self._bad.report(str(self._meta.root), total)
         changes = [(facts.row.number, facts.tasks[1:]) for facts in usable if len(facts.tasks) > 1]
         return {

@@ -3,18 +3,22 @@
 An entry is a ``.safetensors`` file of numbers, flags and JSON texts, which is mapped into memory; only the parts that
 are used are read. Arrays that ``flat.FlatRows`` holds in a file get files of their own, in a folder that the entry
 names. An entry is valid for one path, one set of options and one state of the files (name, size, times and identity of
-each). In any other case, or if the entry is damaged, the data set is read again. Entries may be deleted at any time.
+each). In any other case, or if the entry is damaged, the data set is read again. An entry has a checksum; the files of
+large arrays have none, and only their sizes and headers are checked. Entries may be deleted at any time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import mmap
 import os
+import re
 import shutil
+import time
 import uuid
 import warnings
 import zlib
@@ -33,6 +37,9 @@ from acrlpd.files import written_whole
 logger = logging.getLogger(__name__)
 
 VERSION = 7  # version of the entries' content; raise it when readers store something else
+
+STALE_S = 24 * 3600  # age at which a folder that no entry names is removed; a younger one may be about to be named
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what reading a damaged entry raises
 
 Arrays = dict[str, np.ndarray]
 
@@ -107,10 +114,7 @@ def _read(entry: Path, files: str) -> tuple[Arrays, list[str]] | None:
     if not entry.is_file():
         return None
     try:
-        with entry.open("rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start = 8 + int.from_bytes(content[:8], "little")
-        header = json.loads(content[8:start])
+        content, start, header = _opened(entry)
         facts = header.pop("__metadata__")
         if facts["version"] != str(VERSION) or facts["files"] != files:
             return None
@@ -120,9 +124,17 @@ def _read(entry: Path, files: str) -> tuple[Arrays, list[str]] | None:
         for key, (dtype, shape) in json.loads(facts["flat"]).items():
             arrays[key] = flat.open_mapped(entry.parent / facts["folder"] / f"{key}.npy", tuple(shape), np.dtype(dtype))
         return arrays, json.loads(facts["warnings"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except DAMAGED as error:
         logger.warning("metadata cache: %s is damaged (%s) and is made anew", entry, error)
         return None
+
+
+def _opened(entry: Path) -> tuple[mmap.mmap, int, dict[str, Any]]:
+    """Map an entry; return it, where its arrays start, and its header. A damaged one raises one of ``DAMAGED``."""
+    with entry.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 8 + int.from_bytes(content[:8], "little")
+    return content, start, json.loads(content[8:start])
 
 
 def _mapped(content: mmap.mmap, start: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
@@ -137,17 +149,38 @@ def _write(entry: Path, files: str, arrays: Arrays, told: list[str]) -> None:
     facts = {"version": str(VERSION), "files": files, "warnings": json.dumps(told)}
     facts |= {"flat": json.dumps({key: (array.dtype.str, array.shape) for key, array in large.items()})}
     facts |= {"folder": f"{entry.stem}-{uuid.uuid4().hex[:8]}"}  # another process may be making the same entry
+    folder = entry.parent / facts["folder"]
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         if large:
-            _write_flat(entry.parent / facts["folder"], large)
-        with written_whole(entry) as temporary:
-            save_file(arrays, temporary, metadata=facts | {"checksum": _checksum(arrays, facts)})
-        for folder in entry.parent.glob(f"{entry.stem}-*"):
-            if folder.name != facts["folder"]:
-                shutil.rmtree(folder, ignore_errors=True)
+            _write_flat(folder, large)
+        try:
+            with written_whole(entry) as temporary:
+                save_file(arrays, temporary, metadata=facts | {"checksum": _checksum(arrays, facts)})
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        _remove_unnamed(entry.parent)
     except (OSError, SafetensorError) as error:
         logger.warning("metadata cache: %s cannot be written (%s); opening will take as long next time", entry, error)
+
+
+def _remove_unnamed(cache: Path) -> None:
+    """Remove old folders of arrays that no entry names: the entry was replaced or deleted, or a process was killed."""
+    for folder in list(cache.iterdir()):
+        found = re.fullmatch(r"([0-9a-f]{32})-[0-9a-f]{8}", folder.name)
+        with contextlib.suppress(FileNotFoundError):  # another process removed it
+            if found and time.time() - folder.stat().st_mtime > STALE_S and _named(cache, found[1]) != folder.name:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _named(cache: Path, stem: str) -> str | None:
+    """Return the name of the folder that an entry names; None if there is no such entry, or a damaged one."""
+    try:
+        _, _, header = _opened(cache / f"{stem}.safetensors")
+        return str(header["__metadata__"]["folder"])
+    except DAMAGED:
+        return None
 
 
 def _write_flat(folder: Path, arrays: Arrays) -> None:

@@ -62,8 +62,8 @@ class ReaderOptions:
 
     def said(self) -> dict[str, Any]:
         """Return the options that differ from their defaults, by name."""
-        fields = dataclasses.fields(ReaderOptions)
-        return {field.name: value for field in fields if (value := getattr(self, field.name)) != field.default}
+        options = dataclasses.fields(ReaderOptions)
+        return {each.name: value for each in options if (value := getattr(self, each.name)) != each.default}
 
     def for_reader(self) -> dict[str, Any]:
         """Return the options that differ from their defaults, as arguments of a reader."""

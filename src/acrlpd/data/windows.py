@@ -58,7 +58,7 @@ def _stored(source: EpisodeSource, limit: int, num_workers: int) -> EpisodeStore
     cameras = {key: source.window(0, key, 0, 1) for key in _camera_keys(source)}
     num_rows = int(np.sum(source.lengths))
     limit -= sum(rows.nbytes for rows in numbers.values() if not flat.is_mapped(rows))
-    pictures_fit = num_rows * sum(row.nbytes for row in cameras.values()) <= limit
+    pictures_fit = not cameras or num_rows * sum(row.nbytes for row in cameras.values()) <= limit
     if pictures_fit and not any(map(flat.is_mapped, numbers.values())):
         return EpisodeStore.from_source(source)
     reader = None if pictures_fit else WindowReader(source, cache_bytes=max(limit, 0), num_workers=num_workers)
@@ -74,10 +74,10 @@ def _stored(source: EpisodeSource, limit: int, num_workers: int) -> EpisodeStore
 
 def _numbers(source: EpisodeSource) -> flat.Flat:
     """Read the numbers of a source that can only read windows."""
-    found = {key: flat.FlatRows() for key in NUMBERS}
+    found = {key: flat.FlatRows(key) for key in NUMBERS}
     for index, length in enumerate(source.lengths.tolist()):
         for key, rows in found.items():
-            rows.append(source.window(index, key, 0, length))
+            rows.append(source.window(index, key, 0, length), source.info(index).source)
     return flat.Flat({key: rows.result() for key, rows in found.items()})
 
 

@@ -84,7 +84,7 @@ def export_acrlpd_model(
     members = best_critics(trained, num_critics, data) if num_critics is not None else None
     small = _with_critics(trained, agent_config, members)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(output) as partial:
+    with written_whole(output, replaces=False) as partial:
         _write_checkpoint(partial, small)
         export.write_stablehlo(partial / "stablehlo", small.agent, interface(small))
         _write_pytorch(partial / "pytorch", small)

@@ -38,9 +38,7 @@ class TemperatureConfig:
 class ImplicitConfig:
     """What V(s) is of Q over the data's chunks under ``target="implicit"``; its widths and rates are the critic's."""
 
-    statistic: ImplicitStatistic = (
-        "expectile"  # which of the two fits V; quantile: an absolute error, not a squared one
-    )
+    statistic: ImplicitStatistic = "expectile"  # what V fits; quantile: by absolute errors, not squared ones
     # 0.5: the mean (expectile) or median (quantile) of the data's chunks; near 1: their best
     level: Annotated[float, Interval("(0, 1)")] = 0.9
 

@@ -1,5 +1,7 @@
 """One geometry and one reading of pictures, for simulators, robots, recorded data and a server's clients."""
 
+from pathlib import Path
+
 import gymnasium
 import numpy as np
 import pytest
@@ -136,7 +138,7 @@ def served_to_a_robot(frame, size):
 
 
 def recorded(frame, size):
-    return FrameCache("unused", size, size).resize(pictures.to_rgb(frame, "top")[None])[0]
+    return FrameCache(Path("unused"), size, size).resize(pictures.to_rgb(frame, "top")[None])[0]
 
 
 @pytest.mark.parametrize("form", ["channels last", "channels first", "floats"])

@@ -177,7 +177,7 @@ def test_critics_alone_learn_with_v_if_the_target_is_implicit(agents, toys, flat
     after, metrics = toys.jit(agent_module._update_critic.__wrapped__)(agent, batch, toys.key(0))
     facts = reference_batch(batch)
     v, next_v = (reference.state_value(flat(agent.params["value"]), x) for x in (facts.state, facts.next_state))
-    target = reference.returns_and(next_v, settings(agent.config), facts)
+    target = reference.returns_and(next_v, settings(agent), facts)
     np.testing.assert_allclose(metrics["target_q_mean"], target.mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["v_mean"], v.mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["total_loss"], metrics["critic_loss"] + metrics["value_loss"], rtol=1e-6)
@@ -607,7 +607,7 @@ def test_strategies_choose_alike(strategy, block, agents, toys):
         ({"target_flow_steps": 0}, "target_flow_steps must be a whole number of at least 1"),
         ({"top_k": 0}, "top_k must be a whole number of at least 1"),
         ({"target_samples": 1}, "raise agent.target_samples"),
-        ({"target": "implicits"}, "agent.target must be"),
+        ({"target": "implicits"}, "target must be 'best_of_n' or 'implicit'"),
         ({"target": "implicit"}, "draws none: set agent.temperature.adaptive to False"),
         ({**IMPLICIT, "algorithm": "rlpd_ac"}, "does not go with agent.algorithm='rlpd_ac': its target is a sample"),
         ({**IMPLICIT, "algorithm": "bc"}, "does not go with agent.algorithm='bc': it trains no critics"),

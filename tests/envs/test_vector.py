@@ -89,5 +89,5 @@ def test_a_worker_that_always_dies_is_given_up():
 
 @pytest.mark.parametrize("options", [{"backend": "threads"}, {"backend": "ray"}, {"num_workers": -1}, {"timeout_s": 0}])
 def test_options_are_checked(options):
-    with pytest.raises(ValueError, match=r"rollout\."):
+    with pytest.raises(ValueError, match=next(iter(options))):
         RolloutConfig(**options)

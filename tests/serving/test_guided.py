@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from acrlpd import deploy
 from acrlpd.config import to_dict
+from acrlpd.deploy import export as deploy_export
 from acrlpd.serving import export
 from acrlpd.serving.request import OPTIONS_KEY
 from acrlpd.training import setup
@@ -83,7 +84,7 @@ def test_a_guided_chunk_continues_the_one_before(guided, answer):
 
 def test_an_export_with_fewer_critics_is_guided_by_their_targets(guided_run, guided, tmp_path, monkeypatch):
     """Critics 1, 3 and 0 are kept. The exported checkpoint and the exported function agree."""
-    monkeypatch.setattr(deploy, "best_critics", lambda *_: np.array([0, 1, 3]))
+    monkeypatch.setattr(deploy_export, "best_critics", lambda *_: np.array([0, 1, 3]))
     out = Path(deploy.export_acrlpd_model(guided_run, tmp_path / "out", "fast"))
     small = deploy.load_trained(out)
     kept = jax.tree.map(lambda x: x[np.array([0, 1, 3])], guided.agent.target_critic)

@@ -408,7 +408,7 @@ def full_evaluation(solved, **compared):
     choices = {each.number: [Choice(-1.0 - each.length, -2.0 - each.length, 0.5)] * each.length for each in rollouts}
     trial = Trial(summarize(rollouts), rollouts)
     agreed = agreement(rollouts, choices, discount=0.99, execute_horizon=1)
-    findings = Findings(trial, {0.05: trial}, {0.1: trial}, {4: trial}, agreed)
+    findings = Findings(trial, {0.05: trial}, {0.1: trial}, {4: trial}, {}, agreed)
     return {"step": 6000, "tasks": {"walk/forward": findings.to_dict() | compared}}
 
 

@@ -407,7 +407,7 @@ def test_prior_data_that_changed(runs, expected, tmp_path, change, caplog):
     data = dataclasses.replace(config.data, path=str(tmp_path / "data"))
     shutil.copytree(files.directory / "prior", tmp_path / "data")
     named = dataclasses.replace(config, data=data)  # as if it had been trained on a folder of its own
-    setup.make_trainer(named, resume=True, override=("data.path",))._lock.release()
+    setup.make_trainer(named, resume=True, override=("data.path",)).parts.lock.release()
     change(tmp_path / "data")
     with pytest.raises(ValueError, match=r"data: the prior data has changed since .*--override to go on with what is"):
         setup.make_trainer(named, resume=True, override=("data.path",))

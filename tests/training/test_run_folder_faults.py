@@ -74,17 +74,21 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(runs):
     """By step: what its checkpoint holds. Meanwhile each template is made once: every command makes the same."""
-    made, make_agent = {}, setup.make_agent
 
-    def once(config, dims, cameras):
-        key = repr((config.agent, config.policy, config.optimizers, config.fsdp_devices, dims, cameras))
-        agent = made.get(key) or make_agent(config, dims, cameras)
-        if not isinstance(agent.step, jax.core.Tracer):
-            made[key] = agent
-        return agent
+    def once(make):
+        made = {}
+
+        def found(config, dims, cameras):
+            key = repr((config.agent, config.policy, config.optimizers, config.fsdp_devices, dims, cameras))
+            if key not in made:
+                made[key] = make(config, dims, cameras)
+            return made[key]
+
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "make_agent", once)
+        patch.setattr(setup, "make_agent", once(setup.make_agent))
+        patch.setattr(loading, "abstract_agent", once(loading.abstract_agent))
         steps = (4, BEFORE, NEWEST)
         yield {step: loading.load_checkpoint(runs[0] / "checkpoints" / str(step)).agent for step in steps}
 

@@ -64,6 +64,7 @@ def get_demo_config() -> TrainConfig:
             discount=0.99,
             target_update_tau=0.05,  # an episode has 30 chunks: values must propagate that far in few updates
             policy_ema_decay=0.998,  # an average over 500 updates acts; at first it spans the last sixth of all updates
+            typical_share=0.5,  # the critics choose among the usual half of the candidates
             action_clip=1.0,
         ),
         data=DataConfig(collect=CollectConfig(episodes=100, noise_range=(0.4, 1.0)), batch_size=64),

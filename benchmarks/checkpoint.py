@@ -27,7 +27,7 @@ import numpy as np
 from acrlpd import presets
 from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import DataConfig, TrainConfig
-from acrlpd.data.normalize import NormStats
+from acrlpd.data.view.normalize import NormStats
 from acrlpd.training import build, memory
 from acrlpd.training.build import Dims
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager, checksums

@@ -32,16 +32,18 @@ import av
 import machine
 import numpy as np
 
-from acrlpd.data import convert, hdf5, statistics
-from acrlpd.data.episodes import EpisodeStore
-from acrlpd.data.frame_cache import FrameCache
-from acrlpd.data.hdf5 import H5DatasetReader
-from acrlpd.data.lerobot import LeRobotSource
+from acrlpd.data import statistics
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.frame_cache import FrameCache
+from acrlpd.data.formats.hdf5 import H5DatasetReader
+from acrlpd.data.formats.lerobot.reader import LeRobotSource
 from acrlpd.data.loader import ChunkLoader
-from acrlpd.data.metadata_cache import MetadataCache
-from acrlpd.data.normalize import NormStats
-from acrlpd.data.transforms import Compose, Normalize
-from acrlpd.data.windows import open_store
+from acrlpd.data.store.episodes import EpisodeStore
+from acrlpd.data.store.metadata_cache import MetadataCache
+from acrlpd.data.store.windows import open_store
+from acrlpd.data.tools import convert
+from acrlpd.data.view.normalize import NormStats
+from acrlpd.data.view.transforms import Compose, Normalize
 from acrlpd.pictures import resize_with_pad
 from acrlpd.presets import get_preset
 from acrlpd.training.setup import make_trainer

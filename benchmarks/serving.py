@@ -30,7 +30,7 @@ from websockets.asyncio.client import connect
 from acrlpd import deploy
 from acrlpd.agents.config import AgentConfig
 from acrlpd.config import DataConfig, TrainConfig, to_dict
-from acrlpd.data.normalize import NormStats
+from acrlpd.data.view.normalize import NormStats
 from acrlpd.models.critic import CriticConfig
 from acrlpd.presets import NANO
 from acrlpd.serving import codec

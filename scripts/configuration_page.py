@@ -9,7 +9,7 @@ from pathlib import Path
 
 from acrlpd import fields
 from acrlpd.config import TrainConfig
-from acrlpd.data.options import DataSource, ReaderOptions
+from acrlpd.data.formats.options import DataSource, ReaderOptions
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration

@@ -22,7 +22,7 @@ from acrlpd import presets
 from acrlpd.cli import train
 from acrlpd.cli.configured import named
 from acrlpd.config import TrainConfig
-from acrlpd.data import lerobot
+from acrlpd.data.formats.lerobot import reader as lerobot
 from acrlpd.overrides import apply_config_overrides, fields_of
 from acrlpd.platforms import ENVIRONMENTS, environment_overrides
 from acrlpd.training import resuming

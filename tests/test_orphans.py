@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from acrlpd.data import processes
+from acrlpd.data.store import processes
 
 STARTING = """
 import multiprocessing, sys, time
@@ -44,13 +44,13 @@ def stepping():
     environments.receive()
 
 def reading():
-    from acrlpd.data import processes
+    from acrlpd.data.store import processes
     pool = processes.start(2, print)
     list(pool.map(busy, range(2)))
 
 def grain():
     import numpy as np
-    from acrlpd.data import hdf5
+    from acrlpd.data.formats import hdf5
     from acrlpd.data.grain_batches import grain_batches
     from acrlpd.types import Episode
     actions = np.zeros((4, 1), np.float32)

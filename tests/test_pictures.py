@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from acrlpd import pictures
-from acrlpd.data.frame_cache import FrameCache
-from acrlpd.data.robots.mapping import ToRobot
-from acrlpd.data.transforms import ResizeImages
+from acrlpd.data.formats.frame_cache import FrameCache
+from acrlpd.data.view.robots.mapping import ToRobot
+from acrlpd.data.view.transforms import ResizeImages
 from acrlpd.envs.custom import GymnasiumSimulator
 from acrlpd.envs.env import Outcome
 from acrlpd.envs.robot import RobotSimulator

@@ -13,19 +13,17 @@ __version__ = "0.1.0"
 _HOMES = {
     "acrlpd.agents.agent": ("ACRLPDAgent",),
     "acrlpd.agents.config": ("AgentConfig", "TemperatureConfig"),
-    "acrlpd.agents.founding": (
+    "acrlpd.founding.agents": (
         *("DEFAULT_LOSS_WEIGHTS", "ACRLPDPi0Agent", "BCLossComputer", "CriticLossComputer", "EntropyEstimator"),
         *("JointLossComputer", "SingleCriticNetwork", "TemperatureModule", "create_observation_encoder"),
         "soft_update_target_networks",
     ),
     "acrlpd.agents.losses": ("LossWeights",),
     "acrlpd.config": ("ACRLPDPi0Config", "ACRLPDTrainingConfig", "EvalConfig", "TrainConfig"),
-    "acrlpd.data.dataset_loader": (
-        *("ACRLPDDataLoader", "LeRobotACRLPDDataLoader", "create_lerobot_acrlpd_dataloader"),
-    ),
-    "acrlpd.data.episodes": ("EpisodeStore",),
+    "acrlpd.founding.loaders": (*("ACRLPDDataLoader", "LeRobotACRLPDDataLoader", "create_lerobot_acrlpd_dataloader"),),
+    "acrlpd.data.store.episodes": ("EpisodeStore",),
     "acrlpd.data.grain_batches": ("grain_batches",),
-    "acrlpd.data.hdf5": ("H5DatasetReader",),
+    "acrlpd.data.formats.hdf5": ("H5DatasetReader",),
     "acrlpd.data.loader": ("ChunkLoader",),
     "acrlpd.data.sources": ("open_episodes",),
     "acrlpd.deploy": ("export_acrlpd_model",),
@@ -45,7 +43,7 @@ _HOMES = {
     "acrlpd.serving.policy": ("Policy",),
     "acrlpd.serving.production": ("PRODUCTION_SERVING_CONFIG",),
     "acrlpd.serving.server": ("PolicyServer", "ServerConfig"),
-    "acrlpd.regression": ("ACRLPDRegressionTester",),
+    "acrlpd.founding.regression": ("ACRLPDRegressionTester",),
     "acrlpd.training.checkpoint": ("ACRLPDCheckpointManager",),
     "acrlpd.training.guides": (
         *("HYPERPARAMETER_TUNING_PROTOCOL", "PERFORMANCE_OPTIMIZATION_STRATEGIES", "TROUBLESHOOTING_GUIDE"),

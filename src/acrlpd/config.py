@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from acrlpd import fields, files
 from acrlpd.agents.config import AgentConfig
 from acrlpd.agents.losses import LossWeights
-from acrlpd.data.options import DataSource, ReaderOptions
-from acrlpd.data.rewards import RewardConfig
-from acrlpd.data.robots.mapping import Robot
+from acrlpd.data.formats.options import DataSource, ReaderOptions
+from acrlpd.data.formats.rewards import RewardConfig
+from acrlpd.data.view.robots.mapping import Robot
 from acrlpd.envs.env import EnvConfig
 from acrlpd.envs.vector import RolloutConfig
 from acrlpd.fields import Interval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Share

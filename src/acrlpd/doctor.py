@@ -16,7 +16,7 @@ import numpy as np
 import acrlpd
 from acrlpd import presets
 from acrlpd.config import DataConfig, PolicyConfig, TrainConfig
-from acrlpd.data import hdf5
+from acrlpd.data.formats import hdf5
 from acrlpd.envs import rendering
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.loop import ACRLPDTrainer

@@ -12,7 +12,7 @@ from acrlpd.agents import agent as agent_module
 from acrlpd.agents import candidates, losses, sampling, td
 from acrlpd.agents.losses import LossWeights
 from acrlpd.data import chunks
-from acrlpd.data.episodes import EpisodeStore
+from acrlpd.data.store.episodes import EpisodeStore
 from acrlpd.types import ChunkBatch, Episode, FinalObservation, Observation
 
 HORIZON = 3  # of the toy policy

@@ -7,7 +7,7 @@ from tests.envs.test_custom import CAR
 from tests.training.test_online import CONFIG
 
 from acrlpd.cli.main import main
-from acrlpd.data import hdf5
+from acrlpd.data.formats import hdf5
 from acrlpd.training import setup
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from acrlpd.cli.main import EXIT_BROKEN_PIPE, main
-from acrlpd.data.robots import mapping
+from acrlpd.data.view.robots import mapping
 from acrlpd.presets import get_preset, with_algorithm
 from acrlpd.training.faults import EXIT_INTERRUPTED
 

@@ -16,7 +16,7 @@ from acrlpd.cli import train
 from acrlpd.cli.configured import starting_point, take
 from acrlpd.cli.main import main
 from acrlpd.config import TrainConfig, from_dict, to_dict
-from acrlpd.data import lerobot
+from acrlpd.data.formats.lerobot import reader as lerobot
 from acrlpd.overrides import load_yaml
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_acrlpd_pi0.py"

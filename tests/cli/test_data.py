@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from acrlpd.cli.main import main
-from acrlpd.data import hdf5, inspection
-from acrlpd.data.lerobot import LeRobotSource
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.lerobot.reader import LeRobotSource
+from acrlpd.data.tools import inspection
 from acrlpd.types import Episode
 
 

@@ -26,8 +26,11 @@ from acrlpd.cli import eval as evaluation
 from acrlpd.cli.main import COMMANDS as NAMES
 from acrlpd.cli.main import main
 from acrlpd.config import TrainConfig
-from acrlpd.data import convert, hdf5, inspection, normalize, sources, statistics
-from acrlpd.data.robots import mapping
+from acrlpd.data import sources, statistics
+from acrlpd.data.formats import hdf5
+from acrlpd.data.tools import convert, inspection
+from acrlpd.data.view import normalize
+from acrlpd.data.view.robots import mapping
 from acrlpd.doctor import Check
 from acrlpd.envs.env import EnvConfig
 from acrlpd.training import loading, memory, setup

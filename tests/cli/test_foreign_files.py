@@ -11,7 +11,7 @@ import pytest
 from acrlpd import presets
 from acrlpd.cli.main import main
 from acrlpd.config import to_dict
-from acrlpd.data import hdf5
+from acrlpd.data.formats import hdf5
 from acrlpd.training.metrics import JsonlWriter, write_json
 from acrlpd.training.run import RunFiles
 from acrlpd.types import Episode

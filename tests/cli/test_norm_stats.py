@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 
 from acrlpd.cli.main import main
-from acrlpd.data import convert, hdf5, normalize, statistics
-from acrlpd.data.episodes import EpisodeStore
+from acrlpd.data import statistics
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.video import VideoReaders
 from acrlpd.data.sources import open_episodes
-from acrlpd.data.transforms import DeltaActions
-from acrlpd.data.video import VideoReaders
+from acrlpd.data.store.episodes import EpisodeStore
+from acrlpd.data.tools import convert
+from acrlpd.data.view import normalize
+from acrlpd.data.view.transforms import DeltaActions
 from acrlpd.types import Episode
 
 KEYS, NAMES = ("state", "actions"), ("mean", "std", "q01", "q99")

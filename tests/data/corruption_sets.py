@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from acrlpd.data import hdf5
+from acrlpd.data.formats import hdf5
 from acrlpd.types import Episode
 
 LENGTHS = (5, 6, 7)

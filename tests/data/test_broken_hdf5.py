@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from acrlpd.data import hdf5, sources
-from acrlpd.data.hdf5 import H5DatasetReader
-from acrlpd.data.metadata_cache import MetadataCache
-from acrlpd.data.rewards import RewardConfig
+from acrlpd.data import sources
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.hdf5 import H5DatasetReader
+from acrlpd.data.formats.rewards import RewardConfig
+from acrlpd.data.store.metadata_cache import MetadataCache
 from acrlpd.types import Episode
 
 NAMES = ("aloha_", "rm_", "droid_")

@@ -14,15 +14,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from acrlpd.data import convert, hdf5, statistics, windows
-from acrlpd.data import lerobot_checks as checks
-from acrlpd.data.frame_cache import FrameCache
-from acrlpd.data.hdf5 import H5DatasetReader
-from acrlpd.data.inspection import inspect
-from acrlpd.data.lerobot import LeRobotSource
-from acrlpd.data.lerobot_meta import EpisodeRow
-from acrlpd.data.metadata_cache import MetadataCache
-from acrlpd.data.parquet import DataError
+from acrlpd.data import statistics
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.frame_cache import FrameCache
+from acrlpd.data.formats.hdf5 import H5DatasetReader
+from acrlpd.data.formats.lerobot import checks
+from acrlpd.data.formats.lerobot.meta import EpisodeRow
+from acrlpd.data.formats.lerobot.reader import LeRobotSource
+from acrlpd.data.formats.parquet import DataError
+from acrlpd.data.store import windows
+from acrlpd.data.store.metadata_cache import MetadataCache
+from acrlpd.data.tools import convert
+from acrlpd.data.tools.inspection import inspect
 from acrlpd.types import Episode
 
 pa = pytest.importorskip("pyarrow")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from acrlpd.data import chunks
-from acrlpd.data.episodes import EpisodeStore
+from acrlpd.data.store.episodes import EpisodeStore
 from acrlpd.types import Episode, FinalObservation
 
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from acrlpd import files
-from acrlpd.data import convert, hdf5
-from acrlpd.data.hdf5 import H5DatasetReader
-from acrlpd.data.lerobot import LeRobotSource
-from acrlpd.data.rewards import RewardConfig
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.hdf5 import H5DatasetReader
+from acrlpd.data.formats.lerobot.reader import LeRobotSource
+from acrlpd.data.formats.rewards import RewardConfig
 from acrlpd.data.sources import open_episodes
+from acrlpd.data.tools import convert
 from acrlpd.types import Episode
 
 pytest.importorskip("pyarrow")

@@ -9,14 +9,15 @@ import jax
 import numpy as np
 import pytest
 
-from acrlpd.data import chunks, hdf5
-from acrlpd.data.dataset_loader import ACRLPDDataLoader, LeRobotACRLPDDataLoader, create_lerobot_acrlpd_dataloader
-from acrlpd.data.episodes import EpisodeStore
-from acrlpd.data.frame_cache import FrameCache
-from acrlpd.data.hdf5 import H5DatasetReader
-from acrlpd.data.lerobot import LeRobotSource
+from acrlpd.data import chunks
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.frame_cache import FrameCache
+from acrlpd.data.formats.hdf5 import H5DatasetReader
+from acrlpd.data.formats.lerobot.reader import LeRobotSource
+from acrlpd.data.formats.rewards import RewardConfig
 from acrlpd.data.loader import ChunkLoader
-from acrlpd.data.rewards import RewardConfig
+from acrlpd.data.store.episodes import EpisodeStore
+from acrlpd.founding.loaders import ACRLPDDataLoader, LeRobotACRLPDDataLoader, create_lerobot_acrlpd_dataloader
 from acrlpd.types import Episode
 
 
@@ -158,7 +159,7 @@ HOST = """
 import sys
 import jax
 import numpy as np
-from acrlpd.data.dataset_loader import ACRLPDDataLoader
+from acrlpd.founding.loaders import ACRLPDDataLoader
 
 folder, address, index, out = sys.argv[1:]
 jax.distributed.initialize(address, num_processes=2, process_id=int(index))

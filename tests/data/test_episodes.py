@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from acrlpd.data.episodes import EpisodeSource, EpisodeStore
+from acrlpd.data.store.episodes import EpisodeSource, EpisodeStore
 from acrlpd.types import Episode
 
 

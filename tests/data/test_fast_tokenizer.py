@@ -10,8 +10,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acrlpd.data.fast_tokenizer import FastPromptTokenizer, FastTokenizer, TokenizeFast
-from acrlpd.data.tokenizer import PromptTokenizer, state_bins
+from acrlpd.data.view.fast_tokenizer import FastPromptTokenizer, FastTokenizer, TokenizeFast
+from acrlpd.data.view.tokenizer import PromptTokenizer, state_bins
 
 HORIZON, DIM = 8, 3
 VOCAB_SIZE = 1024  # of the model: 512 pieces of text, room for 300 FAST ids and 128 reserved ones

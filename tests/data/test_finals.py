@@ -6,17 +6,19 @@ import h5py
 import numpy as np
 import pytest
 
-from acrlpd.data import chunks, convert, hdf5
-from acrlpd.data.episodes import EpisodeStore
-from acrlpd.data.finals import FinalSource
-from acrlpd.data.frame_cache import FrameCache
-from acrlpd.data.hdf5 import H5DatasetReader
+from acrlpd.data import chunks
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.frame_cache import FrameCache
+from acrlpd.data.formats.hdf5 import H5DatasetReader
+from acrlpd.data.formats.npz import NpzReader
 from acrlpd.data.loader import ChunkLoader
-from acrlpd.data.metadata_cache import MetadataCache
-from acrlpd.data.npz import NpzReader
 from acrlpd.data.replay import ReplayJournal
-from acrlpd.data.transforms import Compose
-from acrlpd.data.windows import SourceRows, open_store
+from acrlpd.data.store.episodes import EpisodeStore
+from acrlpd.data.store.finals import FinalSource
+from acrlpd.data.store.metadata_cache import MetadataCache
+from acrlpd.data.store.windows import SourceRows, open_store
+from acrlpd.data.tools import convert
+from acrlpd.data.view.transforms import Compose
 from acrlpd.types import Episode, FinalObservation
 
 LENGTHS = (6, 3, 1, 4)

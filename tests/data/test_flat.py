@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acrlpd.data import flat, hdf5, metadata_cache, windows
-from acrlpd.data.flat import FlatRows, is_mapped
-from acrlpd.data.hdf5 import H5DatasetReader
-from acrlpd.data.metadata_cache import MetadataCache
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.hdf5 import H5DatasetReader
+from acrlpd.data.store import flat, metadata_cache, windows
+from acrlpd.data.store.flat import FlatRows, is_mapped
+from acrlpd.data.store.metadata_cache import MetadataCache
 from acrlpd.types import Episode
 
 LENGTHS = [7, 2, 9, 1, 5]

@@ -10,8 +10,8 @@ import pytest
 
 from acrlpd import files
 from acrlpd.cli.main import main
-from acrlpd.data.frame_cache import FrameCache
-from acrlpd.data.hdf5 import H5DatasetReader
+from acrlpd.data.formats.frame_cache import FrameCache
+from acrlpd.data.formats.hdf5 import H5DatasetReader
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from acrlpd.data.dataset_loader import ACRLPDDataLoader
+from acrlpd.data.formats.layouts.own import write_episode
 from acrlpd.data.grain_batches import grain_batches
-from acrlpd.data.layouts.own import write_episode
+from acrlpd.founding.loaders import ACRLPDDataLoader
 from acrlpd.types import Episode
 
 BATCH, HORIZON, STEPS = 4, 3, 9

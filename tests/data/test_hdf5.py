@@ -5,11 +5,11 @@ import h5py
 import numpy as np
 import pytest
 
-from acrlpd.data import hdf5
-from acrlpd.data.episodes import EpisodeSource, EpisodeStore
-from acrlpd.data.hdf5 import H5DatasetReader
-from acrlpd.data.metadata_cache import MetadataCache
-from acrlpd.data.rewards import RewardConfig
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.hdf5 import H5DatasetReader
+from acrlpd.data.formats.rewards import RewardConfig
+from acrlpd.data.store.episodes import EpisodeSource, EpisodeStore
+from acrlpd.data.store.metadata_cache import MetadataCache
 from acrlpd.types import Episode
 
 

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from acrlpd.data import hdf5
-from acrlpd.data.inspection import inspect
+from acrlpd.data.formats import hdf5
+from acrlpd.data.tools.inspection import inspect
 from acrlpd.types import Episode
 
 

@@ -6,12 +6,15 @@ import h5py
 import numpy as np
 import pytest
 
-from acrlpd.data import chunks, convert, hdf5, instructions, windows
-from acrlpd.data.hdf5 import H5DatasetReader
-from acrlpd.data.inspection import inspect
-from acrlpd.data.lerobot import LeRobotSource
-from acrlpd.data.metadata_cache import MetadataCache
+from acrlpd.data import chunks
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.hdf5 import H5DatasetReader
+from acrlpd.data.formats.lerobot.reader import LeRobotSource
 from acrlpd.data.sources import open_episodes
+from acrlpd.data.store import windows
+from acrlpd.data.store.metadata_cache import MetadataCache
+from acrlpd.data.tools import convert, instructions
+from acrlpd.data.tools.inspection import inspect
 from acrlpd.types import Episode
 
 STEPS = 6

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from acrlpd.cli import data as command
-from acrlpd.data import hdf5, inspection, sources
-from acrlpd.data.episodes import OptionError
-from acrlpd.data.layouts.columns import axis_angle
+from acrlpd.data import sources
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.layouts.columns import axis_angle
+from acrlpd.data.store.episodes import OptionError
+from acrlpd.data.tools import inspection
 from acrlpd.types import Episode, FinalObservation
 
 N = 5

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acrlpd.data import convert, hdf5, windows
-from acrlpd.data.hdf5 import H5DatasetReader
-from acrlpd.data.inspection import inspect
-from acrlpd.data.lerobot import LeRobotSource
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.hdf5 import H5DatasetReader
+from acrlpd.data.formats.lerobot.reader import LeRobotSource
+from acrlpd.data.store import windows
+from acrlpd.data.tools import convert
+from acrlpd.data.tools.inspection import inspect
 from acrlpd.types import Episode
 
 pa = pytest.importorskip("pyarrow")

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from acrlpd.data.chunks import gather
-from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.loader import ChunkLoader
-from acrlpd.data.normalize import NormStats
-from acrlpd.data.tokenizer import PromptTokenizer
-from acrlpd.data.transforms import Compose, DeltaActions, Normalize, PadToModel, ResizeImages, TokenizePrompt
+from acrlpd.data.store.episodes import EpisodeStore
+from acrlpd.data.view.normalize import NormStats
+from acrlpd.data.view.tokenizer import PromptTokenizer
+from acrlpd.data.view.transforms import Compose, DeltaActions, Normalize, PadToModel, ResizeImages, TokenizePrompt
 from acrlpd.types import ChunkBatch, Episode
 
 STATS = {"state": NormStats(np.ones(3), 2 * np.ones(3)), "actions": NormStats(np.zeros(2), np.ones(2))}

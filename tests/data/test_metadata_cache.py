@@ -11,9 +11,9 @@ import pytest
 from safetensors import SafetensorError
 
 from acrlpd import files
-from acrlpd.data import hdf5
-from acrlpd.data.hdf5 import H5DatasetReader
-from acrlpd.data.metadata_cache import MetadataCache, default_folder
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.hdf5 import H5DatasetReader
+from acrlpd.data.store.metadata_cache import MetadataCache, default_folder
 from acrlpd.types import Episode
 
 
@@ -108,7 +108,7 @@ def test_a_damaged_entry_is_made_anew(cache, file, content, monkeypatch):
     entry = cache.entry_path(file.parent, "")
     whole = entry.read_bytes()
     if content == "other version":
-        monkeypatch.setattr("acrlpd.data.metadata_cache.VERSION", 999)
+        monkeypatch.setattr("acrlpd.data.store.metadata_cache.VERSION", 999)
     elif content == "cut":
         entry.write_bytes(whole[: len(whole) // 2])
     elif content == "flipped":
@@ -173,7 +173,7 @@ def test_a_full_disk_is_no_error(cache, file, caplog, monkeypatch):
     def fail(*_, **__):
         raise SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr("acrlpd.data.metadata_cache.save_file", fail)
+    monkeypatch.setattr("acrlpd.data.store.metadata_cache.save_file", fail)
     with caplog.at_level(logging.WARNING):
         assert cache.get(file.parent, "", Counting(file))["size"] == 5
     assert "No space left" in caplog.text

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from acrlpd.data import sources
-from acrlpd.data.rewards import RewardConfig
+from acrlpd.data.formats.rewards import RewardConfig
 
 
 def episode(number, length, *, terminated):

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from acrlpd.data import statistics
-from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.mixture import Facts, Mixture, check_alike
-from acrlpd.data.transforms import Compose, ResizeImages
+from acrlpd.data.store.episodes import EpisodeStore
+from acrlpd.data.view.transforms import Compose, ResizeImages
 from acrlpd.types import Episode
 
 FACTS = Facts("a", 4, 2, ("top", "wrist"), 10.0, "arm")

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from acrlpd.data import normalize as norm
 from acrlpd.data import statistics
-from acrlpd.data.episodes import EpisodeStore
-from acrlpd.data.normalize import NormStats
-from acrlpd.data.transforms import DeltaActions
+from acrlpd.data.store.episodes import EpisodeStore
+from acrlpd.data.view import normalize as norm
+from acrlpd.data.view.normalize import NormStats
+from acrlpd.data.view.transforms import DeltaActions
 from acrlpd.types import Episode
 
 STATS = NormStats(

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from acrlpd.data import chunks
-from acrlpd.data.episodes import EpisodeSource, EpisodeStore
-from acrlpd.data.npz import ButtonGoal, CubeGoal, NpzReader
-from acrlpd.data.rewards import RewardConfig
+from acrlpd.data.formats.npz import ButtonGoal, CubeGoal, NpzReader
+from acrlpd.data.formats.rewards import RewardConfig
+from acrlpd.data.store.episodes import EpisodeSource, EpisodeStore
 
 GOAL = CubeGoal(((0.4, 0.0, 0.02),))
 

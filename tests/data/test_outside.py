@@ -10,14 +10,15 @@ import pytest
 
 from acrlpd import presets
 from acrlpd.config import ConfigError
-from acrlpd.data import convert, hdf5
-from acrlpd.data.episodes import EpisodeStore
-from acrlpd.data.frame_cache import FrameCache, FrameOrigin
-from acrlpd.data.hdf5 import H5DatasetReader
-from acrlpd.data.layouts.columns import Reading, check_inside
-from acrlpd.data.lerobot import LeRobotSource, hub_folder
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.frame_cache import FrameCache, FrameOrigin
+from acrlpd.data.formats.hdf5 import H5DatasetReader
+from acrlpd.data.formats.layouts.columns import Reading, check_inside
+from acrlpd.data.formats.lerobot.reader import LeRobotSource, hub_folder
+from acrlpd.data.formats.video import VideoError, frame_times
 from acrlpd.data.sources import open_episodes
-from acrlpd.data.video import VideoError, frame_times
+from acrlpd.data.store.episodes import EpisodeStore
+from acrlpd.data.tools import convert
 from acrlpd.files import open_picture
 from acrlpd.models import weights
 from acrlpd.overrides import apply_config_overrides

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from acrlpd.data.parquet import DataError, ParquetReader
+from acrlpd.data.formats.parquet import DataError, ParquetReader
 
 
 @pytest.fixture

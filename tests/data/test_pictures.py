@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from acrlpd.data import pictures, sources
-from acrlpd.data.episodes import OptionError
-from acrlpd.data.video import import_av
+from acrlpd.data import sources
+from acrlpd.data.formats import pictures
+from acrlpd.data.formats.video import import_av
+from acrlpd.data.store.episodes import OptionError
 
 N, HEIGHT, WIDTH = 4, 16, 24
 RGB = np.kron(np.random.default_rng(0).integers(0, 256, (2, 3, 3), np.uint8), np.ones((8, 8, 1), np.uint8))

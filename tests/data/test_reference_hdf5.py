@@ -8,9 +8,9 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from acrlpd.data import chunks
-from acrlpd.data.episodes import EpisodeStore
-from acrlpd.data.hdf5 import H5DatasetReader
-from acrlpd.data.rewards import RewardConfig
+from acrlpd.data.formats.hdf5 import H5DatasetReader
+from acrlpd.data.formats.rewards import RewardConfig
+from acrlpd.data.store.episodes import EpisodeStore
 
 pytestmark = pytest.mark.reference
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from acrlpd.data import chunks, statistics
-from acrlpd.data.episodes import EpisodeStore
-from acrlpd.data.lerobot import LeRobotSource
+from acrlpd.data.formats.lerobot.reader import LeRobotSource
+from acrlpd.data.store.episodes import EpisodeStore
 
 pytestmark = pytest.mark.reference
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from acrlpd import files
-from acrlpd.data import hdf5
-from acrlpd.data.episodes import EpisodeStore
+from acrlpd.data.formats import hdf5
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.data.sources import open_episodes
+from acrlpd.data.store.episodes import EpisodeStore
 from acrlpd.training.run import Interaction
 from acrlpd.types import Episode
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from acrlpd.data.rewards import Labeller, RewardConfig
+from acrlpd.data.formats.rewards import Labeller, RewardConfig
 
 
 def f32(*values):

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 
 from acrlpd.data.chunks import gather
-from acrlpd.data.episodes import EpisodeStore
-from acrlpd.data.normalize import load
-from acrlpd.data.robots import aloha, droid, libero
-from acrlpd.data.robots.mapping import ToRobot, delta_mask, unseen
-from acrlpd.data.transforms import Compose, DeltaActions, Normalize, PadToModel, ResizeImages, to_observation
+from acrlpd.data.store.episodes import EpisodeStore
+from acrlpd.data.view.normalize import load
+from acrlpd.data.view.robots import aloha, droid, libero
+from acrlpd.data.view.robots.mapping import ToRobot, delta_mask, unseen
+from acrlpd.data.view.transforms import Compose, DeltaActions, Normalize, PadToModel, ResizeImages, to_observation
 from acrlpd.types import Episode
 
 

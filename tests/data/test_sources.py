@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from acrlpd.data import hdf5, sources
-from acrlpd.data.frame_cache import FrameCache
-from acrlpd.data.npz import CubeGoal
-from acrlpd.data.rewards import RewardConfig
+from acrlpd.data import sources
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.frame_cache import FrameCache
+from acrlpd.data.formats.npz import CubeGoal
+from acrlpd.data.formats.rewards import RewardConfig
 from acrlpd.types import Episode
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acrlpd.data.stretches import Partition, Stretch
+from acrlpd.data.formats.lerobot.partition import Partition, Stretch
 
 RULE = Partition(1e-3, lambda frames: f"frame {frames:g}")
 

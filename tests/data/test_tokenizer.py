@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from acrlpd.data.tokenizer import CACHE_SIZE, PromptTokenizer, clean, state_bins
+from acrlpd.data.view.tokenizer import CACHE_SIZE, PromptTokenizer, clean, state_bins
 
 
 @pytest.fixture(scope="module")

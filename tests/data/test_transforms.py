@@ -4,9 +4,9 @@ import time
 import numpy as np
 import pytest
 
-from acrlpd.data import transforms as tf
-from acrlpd.data.normalize import NormStats
-from acrlpd.data.tokenizer import PromptTokenizer
+from acrlpd.data.view import transforms as tf
+from acrlpd.data.view.normalize import NormStats
+from acrlpd.data.view.tokenizer import PromptTokenizer
 from acrlpd.pictures import resize_with_pad
 
 STATS = {

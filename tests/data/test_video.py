@@ -4,7 +4,7 @@ import av
 import numpy as np
 import pytest
 
-from acrlpd.data import video
+from acrlpd.data.formats import video
 
 FPS = 25
 NUM_FRAMES = 60

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from acrlpd.data import hdf5
-from acrlpd.data.episodes import EpisodeStore
-from acrlpd.data.flat import FlatRows
-from acrlpd.data.hdf5 import H5DatasetReader
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.hdf5 import H5DatasetReader
 from acrlpd.data.loader import ChunkLoader
-from acrlpd.data.transforms import Compose
-from acrlpd.data.windows import SourceRows, WindowReader, open_store
+from acrlpd.data.store.episodes import EpisodeStore
+from acrlpd.data.store.flat import FlatRows
+from acrlpd.data.store.windows import SourceRows, WindowReader, open_store
+from acrlpd.data.view.transforms import Compose
 from acrlpd.types import Episode
 
 LENGTHS = [7, 2, 9, 1, 5]

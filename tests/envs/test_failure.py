@@ -218,7 +218,7 @@ UNGUARDED = {
         collect(EnvConfig("custom/FILE:sometimes"), range(4), policy="random", num_workers=2, on_episode=print)
     """,
     "read": """
-        from acrlpd.data import processes
+        from acrlpd.data.store import processes
         with processes.explained(2):
             print(list(processes.start(2, print).map(abs, range(4))))
     """,

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from acrlpd.data.robots.mapping import ToRobot
+from acrlpd.data.view.robots.mapping import ToRobot
 from acrlpd.envs import libero, rendering
 from acrlpd.envs.collect import collect
 from acrlpd.envs.env import EnvConfig

@@ -17,7 +17,7 @@ from websockets.sync.client import ClientConnection, connect
 from acrlpd import deploy
 from acrlpd.agents.config import AgentConfig
 from acrlpd.config import DataConfig, PolicyConfig, TrainConfig, to_dict
-from acrlpd.data.normalize import NormStats
+from acrlpd.data.view.normalize import NormStats
 from acrlpd.models.critic import CriticConfig
 from acrlpd.serving import codec
 from acrlpd.serving.policy import Policy

@@ -7,7 +7,7 @@ import pytest
 from tests.serving.conftest import CONFIG, OBS, STATS
 
 from acrlpd.config import PolicyConfig
-from acrlpd.data.transforms import to_observation
+from acrlpd.data.view.transforms import to_observation
 from acrlpd.training import setup
 
 ODD = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from acrlpd.data.normalize import NormStats
+from acrlpd.data.view.normalize import NormStats
 from acrlpd.envs.env import EnvConfig
 from acrlpd.envs.registry import make
 

@@ -13,9 +13,11 @@ from safetensors.numpy import load_file
 
 from acrlpd import deploy
 from acrlpd.cli.main import main
-from acrlpd.data import hdf5, normalize, windows
+from acrlpd.data.formats import hdf5
 from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.sources import open_episodes
+from acrlpd.data.store import windows
+from acrlpd.data.view import normalize
 from acrlpd.deploy import export as deploy_export
 from acrlpd.models import torch_names, weights
 from acrlpd.presets import NANO

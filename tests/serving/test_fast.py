@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 
 from acrlpd import deploy
-from acrlpd.data import normalize
-from acrlpd.data.fast_tokenizer import FastPromptTokenizer, FastTokenizer, TokenizeFast
-from acrlpd.data.normalize import NormStats
-from acrlpd.data.robots.mapping import before_normalization, fast_cameras
-from acrlpd.data.transforms import Normalize, ResizeImages, to_observation
+from acrlpd.data.view import normalize
+from acrlpd.data.view.fast_tokenizer import FastPromptTokenizer, FastTokenizer, TokenizeFast
+from acrlpd.data.view.normalize import NormStats
+from acrlpd.data.view.robots.mapping import before_normalization, fast_cameras
+from acrlpd.data.view.transforms import Normalize, ResizeImages, to_observation
 from acrlpd.models import weights
 from acrlpd.models.pi0_fast import Pi0FastConfig
 from acrlpd.serving.policy import Draws, TokenSampler

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from acrlpd import deploy
-from acrlpd.data.transforms import Compose, Normalize
+from acrlpd.data.view.transforms import Compose, Normalize
 from acrlpd.models.mlp_flow import MLPFlowConfig
 from acrlpd.serving import codec
 from acrlpd.serving.policy import NotFiniteError, Policy

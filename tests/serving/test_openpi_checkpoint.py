@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 
 from acrlpd import deploy
-from acrlpd.data import normalize, statistics
-from acrlpd.data.tokenizer import PromptTokenizer
+from acrlpd.data import statistics
+from acrlpd.data.view import normalize
+from acrlpd.data.view.tokenizer import PromptTokenizer
 from acrlpd.deploy import openpi
 from acrlpd.models import gemma, siglip, weights
 from acrlpd.models.pi0 import Pi0Config

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from acrlpd.data import normalize
-from acrlpd.data.normalize import NormStats
-from acrlpd.data.robots.libero import Libero
-from acrlpd.data.transforms import Compose, Data, DeltaActions, Normalize, PadToModel, ResizeImages, to_observation
+from acrlpd.data.view import normalize
+from acrlpd.data.view.normalize import NormStats
+from acrlpd.data.view.robots.libero import Libero
+from acrlpd.data.view.transforms import Compose, Data, DeltaActions, Normalize, PadToModel, ResizeImages, to_observation
 from acrlpd.models import gemma, siglip, weights
 from acrlpd.models.mlp_flow import MLPFlow, MLPFlowConfig
 from acrlpd.models.pi0 import Pi0, Pi0Config

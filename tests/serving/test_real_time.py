@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 
 from acrlpd import deploy
-from acrlpd.data.normalize import NormStats
-from acrlpd.data.transforms import Compose, Normalize
+from acrlpd.data.view.normalize import NormStats
+from acrlpd.data.view.transforms import Compose, Normalize
 from acrlpd.models import flow
 from acrlpd.models.mlp_flow import MLPFlowConfig
 from acrlpd.serving import budget

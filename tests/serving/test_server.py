@@ -16,7 +16,7 @@ from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatu
 from websockets.sync.client import connect
 
 from acrlpd import deploy
-from acrlpd.data.transforms import to_observation
+from acrlpd.data.view.transforms import to_observation
 from acrlpd.serving import codec
 from acrlpd.serving.batching import batch_sizes
 from acrlpd.serving.request import OPTIONS_KEY

@@ -9,7 +9,7 @@ import pytest
 
 from acrlpd.agents.config import AgentConfig
 from acrlpd.config import DataConfig, PolicyConfig, TrainConfig
-from acrlpd.data import hdf5
+from acrlpd.data.formats import hdf5
 from acrlpd.models.critic import CriticConfig
 from acrlpd.training import setup
 from acrlpd.training.loop import ACRLPDTrainer

@@ -24,10 +24,10 @@ from tests.envs.conftest import CountingSimulator
 from acrlpd.agents import agent as agent_module
 from acrlpd.agents.losses import LossWeights
 from acrlpd.config import OptimizersConfig, PolicyConfig, TrainConfig
-from acrlpd.data import rewards
-from acrlpd.data.episodes import EpisodeStore
+from acrlpd.data.formats import rewards
 from acrlpd.data.mixture import Mixture
-from acrlpd.data.normalize import NormStats
+from acrlpd.data.store.episodes import EpisodeStore
+from acrlpd.data.view.normalize import NormStats
 from acrlpd.envs import registry
 from acrlpd.envs.env import EnvConfig, SimulatedEnvironment
 from acrlpd.envs.registry import make

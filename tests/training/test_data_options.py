@@ -12,12 +12,16 @@ import pytest
 
 from acrlpd.cli import data, norm_stats
 from acrlpd.config import DataConfig, TrainConfig, from_dict, to_dict
-from acrlpd.data import chunks, hdf5, inspection, normalize, sources, windows
-from acrlpd.data.frame_cache import FrameCache
+from acrlpd.data import chunks, sources
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.frame_cache import FrameCache
+from acrlpd.data.formats.options import FORMATS
+from acrlpd.data.formats.rewards import RewardConfig
 from acrlpd.data.mixture import Mixture
-from acrlpd.data.normalize import NormStats
-from acrlpd.data.options import FORMATS
-from acrlpd.data.rewards import RewardConfig
+from acrlpd.data.store import windows
+from acrlpd.data.tools import inspection
+from acrlpd.data.view import normalize
+from acrlpd.data.view.normalize import NormStats
 from acrlpd.envs.env import EnvSpec
 from acrlpd.overrides import apply_config_overrides
 from acrlpd.training import loading, prior_data, report, setup

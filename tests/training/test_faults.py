@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from acrlpd.agents.agent import ACRLPDAgent
-from acrlpd.data import hdf5
+from acrlpd.data.formats import hdf5
 from acrlpd.models import weights
 from acrlpd.training import loading, run_log, setup
 from acrlpd.training.checkpoint import DamagedCheckpoint

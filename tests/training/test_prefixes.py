@@ -8,7 +8,7 @@ import pytest
 
 from acrlpd.agents.config import AgentConfig, TemperatureConfig
 from acrlpd.config import DataConfig, PolicyConfig, TrainConfig
-from acrlpd.data import hdf5
+from acrlpd.data.formats import hdf5
 from acrlpd.models.critic import CriticConfig
 from acrlpd.training import prefixes, setup
 from acrlpd.training.metrics import read_jsonl

@@ -11,7 +11,7 @@ import acrlpd
 from acrlpd.agents.config import AgentConfig
 from acrlpd.config import PolicyConfig, TrainConfig
 from acrlpd.data.statistics import bounds_stats
-from acrlpd.data.transforms import Compose, PadToModel
+from acrlpd.data.view.transforms import Compose, PadToModel
 from acrlpd.envs.env import EnvConfig, Outcome, SimulatedEnvironment
 from acrlpd.envs.vector import LocalVectorEnv
 from acrlpd.models.critic import CriticConfig

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from acrlpd.regression import ACRLPDRegressionTester
+from acrlpd.founding.regression import ACRLPDRegressionTester
 from acrlpd.training import setup
 
 

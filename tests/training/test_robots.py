@@ -9,12 +9,14 @@ import pytest
 from acrlpd import deploy
 from acrlpd.agents import agent as agent_module
 from acrlpd.config import PolicyConfig, TrainConfig
-from acrlpd.data import hdf5, normalize, statistics
-from acrlpd.data.episodes import EpisodeStore
+from acrlpd.data import statistics
+from acrlpd.data.formats import hdf5
 from acrlpd.data.loader import ChunkLoader
-from acrlpd.data.normalize import NormStats
-from acrlpd.data.robots import aloha, mapping
-from acrlpd.data.transforms import Normalize
+from acrlpd.data.store.episodes import EpisodeStore
+from acrlpd.data.view import normalize
+from acrlpd.data.view.normalize import NormStats
+from acrlpd.data.view.robots import aloha, mapping
+from acrlpd.data.view.transforms import Normalize
 from acrlpd.deploy import export as deploy_export
 from acrlpd.presets import NANO, get_preset
 from acrlpd.serving import export

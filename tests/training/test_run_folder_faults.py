@@ -20,7 +20,7 @@ from tests.training import fault_job
 
 from acrlpd import deploy
 from acrlpd.cli import train
-from acrlpd.data import hdf5
+from acrlpd.data.formats import hdf5
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.envs import collect, registry
 from acrlpd.envs.env import SimulatedEnvironment

@@ -10,10 +10,11 @@ from tests.training.conftest import make_episode
 
 from acrlpd.cli.main import main
 from acrlpd.config import DataConfig, TrainConfig, from_dict, to_dict
-from acrlpd.data import hdf5, normalize
-from acrlpd.data.normalize import NormStats
-from acrlpd.data.options import DataSource
-from acrlpd.data.rewards import RewardConfig
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.options import DataSource
+from acrlpd.data.formats.rewards import RewardConfig
+from acrlpd.data.view import normalize
+from acrlpd.data.view.normalize import NormStats
 from acrlpd.training import loading, prefixes, prior_data, report, setup
 from acrlpd.types import Episode
 

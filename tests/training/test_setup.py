@@ -9,9 +9,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from acrlpd.config import CollectConfig
-from acrlpd.data import hdf5
-from acrlpd.data.episodes import EpisodeStore
-from acrlpd.data.rewards import RewardConfig
+from acrlpd.data.formats import hdf5
+from acrlpd.data.formats.rewards import RewardConfig
+from acrlpd.data.store.episodes import EpisodeStore
 from acrlpd.envs.env import EnvConfig, EnvSpec
 from acrlpd.serving.policy import AgentSampler, Policy
 from acrlpd.training import build, loading, prior_data, setup

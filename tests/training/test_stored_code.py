@@ -13,8 +13,8 @@ from acrlpd.envs import collect
 from acrlpd.envs.env import EnvConfig
 from acrlpd.envs.registry import make, make_vector
 from acrlpd.envs.vector import RolloutConfig
+from acrlpd.founding.regression import ACRLPDRegressionTester
 from acrlpd.named_code import StoredName
-from acrlpd.regression import ACRLPDRegressionTester
 from acrlpd.training import loading, setup
 from acrlpd.training.report import write_report
 

@@ -16,7 +16,7 @@ from acrlpd import deploy
 from acrlpd.agents import extraction
 from acrlpd.cli import serve
 from acrlpd.cli.main import main
-from acrlpd.regression import ACRLPDRegressionTester
+from acrlpd.founding.regression import ACRLPDRegressionTester
 from acrlpd.serving.request import OPTIONS_KEY
 from acrlpd.training import loading, setup
 from acrlpd.training.metrics import read_jsonl

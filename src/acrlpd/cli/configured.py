@@ -24,7 +24,7 @@ from tyro.constructors import (
 from acrlpd import fields, platforms, presets
 from acrlpd.cli.idle import refuse_idle
 from acrlpd.config import ConfigError, TrainConfig, from_dict, judged, to_dict, unjudged
-from acrlpd.data.options import DataSource
+from acrlpd.data.formats.options import DataSource
 from acrlpd.overrides import apply_config_overrides, load_yaml, read_mapping
 
 T = TypeVar("T", bound="Configured")

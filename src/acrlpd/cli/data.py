@@ -13,13 +13,14 @@ from typing import Any, Literal
 
 import tyro
 
-from acrlpd.data import convert, inspection, sources
-from acrlpd.data.convert import Pictures
-from acrlpd.data.frame_cache import FrameCache, FrameSource
-from acrlpd.data.inspection import Contents, Inspection, Problem, Range
-from acrlpd.data.options import ReaderOptions
+from acrlpd.data import sources
+from acrlpd.data.formats.frame_cache import FrameCache, FrameSource
+from acrlpd.data.formats.options import ReaderOptions
 from acrlpd.data.sources import Dataset
-from acrlpd.data.windows import check_videos
+from acrlpd.data.store.windows import check_videos
+from acrlpd.data.tools import convert, inspection
+from acrlpd.data.tools.convert import Pictures
+from acrlpd.data.tools.inspection import Contents, Inspection, Problem, Range
 from acrlpd.fields import NonNegativeInt, PositiveInt
 from acrlpd.files import printable
 

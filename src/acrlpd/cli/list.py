@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from acrlpd import presets
 from acrlpd.config import TrainConfig
-from acrlpd.data.robots.mapping import ROBOTS
+from acrlpd.data.view.robots.mapping import ROBOTS
 from acrlpd.envs import registry
 
 USAGE = """usage: acrlpd list WHAT

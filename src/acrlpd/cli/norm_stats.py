@@ -14,15 +14,16 @@ import tyro
 
 from acrlpd import fields
 from acrlpd.config import DataConfig
-from acrlpd.data import normalize, statistics
-from acrlpd.data.episodes import EpisodeSource
+from acrlpd.data import statistics
+from acrlpd.data.formats.options import ReaderOptions
 from acrlpd.data.mixture import Facts, check_alike
-from acrlpd.data.normalize import NormStats
-from acrlpd.data.options import ReaderOptions
-from acrlpd.data.robots import mapping
-from acrlpd.data.robots.mapping import Robot
 from acrlpd.data.sources import Dataset, identify, open_episodes
-from acrlpd.data.transforms import Compose, Transform
+from acrlpd.data.store.episodes import EpisodeSource
+from acrlpd.data.view import normalize
+from acrlpd.data.view.normalize import NormStats
+from acrlpd.data.view.robots import mapping
+from acrlpd.data.view.robots.mapping import Robot
+from acrlpd.data.view.transforms import Compose, Transform
 from acrlpd.fields import NonNegativeFloat, PositiveFloat, PositiveInt
 
 logger = logging.getLogger(__name__)

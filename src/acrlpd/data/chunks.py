@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeStore
+from acrlpd.data.store.episodes import IMAGE_PREFIX, EpisodeStore
 from acrlpd.types import typed
 
 

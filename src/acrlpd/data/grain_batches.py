@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 
-from acrlpd.data import sources, windows
+from acrlpd.data import sources
 from acrlpd.data.loader import ChunkLoader
-from acrlpd.data.transforms import Compose, Transform
+from acrlpd.data.store import windows
+from acrlpd.data.view.transforms import Compose, Transform
 from acrlpd.orphans import end_with_parent
 from acrlpd.types import ChunkBatch
 

@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from acrlpd.data import chunks
-from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.mixture import Mixture
-from acrlpd.data.transforms import Transform, to_observation
+from acrlpd.data.store.episodes import EpisodeStore
+from acrlpd.data.view.transforms import Transform, to_observation
 from acrlpd.types import ChunkBatch, Observation
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Int
 
 from acrlpd.data import chunks
-from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.sources import Dataset
+from acrlpd.data.store.episodes import EpisodeStore
 
 
 @dataclasses.dataclass(frozen=True)

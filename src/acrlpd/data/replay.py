@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from acrlpd import files
-from acrlpd.data import hdf5
+from acrlpd.data.formats import hdf5
 from acrlpd.types import Episode
 
 logger = logging.getLogger(__name__)

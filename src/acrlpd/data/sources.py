@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from acrlpd.data import lerobot
-from acrlpd.data.episodes import EpisodeSource, OptionError
-from acrlpd.data.hdf5 import SUFFIXES, H5DatasetReader
-from acrlpd.data.layouts import droid
-from acrlpd.data.lerobot import LeRobotSource
-from acrlpd.data.metadata_cache import MetadataCache
-from acrlpd.data.minari import PREFIX as MINARI_PREFIX
-from acrlpd.data.minari import MinariSource
-from acrlpd.data.npz import NpzReader
-from acrlpd.data.rewards import RewardConfig
+from acrlpd.data.formats.hdf5 import SUFFIXES, H5DatasetReader
+from acrlpd.data.formats.layouts import droid
+from acrlpd.data.formats.lerobot import reader as lerobot
+from acrlpd.data.formats.lerobot.reader import LeRobotSource
+from acrlpd.data.formats.minari import PREFIX as MINARI_PREFIX
+from acrlpd.data.formats.minari import MinariSource
+from acrlpd.data.formats.npz import NpzReader
+from acrlpd.data.formats.rewards import RewardConfig
+from acrlpd.data.store.episodes import EpisodeSource, OptionError
+from acrlpd.data.store.metadata_cache import MetadataCache
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from acrlpd.data import chunks
-from acrlpd.data.episodes import EpisodeSource, EpisodeStore
-from acrlpd.data.normalize import EPSILON, NormStats, ranges
-from acrlpd.data.transforms import Transform
+from acrlpd.data.store.episodes import EpisodeSource, EpisodeStore
+from acrlpd.data.view.normalize import EPSILON, NormStats, ranges
+from acrlpd.data.view.transforms import Transform
 from acrlpd.types import Episode, typed
 
 MIN_STD = 1e-3  # default floor, in raw units

@@ -15,9 +15,9 @@ from flax import nnx
 
 from acrlpd.agents.config import AgentConfig
 from acrlpd.config import to_dict
-from acrlpd.data import normalize
 from acrlpd.data.loader import ChunkLoader
-from acrlpd.data.robots.mapping import ROBOTS, unseen
+from acrlpd.data.view import normalize
+from acrlpd.data.view.robots.mapping import ROBOTS, unseen
 from acrlpd.deploy.trained import load_trained, policy_spec
 from acrlpd.files import written_whole
 from acrlpd.models import lora, torch_names, weights

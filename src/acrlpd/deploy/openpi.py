@@ -9,12 +9,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from acrlpd.data.fast_tokenizer import FastPromptTokenizer, FastTokenizer, TokenizeFast
-from acrlpd.data.normalize import NormStats
-from acrlpd.data.robots import mapping
-from acrlpd.data.robots.mapping import ROBOTS, Robot, before_normalization, fast_cameras
-from acrlpd.data.tokenizer import PromptTokenizer
-from acrlpd.data.transforms import TokenizePrompt, Transform, make_bool_mask, to_model
+from acrlpd.data.view.fast_tokenizer import FastPromptTokenizer, FastTokenizer, TokenizeFast
+from acrlpd.data.view.normalize import NormStats
+from acrlpd.data.view.robots import mapping
+from acrlpd.data.view.robots.mapping import ROBOTS, Robot, before_normalization, fast_cameras
+from acrlpd.data.view.tokenizer import PromptTokenizer
+from acrlpd.data.view.transforms import TokenizePrompt, Transform, make_bool_mask, to_model
 from acrlpd.deploy.options import ActingOptions, OpenPIOptions, default_prompt_transforms, observation_spec
 from acrlpd.models import paligemma, weights
 from acrlpd.models.pi0 import Pi0, Pi0Config

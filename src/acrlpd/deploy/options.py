@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from acrlpd import fields
-from acrlpd.data.robots.mapping import Robot
-from acrlpd.data.transforms import DefaultPrompt, Transform
+from acrlpd.data.view.robots.mapping import Robot
+from acrlpd.data.view.transforms import DefaultPrompt, Transform
 from acrlpd.fields import Interval, NonNegativeFloat, PositiveFloat, PositiveInt
 from acrlpd.types import Observation
 

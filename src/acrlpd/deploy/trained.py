@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from acrlpd.data.transforms import ActionsOnly, Compose
+from acrlpd.data.view.transforms import ActionsOnly, Compose
 from acrlpd.deploy.options import ActingOptions, default_prompt_transforms, observation_spec
 from acrlpd.serving.policy import AgentSampler, Policy
 from acrlpd.training import loading

@@ -1,8 +1,8 @@
 """The π₀-FAST policy (Pertsch et al. 2025, arXiv:2501.09747), numerically as in openpi.
 
 One language model reads the cameras and a text of prompt, state and action tokens, and generates action tokens one by
-one. The tokenizer (``data/fast_tokenizer.py``) writes the state into the text and maps tokens to actions: the model
-knows only tokens.
+one. The tokenizer (``data/view/fast_tokenizer.py``) writes the state into the text and maps tokens to actions: the
+model knows only tokens.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Pi0Fast(nnx.Module):
         """
         text, text_mask = observation.tokenized_prompt, observation.tokenized_prompt_mask
         if text is None or text_mask is None:
-            raise ValueError("pi0-FAST needs tokenized_prompt and tokenized_prompt_mask (data/fast_tokenizer.py)")
+            raise ValueError("pi0-FAST needs tokenized_prompt and tokenized_prompt_mask (data/view/fast_tokenizer.py)")
         text_starts = jnp.zeros(text.shape, bool) if observation.token_ar_mask is None else observation.token_ar_mask
         tokens, mask = self.PaliGemma.embed_cameras(self.PaliGemma.preprocess(observation))
         return (
@@ -117,7 +117,7 @@ class Pi0Fast(nnx.Module):
         if text is None or loss_mask is None or observation.token_ar_mask is None:
             raise ValueError(
                 "the loss needs tokenized_prompt, token_ar_mask and token_loss_mask: tokenize the prompts with their "
-                "actions (data/fast_tokenizer.py)"
+                "actions (data/view/fast_tokenizer.py)"
             )
         observation = self.PaliGemma.preprocess(observation, augment_rng=rng if train else None)
         tokens, valid, block_starts = self.embed_inputs(observation)

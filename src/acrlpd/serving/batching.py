@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from acrlpd.data.transforms import Data
+from acrlpd.data.view.transforms import Data
 from acrlpd.serving.policy import NotFiniteError, Policy
 from acrlpd.serving.request import Request
 

@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from acrlpd.agents import candidates, td
 from acrlpd.agents.agent import ACRLPDAgent, choose_chunks
-from acrlpd.data.normalize import NormStats
-from acrlpd.data.robots.mapping import Platform
+from acrlpd.data.view.normalize import NormStats
+from acrlpd.data.view.robots.mapping import Platform
 from acrlpd.models.parameters import Params
 from acrlpd.serving.budget import Plan
 from acrlpd.serving.policy import keys_of

@@ -20,7 +20,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from acrlpd.agents.agent import ACRLPDAgent, choose_chunks
-from acrlpd.data.transforms import Data, Transform, to_observation
+from acrlpd.data.view.transforms import Data, Transform, to_observation
 from acrlpd.models import flow, stacked
 from acrlpd.models.flow import FlowPolicy, Guidance
 from acrlpd.models.pi0_fast import Pi0Fast

@@ -28,7 +28,7 @@ from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from acrlpd.data.transforms import Data
+from acrlpd.data.view.transforms import Data
 from acrlpd.serving import codec
 from acrlpd.serving.batching import Batcher
 from acrlpd.serving.door import Door, ServerConfig, check_keys, open_door

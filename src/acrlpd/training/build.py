@@ -12,10 +12,10 @@ from flax import nnx
 
 from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import PolicyConfig, TrainConfig
-from acrlpd.data.normalize import NormStats
-from acrlpd.data.robots import mapping
-from acrlpd.data.tokenizer import PromptTokenizer
-from acrlpd.data.transforms import TokenizePrompt, Transform, to_model
+from acrlpd.data.view.normalize import NormStats
+from acrlpd.data.view.robots import mapping
+from acrlpd.data.view.tokenizer import PromptTokenizer
+from acrlpd.data.view.transforms import TokenizePrompt, Transform, to_model
 from acrlpd.models import weights as policy_weights
 from acrlpd.models.flow import FlowPolicy
 from acrlpd.models.gaussian import ChunkGaussianConfig

@@ -25,8 +25,8 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from acrlpd.agents.agent import ACRLPDAgent
-from acrlpd.data import normalize
-from acrlpd.data.normalize import NormStats
+from acrlpd.data.view import normalize
+from acrlpd.data.view.normalize import NormStats
 from acrlpd.files import read_json
 from acrlpd.models.parameters import Params
 from acrlpd.models.weights import quiet_orbax

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
-from acrlpd.data import normalize
-from acrlpd.data.normalize import NormStats
+from acrlpd.data.view import normalize
+from acrlpd.data.view.normalize import NormStats
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from acrlpd.agents.agent import ACRLPDAgent, ActingMode
 from acrlpd.config import CollectConfig, to_dict
-from acrlpd.data import hdf5
-from acrlpd.data.transforms import Transform
+from acrlpd.data.formats import hdf5
+from acrlpd.data.view.transforms import Transform
 from acrlpd.envs import collect
 from acrlpd.envs.env import EnvConfig
 from acrlpd.envs.episodes import Rollout

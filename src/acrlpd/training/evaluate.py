@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, Shaped, UInt32
 
 from acrlpd.agents.agent import ACRLPDAgent, ActingMode, choose_chunks
-from acrlpd.data.transforms import Compose, Data, Normalize, Transform, to_observation
+from acrlpd.data.view.transforms import Compose, Data, Normalize, Transform, to_observation
 from acrlpd.envs.env import Obs
 from acrlpd.envs.rollout import Act, Rollout, Seconds, rollout
 from acrlpd.envs.vector import VectorEnv

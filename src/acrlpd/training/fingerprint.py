@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from acrlpd.data.episodes import EpisodeStore
+from acrlpd.data.store.episodes import EpisodeStore
 from acrlpd.training import checksum
 
 SAMPLED_ROWS = 4096  # spread evenly, or all if there are fewer; reading them takes a moment even from large data

@@ -12,8 +12,8 @@ import jax
 
 from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import TrainConfig, from_stored
-from acrlpd.data.normalize import NormStats
-from acrlpd.data.transforms import Transform
+from acrlpd.data.view.normalize import NormStats
+from acrlpd.data.view.transforms import Transform
 from acrlpd.files import read_json
 from acrlpd.training import overwriting
 from acrlpd.training.build import Dims, abstract_agent, make_transform

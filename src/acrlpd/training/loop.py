@@ -15,7 +15,7 @@ from tqdm import tqdm
 from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import TrainConfig, to_dict
 from acrlpd.data.loader import ChunkLoader
-from acrlpd.data.normalize import NormStats
+from acrlpd.data.view.normalize import NormStats
 from acrlpd.envs.rollout import OnlineCollector
 from acrlpd.training import ending, guards, phases
 from acrlpd.training.clocks import Clocks

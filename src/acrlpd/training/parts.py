@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import TrainConfig
 from acrlpd.data.loader import ChunkLoader
-from acrlpd.data.normalize import NormStats
-from acrlpd.data.transforms import Transform
+from acrlpd.data.view.normalize import NormStats
+from acrlpd.data.view.transforms import Transform
 from acrlpd.envs.vector import VectorEnv
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.fingerprint import Fingerprint

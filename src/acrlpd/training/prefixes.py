@@ -35,12 +35,12 @@ from jaxtyping import Int
 
 from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import TrainConfig, to_dict
-from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.loader import read_observations
-from acrlpd.data.metadata_cache import fingerprint
 from acrlpd.data.mixture import Mixture
-from acrlpd.data.normalize import NormStats
-from acrlpd.data.transforms import Transform
+from acrlpd.data.store.episodes import EpisodeStore
+from acrlpd.data.store.metadata_cache import fingerprint
+from acrlpd.data.view.normalize import NormStats
+from acrlpd.data.view.transforms import Transform
 from acrlpd.files import read_json, written_whole
 from acrlpd.models import flow, parameters
 from acrlpd.models.parameters import Params

@@ -9,15 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from acrlpd.config import TrainConfig
-from acrlpd.data import chunks, instructions, normalize, statistics, windows
-from acrlpd.data.episodes import EpisodeStore
-from acrlpd.data.frame_cache import FrameCache
+from acrlpd.data import chunks, statistics
+from acrlpd.data.formats.frame_cache import FrameCache
+from acrlpd.data.formats.options import DataSource
 from acrlpd.data.mixture import Facts, Mixture, check_alike
-from acrlpd.data.normalize import NormStats
-from acrlpd.data.options import DataSource
-from acrlpd.data.robots import mapping
 from acrlpd.data.sources import Dataset, open_episodes
-from acrlpd.data.transforms import Compose
+from acrlpd.data.store import windows
+from acrlpd.data.store.episodes import EpisodeStore
+from acrlpd.data.tools import instructions
+from acrlpd.data.view import normalize
+from acrlpd.data.view.normalize import NormStats
+from acrlpd.data.view.robots import mapping
+from acrlpd.data.view.transforms import Compose
 from acrlpd.envs.env import EnvSpec
 from acrlpd.training.build import Dims, before_normalization, delta_mask, has_quantiles
 from acrlpd.training.collection import collect_prior

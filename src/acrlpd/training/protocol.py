@@ -12,7 +12,7 @@ from jaxtyping import Int, Shaped
 
 from acrlpd import fields
 from acrlpd.agents.agent import ACRLPDAgent, ActingMode
-from acrlpd.data.transforms import Transform
+from acrlpd.data.view.transforms import Transform
 from acrlpd.envs.rollout import Rollout
 from acrlpd.envs.vector import VectorEnv
 from acrlpd.fields import NonNegativeFloat, PositiveFloat, PositiveInt

@@ -11,8 +11,8 @@ from typing import Any
 
 from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import TrainConfig, from_stored, to_dict
-from acrlpd.data.normalize import NormStats
 from acrlpd.data.replay import Entry, ReplayJournal
+from acrlpd.data.view.normalize import NormStats
 from acrlpd.files import read_json
 from acrlpd.overrides import differences
 from acrlpd.training.checkpoint import DAMAGED, ACRLPDCheckpointManager, DamagedCheckpoint, Restored

@@ -9,8 +9,8 @@ import numpy as np
 
 from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import TrainConfig
-from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.replay import ReplayJournal
+from acrlpd.data.store.episodes import EpisodeStore
 from acrlpd.envs.rollout import OnlineCollector, Rollout
 from acrlpd.files import written_whole
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager

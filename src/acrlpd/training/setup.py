@@ -14,13 +14,13 @@ from jax.experimental import multihost_utils
 
 from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import TrainConfig
-from acrlpd.data.episodes import EpisodeStore
 from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.mixture import Mixture
-from acrlpd.data.normalize import NormStats
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.data.sources import Dataset
-from acrlpd.data.transforms import Transform
+from acrlpd.data.store.episodes import EpisodeStore
+from acrlpd.data.view.normalize import NormStats
+from acrlpd.data.view.transforms import Transform
 from acrlpd.envs import rollout
 from acrlpd.envs.env import EnvSpec
 from acrlpd.envs.registry import make_vector

@@ -316,13 +316,7 @@ class TrainConfig:
                 f"execute_horizon ({self.execute_horizon}) exceeds policy.action_horizon ({horizon}): the policy "
                 "cannot execute more steps than it predicts. Lower it or train with a longer chunk."
             )
-        judged = self.agent.critic.horizon
-        if judged is not None and not self.executed_steps <= judged <= horizon:
-            raise ValueError(
-                f"agent.critic.horizon ({judged}) must lie between the steps that are executed ({self.executed_steps}) "
-                f"and policy.action_horizon ({horizon}): critics judge all that is executed, and no more than is "
-                "predicted. Leave it out to judge what is executed, or change execute_horizon."
-            )
+        self.agent.horizons(horizon, self.executed_steps)
         if self.data.batch_size % self.agent.gradient_accumulation_steps:
             raise ValueError(
                 f"agent.gradient_accumulation_steps ({self.agent.gradient_accumulation_steps}) must divide "
@@ -356,8 +350,13 @@ class TrainConfig:
 
     @property
     def critic_horizon(self) -> int:
-        """The number of steps of each chunk that critics judge, and that a TD target looks ahead."""
-        return self.agent.critic.horizon or self.executed_steps
+        """The number of steps of each chunk that critics judge."""
+        return self.agent.horizons(self.policy.action_horizon, self.executed_steps)[0]
+
+    @property
+    def backup_horizon(self) -> int:
+        """The number of steps that a TD target looks ahead: more than critics judge if there are long critics."""
+        return self.agent.horizons(self.policy.action_horizon, self.executed_steps)[1]
 
     def with_critic_horizon(self, horizon: int) -> TrainConfig:
         critic = dataclasses.replace(self.agent.critic, horizon=horizon)

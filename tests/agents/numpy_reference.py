@@ -48,6 +48,8 @@ class Settings:
     level: float
     aggregation: str
     judged: tuple[int, int]  # steps and action dimensions of a chunk that critics read: h and the robot's A
+    backup: int  # steps that a TD target looks ahead; more than h: long critics learn from it, and the others from them
+    distill_level: float
     pessimism: float
     discount: float
     tau: float
@@ -180,7 +182,7 @@ def slow_value(
 
 def returns_and(next_value: np.ndarray, settings: Settings, batch: Batch) -> np.ndarray:
     """y of section 2, from the value [b] of the next state."""
-    horizon = settings.judged[0]
+    horizon = settings.backup
     target = settings.discount**horizon * batch.bootstrap_mask * next_value
     for k in range(horizon):
         target = target + settings.discount**k * batch.valid[:, k] * batch.rewards[:, k]
@@ -218,6 +220,13 @@ def penalty(error: np.ndarray, huber_delta: float | None) -> np.ndarray:
         return error**2
     size = np.abs(error)
     return np.where(size <= huber_delta, error**2, 2 * huber_delta * size - huber_delta**2)
+
+
+def distilled_loss(critic: Params, settings: Settings, batch: Batch, target: np.ndarray) -> float:
+    """Member by member, the expectile loss towards the long critics' value."""
+    q = member_values(critic, batch.state, batch.actions, settings.judged)
+    level, mask = settings.distill_level, batch.sequence_mask
+    return np.mean([implicit_loss(member, target, mask, "expectile", level) for member in q])
 
 
 def critic_loss(critic: Params, settings: Settings, batch: Batch, target: np.ndarray, held: np.ndarray) -> float:
@@ -343,9 +352,19 @@ def update(
         target_entropy = -settings.entropy_multiplier * np.prod(settings.judged)
         excess = entropy(candidates, settings.judged) - target_entropy
     held = member_values(old["critic"], batch.state, batch.actions, settings.judged)
+    has_long = settings.backup > settings.judged[0]
+    if has_long:
+        long = dataclasses.replace(settings, judged=(settings.backup, settings.judged[1]))
+        long_q = member_values(old["long_critic"], batch.state, batch.actions, long.judged)
+        td_of_long, target = target, aggregate(old["long_critic"], long_q, settings, draws.pair)
     sample_weight = sample_weights(state, settings, batch, draws, target)
 
+    def long_term(critic: Params) -> float:
+        return critic_loss(critic, long, batch, td_of_long, long_q)
+
     def critic_term(critic: Params) -> float:
+        if has_long:
+            return distilled_loss(critic, settings, batch, target)
         return critic_loss(critic, settings, batch, target, held)
 
     def bc_term(policy: Params) -> float:
@@ -359,7 +378,7 @@ def update(
         return np.exp(temperature["log_temperature"]) * excess
 
     losses = {
-        "critic_loss": critic_term(old["critic"]),
+        "critic_loss": critic_term(old["critic"]) + (long_term(old["long_critic"]) if has_long else 0.0),
         "bc_loss": bc_term(old["policy"]),
         "actor_loss": 0.0,
         "target_q_mean": target.mean(),
@@ -368,6 +387,8 @@ def update(
         "critic": lambda critic: weights["critic"] * critic_term(critic),
         "policy": lambda policy: weights["bc"] * bc_term(policy),
     }
+    if has_long:
+        terms["long_critic"] = lambda critic: weights["critic"] * long_term(critic)
     if settings.target == "implicit":  # nothing is drawn whose entropy could move the temperature
         v = state_value(old["value"], batch.state)
         losses |= {"value_loss": value_term(old["value"]), "alpha_loss": 0.0, "v_mean": v.mean()}

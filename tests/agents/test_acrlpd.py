@@ -39,6 +39,7 @@ CASES = {
     "q_gradient": {"extraction": "q_gradient", "action_clip": 2.0},
     "distill": {"extraction": "distill", "action_clip": 1.0, "distill_weight": 3.0},
     "implicit": {**IMPLICIT, "bc_weighting": "importance"},
+    "long": {**IMPLICIT, "critic": {"horizon": 1, "backup_horizon": 3, "q_aggregation": "subset"}},
     "quantile": {
         **IMPLICIT,
         "implicit": ImplicitConfig("quantile", 0.7),
@@ -46,7 +47,8 @@ CASES = {
         "huber_delta": 0.5,
     },
 }
-QUICK = ("min", "short", "q_gradient", "distill", "implicit")  # the others take a compilation each for no other test
+# the others take a compilation each for no other test
+QUICK = ("min", "short", "q_gradient", "distill", "implicit", "long")
 MODEL_WIDTH = {"q_gradient": 3}  # wider than the robot's two action dimensions: the third is padding
 
 
@@ -99,6 +101,8 @@ def settings(agent) -> reference.Settings:
         level=config.implicit.level,
         aggregation=config.critic.q_aggregation,
         judged=(agent.nets.critic_horizon, 2),
+        backup=agent.nets.backup_horizon,
+        distill_level=config.critic.distill_level,
         pessimism=config.critic.pessimism,
         discount=config.discount,
         tau=config.target_update_tau,
@@ -188,6 +192,15 @@ def test_critics_alone_learn_with_v_if_the_target_is_implicit(agents, toys, flat
     assert "value" not in agent.acting_only().params
 
 
+def test_long_critics_learn_with_the_critics_alone_and_do_not_act(agents, toys):
+    agent = agents["long"]
+    after, _ = toys.jit(agent_module._update_critic.__wrapped__)(agent, toys.batch(), toys.key(0))
+    assert {group for group in agent.params if not same(after.params[group], agent.params[group])} == {
+        *("critic", "value", "long_critic")
+    }
+    assert agent.params.keys() - agent.acting_only().params.keys() == {"value", "long_critic"}
+
+
 def same(one, other) -> bool:
     return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool(np.all(x == y)), one, other)))
 
@@ -218,6 +231,7 @@ TABLE = {  # for each extraction, and for an implicit target, which parameters t
     "q_gradient": ({"critic"}, {"policy"}, {"policy"}, {"temperature"}),
     "distill": ({"critic"}, {"policy"}, {"student"}, {"temperature"}),
     "implicit": ({"critic", "value"}, {"policy"}, set(), set()),
+    "long": ({"critic", "value", "long_critic"}, {"policy"}, set(), set()),
 }
 
 
@@ -225,10 +239,10 @@ TABLE = {  # for each extraction, and for an implicit target, which parameters t
 def test_a_loss_moves_its_own_parameters_alone(case, toys, flat):
     """The table of section 7: exactly zero where it says no, in every array; not zero, in every array, where it says
     yes. All four terms at once, each weighing 1 in its own copy of the gradient."""
-    choice = IMPLICIT if case == "implicit" else {"extraction": case}
-    config = toys.config(
-        **choice, best_of_n_samples=2, flow_steps=2, critic={"num_critics": 2, "q_aggregation": "weighted"}
-    )
+    choice = IMPLICIT if case in ("implicit", "long") else {"extraction": case}
+    critic = {"num_critics": 2, "q_aggregation": "weighted"}
+    critic |= {"horizon": 1, "backup_horizon": 3} if case == "long" else {}
+    config = toys.config(**choice, best_of_n_samples=2, flow_steps=2, critic=critic)
     policy = FeatureFlow(MLPFlowConfig(4, 2, 3, (8,)), nnx.Rngs(params=toys.key(0)))
     agent = toys.agent(config, policy=policy)
     one_hot = LossWeights(**{term: jnp.eye(len(TERMS))[i] for i, term in enumerate(TERMS)})
@@ -262,7 +276,7 @@ def test_the_td_loss_does_not_reach_v_and_its_regression_reaches_nothing_else(to
         next_value, value_loss, _ = implicit.next_value_and_loss(
             modules.value, agent, batch, draws, prefix, next_prefix
         )
-        return td.loss_and_values(modules.critic, agent, batch, draws, prefix, next_value)[0], value_loss
+        return td.loss_and_values(modules, agent, batch, draws, prefix, next_value)[0], value_loss
 
     by_td, by_v = toys.jit(jax.jacrev(parts))({group: agent.params[group] for group in ("critic", "value")})
     assert not any(values.any() for values in flat((by_td["value"], by_v["critic"])).values())

@@ -10,6 +10,7 @@ import pytest
 
 from acrlpd.agents import agent as agent_module
 from acrlpd.agents import candidates, losses, sampling, td
+from acrlpd.agents.config import TemperatureConfig
 from acrlpd.agents.losses import LossWeights
 from acrlpd.data import chunks
 from acrlpd.data.store.episodes import EpisodeStore
@@ -43,7 +44,7 @@ def test_targets_of_whole_episodes(judged, toys, flat):
     rng = np.random.default_rng(0)
     episodes = [make_episode(*kind, rng) for kind in EPISODES.values()]
     store = EpisodeStore.from_episodes(episodes)
-    raw = chunks.gather(store, np.arange(store.num_rows), HORIZON, critic_horizon=judged)
+    raw = chunks.gather(store, np.arange(store.num_rows), HORIZON, backup_horizon=judged)
     names = ("actions", "rewards", "terminals", "valid", "bootstrap_mask", "sequence_mask", "episode_id", "step_id")
     batch = ChunkBatch(
         observations=Observation(state=jnp.asarray(raw["state"])),
@@ -82,8 +83,24 @@ def test_a_horizon_that_is_the_whole_chunk_changes_nothing(toys):
         for agent in agents
     ]
     assert programs[0] == programs[1]
-    with pytest.raises(ValueError, match=r"critic\.horizon \(4\) exceeds the policy's action_horizon \(3\)"):
+    with pytest.raises(ValueError, match=r"critic\.horizon \(4\) must lie between .* and policy\.action_horizon \(3\)"):
         toys.agent(toys.config(critic={"horizon": 4}))
+
+
+@pytest.mark.parametrize(
+    ("critic", "told"),
+    [
+        ({"horizon": 1, "backup_horizon": 4}, r"backup_horizon \(4\) must lie .* policy\.action_horizon \(3\)"),
+        ({"backup_horizon": 3}, r"backup_horizon \(3\) must lie above the steps that critics judge \(3\)"),
+        ({"horizon": 2, "backup_horizon": 2}, r"backup_horizon \(2\) must lie above .* \(2\)"),
+    ],
+)
+def test_long_critics_judge_more_than_the_others_and_no_more_than_is_predicted(critic, told, toys):
+    implicit = {"target": "implicit", "temperature": TemperatureConfig(adaptive=False)}
+    with pytest.raises(ValueError, match=told):
+        toys.agent(toys.config(**implicit, critic=critic))
+    with pytest.raises(ValueError, match=r"backup_horizon .* needs agent\.target='implicit'"):
+        toys.config(critic={"horizon": 1, "backup_horizon": 2})
 
 
 def test_candidates_that_differ_later_are_equal(toys):

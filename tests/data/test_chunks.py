@@ -113,7 +113,7 @@ JUDGED_EDGES = [
 @pytest.mark.parametrize("case", [pytest.param(case[1:], id=case[0]) for case in JUDGED_EDGES])
 def test_edges_of_the_critics_horizon_by_hand(case):
     terminals, final, step, *expected = case
-    chunk = gather_one(make_episode(5, terminals=terminals, final=final), step, 4, critic_horizon=2)
+    chunk = gather_one(make_episode(5, terminals=terminals, final=final), step, 4, backup_horizon=2)
     for key, value in zip(["valid", "next_state", "sequence_mask", "bootstrap_mask"], expected, strict=True):
         np.testing.assert_array_equal(np.squeeze(chunk[key]), value, err_msg=key)
     whole = gather_one(make_episode(5, terminals=terminals, final=final), step, 4)
@@ -123,14 +123,14 @@ def test_edges_of_the_critics_horizon_by_hand(case):
 
 @pytest.mark.parametrize(("terminals", "sequence_mask", "bootstrap_mask"), [([], 0, 1), ([0], 1, 0)])
 def test_an_episode_shorter_than_the_critics_horizon(terminals, sequence_mask, bootstrap_mask):
-    chunk = gather_one(make_episode(1, terminals=terminals, final=True), 0, 4, critic_horizon=2)
+    chunk = gather_one(make_episode(1, terminals=terminals, final=True), 0, 4, backup_horizon=2)
     assert (chunk["sequence_mask"], chunk["bootstrap_mask"], chunk["next_state"]) == (sequence_mask, bootstrap_mask, 1)
 
 
-@pytest.mark.parametrize("critic_horizon", [0, 5])
-def test_a_critics_horizon_outside_of_the_window_is_refused(critic_horizon):
-    with pytest.raises(ValueError, match=r"critic_horizon must lie between 1 and horizon \(4\), got"):
-        gather_one(make_episode(5), 0, 4, critic_horizon=critic_horizon)
+@pytest.mark.parametrize("backup_horizon", [0, 5])
+def test_a_critics_horizon_outside_of_the_window_is_refused(backup_horizon):
+    with pytest.raises(ValueError, match=r"backup_horizon must lie between 1 and horizon \(4\), got"):
+        gather_one(make_episode(5), 0, 4, backup_horizon=backup_horizon)
 
 
 def test_pictures_of_a_final_observation():
@@ -265,7 +265,7 @@ def test_agrees_with_a_slow_reference(flags, changes, horizons, num_dropped, fin
     for _ in range(num_dropped):
         store._drop_oldest()
     places = [(i, t) for i in range(num_dropped, len(episodes)) for t in range(len(episodes[i]))]
-    chunk = chunks.gather(store, np.arange(len(places)), horizon, critic_horizon=judged)
+    chunk = chunks.gather(store, np.arange(len(places)), horizon, backup_horizon=judged)
     for row, (index, step) in enumerate(places):
         for key, value in slow_gather(episodes, index, step, horizon, judged).items():
             np.testing.assert_array_equal(chunk[key][row], value, err_msg=f"{key} at episode {index}, step {step}")

@@ -57,7 +57,7 @@ def write(folder, **options):
 def assert_follows(store, horizons=(1, 2, 3, 6), cameras=True):
     """Every chunk that bootstraps does so from the state ``horizon`` steps later; those at known ends do."""
     for horizon in horizons:
-        chunk = chunks.gather(store, np.arange(store.num_rows), 6, critic_horizon=horizon, images=cameras)
+        chunk = chunks.gather(store, np.arange(store.num_rows), 6, backup_horizon=horizon, images=cameras)
         used = chunk["sequence_mask"] == 1
         np.testing.assert_array_equal(chunk["next_state"][used], chunk["state"][used] + horizon)
         for camera, frames in chunk["next_image"].items():

@@ -172,7 +172,7 @@ def test_a_successor_that_a_time_limit_cuts_short_has_no_value():
 def test_what_follows_comes_after_the_critics_horizon():
     """Chunks of four steps, of which two are judged: the successor starts two steps later and needs two steps."""
     store = EpisodeStore.from_episodes([dataclasses.replace(make_store([8]).episode(0), terminals=np.zeros(8, bool))])
-    options = {"transform": Compose(()), "sequence_ratio": 0.0, "batch_size": 64, "horizon": 4, "critic_horizon": 2}
+    options = {"transform": Compose(()), "sequence_ratio": 0.0, "batch_size": 64, "horizon": 4, "backup_horizon": 2}
     batch = make_loader(store, **options).batch(0, critic_alone=True)
     np.testing.assert_array_equal(batch.sequence_mask, batch.step_id + 4 <= 8)
     after = np.minimum(batch.step_id + 2, 7)
@@ -183,8 +183,8 @@ def test_what_follows_comes_after_the_critics_horizon():
     usual = make_loader(store, prefixes=[stored], **options).batch(0)
     np.testing.assert_array_equal(usual.observations.prefix, usual.step_id)
     np.testing.assert_array_equal(usual.next_observations.prefix, np.minimum(usual.step_id + 2, 7))
-    with pytest.raises(ValueError, match=r"critic_horizon must lie between 1 and horizon \(3\), got 4"):
-        make_loader(critic_horizon=4)
+    with pytest.raises(ValueError, match=r"backup_horizon must lie between 1 and horizon \(3\), got 4"):
+        make_loader(backup_horizon=4)
 
 
 def test_batches_made_ahead_are_of_the_kind_that_is_asked_for():

@@ -124,6 +124,8 @@ OUT_OF_RANGE = {
     "agent.critic.dropout_rate": 1,
     "agent.critic.kernel_init_scale": 0,
     "agent.critic.pessimism": -1,
+    "agent.critic.backup_horizon": 0,
+    "agent.critic.distill_level": 1,
     "agent.temperature.initial_temp": 0,
     "agent.temperature.target_entropy_multiplier": "inf",
     **{

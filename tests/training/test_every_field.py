@@ -50,6 +50,7 @@ COUNTING = f"custom/{inspect.getfile(looks.CountingSimulator)}:CountingSimulator
 COLLECTED = {"data.path": None, "data.action_normalization": "bounds"}
 MANY = {"agent.best_of_n_samples": 9, "agent.target_samples": 9}
 IMPLICIT = {"agent.target": "implicit", "agent.temperature.adaptive": False}
+SHORT = {"agent.critic.horizon": 2, "execute_horizon": 2}
 FULL = {"policy.paligemma_variant": "gemma_2b", "policy.action_expert_variant": "gemma_300m"}
 WANDB, DATA = {"loggers.kinds": ["wandb"]}, "tests/training/test_data_options.py::"
 
@@ -82,6 +83,8 @@ SEEN: dict[str, tuple[Any, Any] | tuple[Any, Any, dict[str, Any]]] = {
     "policy.tokenizer": (looks.tokens, "absent.model"),
     "agent.algorithm": (looks.learning, "bc"),
     "agent.critic.horizon": (looks.learning, 3, {"execute_horizon": 2}),
+    "agent.critic.backup_horizon": (looks.learning, 3, IMPLICIT | SHORT),
+    "agent.critic.distill_level": (looks.learning, 0.6, IMPLICIT | SHORT | {"agent.critic.backup_horizon": 3}),
     "agent.critic.num_critics": (looks.learning, 3),
     "agent.critic.hidden_dims": (looks.learning, [8]),
     "agent.critic.activation": (looks.learning, "relu"),

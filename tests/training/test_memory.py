@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from acrlpd import presets
+from acrlpd.agents.state import CRITIC_GROUPS
 from acrlpd.cli.main import main
 from acrlpd.overrides import apply_config_overrides
 from acrlpd.training import memory, setup
@@ -42,7 +43,10 @@ def nbytes(tree):
 IMPLICIT = {"agent.target": "implicit", "agent.temperature.adaptive": False}
 
 
-@pytest.mark.parametrize("changes", [{}, IMPLICIT])
+LONG = IMPLICIT | {"execute_horizon": 1, "agent.critic.horizon": 1, "agent.critic.backup_horizon": 2}
+
+
+@pytest.mark.parametrize("changes", [{}, IMPLICIT, LONG])
 def test_a_plan_counts_what_the_agent_holds(tiny_config, changes):
     tiny_config = apply_config_overrides(tiny_config, changes)
     found = memory.plan(tiny_config, Machine(1), dims=DIMS)
@@ -50,7 +54,7 @@ def test_a_plan_counts_what_the_agent_holds(tiny_config, changes):
     assert found.parameter_bytes == nbytes((agent.params, agent.frozen, agent.target_critic))
     assert found.optimizer_bytes == nbytes(agent.opt_state)
     assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(agent.params["policy"]))
-    beside = {group: tree for group, tree in agent.params.items() if group in ("critic", "value")}
+    beside = {group: tree for group, tree in agent.params.items() if group in CRITIC_GROUPS}
     assert found.critic_parameters == sum(leaf.size for leaf in jax.tree.leaves(beside))
     assert found.activation_bytes > 0
     assert found.fits

@@ -45,7 +45,7 @@ def joint_loss(
         next_value, value_loss, target_metrics = implicit.next_value_and_loss(
             modules.value, agent, batch, draws, prefix, next_prefix
         )
-    critic_loss, q, target = td.loss_and_values(modules.critic, agent, batch, draws, prefix, next_value)
+    critic_loss, q, target = td.loss_and_values(modules, agent, batch, draws, prefix, next_value)
 
     # Section 3: the policy's losses, from imitation and from the extraction.
     flow_loss = flow.flow_loss(modules.policy, prefix, batch.actions, draws.flow_noise, draws.flow_time)
@@ -117,7 +117,7 @@ def critic_alone_loss(
         next_value = td.slow_value(agent, next_prefix, batch.next_actions, draws.pair_rng)
     else:
         raise ValueError("this batch has no next_actions: make it with ChunkLoader.batch(..., critic_alone=True)")
-    loss, q, target = td.loss_and_values(modules.critic, agent, batch, draws, prefix, next_value)
+    loss, q, target = td.loss_and_values(modules, agent, batch, draws, prefix, next_value)
     total = loss + value_loss
     return total, {"total_loss": total, "critic_loss": loss} | value_metrics | td.metrics(q, target)
 

@@ -22,7 +22,7 @@ from acrlpd.agents.draws import Draws, deal
 from acrlpd.agents.extraction import Modules
 from acrlpd.agents.health import Health, judge, keep_if
 from acrlpd.agents.losses import LossWeights
-from acrlpd.agents.state import AgentState, Networks
+from acrlpd.agents.state import CRITIC_GROUPS, AgentState, Networks
 from acrlpd.models import flow, parameters
 from acrlpd.models.critic import CriticNetworks, ValueNetwork
 from acrlpd.models.flow import FlowPolicy, Guidance
@@ -51,8 +51,8 @@ class ACRLPDAgent(AgentState):
     ) -> ACRLPDAgent:
         """Create a fresh agent that takes over the arrays of ``policy``; the first update donates their memory.
 
-        ``optimizers`` has one entry per group: policy, critic, temperature. A student uses the policy's, and V the
-        critic's, each with a state of its own.
+        ``optimizers`` has one entry per group: policy, critic, temperature. A student uses the policy's, V and the long
+        critics the critic's, each with a state of its own.
         ``action_dim`` is the robot's, if the policy's is wider (openpi pads to 32). Without ``config.critic.horizon``,
         critics judge whole chunks.
         ``trainable`` gets the path of a policy parameter, joined by '/', and returns whether it may change.
@@ -61,16 +61,11 @@ class ACRLPDAgent(AgentState):
         policy_def, policy_params = parameters.split(cast(nnx.Module, policy))
         policy_params, frozen = parameters.divide(policy_params, trainable)
         action_dim = policy.action_dim if action_dim is None else action_dim
-        critic_horizon = config.critic.horizon or policy.action_horizon
-        if critic_horizon > policy.action_horizon:
-            raise ValueError(
-                f"critic.horizon ({critic_horizon}) exceeds the policy's action_horizon ({policy.action_horizon}): "
-                "critics cannot judge more steps than the policy predicts"
-            )
+        critic_horizon, backup_horizon = config.horizons(policy.action_horizon)
         sizes = {"feature_dim": policy.feature_dim, "state_dim": state_dim}
         rngs = nnx.Rngs(params=rng)
-        critic = CriticNetworks(config.critic, **sizes, horizon=critic_horizon, action_dim=action_dim, rngs=rngs)
-        critic_def, critic_params = parameters.split(critic)
+        critics = functools.partial(CriticNetworks, config.critic, **sizes, action_dim=action_dim, rngs=rngs)
+        critic_def, critic_params = parameters.split(critics(horizon=critic_horizon))
         params: dict[str, Params] = {
             "policy": policy_params,
             "critic": critic_params,
@@ -87,8 +82,22 @@ class ACRLPDAgent(AgentState):
         if config.target == "implicit":
             value_def, params["value"] = parameters.split(ValueNetwork(config.critic, **sizes, rngs=rngs))
             optimizers["value"] = optimizers["critic"]
-        action_shape = (policy.action_horizon, policy.action_dim)
-        nets = Networks(config, policy_def, critic_def, optimizers, action_shape, action_dim, critic_horizon, value_def)
+        long_critic_def = None
+        if config.critic.backup_horizon is not None:
+            long_critic_def, params["long_critic"] = parameters.split(critics(horizon=backup_horizon))
+            optimizers["long_critic"] = optimizers["critic"]
+        nets = Networks(
+            config,
+            policy_def,
+            critic_def,
+            optimizers,
+            action_shape=(policy.action_horizon, policy.action_dim),
+            action_dim=action_dim,
+            critic_horizon=critic_horizon,
+            backup_horizon=backup_horizon,
+            value_def=value_def,
+            long_critic_def=long_critic_def,
+        )
         return cls(
             params=params,
             frozen=frozen,
@@ -135,7 +144,8 @@ class ACRLPDAgent(AgentState):
         modules = self.acting_modules()
         policy_def, policy = parameters.split(cast(nnx.Module, modules.policy))
         params = self.params | {"policy": policy, "critic": self.acting_critic}
-        params.pop("value", None)  # V is asked in training alone
+        for group in ("value", "long_critic"):  # asked in training alone
+            params.pop(group, None)
         if modules.student is not None:
             params["student"] = parameters.split(cast(nnx.Module, modules.student))[1]
         nets = dataclasses.replace(self.nets, policy_def=policy_def)
@@ -170,7 +180,7 @@ class ACRLPDAgent(AgentState):
         return _update(self, batch, rng, self.config.loss_weights if weights is None else weights)
 
     def update_critic(self, batch: ChunkBatch, rng: PRNGKeyArray) -> tuple[ACRLPDAgent, Metrics]:
-        """Update only the critics, and V if there is one, without sampling the policy.
+        """Update only the critics, with V and the long critics if there are any, without sampling the policy.
 
         Without V, their target is at the data's own ``next_actions``.
         """
@@ -212,7 +222,7 @@ def _update(
 @functools.partial(jax.jit, donate_argnums=0)
 def _update_critic(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -> tuple[ACRLPDAgent, Metrics]:
     gradient = jax.grad(acrlpd.critic_alone_loss, has_aux=True)
-    trained = {group: agent.params[group] for group in ("critic", "value") if group in agent.params}
+    trained = {group: agent.params[group] for group in CRITIC_GROUPS if group in agent.params}
     return _apply(agent, batch, *gradient(trained, agent, batch, _draw(agent, batch, rng)))
 
 

@@ -104,6 +104,11 @@ class AgentConfig:
                 "agent.candidate_flow_steps has no effect with extraction='distill': a student's candidate takes one "
                 "step. Leave it out."
             )
+        if self.critic.backup_horizon is not None and self.target != "implicit":
+            raise ValueError(
+                f"agent.critic.backup_horizon ({self.critic.backup_horizon}) needs agent.target='implicit': the value "
+                "after so many steps is V's. Set it, or leave backup_horizon out"
+            )
         if self.target == "implicit":
             self._check_implicit()
         elif self.algorithm == "acrlpd" and self.temperature.adaptive and self.candidates_in_target < 2:
@@ -126,6 +131,30 @@ class AgentConfig:
                 "agent.target='implicit' draws none: set agent.temperature.adaptive to False (the temperature then "
                 "stays at initial_temp)"
             )
+
+    def horizons(self, action_horizon: int, executed_steps: int | None = None) -> tuple[int, int]:
+        """Return the steps of a chunk that critics judge, and those that a TD target looks ahead.
+
+        ``executed_steps`` of a chunk are executed; None: it is not known how many.
+
+        Raises:
+            ValueError: critics would judge less than is executed, or more than the policy predicts.
+        """
+        judged = self.critic.horizon or executed_steps or action_horizon
+        backup = self.critic.backup_horizon or judged
+        if not (executed_steps or 1) <= judged <= action_horizon:
+            raise ValueError(
+                f"agent.critic.horizon ({judged}) must lie between the steps that are executed ({executed_steps or 1}) "
+                f"and policy.action_horizon ({action_horizon}): critics judge all that is executed, and no more than "
+                "is predicted. Leave it out to judge what is executed, or change execute_horizon."
+            )
+        if self.critic.backup_horizon is not None and not judged < backup <= action_horizon:
+            raise ValueError(
+                f"agent.critic.backup_horizon ({backup}) must lie above the steps that critics judge ({judged}), and "
+                f"at most at policy.action_horizon ({action_horizon}): name a shorter agent.critic.horizon or "
+                "execute_horizon, or leave it out to have no long critics."
+            )
+        return judged, backup
 
     @property
     def candidates_in_target(self) -> int:

@@ -45,6 +45,7 @@ class Modules:
     critic: CriticNetworks
     student: FlowPolicy | None = None  # has its own action expert and reads the policy's prefix; only for ``distill``
     value: ValueNetwork | None = None  # only for ``target="implicit"``
+    long_critic: CriticNetworks | None = None  # only with ``critic.backup_horizon``
     guide: Guide | None = None  # only for ``guided``
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax
@@ -78,6 +79,19 @@ def implicit_value_loss(
     u = q - v
     size = jnp.square(u) if statistic == "expectile" else jnp.abs(u)
     return jnp.mean(sequence_mask * jnp.abs(level - (u < 0)) * size)
+
+
+@typed
+def distilled_critic_loss(
+    q: Float[Array, "e b"], target: Float[Array, " b"], sequence_mask: Float[Array, " b"], *, level: float
+) -> Float[Array, ""]:
+    """Return the expectile loss of short critics towards a long one's value (DQC, arXiv:2512.10926).
+
+    With a high ``level`` the short critic is optimistic about the rest of the long chunk: what the data did there can
+    only be worse than the best. Mean over members and the whole batch; masked chunks count as zero.
+    """
+    of_member = functools.partial(implicit_value_loss, statistic="expectile", level=level)
+    return jnp.mean(jax.vmap(of_member, in_axes=(0, None, None))(q, target, sequence_mask))
 
 
 def _penalty(error: Float[Array, "..."], huber_delta: float | None) -> Float[Array, "..."]:

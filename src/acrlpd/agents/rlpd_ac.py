@@ -34,7 +34,7 @@ def joint_loss(
 
     next_chunk, _ = next_policy.sample(next_prefix, draws.candidates[:1])
     next_value = td.slow_value(agent, next_prefix, next_chunk[0], draws.pair_rng)
-    critic_loss, q, target = td.loss_and_values(modules.critic, agent, batch, draws, prefix, next_value)
+    critic_loss, q, target = td.loss_and_values(modules, agent, batch, draws, prefix, next_value)
 
     chunks, log_prob = policy.sample(prefix, draws.actor[:1], steps=nets.critic_horizon)
     actor_q = constant.critic(prefix.features, prefix.state, chunks)  # [e 1 b]

@@ -18,6 +18,8 @@ from acrlpd.agents.health import Health
 from acrlpd.models import parameters, stacked
 from acrlpd.models.parameters import Params
 
+CRITIC_GROUPS = ("critic", "value", "long_critic")  # those that learn what chunks are worth
+
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
@@ -33,8 +35,10 @@ class Networks:
     optimizers: Mapping[str, optax.GradientTransformation]
     action_shape: tuple[int, int]  # horizon and width of the policy's chunks
     action_dim: int  # the robot's; further dimensions are the policy's padding
-    critic_horizon: int  # the steps of a chunk that critics judge, and that a TD target looks ahead
+    critic_horizon: int  # the steps of a chunk that critics judge
+    backup_horizon: int  # the steps that a TD target looks ahead: the same, unless there are long critics
     value_def: nnx.GraphDef | None = None  # of V, under ``target="implicit"``
+    long_critic_def: nnx.GraphDef | None = None  # with ``critic.backup_horizon``
 
     def __hash__(self) -> int:
         return self._hash
@@ -43,21 +47,23 @@ class Networks:
     def _hash(self) -> int:
         """The hash, computed once: walking the definition of a large policy takes as long as a small update."""
         optimizers = frozenset(self.optimizers.items())
-        structure = (self.policy_def, self.critic_def, self.value_def)
-        sizes = (self.action_shape, self.action_dim, self.critic_horizon)
+        structure = (self.policy_def, self.critic_def, self.value_def, self.long_critic_def)
+        sizes = (self.action_shape, self.action_dim, self.critic_horizon, self.backup_horizon)
         return hash((self.config, structure, sizes, optimizers))
 
     def modules(self, params: dict[str, Params], frozen: Params) -> Modules:
         def policy(*parts: Params) -> Any:
             return stacked.unrolled(nnx.merge(self.policy_def, parameters.join(*parts)))
 
+        def if_there(definition: nnx.GraphDef | None, group: str) -> Any:
+            return nnx.merge(definition, params[group]) if definition is not None and group in params else None
+
         return Modules(
             policy=policy(params["policy"], frozen),
             critic=nnx.merge(self.critic_def, params["critic"]),
             student=policy(params["policy"], frozen, params["student"]) if "student" in params else None,
-            value=nnx.merge(self.value_def, params["value"])
-            if self.value_def is not None and "value" in params
-            else None,
+            value=if_there(self.value_def, "value"),
+            long_critic=if_there(self.long_critic_def, "long_critic"),
         )
 
     @property
@@ -69,7 +75,7 @@ class Networks:
 class AgentState:
     """The state that an update replaces and losses read: policy, critics, temperature and their optimisers."""
 
-    # by group: "policy", "critic", "temperature"; some have "student" (distill) or "value" (V)
+    # by group: "policy", "critic", "temperature"; some have "student" (distill), "value" (V) or "long_critic"
     params: dict[str, Params]
     frozen: Params  # the policy's frozen part, which has no optimiser state
     target_critic: Params

@@ -5,6 +5,9 @@ The equations are in ``losses.py``; this file computes their inputs.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from acrlpd.agents import losses
 from acrlpd.agents.draws import Draws
+from acrlpd.agents.extraction import Modules
 from acrlpd.agents.state import AgentState
 from acrlpd.models.critic import CriticNetworks
 from acrlpd.models.flow import Prefix
@@ -19,28 +23,51 @@ from acrlpd.types import ChunkBatch
 
 
 def loss_and_values(
-    critic: CriticNetworks,
+    modules: Modules,
     agent: AgentState,
     batch: ChunkBatch,
     draws: Draws,
     prefix: Prefix,
     next_value: Float[Array, " b"],
 ) -> tuple[Float[Array, ""], Float[Array, "e b"], Float[Array, " b"]]:
-    """Return the TD loss, the members' values of the dataset's chunk, and their target, which uses ``next_value``."""
+    """Return the critics' loss, the members' values of the dataset's chunk, and what they are fitted to.
+
+    That is the TD target, which uses ``next_value``; or, if there are long critics, which learn from it, their values.
+    """
     config = agent.config
-    target = target_values(agent, batch, next_value)
     features = jax.lax.stop_gradient(prefix.features)
-    q = critic(features, prefix.state, batch.actions[None], dropout_rng=draws.dropout_rng)[:, 0]  # [e b]
-    loss = losses.critic_loss(q, target, batch.sequence_mask, huber_delta=config.huber_delta)
-    if config.critic.q_aggregation == "weighted":  # the aggregate's TD error trains its weights only
-        aggregate = critic.aggregate(jax.lax.stop_gradient(q))[None]
-        loss += losses.critic_loss(aggregate, target, batch.sequence_mask, huber_delta=config.huber_delta)
-    return loss, q, target
+
+    def values(critic: CriticNetworks) -> Float[Array, "e b"]:
+        return critic(features, prefix.state, batch.actions[None], dropout_rng=draws.dropout_rng)[:, 0]
+
+    td_loss = functools.partial(losses.critic_loss, huber_delta=config.huber_delta)
+    target, q = target_values(agent, batch, next_value), values(modules.critic)
+    if modules.long_critic is None:
+        return _fitted(modules.critic, q, target, batch, td_loss), q, target
+    long_q = values(modules.long_critic)
+    loss = _fitted(modules.long_critic, long_q, target, batch, td_loss)
+    target = jax.lax.stop_gradient(modules.long_critic.aggregate(long_q, draws.pair_rng))
+    distill = functools.partial(losses.distilled_critic_loss, level=config.critic.distill_level)
+    return loss + _fitted(modules.critic, q, target, batch, distill), q, target
+
+
+def _fitted(
+    critic: CriticNetworks,
+    q: Float[Array, "e b"],
+    target: Float[Array, " b"],
+    batch: ChunkBatch,
+    loss: Callable[..., Float[Array, ""]],
+) -> Float[Array, ""]:
+    """Return the members' loss and, under ``weighted``, that of their aggregate, which trains its weights alone."""
+    total = loss(q, target, batch.sequence_mask)
+    if critic.config.q_aggregation == "weighted":
+        total += loss(critic.aggregate(jax.lax.stop_gradient(q))[None], target, batch.sequence_mask)
+    return total
 
 
 def target_values(agent: AgentState, batch: ChunkBatch, next_value: Float[Array, " b"]) -> Float[Array, " b"]:
-    """Return the discounted rewards of the critics' horizon and ``next_value`` after it."""
-    rewards, valid = (each[:, : agent.nets.critic_horizon] for each in (batch.rewards, batch.valid))
+    """Return the discounted rewards of the steps that a target looks ahead, and ``next_value`` after them."""
+    rewards, valid = (each[:, : agent.nets.backup_horizon] for each in (batch.rewards, batch.valid))
     return losses.td_target(rewards, valid, batch.bootstrap_mask, next_value, discount=agent.config.discount)
 
 

@@ -1,8 +1,8 @@
 """Chunks from rows: windows of H steps with their masks. Only this module knows where an episode ends.
 
-Critics judge the first ``critic_horizon`` steps of a window, so the next state and the two masks are of these alone.
+A TD target looks ``backup_horizon`` steps ahead, so the next state and the two masks are of these steps alone.
 
-A worked example, in which they judge all: an episode of 5 steps (0..4), horizon 4, window from step 3.
+A worked example, in which it looks ahead over all: an episode of 5 steps (0..4), horizon 4, window from step 3.
 
     steps read     3  4  4  4      the last action is repeated
     rewards       r3 r4  0  0
@@ -34,7 +34,7 @@ def gather(
     rows: Int[np.ndarray, " b"],
     horizon: int,
     *,
-    critic_horizon: int | None = None,
+    backup_horizon: int | None = None,
     images: bool = True,
     next_images: bool | None = None,
     ends_in_chunks: bool = True,
@@ -47,32 +47,32 @@ def gather(
     ``whole`` [b]: all steps are real; ``episode_id``, ``step_id`` [b]; ``row``, ``next_row`` [b] of the store, for
     ``observe``; ``prompt``, ``next_prompt`` [b] of str: the instruction at the chunk's first step and after it. Masks
     are float32, 0 or 1. What is next, ``bootstrap_mask``, ``sequence_mask`` and ``whole`` look at the first
-    ``critic_horizon`` steps alone, by default at all.
+    ``backup_horizon`` steps alone, by default at all.
 
     A terminal may lie in mid-episode (relabelled play data): the steps after it are read, but are not ``valid``.
     Without ``ends_in_chunks``, ``sequence_mask`` is 0 for all chunks that the end of an episode cuts short.
     """
     if horizon < 1:
         raise ValueError(f"horizon must be at least 1, got {horizon}")
-    judged = horizon if critic_horizon is None else critic_horizon
-    if not 1 <= judged <= horizon:
-        raise ValueError(f"critic_horizon must lie between 1 and horizon ({horizon}), got {judged}")
+    ahead = horizon if backup_horizon is None else backup_horizon
+    if not 1 <= ahead <= horizon:
+        raise ValueError(f"backup_horizon must lie between 1 and horizon ({horizon}), got {ahead}")
     episodes = store.episode_index(rows)
     start, end = store.starts[episodes], store.ends[episodes]
     steps = rows[:, None] + np.arange(horizon)[None, :]  # [b h]
     real = steps < end[:, None]
     steps = np.minimum(steps, end[:, None] - 1)
-    ends_with = rows + judged == end
+    ends_with = rows + ahead == end
     final = ends_with & store.knows_final(episodes)
-    next_rows = np.where(final, store.num_rows + episodes, np.minimum(rows + judged, end - 1))
+    next_rows = np.where(final, store.num_rows + episodes, np.minimum(rows + ahead, end - 1))
 
     take = store.take
     next_images = images if next_images is None else next_images
     cameras, next_cameras = (store.cameras if wanted else () for wanted in (images, next_images))
     terminals = take("terminals", steps) & real
     terminal_before = np.cumsum(terminals, axis=1) > terminals  # strictly before: the terminal step itself is valid
-    terminated = terminals[:, :judged].any(axis=1)
-    whole = real[:, :judged].all(axis=1)
+    terminated = terminals[:, :ahead].any(axis=1)
+    whole = real[:, :ahead].all(axis=1)
     followed = whole & (~ends_with | final | terminated)  # a state to bootstrap from follows, or none is needed
     return {
         "state": take("state", rows),
@@ -91,7 +91,7 @@ def gather(
         "row": rows,
         "next_row": next_rows,
         "prompt": store.instructions(rows),
-        "next_prompt": store.instructions(np.minimum(rows + judged, end - 1)),
+        "next_prompt": store.instructions(np.minimum(rows + ahead, end - 1)),
     }
 
 

@@ -49,7 +49,8 @@ class ChunkLoader:
 
     Args:
         horizon: steps of a chunk, as the policy predicts them.
-        critic_horizon: steps of a chunk that critics judge, after which comes the next observation; by default all.
+        backup_horizon: steps of a chunk after which comes the next observation, as a TD target looks ahead; by default
+            all.
         sequence_ratio: share of a batch that starts where a full window fits; the rest starts anywhere.
         replay: the run's own episodes, for online batches. Their ids in a batch follow those of ``prior``.
         online_ratio: share of an online batch that comes from ``replay``, once it has a row (RLPD: half). None: every
@@ -77,7 +78,7 @@ class ChunkLoader:
         horizon: int,
         sequence_ratio: float,
         seed: int,
-        critic_horizon: int | None = None,
+        backup_horizon: int | None = None,
         replay: EpisodeStore | None = None,
         online_ratio: float | None = 0.5,
         online_ratio_episodes: int = 1,
@@ -102,8 +103,8 @@ class ChunkLoader:
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if critic_horizon is not None and not 1 <= critic_horizon <= horizon:
-            raise ValueError(f"critic_horizon must lie between 1 and horizon ({horizon}), got {critic_horizon}")
+        if backup_horizon is not None and not 1 <= backup_horizon <= horizon:
+            raise ValueError(f"backup_horizon must lie between 1 and horizon ({horizon}), got {backup_horizon}")
         if not 0 <= host_index < num_hosts or batch_size % num_hosts:
             raise ValueError(
                 f"host_index ({host_index}) must lie in 0..num_hosts-1, and num_hosts ({num_hosts}) must divide "
@@ -115,7 +116,7 @@ class ChunkLoader:
         self._transform = transform
         self._batch_size = batch_size
         self._horizon = horizon
-        self._critic_horizon = horizon if critic_horizon is None else critic_horizon
+        self._backup_horizon = horizon if backup_horizon is None else backup_horizon
         self._sequence_ratio = float(sequence_ratio)
         self._seed = seed
         self._replay = replay
@@ -243,7 +244,7 @@ class ChunkLoader:
             chunks.gather,
             store,
             horizon=self._horizon,
-            critic_horizon=self._critic_horizon,
+            backup_horizon=self._backup_horizon,
             ends_in_chunks=self._ends_in_chunks,
         )
         raw = gather(drawn.rows, images=now is None, next_images=after is None)

@@ -107,7 +107,7 @@ def best_critics(trained: Trained, count: int, data: str | Path | None) -> np.nd
         make_transform(config, trained.stats, trained.dims),
         batch_size=config.data.batch_size,
         horizon=config.policy.action_horizon,
-        critic_horizon=config.critic_horizon,
+        backup_horizon=config.backup_horizon,
         sequence_ratio=config.data.sequence_ratio,
         seed=config.seed,
     )

@@ -30,7 +30,7 @@ class ACRLPDDataLoader(ChunkLoader):
         transform: converts the data set's units to the model's; None returns raw numbers.
         device_placement: ``"auto"`` splits the batches of ``sample_batch`` over all devices of all processes, each of
             which reads its share; ``"none"`` leaves them in the host's memory.
-        critic_horizon: see ``ChunkLoader``.
+        backup_horizon: see ``ChunkLoader``.
         memory_bytes, num_workers: see ``windows.open_store``.
         source_options: see ``sources.open_episodes``; not allowed with an open source.
     """
@@ -45,7 +45,7 @@ class ACRLPDDataLoader(ChunkLoader):
         *,
         transform: Transform | None = None,
         seed: int = 0,
-        critic_horizon: int | None = None,
+        backup_horizon: int | None = None,
         memory_bytes: int | None = None,
         num_workers: int = 0,
         **source_options: Any,
@@ -65,7 +65,7 @@ class ACRLPDDataLoader(ChunkLoader):
             horizon=horizon_length,
             sequence_ratio=sequence_ratio,
             seed=seed,
-            critic_horizon=critic_horizon,
+            backup_horizon=backup_horizon,
             host_index=jax.process_index(),
             num_hosts=jax.process_count(),
         )

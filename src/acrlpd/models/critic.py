@@ -49,6 +49,11 @@ class CriticConfig:
     feature_fusion_method: FeatureFusion = "concat"  # how the policy's features and the state come together
     # first steps of a chunk that are judged; None: in a run those that are executed, else all
     horizon: PositiveInt | None = None
+    # steps that a second, long ensemble judges, on which the TD target is computed. The critics that choose then learn
+    # from it (DQC, arXiv:2512.10926). None: there is none. It needs target="implicit"
+    backup_horizon: PositiveInt | None = None
+    # weight of an error where the long critics are above the short ones, which is 1 - this where they are below
+    distill_level: Annotated[float, Interval("(0, 1)")] = 0.8
 
     def __post_init__(self):
         fields.check(self)

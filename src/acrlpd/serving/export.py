@@ -150,7 +150,7 @@ def _affine(stats: NormStats, quantiles: bool) -> tuple[Float[Array, " d"], Floa
 
 @jax.jit
 def member_td_errors(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -> Float[Array, " e"]:
-    """Return each critic's mean absolute TD error on a batch, against the target of the whole ensemble."""
+    """Return each critic's mean absolute error on a batch, against what the whole ensemble learns from."""
     config = agent.config
     noise_rng, subset_rng = jax.random.split(rng)
     newest = {"critic": agent.params["critic"]}  # the errors are those of the critics that are trained
@@ -164,6 +164,9 @@ def member_td_errors(agent: ACRLPDAgent, batch: ChunkBatch, rng: PRNGKeyArray) -
         chosen = candidates.choose(modules, config.in_target, next_prefix, noise, config.steps_in_target)
         next_value = td.slow_value(agent, next_prefix, chosen.chunk, subset_rng)
     target = td.target_values(agent, batch, next_value)
+    if modules.long_critic is not None:
+        long_q = modules.long_critic(prefix.features, prefix.state, batch.actions[None])[:, 0]
+        target = modules.long_critic.aggregate(long_q)
     q = modules.critic(prefix.features, prefix.state, batch.actions[None])[:, 0]
     errors = jnp.abs(q - target[None]) * batch.sequence_mask[None]
     return errors.sum(axis=1) / jnp.maximum(batch.sequence_mask.sum(), 1.0)

@@ -20,6 +20,7 @@ from jax.stages import Lowered
 from acrlpd import fields
 from acrlpd.agents import agent as agent_module
 from acrlpd.agents.agent import ACRLPDAgent
+from acrlpd.agents.state import CRITIC_GROUPS
 from acrlpd.config import TrainConfig
 from acrlpd.envs.registry import make_vector
 from acrlpd.fields import PositiveInt
@@ -106,7 +107,7 @@ def plan(
     return Plan(
         parameters=_count(agent.params["policy"]) + _count(agent.frozen),
         trainable=_count(agent.params["policy"]),
-        critic_parameters=sum(_count(agent.params[group]) for group in ("critic", "value") if group in agent.params),
+        critic_parameters=sum(_count(agent.params[group]) for group in CRITIC_GROUPS if group in agent.params),
         parameter_bytes=_local_bytes(config, machine, state),
         optimizer_bytes=_local_bytes(config, machine, agent.opt_state),
         batch_bytes=_bytes(batch),

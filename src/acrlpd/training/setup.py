@@ -194,7 +194,7 @@ def make_loader(
         next_actions=config.agent.target != "implicit",
         batch_size=config.data.batch_size,
         horizon=config.policy.action_horizon,
-        critic_horizon=config.critic_horizon,
+        backup_horizon=config.backup_horizon,
         sequence_ratio=config.data.sequence_ratio,
         seed=config.seed,
         replay=interaction.replay if interaction else None,

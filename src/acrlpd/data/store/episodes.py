@@ -206,6 +206,11 @@ class HeldEpisodes:
     untold_tasks: Sequence[str] = ()
 
     @property
+    def store(self) -> EpisodeStore:
+        """The episodes themselves. Training reads them there, without a second copy; nobody may append to it."""
+        return self._store
+
+    @property
     def num_episodes(self) -> int:
         return self._store.num_episodes
 

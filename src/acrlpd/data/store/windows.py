@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from acrlpd.data.store import flat, processes
-from acrlpd.data.store.episodes import IMAGE_PREFIX, NUMBERS, EpisodeSource, EpisodeStore, FlatSource
+from acrlpd.data.store.episodes import IMAGE_PREFIX, NUMBERS, EpisodeSource, EpisodeStore, FlatSource, HeldEpisodes
 
 JOBS_PER_WORKER = 4  # groups of jobs in one read: few enough to send, enough that workers finish together
 
@@ -29,8 +29,11 @@ def open_store(source: EpisodeSource, *, memory_bytes: int | None = None, num_wo
 
     Numbers are in memory if they are small, else in a mapped file of ours (see ``flat``). Pictures are loaded if all of
     them fit, and are read on demand otherwise. The default limit is half of the machine's memory. ``num_workers``
-    processes read; with 0 the calling process does.
+    processes read; with 0 the calling process does. A source that holds its episodes in memory gives its own store.
     """
+    if isinstance(source, HeldEpisodes):
+        source.store.skipped = getattr(source, "skipped", ())
+        return source.store
     check_videos(source)
     store = _stored(source, _physical_memory() // 2 if memory_bytes is None else memory_bytes, num_workers)
     store.skipped = getattr(source, "skipped", ())

@@ -95,6 +95,19 @@ def test_batches_do_not_depend_on_what_is_mapped(source, memory, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, loader(store).batch(step), loader(memory).batch(step))
 
 
+@pytest.mark.parametrize("key", ["state", "actions", "rewards"])
+def test_numbers_of_a_source_of_windows_are_finite(source, key):
+    class Broken(Windows):
+        def window(self, index, name, start, stop):
+            rows = self._source.window(index, name, start, stop).copy()
+            if name == key and index == 1:
+                rows[0] = np.nan
+            return rows
+
+    with pytest.raises(ValueError, match=rf"episode_000001\.hdf5: {key} holds a number that is not finite"):
+        open_store(Broken(source), memory_bytes=0)
+
+
 def test_without_cameras_nothing_is_read_on_demand(tmp_path):
     episode = dataclasses.replace(make_episode(4, 0), images={})
     hdf5.write_episode(hdf5.episode_path(tmp_path, 0), episode)

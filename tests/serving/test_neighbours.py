@@ -129,6 +129,22 @@ def blowing_up(policy: Policy) -> Policy:
     return Policy(BlowsUp(), Compose([Normalize(STATS)]), spec=spec)
 
 
+def test_actions_that_become_infinite_in_the_robots_units_are_not_sent():
+    """As those of a tokenizer may be, whose model answers whole numbers."""
+
+    class Decoding:
+        def __call__(self, data):
+            return data
+
+        def inverse(self, data):
+            return data | {"actions": data["actions"] / np.zeros((5, 1), np.float32)}
+
+    model = MLPFlowConfig(state_dim=3, action_dim=2, action_horizon=5, hidden_dims=(16,)).create(nnx.Rngs(0))
+    policy = Policy(model, Compose([Decoding()]), spec=Observation(state=jax.ShapeDtypeStruct((3,), np.float32)))
+    with np.errstate(divide="ignore"), pytest.raises(NotFiniteError):
+        policy.infer({"state": np.zeros(3, np.float32)})
+
+
 def test_actions_that_are_not_finite_fail_their_own_request_alone():
     policy = blowing_up(flow_alone())
     good, bad = ({"state": np.full(3, each, np.float32), OPTIONS_KEY: {"seed": 1}} for each in (0.0, 1e9))

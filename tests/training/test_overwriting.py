@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from acrlpd.config import DataConfig, PolicyConfig, TrainConfig
+from acrlpd.data.formats.options import DataSource
 from acrlpd.envs.env import EnvConfig
 from acrlpd.training import loading, overwriting, setup
 from acrlpd.training.faults import RunFault
@@ -180,6 +181,15 @@ def test_what_the_new_run_reads_is_neither_moved_nor_deleted(copied_run, runs, f
 def test_an_environment_in_the_old_runs_folder_is_read_too(copied_run, runs):
     env = EnvConfig(f"custom/{runs}/tiny/prior/world.py:make")
     nothing_happens(dataclasses.replace(copied_run, env=env), r"env\.name \(.*world\.py\) lies in .*tiny, which")
+
+
+def test_data_sets_with_options_of_their_own_and_an_extraction_are_read_too(copied_run, runs):
+    inside = runs / "tiny" / "prior"
+    for each in (DataSource(path=str(inside)), DataSource(path="elsewhere", frame_cache=str(inside))):
+        data = dataclasses.replace(copied_run.data, path=None, frame_cache=None, sources=(each,))
+        nothing_happens(dataclasses.replace(copied_run, data=data), r"data\.sources \(.*prior\) lies in .*tiny, which")
+    agent = dataclasses.replace(copied_run.agent, extraction=f"{inside}/mine.py:Mine")
+    nothing_happens(dataclasses.replace(copied_run, agent=agent), r"agent\.extraction \(.*mine\.py\) lies in .*tiny")
 
 
 @given(st.text(max_size=8))

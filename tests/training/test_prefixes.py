@@ -150,6 +150,15 @@ def test_an_implicit_target_reads_features_alone_after_the_chunk(frozen, tmp_pat
     assert keys[0] == keys[1]  # what encodes is frozen, so a resumed run finds its features
 
 
+def test_a_store_that_was_cut_short_is_refused(frozen, tmp_path):
+    setup.make_trainer(frozen)
+    (made,) = (tmp_path / "runs" / "prefixes").iterdir()
+    with (made / "0.bin").open("r+b") as file:
+        file.truncate(8)
+    with pytest.raises(ValueError, match=r"0\.bin: expected \d+ bytes of stored prefixes, found 8: delete"):
+        setup.make_trainer(dataclasses.replace(frozen, name="again"))
+
+
 def test_more_than_the_budget_is_not_stored(frozen, tmp_path, caplog):
     small = dataclasses.replace(frozen, data=dataclasses.replace(frozen.data, prefix_bytes=1000))
     with caplog.at_level("INFO"):

@@ -356,6 +356,8 @@ class Policy:
         finite = np.isfinite(chunks).all(axis=tuple(range(1, chunks.ndim)))
         states = np.stack([request.observation.state for request in requests])
         batch = self._transform.inverse({"state": states, "actions": chunks})
+        actions = batch["actions"]  # a tokenizer's come from the transform
+        finite &= np.isfinite(actions).all(axis=tuple(range(1, actions.ndim)))
         return [
             _answer(request, row, batch, values, infer_s, plan) if finite[row] else None
             for row, request in enumerate(requests)

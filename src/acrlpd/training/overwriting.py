@@ -16,6 +16,7 @@ from pathlib import Path
 
 from acrlpd import files
 from acrlpd.config import TrainConfig
+from acrlpd.named_code import names_code
 from acrlpd.training.guards import LOCK_FILE, RunLock
 from acrlpd.training.run import RunFiles
 
@@ -28,7 +29,8 @@ OURS = {
 """Names that a run's folder may hold. Any other name is somebody's own, and then the folder is not deleted."""
 
 READ = ("data.path", "data.norm_stats", "data.frame_cache", "policy.weights", "policy.tokenizer")
-"""Fields that name files or folders which a run reads; an environment's name may name a file, too."""
+"""Fields that name files or folders which a run reads. ``data.sources`` have those of ``data``; an environment's name
+and that of an extraction may name a file, too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +125,23 @@ def _check_config(run: RunFiles) -> None:
 def _read_inside(config: TrainConfig, directory: Path) -> Iterator[tuple[str, str]]:
     """Yield the fields of ``config`` that name something in ``directory``, and what they name."""
     folder = directory.resolve()
+    for field, path in _read(config):
+        if Path(path).resolve().is_relative_to(folder):
+            yield field, path
+
+
+def _read(config: TrainConfig) -> Iterator[tuple[str, str]]:
+    """Yield the fields of ``config`` that name files or folders, and what they name."""
     for field in READ:
         part, name = field.split(".")
         value = getattr(getattr(config, part), name)
         for path in [value] if isinstance(value, str) else value or ():
-            if Path(path).resolve().is_relative_to(folder):
-                yield field, path
+            yield field, path
+    for each in config.data.sources:
+        yield "data.sources", each.path
+        if each.frame_cache is not None:
+            yield "data.sources", each.frame_cache
     if config.env is not None and config.env.name.startswith("custom/"):
-        file = config.env.name.removeprefix("custom/").partition(":")[0]
-        if Path(file).resolve().is_relative_to(folder):
-            yield "env.name", file
+        yield "env.name", config.env.name.removeprefix("custom/").rpartition(":")[0]
+    if names_code(config.agent.extraction):
+        yield "agent.extraction", config.agent.extraction.rpartition(":")[0]

@@ -18,6 +18,7 @@ The key is a digest of the weights, the data and all that happens to an observat
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -113,7 +114,7 @@ def open_rows(
         if not (target / INDEX).exists():
             what = "pooled features" if features_alone else "prefixes"
             logger.info("computing the %s of %d rows of %s into %s", what, num_rows, files, target)
-            _write(target, like, _computed(config, encode, policy, store, transform, num_rows), num_rows)
+            _write(target, like, _computed(config, encode, policy, store, transform, num_rows))
         found.append(StoredPrefixes(_mapped(target, num_rows), structure))
     return found
 
@@ -162,26 +163,29 @@ def _computed(
         yield [each[: num_rows - start] for each in jax.tree.leaves(found)]
 
 
-def _write(target: Path, like: list[Any], blocks: Iterator[list[np.ndarray]], num_rows: int) -> None:
+def _write(target: Path, like: list[Any], blocks: Iterator[list[np.ndarray]]) -> None:
     """Write the arrays, under another name until they are complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(target) as temporary:
         temporary.mkdir()
         index = [{"shape": each.shape[1:], "dtype": jnp.dtype(each.dtype).name} for each in like]
         (temporary / INDEX).write_text(json.dumps(index), encoding="utf-8")
-        arrays = _mapped(temporary, num_rows, mode="w+")
-        start = 0
-        for block in blocks:
-            for array, rows in zip(arrays, block, strict=True):
-                array[start : start + len(rows)] = rows
-            start += len(block[0])
-        for array in arrays:
-            array.flush()
+        with contextlib.ExitStack() as stack:  # not through mappings: a full disk would then kill the process
+            opened = [stack.enter_context((temporary / f"{number}.bin").open("wb")) for number in range(len(like))]
+            for block in blocks:
+                for file, rows in zip(opened, block, strict=True):
+                    file.write(np.ascontiguousarray(rows).tobytes())
 
 
-def _mapped(folder: Path, num_rows: int, mode: Any = "r") -> list[np.memmap]:
-    index = read_json(folder / INDEX, list)
-    return [
-        np.memmap(folder / f"{number}.bin", dtype=jnp.dtype(each["dtype"]), mode=mode, shape=(num_rows, *each["shape"]))
-        for number, each in enumerate(index)
-    ]
+def _mapped(folder: Path, num_rows: int) -> list[np.memmap]:
+    found = []
+    for number, each in enumerate(read_json(folder / INDEX, list)):
+        path, dtype, shape = folder / f"{number}.bin", jnp.dtype(each["dtype"]), (num_rows, *each["shape"])
+        expected, size = math.prod(shape) * dtype.itemsize, path.stat().st_size
+        if size != expected:
+            raise ValueError(
+                f"{path}: expected {expected} bytes of stored prefixes, found {size}: delete {folder}, and the next "
+                "run computes them again"
+            )
+        found.append(np.memmap(path, dtype=dtype, mode="r", shape=shape))
+    return found

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from acrlpd.data.store import finals
 from acrlpd.data.store.finals import IMAGE_PREFIX, Finals
 from acrlpd.data.store.flat import is_mapped
-from acrlpd.data.store.rows import Column, FixedColumn
+from acrlpd.data.store.rows import Column, FixedColumn, as_finite
 from acrlpd.types import Episode
 
 
@@ -583,20 +583,11 @@ def _info(episode: Episode) -> EpisodeInfo:
 def _checked_rows(episode: Episode) -> dict[str, np.ndarray]:
     """Return the episode's arrays by key, in the dtypes of a store; refuse arrays that no store should hold."""
     source = episode.source
-    with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, and are refused below
-        rows = {
-            "state": np.asarray(episode.state, np.float32),
-            "actions": np.asarray(episode.actions, np.float32),
-            "rewards": np.asarray(episode.rewards, np.float32),
-            "terminals": np.asarray(episode.terminals, bool),
-        }
+    rows = {key: as_finite(getattr(episode, key), f"{source}: {key}") for key in ("state", "actions", "rewards")}
+    rows["terminals"] = np.asarray(episode.terminals, bool)
     for key, rank in (("state", 2), ("actions", 2), ("rewards", 1), ("terminals", 1)):
         if rows[key].ndim != rank:
             raise ValueError(f"{source}: {key} has shape {rows[key].shape}, expected {rank} axes, time first")
-        if not np.isfinite(rows[key]).all():
-            raise ValueError(
-                f"{source}: {key} holds a number that is not finite (nan, inf, or beyond float32). Repair or skip it."
-            )
     for camera, images in episode.images.items():
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(

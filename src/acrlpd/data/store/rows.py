@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 
 
 def _stretches(
@@ -22,6 +22,15 @@ def _stretches(
     items = np.ndarray((len(array) - length + 1,), np.dtype((np.void, length * size)), array, strides=(size,))
     found = items[np.minimum(steps[:, 0], len(items) - 1)]
     return found[:, None].view(array.dtype).reshape(*steps.shape, *array.shape[1:])
+
+
+def as_finite(values: np.typing.ArrayLike, where: str) -> Float[np.ndarray, "..."]:
+    """Return numbers as float32; raise a ValueError that begins with ``where`` if one is not finite."""
+    with np.errstate(over="ignore"):  # numbers beyond float32 become infinite
+        array = np.asarray(values, np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{where} holds a number that is not finite (nan, inf, or beyond float32). Repair or skip it.")
+    return array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from jaxtyping import Int, Shaped
 
 from acrlpd.data.store import flat, processes
 from acrlpd.data.store.episodes import IMAGE_PREFIX, NUMBERS, EpisodeSource, EpisodeStore, FlatSource, HeldEpisodes
+from acrlpd.data.store.rows import as_finite
 
 JOBS_PER_WORKER = 4  # groups of jobs in one read: few enough to send, enough that workers finish together
 
@@ -80,7 +81,8 @@ def _numbers(source: EpisodeSource) -> flat.Flat:
     found = {key: flat.FlatRows(key) for key in NUMBERS}
     for index, length in enumerate(source.lengths.tolist()):
         for key, rows in found.items():
-            rows.append(source.window(index, key, 0, length), source.info(index).source)
+            found_rows, name = source.window(index, key, 0, length), source.info(index).source
+            rows.append(found_rows if key == "terminals" else as_finite(found_rows, f"{name}: {key}"), name)
     return flat.Flat({key: rows.result() for key, rows in found.items()})
 
 

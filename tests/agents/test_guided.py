@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from acrlpd.agents import agent as agent_module
 from acrlpd.agents import candidates, losses
 from acrlpd.agents.extraction import BestOfN, GuidedByQ
 from acrlpd.agents.losses import LossWeights
-from acrlpd.models import flow
+from acrlpd.models import flow, gemma, lora
+from acrlpd.models.pi0 import Pi0, Pi0Config
 from acrlpd.types import Observation
 
 CHOICES = {"extraction": "guided", "guidance_weights": (0.0, 2.0)}
@@ -90,6 +92,58 @@ def test_the_chosen_candidate_is_drawn_again_with_its_own_weight(agent, prefix, 
     np.testing.assert_allclose(chosen.chunk, expected, atol=1e-5)
     assert set(np.asarray(chosen.index % 2).tolist()) == {0, 1}  # some follow a gradient, some do not
     np.testing.assert_array_equal(chosen.values["guidance_weight"], 2.0 * (chosen.index % 2))
+
+
+PI0 = {
+    "action_dim": 3,
+    "state_dim": 4,
+    "action_horizon": 3,
+    "paligemma_variant": "nano",
+    "vision_variant": "nano",
+    "action_expert_variant": "nano_expert",
+    "cameras": ("base_0_rgb",),
+    "image_size": 16,
+    "max_token_len": 4,
+    "vocab_size": 16,
+    "dtype": "float32",
+    "remat": False,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["pi0", "pi05", "pi0 with adapters"])
+def test_openpis_models_are_guided(model, toys):
+    """The weight 0 changes nothing, and the guide's own value of the others rises."""
+    sizes = PI0
+    if model == "pi0 with adapters":
+        adapter = lora.Config(rank=2, alpha=2.0)
+        with_adapters = dataclasses.replace(gemma.get_config("nano"), attention_lora=adapter, mlp_lora=adapter)
+        sizes = PI0 | {"paligemma_variant": with_adapters, "action_expert_variant": with_adapters}
+    policy = Pi0Config(**sizes, pi05=model == "pi05").create(nnx.Rngs(0))
+    config = toys.config(extraction="guided", guidance_weights=(0.0, 0.3), critic={"q_aggregation": "mean"})
+    agent = with_scale(toys.agent(config, policy=policy, action_dim=2, trainable=Pi0.is_suffix_param))
+    rng = np.random.default_rng(0)
+    observations = Observation(
+        state=jnp.asarray(rng.normal(size=(2, 4)), jnp.float32),
+        images={"base_0_rgb": jnp.asarray(rng.integers(0, 256, (2, 16, 16, 3)), jnp.uint8)},
+        image_masks={"base_0_rgb": jnp.ones(2, bool)},
+        tokenized_prompt=jnp.asarray(rng.integers(0, 16, (2, 4)), jnp.int32),
+        tokenized_prompt_mask=jnp.ones((2, 4), bool),
+    )
+    noise = jax.random.normal(toys.key(0), (4, 2, 3, 3))
+
+    @toys.jit
+    def sampled(agent):
+        modules = agent.acting_modules()
+        prefix = flow.encode(modules.policy, observations)
+        plain = flow.sample(modules.policy, prefix, noise, num_steps=3)
+        chunks = candidates.propose(modules, agent.config, prefix, noise, 3)[0]
+        guide = agent.guided(modules).guide.critic
+        return [(each, guide(prefix.features, prefix.state, each)) for each in (plain, chunks)]
+
+    (plain, before), (guided, after) = sampled(agent)
+    np.testing.assert_allclose(guided[::2], plain[::2], atol=1e-5)
+    assert (after - before).mean(axis=0)[1::2].mean() > 1e-3
 
 
 def test_padding_gets_no_guidance(toys):

@@ -175,6 +175,11 @@ def test_smaller_plans():
     plans = budget.smaller_plans(Plan(32, 10))
     assert plans == (Plan(32, 10), Plan(8, 10), Plan(2, 10), Plan(1, 10), Plan(1, 5))
     assert budget.smaller_plans(Plan(1, 1)) == (Plan(1, 1),)
+    assert budget.smaller_plans(Plan(8, 10, guided=True)) == (
+        *(Plan(8, 10, guided=True), Plan(2, 10, guided=True)),
+        *budget.smaller_plans(Plan(8, 10)),
+    )
+    assert budget.smaller_plans(Plan(1, 1, guided=True)) == (Plan(1, 1, guided=True), Plan(1, 1))
 
 
 def test_the_largest_plan_that_fits_is_chosen_and_comes_back_after_a_slow_time():

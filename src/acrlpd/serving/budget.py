@@ -16,6 +16,7 @@ class Plan:
 
     num_samples: int  # candidates
     num_steps: int  # Euler steps of the flow; for pi0-FAST, the max. number of tokens
+    guided: bool = False  # whether Q's gradient guides the candidates, which costs a pass of the critics in each step
 
     def __post_init__(self):
         if self.num_samples < 1 or self.num_steps < 1:
@@ -25,8 +26,12 @@ class Plan:
 def smaller_plans(plan: Plan) -> tuple[Plan, ...]:
     """Return ``plan`` and smaller ones: first with fewer candidates, then one candidate with half the flow steps.
 
-    Plan(32, 10) gives 32, 8, 2 and 1 candidates in 10 steps, and 1 in 5.
+    Plan(32, 10) gives 32, 8, 2 and 1 candidates in 10 steps, and 1 in 5. A guided one has a quarter of its candidates
+    first, and then those of the plan without guidance.
     """
+    if plan.guided:
+        fewer = dataclasses.replace(plan, num_samples=max(1, plan.num_samples // SHRINK))
+        return (*dict.fromkeys((plan, fewer)), *smaller_plans(dataclasses.replace(plan, guided=False)))
     plans = [plan]
     while plans[-1].num_samples > 1:
         plans.append(dataclasses.replace(plan, num_samples=max(1, plans[-1].num_samples // SHRINK)))

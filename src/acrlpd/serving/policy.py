@@ -142,15 +142,17 @@ class AgentSampler:
         self._alone = mode == "bc" or not agent.chooses
         if not self._alone:
             config.make_extraction(config.flow_steps)  # code of one's own that cannot be used is refused here
-        self.plan = Plan(1 if self._alone else wanted, num_steps or config.flow_steps)
+        guided = not self._alone and config.extraction == "guided" and any(config.guidance_weights)
+        self.plan = Plan(1 if self._alone else wanted, num_steps or config.flow_steps, guided)
         self.action_shape = agent.nets.action_shape
         self._agent = agent.acting_only()
+        self._plain = self._agent.with_extraction("best_of_n") if guided else self._agent
 
     def __call__(self, observation: Observation, draws: Draws, plan: Plan) -> tuple[Float[Array, "b h a"], Metrics]:
         if draws.noise is not None:
             raise ValueError("an agent draws many chunks and takes no noise of one; serve its flow alone for that")
         return choose_chunks(
-            self._agent,
+            self._agent if plan.guided else self._plain,
             observation,
             keys_of(draws.keys),
             mode="bc" if self._alone else "greedy",

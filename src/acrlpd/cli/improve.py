@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import tyro
 
 from acrlpd.cli.configured import parse, take
 from acrlpd.config import TrainConfig, to_dict
 from acrlpd.data import held_out
-from acrlpd.data.robots.mapping import ROBOTS
+from acrlpd.data.robots.mapping import ROBOTS, Robot
 from acrlpd.deploy import choosing, improving
 from acrlpd.deploy.choosing import Setting, Verdict
 from acrlpd.deploy.improving import Original
+from acrlpd.fields import PositiveInt
 from acrlpd.training import prior_data, setup
 from acrlpd.training.faults import EXIT_INTERRUPTED, Interrupted
 from acrlpd.training.loop import ACRLPDTrainer
@@ -50,6 +52,9 @@ class ImproveArguments:
     """Train critics for a checkpoint, whose weights stay as they are, and choose how strongly to follow them."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    robot: Robot | None = None  # whose observations and actions a checkpoint of openpi's has
+    output_dir: str | None = None  # None: runs/<name of the checkpoint>-improved
+    steps: PositiveInt = improving.STEPS  # updates of critics and V
     resume: bool = False  # go on where it stopped
     overwrite: bool = False  # replace the folder of this name
 
@@ -59,10 +64,9 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     path, *flags = argv
-    original, rest = _opened(path, flags)
-    arguments = parse(
-        ImproveArguments, ImproveArguments(original.config), rest, f"acrlpd improve {path}", stored=original.config
-    )
+    original = _opened(path, flags)
+    default = ImproveArguments(original.config)
+    arguments = parse(ImproveArguments, default, flags, f"acrlpd improve {path}", stored=original.config)
     config = arguments.config
     verdict = run_files(config).directory / VERDICT
     if arguments.resume and verdict.exists():
@@ -84,28 +88,21 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _opened(path: str, flags: Sequence[str]) -> tuple[Original, list[str]]:
-    """Return the checkpoint, with the configuration of the run that improves it, and the flags of that."""
-    rest = list(flags)
-    robot, rest = take(rest, "robot")
+def _opened(path: str, flags: Sequence[str]) -> Original:
+    """Return the checkpoint, with the configuration that follows from it and from flags of this command alone."""
+    robot, output, steps, asset_id = (take(flags, name)[0] for name in ("robot", "output_dir", "steps", "asset_id"))
     if robot is not None and robot not in ROBOTS:
         raise ValueError(f"--robot {robot}: expected one of {', '.join(ROBOTS)}")
-    asset_id, rest = take(rest, "asset_id")
-    output, rest = take(rest, "output_dir")
-    steps, rest = take(rest, "steps")
-    says_data = any(word.split("=")[0] in ("--data.path", "--help", "-h") for word in rest)
-    original = improving.open_original(path, data="EPISODES" if says_data else None, robot=robot, asset_id=asset_id)
+    if steps is not None and not (steps.isdecimal() and int(steps)):
+        raise ValueError(f"--steps {steps}: expected a whole number of at least 1")
+    says_data = any(word.split("=")[0] in ("--data.path", "--help", "-h") for word in flags)
+    original = improving.open_original(
+        path, data="EPISODES" if says_data else None, robot=cast(Robot | None, robot), asset_id=asset_id
+    )
     place = Path(output or f"runs/{_name(path)}-improved")
-    config = dataclasses.replace(original.config, run_dir=str(place.parent), name=place.name)
-    if steps is not None:
-        config = dataclasses.replace(config, **improving.length(_whole(steps)))
-    return dataclasses.replace(original, config=config), rest
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--steps {text}: expected a whole number of at least 1")
-    return int(text)
+    length = improving.length(int(steps)) if steps is not None else {}
+    config = dataclasses.replace(original.config, run_dir=str(place.parent), name=place.name, **length)
+    return dataclasses.replace(original, config=config)
 
 
 def _name(path: str) -> str:
@@ -134,7 +131,8 @@ def _keep(original: Original, trainer: ACRLPDTrainer, found: Verdict, verdict: P
     run = checkpoints.read_run(step) | {"config": to_dict(config)}
     checkpoints.replace_run(step, run)
     write_json(trainer.parts.files.config, to_dict(config))
-    write_json(verdict, {"checkpoint": original.path, "params": str(original.params), **found.to_dict()})
+    about = {"checkpoint": original.path, "params": str(original.params), "cpu_s": time.process_time()}
+    write_json(verdict, about | found.to_dict())
 
 
 def told(found: Verdict, folder: Path) -> list[str]:

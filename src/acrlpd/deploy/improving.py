@@ -315,6 +315,11 @@ def _check_fields(original: Original, config: TrainConfig) -> None:
     for name, value in (("algorithm", "acrlpd"), ("extraction", "guided")):
         if getattr(config.agent, name) != value:
             different.append(f"agent.{name} is {getattr(config.agent, name)}: it is {value} here")
+    different += [
+        f"agent.{name} is chosen on held-out episodes (acrlpd serve takes others)"
+        for name in ("best_of_n_samples", "guidance_weights")
+        if getattr(config.agent, name) != getattr(original.config.agent, name)
+    ]
     if different:
         raise ValueError("\n".join(f"{line}. Leave it out" for line in different))
     if policy.traits.has_backbone:

@@ -54,7 +54,7 @@ def test_a_run_is_improved_resumed_and_acts(copied_run, tmp_path, capsys, monkey
     data, better = write_episodes(tmp_path / "mixed", [True, False] * 4), tmp_path / "better"
     before = contents(original)
     words = ["improve", str(original), "--data.path", str(data), "--output_dir", str(better), "--steps", "6", *CRITICS]
-    words += ["--data.validation_fraction", "0.5"]
+    words += ["--data.validation_fraction", "0.5", "--env.name", "metaworld/drawer-open-v3"]
     real = setup.ACRLPDTrainer._update
 
     def stopped(self, phase):
@@ -80,6 +80,7 @@ def test_a_run_is_improved_resumed_and_acts(copied_run, tmp_path, capsys, monkey
     trained = deploy.load_trained(better)
     assert (trained.step, trained.config.agent.best_of_n_samples) == (6, 3)
     assert trained.config.agent.guidance_weights == (0.3,)
+    assert trained.config.env is not None, "for evaluations"
     first, second = (loading.load_checkpoint(path).agent.acting_policy for path in (original, better))
     jax.tree.map(np.testing.assert_array_equal, first, second)
     found = json.loads((better / improve.VERDICT).read_text())
@@ -134,11 +135,12 @@ def test_the_split_is_of_each_kind_and_the_same_for_longer_data():
     [
         ([True] * 3, [], "all 3 episodes succeeded"),
         ([False] * 3, [], "none of the 3 episodes succeeded"),
-        ([True, False], ["--policy.action_horizon", "4"], "does not hold the model"),
+        ([True, False], ["--policy.hidden_dims", "8"], "does not hold the model"),
+        ([True, False], ["--policy.action_horizon", "4"], "holds 3"),
         ([True, False], ["--data.validation_fraction", "0"], "held out"),
         ([True, False], ["--agent.critic.num_critics", "2"], "at least 4"),
         ([True, False], ["--agent.best_of_n_samples", "7"], "is chosen on held-out episodes"),
-        ([True, False], ["--online_steps", "7"], "has no effect"),
+        ([True, False], ["--online_steps", "7"], "nothing acts here"),
         ([True, False], ["--policy.no-frozen"], "as it is"),
         ([True, False], ["--steps", "0"], "at least 1"),
         ([True, False], ["--robot", "libero"], "leave out --robot"),
@@ -241,7 +243,7 @@ def test_alpha_is_asked_for_because_no_array_tells_it(of_openpi, capsys):
         (["--policy.kind", "pi05", "--data.action_normalization", "quantile"], "holds pi0"),
         (["--robot", "aloha"], "aloha"),
         (["--asset_id", "other"], "tiny_robot"),
-        (["--policy.vision_variant", "nano"], "does not hold the model"),
+        (["--policy.action_expert_variant", "nano_expert"], "does not hold the model"),
     ],
 )
 def test_a_contradiction_with_openpis_weights_is_refused(flags, said, of_openpi, capsys, tmp_path):

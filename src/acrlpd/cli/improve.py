@@ -12,13 +12,14 @@ from typing import Annotated, cast
 
 import tyro
 
-from acrlpd.cli.configured import parse, take
+from acrlpd.cli.configured import changed, parse, take
 from acrlpd.config import TrainConfig, to_dict
 from acrlpd.data import held_out
 from acrlpd.data.robots.mapping import ROBOTS, Robot
 from acrlpd.deploy import choosing, improving
 from acrlpd.deploy.choosing import Setting, Verdict
 from acrlpd.deploy.improving import Original
+from acrlpd.envs.env import EnvConfig
 from acrlpd.fields import PositiveInt
 from acrlpd.training import prior_data, setup
 from acrlpd.training.faults import EXIT_INTERRUPTED, Interrupted
@@ -39,6 +40,7 @@ episodes how strongly to follow them, and write a run that acrlpd serve, eval an
   --steps         updates of critics and V
   --resume        go on after Ctrl-C, a crash or a reboot;  --overwrite replaces what is there
   --asset_id      which statistics, if a checkpoint of openpi's has several
+  --env.name      a simulator of the same robot, for acrlpd eval later; nothing here acts in it
 
 acrlpd improve CHECKPOINT ... --help lists every field of the configuration with the value that follows from the
 checkpoint. One with PaliGemma's vocabulary needs its tokenizer: --policy.tokenizer paligemma_tokenizer.model."""
@@ -65,9 +67,12 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     path, *flags = argv
     original = _opened(path, flags)
-    default = ImproveArguments(original.config)
-    arguments = parse(ImproveArguments, default, flags, f"acrlpd improve {path}", stored=original.config)
-    config = arguments.config
+    default, rest = changed(original.config, flags)
+    arguments = parse(
+        ImproveArguments, ImproveArguments(default), rest, f"acrlpd improve {path}", stored=original.config
+    )
+    env = arguments.config.env or original.env  # of later evaluations: training and choice need none
+    config = dataclasses.replace(arguments.config, env=None)
     verdict = run_files(config).directory / VERDICT
     if arguments.resume and verdict.exists():
         print(f"{verdict.parent} is finished: its verdict is in {verdict}. --overwrite starts anew.")
@@ -83,14 +88,14 @@ def main(argv: Sequence[str]) -> int:
         print(f"\n{stop}\nResume with: {again} --resume", file=sys.stderr)
         return EXIT_INTERRUPTED
     found = _judged(config, trainer)
-    _keep(original, trainer, found, verdict)
+    _keep(original, env, trainer, found, verdict)
     print("\n".join(told(found, verdict.parent)))
     return 0
 
 
 def _opened(path: str, flags: Sequence[str]) -> Original:
     """Return the checkpoint, with the configuration that follows from it and from flags of this command alone."""
-    robot, output, steps, asset_id = (take(flags, name)[0] for name in ("robot", "output_dir", "steps", "asset_id"))
+    robot, output, steps, asset_id = (_last(flags, name) for name in ("robot", "output_dir", "steps", "asset_id"))
     if robot is not None and robot not in ROBOTS:
         raise ValueError(f"--robot {robot}: expected one of {', '.join(ROBOTS)}")
     if steps is not None and not (steps.isdecimal() and int(steps)):
@@ -103,6 +108,12 @@ def _opened(path: str, flags: Sequence[str]) -> Original:
     length = improving.length(int(steps)) if steps is not None else {}
     config = dataclasses.replace(original.config, run_dir=str(place.parent), name=place.name, **length)
     return dataclasses.replace(original, config=config)
+
+
+def _last(flags: Sequence[str], name: str) -> str | None:
+    """Return the value of ``--name``; of several the last one, which is the one that the parser reads."""
+    value, rest = take(flags, name)
+    return value if value is None or (later := _last(rest, name)) is None else later
 
 
 def _name(path: str) -> str:
@@ -119,13 +130,13 @@ def _judged(config: TrainConfig, trainer: ACRLPDTrainer) -> Verdict:
     return choosing.judge(trainer.config, trainer.agent, trainer.parts.transform, pairs)
 
 
-def _keep(original: Original, trainer: ACRLPDTrainer, found: Verdict, verdict: Path) -> None:
+def _keep(original: Original, env: EnvConfig | None, trainer: ACRLPDTrainer, found: Verdict, verdict: Path) -> None:
     """Write what was chosen into the checkpoint and the run, which act by it from now on."""
     setting = found.chosen
     agent = dataclasses.replace(
         trainer.config.agent, best_of_n_samples=setting.samples, guidance_weights=(setting.guidance,)
     )
-    config = dataclasses.replace(trainer.config, agent=agent, env=original.env)
+    config = dataclasses.replace(trainer.config, agent=agent, env=env)
     checkpoints = trainer.parts.checkpoints
     step = trainer.state.step
     run = checkpoints.read_run(step) | {"config": to_dict(config)}

@@ -27,6 +27,7 @@ from acrlpd.config import (
     from_stored,
 )
 from acrlpd.data import held_out
+from acrlpd.data.robots import mapping
 from acrlpd.data.robots.mapping import ROBOTS, Robot
 from acrlpd.data.sources import Dataset
 from acrlpd.deploy.trained import is_ours
@@ -36,7 +37,7 @@ from acrlpd.models.critic import CriticConfig
 from acrlpd.models.flow import FlowPolicy
 from acrlpd.models.recognize import recognize, unsized
 from acrlpd.training import loading, prior_data
-from acrlpd.training.build import Dims, abstract_agent, make_policy, make_tokenizer, model_cameras
+from acrlpd.training.build import Dims, abstract_agent, delta_mask, make_policy, make_tokenizer, model_cameras
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager, read_norm_stats
 
 STEPS = 5000  # updates of critics and V
@@ -63,7 +64,11 @@ class Original:
     config: TrainConfig  # of the run that improves it, before anybody chose values
     found: Mapping[str, str]  # ``recognize``'s
     env: EnvConfig | None = None  # of the run that made it
-    cameras: tuple[str, ...] | None = None  # of the data that it was trained on; None: the robot's
+    cameras: tuple[str, ...] | None = None  # of the data that it was trained on; None: it is openpi's
+
+    @property
+    def is_ours(self) -> bool:
+        return self.cameras is not None
 
 
 def open_original(path: str, *, data: str | None, robot: Robot | None, asset_id: str | None) -> Original:
@@ -200,9 +205,8 @@ def _frozen(policy: PolicyConfig, parameters: Path) -> PolicyConfig:
 
 def _agent(agent: AgentConfig) -> AgentConfig:
     """Return the choices of an agent that learns critics by the implicit target, and whose samples they guide."""
-    critic = agent.critic
-    if critic.num_critics < MIN_CRITICS:
-        critic = dataclasses.replace(critic, num_critics=MIN_CRITICS)
+    number = max(agent.critic.num_critics, MIN_CRITICS)
+    critic = dataclasses.replace(agent.critic, num_critics=number, horizon=None)  # of what is executed from now on
     return dataclasses.replace(
         agent,
         algorithm="acrlpd",
@@ -296,10 +300,12 @@ def check(original: Original, config: TrainConfig) -> Prospect:
 def _check_fields(original: Original, config: TrainConfig) -> None:
     policy, before = config.policy, original.config.policy
     told = {"kind": "model", "action_dim": "action_dim", "vocab_size": "vocab_size", "image_size": "image_size"}
+    known = [name for name, found in told.items() if found in original.found or original.is_ours]
+    known += ["action_horizon", "max_token_len"] if original.is_ours else []
     different = [
         f"policy.{name} is {getattr(policy, name)}, but {original.params} holds {getattr(before, name)}"
-        for name, known in told.items()
-        if known in original.found and getattr(before, name) not in (None, getattr(policy, name))
+        for name in known
+        if getattr(before, name) not in (None, getattr(policy, name))
     ]
     if policy.weights != before.weights or not policy.frozen:
         different.append(f"policy.weights and policy.frozen are what is improved: {original.params}, as it is")
@@ -312,6 +318,8 @@ def _check_fields(original: Original, config: TrainConfig) -> None:
         )
     if not config.data.validation_fraction:
         different.append("data.validation_fraction is 0: N and guidance are chosen on episodes that are held out")
+    if config.online_steps:
+        different.append(f"online_steps is {config.online_steps}, but nothing acts here")
     for name, value in (("algorithm", "acrlpd"), ("extraction", "guided")):
         if getattr(config.agent, name) != value:
             different.append(f"agent.{name} is {getattr(config.agent, name)}: it is {value} here")
@@ -332,7 +340,14 @@ def _check_fields(original: Original, config: TrainConfig) -> None:
 
 
 def _check_data(original: Original, config: TrainConfig, dims: Dims, first: Dataset) -> None:
-    name = config.data.name
+    name = str(config.data.name)
+    mapping.check(
+        config.data.robot,
+        delta_mask(config),
+        where=name,
+        dims=(dims.state, dims.action),
+        cameras=first.cameras if config.policy.traits.has_backbone else None,
+    )
     width = config.policy.action_dim
     if width is not None and max(dims.state, dims.action) > width:
         raise ValueError(

@@ -137,6 +137,7 @@ def test_the_split_is_of_each_kind_and_the_same_for_longer_data():
         ([False] * 3, [], "none of the 3 episodes succeeded"),
         ([True, False], ["--policy.hidden_dims", "8"], "does not hold the model"),
         ([True, False], ["--policy.action_horizon", "4"], "holds 3"),
+        ([True, False], [], "none can be held out"),
         ([True, False], ["--data.validation_fraction", "0"], "held out"),
         ([True, False], ["--agent.critic.num_critics", "2"], "at least 4"),
         ([True, False], ["--agent.best_of_n_samples", "7"], "is chosen on held-out episodes"),

@@ -14,7 +14,7 @@ import tyro
 
 from acrlpd.cli.configured import changed, parse, take
 from acrlpd.config import TrainConfig, to_dict
-from acrlpd.data import held_out
+from acrlpd.data import held_out, windows
 from acrlpd.data.robots.mapping import ROBOTS, Robot
 from acrlpd.deploy import choosing, improving
 from acrlpd.deploy.choosing import Setting, Verdict
@@ -124,9 +124,10 @@ def _name(path: str) -> str:
 
 def _judged(config: TrainConfig, trainer: ACRLPDTrainer) -> Verdict:
     sources = [held for _, held in prior_data.split_sets(config) if held is not None and held.num_episodes]
-    mixture = prior_data.open_mixture(config, sources)
+    data = config.data
+    stores = windows.open_stores(sources, memory_bytes=data.memory_bytes, num_workers=data.num_workers)
     outcomes = [[bool(held_out.outcome(each, index)) for index in range(each.num_episodes)] for each in sources]
-    pairs = list(zip(mixture.stores, outcomes, strict=True))
+    pairs = list(zip(stores, outcomes, strict=True))
     return choosing.judge(trainer.config, trainer.agent, trainer.parts.transform, pairs)
 
 

@@ -19,14 +19,14 @@ def held_out(kinds: Sequence[Hashable], fraction: float, seed: int) -> Bool[np.n
     """Return which episodes are held out: of each kind (success, failure) those with the smallest hashes.
 
     ``kinds`` has one entry per episode. The hash is of the seed and the episode's index. Of a kind with n episodes,
-    ``round(fraction * n)`` are held out, but never all.
+    ``round(fraction * n)`` are held out, at least one, but never all.
     """
     chosen = np.zeros(len(kinds), bool)
     by_kind: dict[Hashable, list[int]] = collections.defaultdict(list)
     for index, kind in enumerate(kinds):
         by_kind[kind].append(index)
     for members in by_kind.values():
-        count = min(round(fraction * len(members)), len(members) - 1)
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         chosen[sorted(members, key=lambda index: _hash(seed, index))[:count]] = True
     return chosen
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,6 +40,8 @@ from acrlpd.models.recognize import recognize, unsized
 from acrlpd.training import loading, prior_data
 from acrlpd.training.build import Dims, abstract_agent, delta_mask, make_policy, make_tokenizer, model_cameras
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager, read_norm_stats
+
+logger = logging.getLogger(__name__)
 
 STEPS = 5000  # updates of critics and V
 FRACTION = 0.2  # share of the episodes that are held out
@@ -330,6 +333,11 @@ def _check_fields(original: Original, config: TrainConfig) -> None:
     ]
     if different:
         raise ValueError("\n".join(f"{line}. Leave it out" for line in different))
+    if not original.is_ours and (policy.kind, config.data.robot) == ("pi05", "libero"):
+        logger.warning(
+            "the state is written into the prompt of pi05, as openpi does by default. Its own pi0.5 for LIBERO was "
+            "trained without (discrete_state_input=False), and would read a prompt that it has never seen"
+        )
     if policy.traits.has_backbone:
         for part in ("paligemma_variant", "action_expert_variant"):
             try:
@@ -384,6 +392,7 @@ def _outcomes(sources: list[Dataset]) -> tuple[int, int]:
 
 
 def _check_outcomes(config: TrainConfig, trained: tuple[int, int], held: tuple[int, int]) -> None:
+    """Refuse episodes of one outcome alone; warn where one kind is too rare to be held out."""
     total = sum(trained) + sum(held)
     one = "record some by running the policy (acrlpd serve, acrlpd collect --policy checkpoint)"
     if not trained[1] + held[1]:
@@ -396,6 +405,18 @@ def _check_outcomes(config: TrainConfig, trained: tuple[int, int], held: tuple[i
             f"{config.data.name}: none of the {total} episodes succeeded, so every chunk has the same value. Add some "
             f"that did: demonstrations, or {one}; or state what the format does not say (--data.rewards.success)"
         )
+    if not sum(held):
+        raise ValueError(
+            f"{config.data.name}: of {total} episodes none can be held out, so nothing would tell whether critics are "
+            f"right. Add successes and failures: {one}"
+        )
+    for kind, number in zip(("success", "failure"), held, strict=True):
+        if not number:
+            logger.warning(
+                "%s has a single %s, which is trained on: whether Q tells successes from failures cannot be judged, so "
+                "plain samples will be chosen. Add some of that kind",
+                *(config.data.name, kind),
+            )
 
 
 def _count(tree: Any) -> int:

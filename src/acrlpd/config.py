@@ -46,6 +46,8 @@ class PolicyConfig:
     hidden_dims: tuple[PositiveInt, ...] = (512, 512, 512, 512)  # only for mlp_flow and gaussian
     tokenizer: str | None = None  # a SentencePiece file; None: the small one in this package
     weights: str | None = None  # start from this checkpoint; None: from scratch
+    # no parameter trains: critics alone learn, in critic_alone_steps, which are then all the steps
+    frozen: bool = False
     freeze_pi0_backbone: bool = False  # image tower and vision-language expert; LoRA variants always freeze their bases
     frozen_dtype: Literal["bfloat16", "float32"] = "float32"  # dtype of frozen parameters; bfloat16 halves their memory
 
@@ -53,10 +55,10 @@ class PolicyConfig:
         fields.check(self)
         if self.freeze_pi0_backbone and not self.traits.has_backbone:
             raise ValueError(f"policy.freeze_pi0_backbone needs a pi0 policy: {self.kind} has no backbone")
-        if self.frozen_dtype != "float32" and not (self.freeze_pi0_backbone or self.has_lora):
+        if self.frozen_dtype != "float32" and not (self.frozen or self.freeze_pi0_backbone or self.has_lora):
             raise ValueError(
                 f"policy.frozen_dtype={self.frozen_dtype!r} has no effect: no parameter is frozen. Set "
-                "policy.freeze_pi0_backbone, choose a LoRA variant, or leave frozen_dtype at its default"
+                "policy.frozen or freeze_pi0_backbone, choose a LoRA variant, or leave frozen_dtype at its default"
             )
 
     @property
@@ -99,6 +101,8 @@ class DataConfig(ReaderOptions):
     robot: Robot | None = None  # convert the data as openpi's checkpoints for this robot expect it; None: unchanged
     # 6 -1: six actions are relative to the state, one is not; 0: none are; None: the robot's mask
     delta_mask: tuple[int, ...] | None = None
+    # share of the episodes, of the successes and of the failures, that training never sees
+    validation_fraction: Annotated[float, Interval("[0, 1)")] = 0.0
     frame_cache: str | None = None  # folder that `acrlpd data cache` filled at policy.image_size
     rewards: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     on_bad_episode: Literal["error", "skip"] = "error"  # for an episode that cannot be used; skip warns and goes on
@@ -340,6 +344,11 @@ class TrainConfig:
             )
         if self.critic_alone_steps and self.agent.algorithm == "bc":
             raise ValueError("critic_alone_steps must be 0 with agent.algorithm='bc', which does not use critics")
+        if self.policy.frozen and (self.critic_alone_steps != self.offline_steps or (self.env and self.online_steps)):
+            raise ValueError(
+                "policy.frozen leaves critics alone to learn: set critic_alone_steps to the offline_steps "
+                f"({self.offline_steps}), and online_steps to 0"
+            )
         if self.env is None and not self.data.sets:
             raise ValueError("a run needs data.path (a folder of episodes), env.name (to collect some), or both")
 

@@ -11,13 +11,14 @@ from unittest import mock
 
 import pytest
 import tyro
-from tests.cli.test_every_flag import COMMANDS, flags_of
+from tests.cli.test_every_flag import COMMANDS, ORIGINAL, flags_of
 from tests.training.looks import leaves
 
 from acrlpd import presets
 from acrlpd.cli.idle import refuse_idle
 from acrlpd.cli.main import main
 from acrlpd.config import TrainConfig, to_dict
+from acrlpd.deploy import improving
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,6 +54,7 @@ def accepted(words: list[str], *, together: bool = True) -> str | None:
         for module, name in ((tyro, "cli"), (tyro.extras, "subcommand_cli_from_dict")):
             parser = functools.partial(stop_behind_the_parser, getattr(module, name), together)
             patches.enter_context(mock.patch.object(module, name, parser))
+        patches.enter_context(mock.patch.object(improving, "open_original", return_value=ORIGINAL))
         try:
             code = main(words)
         except Parsed:

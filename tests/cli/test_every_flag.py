@@ -21,7 +21,7 @@ import pytest
 from tests.envs.test_custom import CAR
 
 from acrlpd import deploy, presets
-from acrlpd.cli import collect, config, data, doctor, export, norm_stats, plan, report, serve, train, weights
+from acrlpd.cli import collect, config, data, doctor, export, improve, norm_stats, plan, report, serve, train, weights
 from acrlpd.cli import eval as evaluation
 from acrlpd.cli.main import COMMANDS as NAMES
 from acrlpd.cli.main import main
@@ -31,6 +31,7 @@ from acrlpd.data.formats import hdf5
 from acrlpd.data.tools import convert, inspection
 from acrlpd.data.view import normalize
 from acrlpd.data.view.robots import mapping
+from acrlpd.deploy import improving
 from acrlpd.doctor import Check
 from acrlpd.envs.env import EnvConfig
 from acrlpd.training import loading, memory, setup
@@ -54,6 +55,7 @@ FINDINGS = SimpleNamespace(
 RUN = dataclasses.replace(presets.get_preset("demo"), env=EnvConfig(CAR))
 LOADED = SimpleNamespace(agent=None, transform=None, config=RUN, step=4)
 STATS = {"state": normalize.NormStats(np.zeros(1), np.ones(1))}
+ORIGINAL = improving.Original("there", Path("there/params"), RUN, {})
 PLAN = memory.Plan(1, 1, 1, 10, 10, 10, 10, 10, 10, 1, memory.Machine(2, 9000))
 SOURCE = mock.Mock(format="acrlpd", num_episodes=1, lengths=np.array([3]), cameras=("top",))
 SOURCE.window.return_value = np.zeros((1, 14))
@@ -89,6 +91,25 @@ COMMANDS = {
             "override_lr_schedule": "--override_lr_schedule",
         },
         ((train, "run", 0),),
+    ),
+    "improve": Command(
+        improve.ImproveArguments,
+        "there --data.path set",
+        {
+            "robot": "--robot droid",
+            "output_dir": "--output_dir elsewhere",
+            "steps": "--steps 3",
+            "resume": "--resume",
+            "overwrite": "--overwrite",
+        },
+        (
+            (improving, "open_original", ORIGINAL),
+            (improving, "check", "prospect"),
+            (setup, "make_trainer", mock.Mock()),
+            (improve, "_judged", None),
+            (improve, "_keep", None),
+            (improve, "told", []),
+        ),
     ),
     "eval": Command(
         evaluation.EvalArguments,

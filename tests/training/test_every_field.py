@@ -222,6 +222,8 @@ ELSEWHERE = {
     "data.memory_bytes": DATA + "test_where_rows_are_held",
     "data.num_workers": DATA + "test_where_rows_are_held",
     "data.prefix_bytes": "tests/training/test_prefixes.py::test_more_than_the_budget_is_not_stored",
+    "policy.frozen": "tests/training/test_improve.py::test_a_frozen_policy_has_no_optimiser_and_is_linked",
+    "data.validation_fraction": "tests/training/test_improve.py::test_training_never_sees_what_is_held_out",
     "max_to_keep": "tests/training/test_resume.py::test_which_checkpoints_stay",
     "keep_period": "tests/training/test_resume.py::test_which_checkpoints_stay",
     "max_skipped_updates": "tests/training/test_faults.py::test_many_skipped_updates_roll_the_run_back",

@@ -63,10 +63,8 @@ def choose(
 ) -> Chosen:
     """Return the best of n candidates by the critic; with ``explore``, one drawn by their values and their spread."""
     chunks, scores = propose(modules, config, prefix, noise, num_steps)
-    judged, eligible = modules.critic.judged(chunks), scores  # nothing else counts in distances
-    if config.typical_share < 1:
-        typical = sampling.typical(judged, config.typical_share)
-        eligible = jnp.where(typical | jnp.isnan(scores), scores, -jnp.inf)  # what is not finite is noticed later
+    judged = modules.critic.judged(chunks)  # nothing else counts in distances
+    eligible = among_typical(config, judged, scores)
     if explore is None:
         _, best = sampling.select(judged, eligible)
     else:
@@ -80,6 +78,16 @@ def choose(
         )
     chunk = _finish(modules, config, prefix, noise, chunks, best, num_steps)
     return Chosen(chunk, best, chunks, scores, guidance_weights(config, len(noise)))
+
+
+def among_typical(
+    config: AgentConfig, judged: Float[Array, "n b steps dims"], scores: Float[Array, "n b"]
+) -> Float[Array, "n b"]:
+    """Return the scores, -inf for candidates that are not among the ``typical_share``."""
+    if config.typical_share == 1:
+        return scores
+    typical = sampling.typical(judged, config.typical_share)
+    return jnp.where(typical | jnp.isnan(scores), scores, -jnp.inf)  # what is not finite is noticed later
 
 
 def propose(

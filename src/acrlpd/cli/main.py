@@ -19,6 +19,7 @@ from acrlpd.training.faults import EXIT_FAULT, EXIT_KEYBOARD, RunFault
 EXIT_BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 COMMANDS = {
     "train": "train a preset offline, then online; resume an interrupted run",
+    "improve": "make a checkpoint better without changing its weights: critics, and a choice among samples",
     "serve": "answer openpi's clients over a websocket with a checkpoint's policy",
     "export": "write a trained agent for production: to serve, for XLA, for openpi's PyTorch port",
     "eval": "measure the success rate of a checkpoint, with its interval",

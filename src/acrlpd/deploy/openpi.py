@@ -147,6 +147,8 @@ def _recognized(path: Path, arrays: Mapping[str, Any], openpi: OpenPIOptions) ->
         "param_dtype": openpi.dtype,
         "remat": False,
     }
+    if "image_size" in found:
+        sizes["image_size"] = int(found["image_size"])
     if openpi.max_token_len is not None:
         sizes["max_token_len"] = openpi.max_token_len
     if kind == "paligemma":

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from acrlpd.models import lora, stacked
+from acrlpd.models import lora, spelled, stacked
 from acrlpd.types import AnyArray, typed
 
 NORM_EPSILON = 1e-6
@@ -89,12 +89,36 @@ VARIANTS = {
 
 
 def get_config(variant: str | Config) -> Config:
-    """Return the config of a named size; a config is returned unchanged."""
+    """Return the config of a named size, or of sizes spelled out; a config is returned unchanged."""
     if isinstance(variant, Config):
         return variant
+    if spelled.is_spelled(variant):
+        return _of_sizes(variant)
     if variant not in VARIANTS:
         raise ValueError(f"unknown language model {variant!r}; known: {', '.join(VARIANTS)}, or give a gemma.Config")
     return VARIANTS[variant]
+
+
+_SIZES = ("width", "depth", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
+_ADAPTERS = ("attention_lora", "attention_lora_alpha", "mlp_lora")
+
+
+def _of_sizes(text: str) -> Config:
+    """Return the config that ``recognize`` spells. Alpha of an attention adapter, which no weights tell, is added."""
+    sizes = spelled.read(text, (*_SIZES, *_ADAPTERS), "language model")
+    if missing := [name for name in _SIZES if name not in sizes]:
+        raise ValueError(f"language model {text!r}: {' and '.join(missing)} missing")
+    rank, alpha, mlp_rank = (sizes.get(name) for name in _ADAPTERS)
+    if (rank is None) != (alpha is None):
+        raise ValueError(
+            f"language model {text!r}: an attention adapter needs attention_lora (its rank) and attention_lora_alpha; "
+            "alpha is not stored with weights: take it from the configuration that the model was trained with"
+        )
+    return Config(
+        **{name: sizes[name] for name in _SIZES},
+        attention_lora=None if rank is None or alpha is None else lora.Config(rank, float(alpha)),
+        mlp_lora=None if mlp_rank is None else lora.Config(mlp_rank),  # its alpha has no effect, as in openpi
+    )
 
 
 def expert_name(name: str, expert: int) -> str:

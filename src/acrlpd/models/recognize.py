@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from acrlpd.models import gemma, lora, siglip
+from acrlpd.models import gemma, lora, siglip, spelled
 
 _EMBEDDING, _ACTION_BIAS = "PaliGemma/llm/embedder/input_embedding", "action_out_proj/bias"
+_POSITIONS = "PaliGemma/img/pos_embedding"
 _BLOCK = "PaliGemma/img/Transformer/encoderblock"
 _TOWER = {  # number of axes, by path
     "PaliGemma/img/embedding/kernel": 4,
@@ -27,8 +29,8 @@ def recognize(arrays: Mapping[str, Any]) -> dict[str, str]:
     """Return the model that has arrays of these paths and shapes, as fields of ``pi0.Pi0Config``; {} if unknown.
 
     ``model`` is pi0, pi05, paligemma (pi0-FAST has exactly the same arrays), or a small policy of this project,
-    mlp_flow or gaussian, which are returned without sizes. Sizes that match no named variant are spelled out; sizes
-    that depend on ``unsized`` arrays are left out.
+    mlp_flow or gaussian, which are returned without sizes. Sizes that match no named variant are spelled out, as
+    ``gemma.get_config`` and ``siglip.get_config`` read them; sizes that depend on ``unsized`` arrays are left out.
     """
     if not any(path.startswith("PaliGemma/") for path in arrays):
         return next(({"model": name} for name, paths in _SMALL.items() if paths <= arrays.keys()), {})
@@ -45,7 +47,8 @@ def recognize(arrays: Mapping[str, Any]) -> dict[str, str]:
         "action_expert_variant": (_expert_sizes(arrays, 1), gemma.VARIANTS),
         "vision_variant": (_tower_sizes(arrays), siglip.VARIANTS),
     }
-    return found | {part: _name_of(sizes, variants) for part, (sizes, variants) in parts.items() if sizes}
+    found |= {part: _name_of(sizes, variants) for part, (sizes, variants) in parts.items() if sizes}
+    return found | _image_size(arrays, found.get("vision_variant"))
 
 
 def unsized(arrays: Mapping[str, Any], model: str) -> list[str]:
@@ -108,6 +111,15 @@ def _tower_sizes(arrays: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
+def _image_size(arrays: Mapping[str, Any], variant: str | None) -> dict[str, str]:
+    """Return the side of the tower's pictures, by its number of positions, unless it is that of the named variant."""
+    if variant is None or not _has(arrays, _POSITIONS, 3):
+        return {}
+    tower = siglip.get_config(variant)
+    side = math.isqrt(arrays[_POSITIONS].shape[1]) * tower.patch_size
+    return {} if side == tower.image_size else {"image_size": str(side)}
+
+
 def _name_of(sizes: Mapping[str, int], variants: Mapping[str, Any]) -> str:
     """Return the first named variant with exactly these sizes; without one, the sizes as text."""
     for name, config in variants.items():
@@ -116,4 +128,4 @@ def _name_of(sizes: Mapping[str, int], variants: Mapping[str, Any]) -> str:
         numbers = {key: value for key, value in fields.items() if isinstance(value, int) and key != "image_size"}
         if numbers | ranks == sizes:
             return name
-    return ", ".join(f"{key} {value}" for key, value in sizes.items())
+    return spelled.spell(sizes)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from acrlpd.models import stacked
+from acrlpd.models import spelled, stacked
 
 _NORM_EPSILON = 1e-6
 
@@ -46,9 +46,17 @@ VARIANTS = {
 
 
 def get_config(variant: str | Config) -> Config:
-    """Return the config of a named size; a config is returned unchanged."""
+    """Return the config of a named size, or of sizes spelled out; a config is returned unchanged.
+
+    Of a spelled tower, ``image_size`` may be left out: it has one patch until it is given another (``image_size`` of
+    the model).
+    """
     if isinstance(variant, Config):
         return variant
+    if spelled.is_spelled(variant):
+        names = [field.name for field in dataclasses.fields(Config)]
+        sizes = spelled.read(variant, names, "image tower")
+        return Config(**{"image_size": sizes.get("patch_size", Config.patch_size)} | sizes)
     if variant not in VARIANTS:
         raise ValueError(f"unknown image tower {variant!r}; known: {', '.join(VARIANTS)}, or give a siglip.Config")
     return VARIANTS[variant]

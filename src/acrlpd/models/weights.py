@@ -291,6 +291,11 @@ def _read_item(path: Path) -> Weights:
     return _flatten_params(_restore(_find_item(path, "params")), path)
 
 
+def stored_shapes(item: Path) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Return the shape of every array in an Orbax folder, by its whole path there."""
+    return {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(_metadata(item)).items()}
+
+
 def _inspect_item(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
     tree = _metadata(_find_item(path, "params"))
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _flatten_params(tree, path).items()}

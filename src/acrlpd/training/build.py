@@ -120,7 +120,9 @@ def load_weights(policy: FlowPolicy, path: str) -> None:
 
 
 def trainable_part(config: PolicyConfig, policy: FlowPolicy) -> Callable[[str], bool]:
-    """Return which paths train: all except weights that adapters replace (openpi's rule) and a frozen backbone."""
+    """Return which paths train: all except weights that adapters replace (openpi's rule) and a frozen part."""
+    if config.frozen:
+        return lambda path: False
     if not isinstance(policy, Pi0):
         return lambda path: True
     freezes, frozen_backbone = policy.config.freezes, config.freeze_pi0_backbone

@@ -32,6 +32,7 @@ from acrlpd.models.parameters import Params
 from acrlpd.models.weights import quiet_orbax
 from acrlpd.training import checksum
 from acrlpd.training.faults import RunFault
+from acrlpd.training.linking import LinkHandler, LinkSave
 from acrlpd.training.metrics import write_json
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class ACRLPDCheckpointManager:
     """Manager of asynchronous saves. It keeps the newest few, one every ``keep_period`` steps, and the set ``keep``.
 
     ``writer``: the process trains; it removes what a killed process left half written, which a reader must not do.
+    ``params``: the Orbax folder of a policy that never changes, which is linked instead of written; see ``linking``.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class ACRLPDCheckpointManager:
         keep_period: int | None = None,
         keep: Collection[int] = (),
         writer: bool = False,
+        params: Path | None = None,
     ):
         quiet_orbax()
         self.directory = Path(directory).absolute()
@@ -129,6 +132,7 @@ class ACRLPDCheckpointManager:
         self._arrays = ocp.PyTreeCheckpointHandler(
             use_compression=False
         )  # floats hardly compress, and updates need the cores
+        self._params = params
         if writer:
             self._manager.reload()  # creates it, which removes what a killed process left half written
 
@@ -138,7 +142,7 @@ class ACRLPDCheckpointManager:
         return ocp.CheckpointManager(
             self.directory,
             item_handlers={
-                "params": self._arrays,
+                "params": self._arrays if self._params is None else LinkHandler(),
                 "acrlpd": self._arrays,
                 "assets": AssetsHandler(),
                 "run": ocp.JsonCheckpointHandler(),
@@ -182,7 +186,7 @@ class ACRLPDCheckpointManager:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.PyTreeSave({"params": policy}),
+                    params=LinkSave(self._params) if self._params else ocp.args.PyTreeSave({"params": policy}),
                     acrlpd=ocp.args.PyTreeSave(rest),
                     assets=AssetsSave(asset_id, norm_stats),
                     run=ocp.args.JsonSave(_sealed({**run, **kept})),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from acrlpd.config import TrainConfig
-from acrlpd.data import chunks, statistics
+from acrlpd.data import chunks, held_out, statistics
 from acrlpd.data.formats.frame_cache import FrameCache
 from acrlpd.data.formats.options import DataSource
 from acrlpd.data.mixture import Facts, Mixture, check_alike
@@ -36,8 +36,17 @@ def prior_sets(config: TrainConfig) -> tuple[DataSource, ...]:
 
 
 def open_sets(config: TrainConfig) -> list[Dataset]:
-    """Open every data set of the prior episodes."""
-    return [open_prior(config, number) for number in range(len(prior_sets(config)))]
+    """Open every data set of the prior episodes, without those that are held out."""
+    return [train for train, _ in split_sets(config)]
+
+
+def split_sets(config: TrainConfig) -> list[tuple[Dataset, Dataset | None]]:
+    """Open every data set: the episodes to train on, and those that ``data.validation_fraction`` holds out."""
+    sources = [open_prior(config, number) for number in range(len(prior_sets(config)))]
+    fraction = config.data.validation_fraction
+    if not fraction:
+        return [(source, None) for source in sources]
+    return [held_out.split(source, fraction, config.seed + number) for number, source in enumerate(sources)]
 
 
 def open_prior(config: TrainConfig, number: int = 0) -> Dataset:

@@ -25,8 +25,8 @@ from acrlpd.envs import rollout
 from acrlpd.envs.env import EnvSpec
 from acrlpd.envs.registry import make_vector
 from acrlpd.envs.vector import VectorEnv
-from acrlpd.training import ending, overwriting, prefixes, resuming
-from acrlpd.training.build import Dims, make_agent, make_transform
+from acrlpd.training import ending, linking, overwriting, prefixes, resuming
+from acrlpd.training.build import Dims, abstract_agent, make_agent, make_transform
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.fingerprint import Fingerprint, fingerprint
 from acrlpd.training.guards import RunLock
@@ -103,6 +103,7 @@ def _make_parts(
         keep_period=config.keep_period,
         keep=(config.offline_steps,),
         writer=True,
+        params=_unchanging_params(config, prior),
     )
     fresh_agent = functools.partial(make_agent, config, prior.dims, prior.cameras, weights=config.policy.weights)
     if checkpoints.steps() or from_step is not None:
@@ -154,6 +155,13 @@ class _Prior:
     @property
     def cameras(self) -> tuple[str, ...]:
         return self.mixture.cameras
+
+
+def _unchanging_params(config: TrainConfig, prior: _Prior) -> Path | None:
+    """Return the folder of parameters that checkpoints link, because no update changes them; None if there is none."""
+    if not config.policy.frozen:
+        return None
+    return linking.unchanging_params(config.policy, abstract_agent(config, prior.dims, prior.cameras).acting_policy)
 
 
 def _open_prior(config: TrainConfig, spec: EnvSpec | None) -> _Prior:

@@ -195,7 +195,7 @@ def _read(
     config: TrainConfig, store: EpisodeStore, transform: Transform, rows: Int[np.ndarray, " b"]
 ) -> tuple[Observation, Float[np.ndarray, "b h a"]]:
     horizon = config.policy.action_horizon
-    raw = chunks.gather(store, rows, horizon, critic_horizon=config.critic_horizon, next_images=False)
+    raw = chunks.gather(store, rows, horizon, backup_horizon=config.critic_horizon, next_images=False)
     data = transform({key: raw[key] for key in ("state", "actions", "image", "prompt")})
     return to_observation(data), np.asarray(data["actions"], np.float32)
 

@@ -102,6 +102,9 @@ class DataConfig(ReaderOptions):
     frame_cache: str | None = None  # folder that `acrlpd data cache` filled at policy.image_size
     rewards: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     on_bad_episode: Literal["error", "skip"] = "error"  # for an episode that cannot be used; skip warns and goes on
+    # share of each data set's episodes that are held out of training and statistics, to evaluate on; 0: none
+    validation_fraction: Annotated[float, Interval("[0, 1)")] = 0.0
+    validation_seed: NonNegativeInt = 0  # which episodes these are; not the run's seed, so that runs can be compared
     # max data in memory, the rest is read on demand; None: half of physical memory
     memory_bytes: NonNegativeInt | None = None
     # max disk space for a frozen backbone's outputs; larger ones are not stored

@@ -216,6 +216,8 @@ ELSEWHERE = {
     "data.cube_goal": DATA + "test_play_data_needs_a_goal",
     "data.button_goal": DATA + "test_play_data_needs_a_goal",
     "data.on_bad_episode": DATA + "test_skipped_episodes_are_counted_and_told",
+    "data.validation_fraction": "tests/data/test_held_out.py::test_a_run_trains_on_the_others_alone",
+    "data.validation_seed": "tests/data/test_held_out.py::test_a_run_trains_on_the_others_alone",
     "data.memory_bytes": DATA + "test_where_rows_are_held",
     "data.num_workers": DATA + "test_where_rows_are_held",
     "data.prefix_bytes": "tests/training/test_prefixes.py::test_more_than_the_budget_is_not_stored",

@@ -1,0 +1,134 @@
+"""Held-out episodes: the part of a data set that training never sees, the same for everybody who asks.
+
+The split is by whole episode, because neighbouring steps of one episode are nearly equal. It depends on a seed and on
+the names of the episodes inside their data set alone: not on where the files are, nor on the order of reading them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int, Shaped
+
+from acrlpd.data import finals, windows
+from acrlpd.data.episodes import EpisodeInfo
+from acrlpd.data.sources import Dataset
+from acrlpd.types import Episode
+
+
+def split(names: Sequence[str], fraction: float, seed: int) -> Bool[np.ndarray, " n"]:
+    """Return which of the episodes with these names are held out: ``fraction`` of them, at least one.
+
+    Episodes are ranked by a hash of the seed and their name, and the first ones are held out. An episode that is added
+    later moves at most one other across the border.
+    """
+    digests = [hashlib.sha256(json.dumps([seed, name]).encode()).digest() for name in names]
+    order = sorted(range(len(names)), key=lambda number: (digests[number], number))
+    chosen = np.zeros(len(names), bool)
+    if fraction > 0:
+        chosen[order[: max(1, round(fraction * len(names)))]] = True
+    return chosen
+
+
+def names_within(dataset: Dataset, path: Any) -> list[str]:
+    """Return the name of each episode: its file and group, below the path of the data set."""
+    known = str(path)
+    sources = [dataset.info(index).source for index in range(dataset.num_episodes)]
+    return [PurePath(source.removeprefix(known)).as_posix().lstrip("/") for source in sources]
+
+
+def divide(dataset: Dataset, path: Any, fraction: float, seed: int) -> Part:
+    """Return the episodes to train on; ``Part.rest`` has the held-out ones.
+
+    Raises:
+        ValueError: no episode would be left to train on.
+    """
+    held_out = split(names_within(dataset, path), fraction, seed)
+    if fraction > 0 and held_out.all():
+        raise ValueError(
+            f"{path}: validation_fraction={fraction:g} would hold out {held_out.sum()} of {len(held_out)} episodes, "
+            "and leave none to train on. Lower it, name more episodes, or set it to 0 to train on all of them"
+        )
+    return Part(dataset, ~held_out)
+
+
+class Part:
+    """Some episodes of a data set, in its order; itself a ``Dataset``."""
+
+    def __init__(self, whole: Dataset, chosen: Bool[np.ndarray, " n"]):
+        self._whole = whole
+        self._chosen = chosen
+        self._indices = np.flatnonzero(chosen)
+
+    @property
+    def rest(self) -> Part:
+        """The other episodes of the same data set."""
+        return Part(self._whole, ~self._chosen)
+
+    @property
+    def num_episodes(self) -> int:
+        return len(self._indices)
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " n"]:
+        return np.asarray(self._whole.lengths)[self._indices]
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return self._whole.cameras
+
+    @property
+    def format(self) -> str:
+        return self._whole.format
+
+    @property
+    def fps(self) -> float | None:
+        return self._whole.fps
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        return self._whole.skipped
+
+    @property
+    def untold_tasks(self) -> Sequence[str]:
+        return self._whole.untold_tasks
+
+    @property
+    def left_out(self) -> list[str]:
+        return self._whole.left_out
+
+    @property
+    def robot_type(self) -> str | None:
+        """The label of the robot, which only LeRobot has."""
+        return getattr(self._whole, "robot_type", None)
+
+    def info(self, index: int) -> EpisodeInfo:
+        return self._whole.info(self._of_whole(index))
+
+    def episode(self, index: int) -> Episode:
+        return self._whole.episode(self._of_whole(index))
+
+    def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
+        return self._whole.window(self._of_whole(index), key, start, stop)
+
+    @property
+    def has_final(self) -> Bool[np.ndarray, " n"]:
+        return finals.has_final(self._whole, self._whole.num_episodes)[self._indices]
+
+    def final(self, index: int, key: str) -> Shaped[np.ndarray, "*shape"]:
+        assert isinstance(self._whole, finals.FinalSource), "has_final is false for all episodes of other sources"
+        return self._whole.final(self._of_whole(index), key)
+
+    def check_videos(self) -> None:
+        """Check the videos of the whole data set, if it has any."""
+        windows.check_videos(self._whole)
+
+    def _of_whole(self, index: int) -> int:
+        if not 0 <= index < len(self._indices):
+            raise IndexError(f"episode index {index} is not in 0..{len(self._indices) - 1}")
+        return int(self._indices[index])

@@ -58,17 +58,17 @@ def divide(dataset: Dataset, path: Any, fraction: float, seed: int) -> Part:
 
 
 class Part:
-    """Some episodes of a data set, in its order; itself a ``Dataset``."""
+    """Some episodes of a data set, the ``whole``, in its order; itself a ``Dataset``."""
 
     def __init__(self, whole: Dataset, chosen: Bool[np.ndarray, " n"]):
-        self._whole = whole
+        self.whole = whole
         self._chosen = chosen
         self._indices = np.flatnonzero(chosen)
 
     @property
     def rest(self) -> Part:
         """The other episodes of the same data set."""
-        return Part(self._whole, ~self._chosen)
+        return Part(self.whole, ~self._chosen)
 
     @property
     def num_episodes(self) -> int:
@@ -76,57 +76,57 @@ class Part:
 
     @property
     def lengths(self) -> Int[np.ndarray, " n"]:
-        return np.asarray(self._whole.lengths)[self._indices]
+        return np.asarray(self.whole.lengths)[self._indices]
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        return self._whole.cameras
+        return self.whole.cameras
 
     @property
     def format(self) -> str:
-        return self._whole.format
+        return self.whole.format
 
     @property
     def fps(self) -> float | None:
-        return self._whole.fps
+        return self.whole.fps
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
-        return self._whole.skipped
+        return self.whole.skipped
 
     @property
     def untold_tasks(self) -> Sequence[str]:
-        return self._whole.untold_tasks
+        return self.whole.untold_tasks
 
     @property
     def left_out(self) -> list[str]:
-        return self._whole.left_out
+        return self.whole.left_out
 
     @property
     def robot_type(self) -> str | None:
         """The label of the robot, which only LeRobot has."""
-        return getattr(self._whole, "robot_type", None)
+        return getattr(self.whole, "robot_type", None)
 
     def info(self, index: int) -> EpisodeInfo:
-        return self._whole.info(self._of_whole(index))
+        return self.whole.info(self._of_whole(index))
 
     def episode(self, index: int) -> Episode:
-        return self._whole.episode(self._of_whole(index))
+        return self.whole.episode(self._of_whole(index))
 
     def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
-        return self._whole.window(self._of_whole(index), key, start, stop)
+        return self.whole.window(self._of_whole(index), key, start, stop)
 
     @property
     def has_final(self) -> Bool[np.ndarray, " n"]:
-        return finals.has_final(self._whole, self._whole.num_episodes)[self._indices]
+        return finals.has_final(self.whole, self.whole.num_episodes)[self._indices]
 
     def final(self, index: int, key: str) -> Shaped[np.ndarray, "*shape"]:
-        assert isinstance(self._whole, finals.FinalSource), "has_final is false for all episodes of other sources"
-        return self._whole.final(self._of_whole(index), key)
+        assert isinstance(self.whole, finals.FinalSource), "has_final is false for all episodes of other sources"
+        return self.whole.final(self._of_whole(index), key)
 
     def check_videos(self) -> None:
         """Check the videos of the whole data set, if it has any."""
-        windows.check_videos(self._whole)
+        windows.check_videos(self.whole)
 
     def _of_whole(self, index: int) -> int:
         if not 0 <= index < len(self._indices):

@@ -118,6 +118,20 @@ def auc(positive: Float[np.ndarray, " p"], negative: Float[np.ndarray, " n"]) ->
     return float(pairs / (len(positive) * len(negative)))
 
 
+def auc_interval(found: float, positives: int, negatives: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return a 95 % interval of an AUC that was found with so many cases of each kind.
+
+    It has the areas from which the one found is no further than ``z`` standard errors, by the variance of Hanley and
+    McNeil (1982) with equal numbers of both kinds, which is Newcombe's (2006) method 5. Unlike an interval around the
+    area found, it does not shrink to a point at 1: ``auc_interval(1.0, 3, 3)`` is about (0.50, 1).
+    """
+    area = np.linspace(0, 1, 10_001)
+    half = (positives + negatives) / 2 - 1
+    variance = area * (1 - area) * (1 + half * (1 - area) / (2 - area) + half * area / (1 + area))
+    near = area[np.abs(area - found) <= z * np.sqrt(variance / (positives * negatives)) + 1e-9]
+    return float(near[0]), float(near[-1])
+
+
 def spearman(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float | None:
     """Return the correlation of the ranks (Spearman 1904); ties share their mean rank. None if either is constant."""
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:

@@ -33,6 +33,7 @@ class RunParts:
     transform: Transform
     norm_stats: Mapping[str, NormStats]
     prior: Fingerprint | None = None  # of the prior data
+    fps: float | None = None  # steps per second of the prior data; None: unknown, or several sets differ
     interaction: Interaction | None = None  # None: no online phase
     eval_environments: VectorEnv | None = None  # None: no evaluations
     lock: RunLock | None = None  # None: another process holds it for this one

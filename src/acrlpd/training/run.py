@@ -130,6 +130,11 @@ class RunFiles:
         return self.directory / "evaluations" / "full.json"
 
     @property
+    def offline_evaluation(self) -> Path:
+        """The results of ``acrlpd eval --data``, or of the last evaluation of a run without a simulator."""
+        return self.directory / "evaluations" / "held_out.json"
+
+    @property
     def videos(self) -> Path:
         return self.directory / "videos"
 

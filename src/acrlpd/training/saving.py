@@ -76,5 +76,6 @@ class Saver:
             "progress": dataclasses.asdict(self._state.progress),
             "cameras": list(self._parts.loader.cameras),
             "sets": self._parts.loader.contents().get("sets", []),
+            "fps": self._parts.fps,
             "prior": None if prior is None else dataclasses.asdict(prior),
         }

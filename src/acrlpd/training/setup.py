@@ -135,6 +135,7 @@ def _make_parts(
         transform=transform,
         norm_stats=stats,
         prior=prior.fingerprint,
+        fps=prior.fps,
         interaction=interaction,
         eval_environments=environments,
         lock=lock,
@@ -154,6 +155,11 @@ class _Prior:
     @property
     def cameras(self) -> tuple[str, ...]:
         return self.mixture.cameras
+
+    @property
+    def fps(self) -> float | None:
+        rates = {each.fps for each in self.sources}
+        return rates.pop() if len(rates) == 1 else None
 
 
 def _open_prior(config: TrainConfig, spec: EnvSpec | None) -> _Prior:

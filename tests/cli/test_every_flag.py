@@ -21,17 +21,19 @@ import pytest
 from tests.envs.test_custom import CAR
 
 from acrlpd import deploy, presets
-from acrlpd.cli import collect, config, data, doctor, export, norm_stats, plan, report, serve, train, weights
+from acrlpd.cli import collect, config, data, diagnose, doctor, export, norm_stats, plan, report, serve, train, weights
 from acrlpd.cli import eval as evaluation
 from acrlpd.cli.main import COMMANDS as NAMES
 from acrlpd.cli.main import main
 from acrlpd.config import TrainConfig
 from acrlpd.data import convert, hdf5, inspection, normalize, sources, statistics
 from acrlpd.data.robots import mapping
+from acrlpd.deploy.diagnosis import Diagnosis
 from acrlpd.doctor import Check
 from acrlpd.envs.env import EnvConfig
 from acrlpd.training import loading, memory, setup
 from acrlpd.training.evaluate import summarize
+from acrlpd.training.findings import Finding
 from acrlpd.types import Episode
 
 
@@ -149,6 +151,32 @@ COMMANDS = {
             (evaluation, "compare", SimpleNamespace(to_dict=dict)),
             (evaluation, "save_videos", []),
             (evaluation, "write_json", None),
+        ),
+    ),
+    "diagnose": Command(
+        diagnose.DiagnoseArguments,
+        "there --data set",
+        {
+            "checkpoint": "=elsewhere --data set",
+            "data": "=there --data other",
+            "validation_fraction": "--validation_fraction 0.2",
+            "chunks": "--chunks 7",
+            "execute_horizon": "--execute_horizon 2",
+            **{name: f"--read.{words.removeprefix('--')}" for name, words in OPTIONS.items()},
+            **OPENPI,
+            "env_name": f"--env.name {CAR}",
+            "replay_episodes": ("--replay_episodes 3", f"--env.name {CAR}"),
+            "replay_seed": ("--replay_seed 3", f"--env.name {CAR}"),
+            "extraction": "--extraction best_of_n",
+            "seed": "--seed 1",
+            "html": "--html {tmp}/page.html",
+            "json": "--json",
+        },
+        (
+            (diagnose, "put_beside", BESIDE),
+            (diagnose, "diagnose", Diagnosis((), {})),
+            (diagnose, "replay", Finding("replay", "good", "")),
+            (diagnose, "page", ""),
         ),
     ),
     "collect": Command(

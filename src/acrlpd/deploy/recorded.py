@@ -61,10 +61,14 @@ class Beside:
         return evaluate_offline(self.subject, [self.store], spread=self.spread, num_chunks=num_chunks, rng=rng)
 
     @property
+    def whole(self) -> Dataset:
+        """The whole data set, of which the episodes may be a part."""
+        return self.source.whole if isinstance(self.source, held_out.Part) else self.source
+
+    @property
     def spread(self) -> Float[np.ndarray, " a"]:
-        """The spread of the actions of the whole data set, of which the episodes may be a part."""
-        whole = self.source.whole if isinstance(self.source, held_out.Part) else self.source
-        return spread_of([whole])
+        """The spread of the actions of the whole data set."""
+        return spread_of([self.whole])
 
     @property
     def normalize(self) -> Normalize:

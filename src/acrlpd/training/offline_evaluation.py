@@ -77,6 +77,8 @@ class OfflineEvaluation:
     num_samples: int  # candidates of the best of N
     spread: tuple[float, ...]  # standard deviation of the data set's actions, by dimension
     errors: Mapping[Predictor, Errors]
+    # of the policy's executed actions with the recorded ones, by dimension; None: one of them does not move
+    correlation: tuple[float | None, ...]
     flow_loss: float | None
     telling: Telling | None  # None: no critics, or not both successes and failures
     has_critics: bool
@@ -155,6 +157,7 @@ def evaluate_offline(
         num_samples=subject.num_samples,
         spread=tuple(spread.tolist()),
         errors=_errors(used, subject.executed, spread),
+        correlation=_correlation(used, subject.executed),
         flow_loss=float(np.concatenate([table.flow_loss for table in known]).mean()) if known else None,
         telling=_telling(tables, [info.success for info in infos]),
         has_critics=subject.has_critics,
@@ -293,6 +296,16 @@ def _errors(tables: Sequence[_Table], executed: int, spread: Float[np.ndarray, "
         relative = [float((each[moves] / spread[moves]).mean()) for each in (dims, *steps)]
         found[name] = Errors(tuple(dims.tolist()), relative[0], tuple(relative[1:]))
     return found
+
+
+def _correlation(tables: Sequence[_Table], executed: int) -> tuple[float | None, ...]:
+    real = np.concatenate([table.real[:, :executed] for table in tables]) > 0
+    acting = [table.predicted.get("best", table.predicted["sample"]) for table in tables]
+    chunks_of = (np.concatenate(each)[:, :executed][real] for each in (acting, [table.recorded for table in tables]))
+    pairs = zip(*(each.T for each in chunks_of), strict=True)
+    return tuple(
+        float(np.corrcoef(one, other)[0, 1]) if min(one.std(), other.std()) > STILL else None for one, other in pairs
+    )
 
 
 def _mean(values: Float[np.ndarray, "*lead a"], real: Float[np.ndarray, "*lead"]) -> Float[np.ndarray, " a"]:

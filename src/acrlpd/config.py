@@ -229,13 +229,16 @@ PROGRESS_OFFSET = 500_000  # distance from the seeds at the end of a phase to th
 class EvalConfig:
     """Evaluation in the simulator, always on the same seeds, so that all policies face the same tasks.
 
-    The evaluations on the way choose the policy that a run keeps. They use other seeds than the evaluation at the end
-    of a phase, so that its result is not biased by this choice.
+    Without a simulator, actions are compared with those of held-out episodes, if ``data.validation_fraction`` asks for
+    some. The evaluations on the way choose the policy that a run keeps. In a simulator they use other seeds than the
+    evaluation at the end of a phase, so that its result is not biased by this choice.
     """
 
     episodes: Annotated[int, Interval(f"[1, {PROGRESS_OFFSET}]")] = 50  # at the end of each phase
     frequency: PositiveInt = 10_000  # updates between evaluations on the way; half as many in the online phase
     progress_episodes: PositiveInt = 50  # episodes of each evaluation on the way
+    # recorded chunks in each evaluation of a run without an environment, on the episodes that it holds out
+    held_out_chunks: PositiveInt = 256
     num_envs: PositiveInt = 10  # environments side by side, with one policy call for all
     first_seed: NonNegativeInt = 1_000_000  # for the end of a phase; far from the seeds of collection and training
 

@@ -221,6 +221,7 @@ ELSEWHERE = {
     "data.memory_bytes": DATA + "test_where_rows_are_held",
     "data.num_workers": DATA + "test_where_rows_are_held",
     "data.prefix_bytes": "tests/training/test_prefixes.py::test_more_than_the_budget_is_not_stored",
+    "eval.held_out_chunks": "tests/training/test_held_out_runs.py::test_the_best_policy_is_that_of_the_smallest_error",
     "max_to_keep": "tests/training/test_resume.py::test_which_checkpoints_stay",
     "keep_period": "tests/training/test_resume.py::test_which_checkpoints_stay",
     "max_skipped_updates": "tests/training/test_faults.py::test_many_skipped_updates_roll_the_run_back",

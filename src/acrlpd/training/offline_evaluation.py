@@ -17,12 +17,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, PRNGKeyArray
+from jaxtyping import Float, Int, PRNGKeyArray, UInt8
 
 from acrlpd.data import chunks
-from acrlpd.data.episodes import EpisodeSource, EpisodeStore
+from acrlpd.data.episodes import IMAGE_PREFIX, EpisodeSource, EpisodeStore
+from acrlpd.data.mixture import Mixture
 from acrlpd.data.statistics import MIN_STD, Moments
 from acrlpd.data.transforms import to_observation
+from acrlpd.pictures import fit
 from acrlpd.training.agreement import auc, auc_interval
 from acrlpd.training.measuring import Subject
 
@@ -30,6 +32,8 @@ Predictor = Literal["best", "sample", "repeat", "mean"]
 BATCH = 32  # chunks in a call
 COURSE_CHUNKS = 40  # at most, of an episode that is followed from its start
 STILL = MIN_STD  # raw units: a dimension with a smaller spread does not move
+NUM_PICTURES, PICTURE = 8, 160  # of each camera of an episode that is followed, and their size in pixels
+PICTURES_PREFIX = "camera/"  # of their names in a run's file
 SUMMED_EPISODES = 1000  # at most, evenly spread, from which the spread of a data set is computed
 
 
@@ -113,6 +117,35 @@ class OfflineEvaluation:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"score": self.score, "baseline": self.baseline}
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """The held-out episodes of a run without a simulator, on which it is evaluated on its way."""
+
+    stores: tuple[EpisodeStore, ...]
+    spread: Float[np.ndarray, " a"]  # of the actions of all episodes, those of training among them
+    num_chunks: int
+
+    def evaluate(self, subject: Subject, rng: PRNGKeyArray) -> OfflineEvaluation:
+        return evaluate_offline(subject, self.stores, spread=self.spread, num_chunks=self.num_chunks, rng=rng)
+
+    def pictures(self, course: Course) -> dict[str, UInt8[np.ndarray, "n h w 3"]]:
+        """Return a few pictures of each camera along an episode, small enough for a page."""
+        places = [(store, k) for store in self.stores for k in range(store.num_episodes)]
+        store, index = next((s, k) for s, k in places if s.info(k).source == course.episode)
+        rows = int(store.starts[index]) + pictured_steps(len(course.recorded))
+        taken = {camera: store.take(IMAGE_PREFIX + camera, rows) for camera in store.cameras}
+        return {camera: np.stack([fit(each, PICTURE, PICTURE, camera) for each in x]) for camera, x in taken.items()}
+
+    def close(self) -> None:
+        """Stop the processes that read pictures."""
+        Mixture(self.stores).close()
+
+
+def pictured_steps(length: int) -> Int[np.ndarray, " n"]:
+    """Return the steps of an episode's pictures."""
+    return np.unique(np.linspace(0, length - 1, NUM_PICTURES).round().astype(int))
 
 
 class Starts(NamedTuple):

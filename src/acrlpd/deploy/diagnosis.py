@@ -101,7 +101,7 @@ def _pictures(beside: Beside) -> dict[str, Pictures]:
     if not beside.subject.reads_images:
         return {}
     if beside.robot is not None and beside.cameras is None:
-        wanted = list(ROBOTS[beside.robot].cameras.values())  # type: ignore[index]
+        wanted = list(ROBOTS[beside.robot].cameras.values())
         names = [next((name for name in each if name in there), None) for each in wanted]
     else:
         names = [name if name in there else None for name in beside.cameras or ()]
@@ -135,7 +135,8 @@ def replay(beside: Beside, data: str, name: str, *, seed: int | None, episodes: 
     collection; None: of the run, which collects with its own.
     """
     config = beside.config
-    environment = make(with_task(config, name).env if config is not None and config.env else EnvConfig(name))
+    own = None if config is None or config.env is None else with_task(config, name).env
+    environment = make(own or EnvConfig(name))
     try:
         _check_dims(environment, beside.store, data)
         known = seed if seed is not None else 0 if config is None else config.seed

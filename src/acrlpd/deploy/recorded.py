@@ -206,7 +206,7 @@ def missing_cameras(beside: Beside) -> str | None:
     there = beside.source.cameras
     if beside.robot is not None and beside.cameras is None:
         try:
-            mapping.ROBOTS[beside.robot].names(there)  # type: ignore[index]
+            mapping.ROBOTS[beside.robot].names(there)
         except ValueError as error:
             return str(error)
         return None

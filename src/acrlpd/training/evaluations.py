@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -89,7 +89,7 @@ class Evaluations:
         write_json(files.offline_evaluation, {"step": self._state.step, "remarks": []} | found.to_dict())
         course = found.courses[0]
         with written_whole(files.held_out_pictures) as temporary:
-            pictures = {PICTURES_PREFIX + name: each for name, each in held_out.pictures(course).items()}
+            pictures: dict[str, Any] = {PICTURES_PREFIX + name: x for name, x in held_out.pictures(course).items()}
             np.savez_compressed(temporary, episode=course.episode, **pictures)
 
     def at_the_end(self, phase: Phase, *, is_last: bool) -> None:

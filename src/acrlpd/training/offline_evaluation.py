@@ -288,7 +288,7 @@ def _call(subject: Subject, store: EpisodeStore, rows: Int[np.ndarray, " n"], rn
     for name in ("sample", "best"):
         if (chunk := getattr(found, name)) is not None:
             back = subject.transform.inverse({"state": data["state"], "actions": np.asarray(chunk)})["actions"]
-            predicted[name] = np.asarray(back, np.float64)[:count]  # type: ignore[index]
+            predicted[name] = np.asarray(back, np.float64)[:count]
     recorded = raw["actions"][:count].astype(np.float64)
     first = rows == store.starts[store.episode_index(rows)]
     last = store.take("actions", np.where(first, rows, rows - 1)).astype(np.float64)

@@ -71,7 +71,7 @@ def of_statistics(key: str, values: Float[np.ndarray, "n d"], stats: NormStats, 
             "These are statistics of another robot, of other units or of other keys. Use those of the data that the "
             "policy was trained on, or data of its robot in its units"
         )
-        return Finding(f"{key} statistics", "wrong", f"{text}; {_named(wrong)} do not fit", advice, details)
+        return Finding(f"{key} statistics", "wrong", f"{text}; not as in training: {_named(wrong)}", advice, details)
     if look.any():
         advice = "Look at these dimensions: rare motions, recording faults, or a joint that stood still in training"
         return Finding(f"{key} statistics", "look", text, advice, details)
@@ -140,12 +140,12 @@ def of_convention(
         wrong, advice = _of_another_convention(rows, stats, odd, np.array(delta_mask, bool))
     details = tuple(_beside(d, own, given) for d in np.flatnonzero(odd).tolist())
     if wrong.any():
-        return Finding("action convention", "wrong", f"{text}; {_named(wrong)} do not fit", advice, details)
+        return Finding("action convention", "wrong", f"{text}; not as in training: {_named(wrong)}", advice, details)
     if odd.any():
         advice = (
             "Look at the scale of these dimensions: another unit, another controller, or other motions than in training"
         )
-        return Finding("action convention", "look", f"{text}; {_named(odd)} have another scale", advice, details)
+        return Finding("action convention", "look", f"{text}; of another scale: {_named(odd)}", advice, details)
     return Finding("action convention", "good", f"{text}; in scale and middle they are as in training")
 
 

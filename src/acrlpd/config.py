@@ -101,11 +101,12 @@ class DataConfig(ReaderOptions):
     robot: Robot | None = None  # convert the data as openpi's checkpoints for this robot expect it; None: unchanged
     # 6 -1: six actions are relative to the state, one is not; 0: none are; None: the robot's mask
     delta_mask: tuple[int, ...] | None = None
-    # share of the episodes, of the successes and of the failures, that training never sees
-    validation_fraction: Annotated[float, Interval("[0, 1)")] = 0.0
     frame_cache: str | None = None  # folder that `acrlpd data cache` filled at policy.image_size
     rewards: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     on_bad_episode: Literal["error", "skip"] = "error"  # for an episode that cannot be used; skip warns and goes on
+    # share of each data set's episodes that are held out of training and statistics, to evaluate on; 0: none
+    validation_fraction: Annotated[float, Interval("[0, 1)")] = 0.0
+    validation_seed: NonNegativeInt = 0  # which episodes these are; not the run's seed, so that runs can be compared
     # max data in memory, the rest is read on demand; None: half of physical memory
     memory_bytes: NonNegativeInt | None = None
     # max disk space for a frozen backbone's outputs; larger ones are not stored
@@ -230,13 +231,16 @@ PROGRESS_OFFSET = 500_000  # distance from the seeds at the end of a phase to th
 class EvalConfig:
     """Evaluation in the simulator, always on the same seeds, so that all policies face the same tasks.
 
-    The evaluations on the way choose the policy that a run keeps. They use other seeds than the evaluation at the end
-    of a phase, so that its result is not biased by this choice.
+    Without a simulator, actions are compared with those of held-out episodes, if ``data.validation_fraction`` asks for
+    some. The evaluations on the way choose the policy that a run keeps. In a simulator they use other seeds than the
+    evaluation at the end of a phase, so that its result is not biased by this choice.
     """
 
     episodes: Annotated[int, Interval(f"[1, {PROGRESS_OFFSET}]")] = 50  # at the end of each phase
     frequency: PositiveInt = 10_000  # updates between evaluations on the way; half as many in the online phase
     progress_episodes: PositiveInt = 50  # episodes of each evaluation on the way
+    # recorded chunks in each evaluation of a run without an environment, on the episodes that it holds out
+    held_out_chunks: PositiveInt = 256
     num_envs: PositiveInt = 10  # environments side by side, with one policy call for all
     first_seed: NonNegativeInt = 1_000_000  # for the end of a phase; far from the seeds of collection and training
 

@@ -21,7 +21,21 @@ import pytest
 from tests.envs.test_custom import CAR
 
 from acrlpd import deploy, presets
-from acrlpd.cli import collect, config, data, doctor, export, improve, norm_stats, plan, report, serve, train, weights
+from acrlpd.cli import (
+    collect,
+    config,
+    data,
+    diagnose,
+    doctor,
+    export,
+    improve,
+    norm_stats,
+    plan,
+    report,
+    serve,
+    train,
+    weights,
+)
 from acrlpd.cli import eval as evaluation
 from acrlpd.cli.main import COMMANDS as NAMES
 from acrlpd.cli.main import main
@@ -32,10 +46,12 @@ from acrlpd.data.tools import convert, inspection
 from acrlpd.data.view import normalize
 from acrlpd.data.view.robots import mapping
 from acrlpd.deploy import improving
+from acrlpd.deploy.diagnosis import Diagnosis
 from acrlpd.doctor import Check
 from acrlpd.envs.env import EnvConfig
 from acrlpd.training import loading, memory, setup
 from acrlpd.training.evaluate import summarize
+from acrlpd.training.findings import Finding
 from acrlpd.types import Episode
 
 
@@ -78,6 +94,26 @@ OPTIONS = {
     "read.button_goal": "--button_goal 0 1",
 }
 READ = {**OPTIONS, "read.num_workers": f"--num_workers {(os.cpu_count() or 1) + 1}"}
+ON_DATA = "--data set"
+OPENPI = {
+    "openpi.robot": "--robot droid",
+    "openpi.action_horizon": "--action_horizon 5",
+    "openpi.asset_id": "--asset_id droid",
+    "openpi.tokenizer": "--tokenizer t.model",
+    "openpi.fast_tokenizer": "--fast_tokenizer fast",
+    "openpi.temperature": "--temperature 0.5",
+    "openpi.delta_mask": "--delta_mask 6 -1",
+    "openpi.max_token_len": "--max_token_len 9",
+    "openpi.discrete_state_input": "--discrete_state_input True",
+    "openpi.quantiles": "--quantiles True",
+    "openpi.dtype": "--dtype float32",
+}
+BESIDE = SimpleNamespace(
+    told=(),
+    config=RUN,
+    step=4,
+    evaluate=lambda **options: SimpleNamespace(to_dict=lambda: {name: str(value) for name, value in options.items()}),
+)
 CHECKPOINT = "--policy checkpoint --checkpoint there"
 
 COMMANDS = {
@@ -116,6 +152,12 @@ COMMANDS = {
         "--checkpoint there",
         {
             "checkpoint": "--checkpoint elsewhere",
+            "data": ON_DATA,
+            "validation_fraction": ("--validation_fraction 0.2", ON_DATA),
+            "chunks": ("--chunks 7", ON_DATA),
+            "execute_horizon": ("--execute_horizon 2", ON_DATA),
+            **{name: (f"--read.{words.removeprefix('--')}", ON_DATA) for name, words in OPTIONS.items()},
+            **{name: (words, ON_DATA) for name, words in OPENPI.items()},
             "compare": "--compare other",
             "tasks": f"--tasks {CAR} {CAR}s",
             "episodes": "--episodes 3",
@@ -140,10 +182,39 @@ COMMANDS = {
             (loading, "load_stored", LOADED),
             (setup, "make_environments", SimpleNamespace(close=lambda: None)),
             (loading, "locate_checkpoint", (Path("run/checkpoints"), 4)),
+            (evaluation, "put_beside", BESIDE),
+            (evaluation, "check_cameras", None),
+            (evaluation, "sentences", []),
             (evaluation, "ACRLPDEvaluationProtocol", SimpleNamespace(run=lambda agent: FINDINGS)),
             (evaluation, "compare", SimpleNamespace(to_dict=dict)),
             (evaluation, "save_videos", []),
             (evaluation, "write_json", None),
+        ),
+    ),
+    "diagnose": Command(
+        diagnose.DiagnoseArguments,
+        "there --data set",
+        {
+            "checkpoint": "=elsewhere --data set",
+            "data": "=there --data other",
+            "validation_fraction": "--validation_fraction 0.2",
+            "chunks": "--chunks 7",
+            "execute_horizon": "--execute_horizon 2",
+            **{name: f"--read.{words.removeprefix('--')}" for name, words in OPTIONS.items()},
+            **OPENPI,
+            "env_name": f"--env.name {CAR}",
+            "replay_episodes": ("--replay_episodes 3", f"--env.name {CAR}"),
+            "replay_seed": ("--replay_seed 3", f"--env.name {CAR}"),
+            "extraction": "--extraction best_of_n",
+            "seed": "--seed 1",
+            "html": "--html {tmp}/page.html",
+            "json": "--json",
+        },
+        (
+            (diagnose, "put_beside", BESIDE),
+            (diagnose, "diagnose", Diagnosis((), {})),
+            (diagnose, "replay", Finding("replay", "good", "")),
+            (diagnose, "page", ""),
         ),
     ),
     "collect": Command(
@@ -203,17 +274,7 @@ COMMANDS = {
             "acting.seed": "--seed 1",
             "acting.extraction": "--extraction best_of_n",
             "acting.guidance_weights": "--guidance_weights 0 2",
-            "openpi.robot": "--robot libero",
-            "openpi.action_horizon": "--action_horizon 3",
-            "openpi.asset_id": "--asset_id arm",
-            "openpi.tokenizer": "--tokenizer file",
-            "openpi.fast_tokenizer": "--fast_tokenizer folder",
-            "openpi.temperature": "--temperature 0.5",
-            "openpi.delta_mask": "--delta_mask 6 -1",
-            "openpi.max_token_len": "--max_token_len 3",
-            "openpi.discrete_state_input": "--discrete_state_input True",
-            "openpi.quantiles": "--quantiles True",
-            "openpi.dtype": "--dtype float32",
+            **OPENPI,
             "api_key_file": "--api_key_file {tmp}/keys",
             "platform": "--platform droid",
         },

@@ -41,6 +41,11 @@ SETTINGS = {  # of each rule: under which settings of the demo its fields are id
     "rollout.num_workers above 0": ({}, {"rollout.num_workers": 2}),
     "an online phase (env.name and online_steps)": ({"online_steps": 0}, {}),
     "an environment (env.name)": ({"env": None, "data.path": "there"}, {}),
+    "a data.validation_fraction": ({}, {"data.validation_fraction": 0.1}),
+    "a data.validation_fraction and no environment (--env None)": (
+        {"data.validation_fraction": 0.1},
+        {"data.validation_fraction": 0.1, "env": None, "data.path": "there"},
+    ),
     "a data.online_ratio": ({"data.online_ratio": None}, {}),
     "no agent.policy_ema_decay": ({}, {"agent.policy_ema_decay": None}),
     "online_loss_weights": ({}, {"online_loss_weights.bc_weight": 0.5}),
@@ -57,6 +62,8 @@ SETTINGS = {  # of each rule: under which settings of the demo its fields are id
 VALUES = {
     "agent.guidance_weights": [0.5],
     "data.prefix_bytes": 5,
+    "data.validation_seed": 3,
+    "eval.held_out_chunks": 64,
     "policy.dtype": "float32",
     "policy.remat": False,
     "utd_ratio": 0.25,

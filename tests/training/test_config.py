@@ -148,7 +148,8 @@ OUT_OF_RANGE = {
     "agent.health.spike_factor": 1,
     "agent.health.spike_floor": -1,
     **{f"data.{name}": 0 for name in ("action_dim", "batch_size", "max_replay_bytes", "online_ratio_episodes")},
-    **{f"data.{name}": -1 for name in ("memory_bytes", "prefix_bytes", "num_workers", "min_std")},
+    **{f"data.{name}": -1 for name in ("memory_bytes", "prefix_bytes", "num_workers", "min_std", "validation_seed")},
+    "data.validation_fraction": 1,
     **{f"data.{name}_ratio": 1.5 for name in ("sequence", "online")},
     "data.fps": 0,
     "data.tolerance_s": -1,
@@ -173,7 +174,7 @@ OUT_OF_RANGE = {
             "clip_gradient_norm": -3,
         }.items()
     },
-    **{f"eval.{name}": 0 for name in ("episodes", "frequency", "progress_episodes", "num_envs")},
+    **{f"eval.{name}": 0 for name in ("episodes", "frequency", "progress_episodes", "num_envs", "held_out_chunks")},
     "eval.first_seed": -1,
     "env.max_episode_steps": 0,
     "env.image_size": 0,

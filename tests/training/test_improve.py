@@ -16,7 +16,6 @@ from tests.training.conftest import make_episode
 from acrlpd import deploy
 from acrlpd.cli import improve
 from acrlpd.cli.main import main
-from acrlpd.data import held_out
 from acrlpd.data.formats import hdf5
 from acrlpd.deploy import choosing, improving
 from acrlpd.deploy.choosing import Setting, Tried
@@ -111,24 +110,14 @@ def test_a_frozen_policy_has_no_optimiser_and_is_linked(copied_run, tmp_path):
 def test_training_never_sees_what_is_held_out(copied_run, tmp_path):
     data = write_episodes(tmp_path / "mixed", [True] * 4 + [False] * 6)
     changed = dataclasses.replace(copied_run.data, path=str(data), validation_fraction=0.5)
-    [(train, held)] = prior_data.split_sets(dataclasses.replace(copied_run, data=changed))
+    [train] = prior_data.open_sets(dataclasses.replace(copied_run, data=changed))
+    [held] = prior_data.held_out_of([train])
     assert [each.num_episodes for each in (train, held)] == [5, 5]
     names = [{each.info(index).source for index in range(5)} for each in (train, held)]
     assert not names[0] & names[1]
     assert sum(bool(held.info(index).success) for index in range(5)) == 2
-    [source] = prior_data.open_sets(dataclasses.replace(copied_run, data=changed))
-    assert source.lengths.tolist() == train.lengths.tolist()
     episode = held.episode(2)
     np.testing.assert_array_equal(held.window(2, "state", 0, len(episode)), episode.state)
-
-
-def test_the_split_is_of_each_kind_and_the_same_for_longer_data():
-    kinds = [True] * 10 + [False] * 5 + [None]
-    one = held_out.held_out(kinds, 0.2, seed=3)
-    assert (one[:10].sum(), one[10:15].sum(), one[15]) == (2, 1, False)
-    assert (held_out.held_out(kinds, 0.2, seed=3) == one).all()
-    assert (held_out.held_out(kinds, 0.2, seed=4) != one).any()
-    assert not held_out.held_out([True], 0.9, seed=0).any(), "the only one is trained on"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``acrlpd eval --checkpoint PATH [--compare PATH]``."""
+"""``acrlpd eval --checkpoint PATH [--compare PATH] [--data PATH]``."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
 from acrlpd import fields
 from acrlpd.agents.agent import ActingMode
+from acrlpd.data.formats.options import ReaderOptions
+from acrlpd.deploy import OpenPIOptions, RecordedOptions, put_beside
+from acrlpd.deploy.recorded import check_cameras
 from acrlpd.envs.registry import make
-from acrlpd.fields import NonNegativeFloat, NonNegativeInt, PositiveInt
+from acrlpd.fields import Interval, NonNegativeFloat, NonNegativeInt, PositiveInt
+from acrlpd.files import printable
 from acrlpd.training import loading, setup
 from acrlpd.training.comparison import compare
 from acrlpd.training.evaluate import Evaluation, summarize
 from acrlpd.training.loading import Trained
 from acrlpd.training.metrics import write_json
+from acrlpd.training.offline_evaluation import sentences
 from acrlpd.training.protocol import ACRLPDEvaluationProtocol, Findings, ProtocolConfig
 from acrlpd.training.run import RunFiles
 from acrlpd.training.videos import save_videos
@@ -26,9 +31,19 @@ from acrlpd.training.videos import save_videos
 
 @dataclasses.dataclass(frozen=True)
 class EvalArguments:
-    """Measure the success rate of a checkpoint in its simulator, alone or against a second one on the same seeds."""
+    """Measure the success rate of a checkpoint in its simulator, alone or against a second one on the same seeds.
 
-    checkpoint: str  # a run (runs/demo), its checkpoints folder, or the folder of one step
+    With --data, without any simulator: compare its actions with those of recorded episodes.
+    """
+
+    checkpoint: str  # a run (runs/demo), its checkpoints folder, or the folder of one step; with --data also openpi's
+    data: str | None = None  # recorded episodes in any supported format; of a run's own data, those that it held out
+    # share of the episodes of --data to hold out and use; None: as the run, and all of other data
+    validation_fraction: Annotated[float, Interval("(0, 1)")] | None = None
+    chunks: PositiveInt = 512  # with --data: recorded chunks to compare with, evenly spread
+    execute_horizon: PositiveInt | None = None  # with --data: steps of a chunk that are executed; None: as trained
+    read: ReaderOptions = dataclasses.field(default_factory=ReaderOptions)  # with --data: as acrlpd data takes them
+    openpi: Annotated[OpenPIOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=OpenPIOptions)
     compare: str | None = None  # a second checkpoint: paired difference, bootstrap interval, McNemar's test
     tasks: tuple[str, ...] = ()  # environments of the same robot; none: the run's own
     episodes: PositiveInt | None = None  # number for each task; None: as in the run's own final evaluations
@@ -47,10 +62,25 @@ class EvalArguments:
     json: bool = False  # print the JSON instead of sentences
 
 
+WITH_DATA = ("validation_fraction", "chunks", "execute_horizon", "read", "openpi")
+IN_SIMULATOR = (
+    *("compare", "tasks", "episodes", "first_seed", "mode", "compare_extraction", "compare_guidance_weights"),
+    *("num_envs", "full", "protocol", "videos"),
+)
+
+
 def main(argv: Sequence[str]) -> int:
     arguments = tyro.cli(EvalArguments, args=argv, prog="acrlpd eval")
     fields.check(arguments)
+    if arguments.data is not None:
+        return _on_data(arguments, arguments.data)
+    refuse_idle(arguments, WITH_DATA, "only with --data, which compares with recorded episodes")
     loaded = loading.load_stored(arguments.checkpoint, arguments.extraction, arguments.guidance_weights)
+    if loaded.config.env is None and not arguments.tasks:
+        raise ValueError(
+            f"{arguments.checkpoint} has no simulator to act in. Name recorded episodes instead, --data "
+            f"{loaded.config.data.name}: its actions are then compared with theirs"
+        )
     other = None
     if arguments.compare:
         other = loading.load_stored(arguments.compare, arguments.compare_extraction, arguments.compare_guidance_weights)
@@ -79,6 +109,43 @@ def main(argv: Sequence[str]) -> int:
     else:
         _describe(result, findings, summarize(rollouts))
     return 0
+
+
+def _on_data(arguments: EvalArguments, data: str) -> int:
+    """Compare the checkpoint's actions with recorded ones, print what was found, and keep it beside the run."""
+    refuse_idle(arguments, IN_SIMULATOR, "in a simulator, and --data needs none")
+    options = RecordedOptions(arguments.validation_fraction, arguments.read, arguments.execute_horizon)
+    beside = put_beside(
+        arguments.checkpoint,
+        data,
+        options,
+        arguments.openpi,
+        extraction=arguments.extraction,
+        guidance_weights=arguments.guidance_weights,
+    )
+    check_cameras(beside, data)
+    found = beside.evaluate(num_chunks=arguments.chunks, seed=arguments.seed)
+    result = {"checkpoint": arguments.checkpoint, "step": beside.step, "data": data, "remarks": beside.told}
+    result |= found.to_dict()
+    if arguments.output or beside.config is not None:
+        write_json(arguments.output or _run_files(arguments.checkpoint).offline_evaluation, result)
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        print(printable("\n".join([*beside.told, *sentences(found)])))
+    return 0
+
+
+def refuse_idle(arguments: Any, names: Sequence[str], where: str) -> None:
+    """Refuse flags that would have no effect."""
+    defaults = {field.name: field for field in dataclasses.fields(arguments)}
+
+    def default(field: dataclasses.Field) -> Any:
+        return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+    given = [name for name in names if getattr(arguments, name) != default(defaults[name])]
+    if given:
+        raise ValueError(f"--{' and --'.join(given)} would have no effect: it is used {where}. Leave it out")
 
 
 def _evaluate(loaded: Trained, task: str, arguments: EvalArguments) -> Findings:

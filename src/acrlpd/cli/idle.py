@@ -106,6 +106,12 @@ RULES = (
         lambda c: c.env is not None,
         _in("eval", "episodes", "progress_episodes", "num_envs", "first_seed"),
     ),
+    Rule("a data.validation_fraction", lambda c: c.data.validation_fraction > 0, ("data.validation_seed",)),
+    Rule(
+        "a data.validation_fraction and no environment (--env None)",
+        lambda c: c.data.validation_fraction > 0 and c.env is None,
+        ("eval.held_out_chunks",),
+    ),
     Rule("a data.online_ratio", lambda c: c.data.online_ratio is not None, ("data.online_ratio_episodes",)),
     Rule("no agent.policy_ema_decay", lambda c: c.agent.policy_ema_decay is None, ("agent.act_by_target_critic",)),
     Rule("online_loss_weights", lambda c: c.online_loss_weights is not None, ("online_transition_steps",)),

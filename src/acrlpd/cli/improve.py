@@ -124,7 +124,7 @@ def _name(path: str) -> str:
 
 
 def _judged(config: TrainConfig, trainer: ACRLPDTrainer) -> Verdict:
-    sources = [held for _, held in prior_data.split_sets(config) if held is not None and held.num_episodes]
+    sources = [held for held in prior_data.held_out_of(prior_data.open_sets(config)) if held.num_episodes]
     data = config.data
     stores = windows.open_stores(sources, memory_bytes=data.memory_bytes, num_workers=data.num_workers)
     outcomes = [[bool(held_out.outcome(each, index)) for index in range(each.num_episodes)] for each in sources]

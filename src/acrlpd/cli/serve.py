@@ -13,6 +13,7 @@ import tyro
 
 from acrlpd import deploy
 from acrlpd.deploy import ActingOptions, OpenPIOptions
+from acrlpd.deploy.options import refuse_unused
 from acrlpd.serving.door import ServerConfig, open_door
 from acrlpd.serving.production import PRODUCTION_SERVING_CONFIG, Platform
 from acrlpd.serving.server import PolicyServer
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     door = open_door(config, api_keys)
     refresh = None
     if deploy.is_ours(arguments.checkpoint):
-        _refuse_unused(arguments.checkpoint, arguments.openpi)
+        refuse_unused(arguments.checkpoint, arguments.openpi)
         follower = deploy.Follower(arguments.checkpoint, arguments.acting)
         policy, refresh = follower.policy, follower.refresh
     else:
@@ -65,16 +66,6 @@ def _parse(argv: Sequence[str], platform: Platform | None) -> ServeArguments:
         default = ServeArguments(tyro.MISSING, limits, acting)
     config = (tyro.conf.OmitArgPrefixes,)
     return tyro.cli(ServeArguments, args=argv, default=default, prog="acrlpd serve", config=config)
-
-
-def _refuse_unused(checkpoint: str, openpi: OpenPIOptions) -> None:
-    """Refuse openpi's options for a checkpoint of ours, which holds its whole configuration."""
-    given = [f.name for f in dataclasses.fields(openpi) if getattr(openpi, f.name) != f.default]
-    if given:
-        raise ValueError(
-            f"--{' and --'.join(given)} say what a checkpoint of openpi's does not hold; {checkpoint} is one of this "
-            "project and holds it: leave them out"
-        )
 
 
 def _api_keys(path: str | None) -> tuple[str, ...]:

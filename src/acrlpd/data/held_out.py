@@ -1,10 +1,18 @@
-"""Episodes that training does not see: which ones they are, and a data set without the others."""
+"""Held-out episodes: the part of a data set that training never sees, the same for everybody who asks.
+
+The split is by whole episode, because neighbouring steps of one episode are nearly equal. It depends on a seed, on the
+names of the episodes inside their data set and on their outcomes alone: not on where the files are, nor on the order of
+reading them.
+"""
 
 from __future__ import annotations
 
 import collections
 import hashlib
+import json
 from collections.abc import Hashable, Sequence
+from pathlib import PurePath
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
@@ -15,45 +23,74 @@ from acrlpd.data.store.episodes import EpisodeInfo
 from acrlpd.types import Episode
 
 
-def held_out(kinds: Sequence[Hashable], fraction: float, seed: int) -> Bool[np.ndarray, " n"]:
-    """Return which episodes are held out: of each kind (success, failure) those with the smallest hashes.
+def split(
+    names: Sequence[str], fraction: float, seed: int, outcomes: Sequence[Hashable] | None = None
+) -> Bool[np.ndarray, " n"]:
+    """Return which of the episodes with these names are held out: ``fraction`` of them, at least one.
 
-    ``kinds`` has one entry per episode. The hash is of the seed and the episode's index. Of a kind with n episodes,
-    ``round(fraction * n)`` are held out, at least one, but never all.
+    Episodes of one outcome are ranked by a hash of the seed and their name. Those whose rank is lowest in proportion to
+    the number of their kind are held out, so successes and failures are both there if the fraction allows two, except
+    that the only episode of a kind comes last.
     """
-    chosen = np.zeros(len(kinds), bool)
-    by_kind: dict[Hashable, list[int]] = collections.defaultdict(list)
-    for index, kind in enumerate(kinds):
-        by_kind[kind].append(index)
-    for members in by_kind.values():
-        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        chosen[sorted(members, key=lambda index: _hash(seed, index))[:count]] = True
+    outcomes = [None] * len(names) if outcomes is None else outcomes
+    digests = [hashlib.sha256(json.dumps([seed, name]).encode()).digest() for name in names]
+    order = sorted(range(len(names)), key=lambda number: (digests[number], number))
+    count, rank = collections.Counter(outcomes), collections.Counter[Hashable]()
+    places = np.zeros(len(names))
+    for number in order:
+        kind = outcomes[number]
+        places[number] = rank[kind] / count[kind] if count[kind] > 1 else 1.0
+        rank[kind] += 1
+    chosen = np.zeros(len(names), bool)
+    if fraction > 0:
+        first = sorted(order, key=lambda number: places[number])  # a stable sort: ties keep the order of their hashes
+        chosen[first[: max(1, round(fraction * len(names)))]] = True
     return chosen
 
 
-def _hash(seed: int, index: int) -> bytes:
-    return hashlib.sha256(f"{seed} {index}".encode()).digest()
-
-
-def outcome(source: Dataset, index: int) -> bool | None:
+def outcome(dataset: Dataset, index: int) -> bool | None:
     """Return whether an episode succeeded: what the format says, else whether the task ended in it; None: unknown."""
-    info = source.info(index)
+    info = dataset.info(index)
     if info.success is not None:
         return info.success
-    ended = bool(source.window(index, "terminals", 0, info.length).any())
-    return True if ended else None
+    return True if dataset.window(index, "terminals", 0, info.length).any() else None
 
 
-class SomeEpisodes:
-    """A ``Dataset`` of some of the episodes of another one, in its order."""
+def names_within(dataset: Dataset, path: Any) -> list[str]:
+    """Return the name of each episode: its file and group, below the path of the data set."""
+    known = str(path)
+    sources = [dataset.info(index).source for index in range(dataset.num_episodes)]
+    return [PurePath(source.removeprefix(known)).as_posix().lstrip("/") for source in sources]
 
-    def __init__(self, source: Dataset, indices: Int[np.ndarray, " n"]):
-        self._source = source
-        self._indices = indices
-        self.cameras = source.cameras
-        self.format, self.fps = source.format, source.fps
-        self.skipped, self.left_out, self.untold_tasks = source.skipped, source.left_out, source.untold_tasks
-        self.robot_type = getattr(source, "robot_type", None)
+
+def divide(dataset: Dataset, path: Any, fraction: float, seed: int) -> Part:
+    """Return the episodes to train on; ``Part.rest`` has the held-out ones.
+
+    Raises:
+        ValueError: no episode would be left to train on.
+    """
+    outcomes = [outcome(dataset, index) for index in range(dataset.num_episodes)]
+    held_out = split(names_within(dataset, path), fraction, seed, outcomes)
+    if fraction > 0 and held_out.all():
+        raise ValueError(
+            f"{path}: validation_fraction={fraction:g} would hold out {held_out.sum()} of {len(held_out)} episodes, "
+            "and leave none to train on. Lower it, name more episodes, or set it to 0 to train on all of them"
+        )
+    return Part(dataset, ~held_out)
+
+
+class Part:
+    """Some episodes of a data set, the ``whole``, in its order; itself a ``Dataset``."""
+
+    def __init__(self, whole: Dataset, chosen: Bool[np.ndarray, " n"]):
+        self.whole = whole
+        self._chosen = chosen
+        self._indices = np.flatnonzero(chosen)
+
+    @property
+    def rest(self) -> Part:
+        """The other episodes of the same data set."""
+        return Part(self.whole, ~self._chosen)
 
     @property
     def num_episodes(self) -> int:
@@ -61,31 +98,59 @@ class SomeEpisodes:
 
     @property
     def lengths(self) -> Int[np.ndarray, " n"]:
-        return np.asarray(self._source.lengths)[self._indices]
+        return np.asarray(self.whole.lengths)[self._indices]
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        return self.whole.cameras
+
+    @property
+    def format(self) -> str:
+        return self.whole.format
+
+    @property
+    def fps(self) -> float | None:
+        return self.whole.fps
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        return self.whole.skipped
+
+    @property
+    def untold_tasks(self) -> Sequence[str]:
+        return self.whole.untold_tasks
+
+    @property
+    def left_out(self) -> list[str]:
+        return self.whole.left_out
+
+    @property
+    def robot_type(self) -> str | None:
+        """The label of the robot, which only LeRobot has."""
+        return getattr(self.whole, "robot_type", None)
 
     def info(self, index: int) -> EpisodeInfo:
-        return self._source.info(int(self._indices[index]))
+        return self.whole.info(self._of_whole(index))
 
     def episode(self, index: int) -> Episode:
-        return self._source.episode(int(self._indices[index]))
+        return self.whole.episode(self._of_whole(index))
 
     def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
-        return self._source.window(int(self._indices[index]), key, start, stop)
-
-    def check_videos(self) -> None:
-        windows.check_videos(self._source)
+        return self.whole.window(self._of_whole(index), key, start, stop)
 
     @property
     def has_final(self) -> Bool[np.ndarray, " n"]:
-        return finals.has_final(self._source, self._source.num_episodes)[self._indices]
+        return finals.has_final(self.whole, self.whole.num_episodes)[self._indices]
 
     def final(self, index: int, key: str) -> Shaped[np.ndarray, "*shape"]:
-        """Read the ``state`` or ``images/<camera>`` of an episode that recorded its final observation."""
-        assert isinstance(self._source, finals.FinalSource), "has_final is False otherwise"
-        return self._source.final(int(self._indices[index]), key)
+        assert isinstance(self.whole, finals.FinalSource), "has_final is false for all episodes of other sources"
+        return self.whole.final(self._of_whole(index), key)
 
+    def check_videos(self) -> None:
+        """Check the videos of the whole data set, if it has any."""
+        windows.check_videos(self.whole)
 
-def split(source: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Return the episodes to train on, and those held out."""
-    out = held_out([outcome(source, index) for index in range(source.num_episodes)], fraction, seed)
-    return SomeEpisodes(source, np.flatnonzero(~out)), SomeEpisodes(source, np.flatnonzero(out))
+    def _of_whole(self, index: int) -> int:
+        if not 0 <= index < len(self._indices):
+            raise IndexError(f"episode index {index} is not in 0..{len(self._indices) - 1}")
+        return int(self._indices[index])

@@ -284,22 +284,31 @@ def warn_of_misfits(
     statistics have no spread. ``data`` has the statistics, without floors, of the data to be normalized. ``of`` is the
     name of that data, ``where`` that of the origin of ``stats``.
     """
-    for key, given in stats.items():
-        middle, half = (_middle if quantiles else _moments)(given)
-        own_middle, own_half = (_middle if quantiles else _moments)(data[key])
-        scale = half + EPSILON
-        away = np.abs(own_middle - middle) > MAX_AWAY * scale
-        findings = {
-            "lie far outside": away | (own_half > MAX_WIDER * scale),
-            "cover almost nothing of the range": ~away & (own_half > HARDLY) & (own_half * MAX_NARROWER < half),
-        }
-        for told, dims in findings.items():
+    for key, found in misfits(stats, data, quantiles=quantiles).items():
+        for told, dims in found.items():
             if dims.any():
                 warnings.warn(
                     f"{where}: {key}: under these statistics {_named(dims)} of {of} {told}. Are they of the same "
                     "robot, in the same units?",
                     stacklevel=2,
                 )
+
+
+def misfits(
+    stats: Mapping[str, NormStats], data: Mapping[str, NormStats], *, quantiles: bool
+) -> dict[str, dict[str, Bool[np.ndarray, " d"]]]:
+    """Return the dimensions that ``warn_of_misfits`` warns of: by key, then by what they do."""
+    result = {}
+    for key, given in stats.items():
+        middle, half = (_middle if quantiles else _moments)(given)
+        own_middle, own_half = (_middle if quantiles else _moments)(data[key])
+        scale = half + EPSILON
+        away = np.abs(own_middle - middle) > MAX_AWAY * scale
+        result[key] = {
+            "lie far outside": away | (own_half > MAX_WIDER * scale),
+            "cover almost nothing of the range": ~away & (own_half > HARDLY) & (own_half * MAX_NARROWER < half),
+        }
+    return result
 
 
 def _moments(stats: NormStats) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:

@@ -100,7 +100,7 @@ def best_critics(trained: Trained, count: int, data: str | Path | None) -> np.nd
     if data is None:
         logger.warning("the critics are compared on the data they were trained on; --data names better data")
     else:
-        other = dataclasses.replace(config.data, path=str(data), weights=(), sources=())
+        other = dataclasses.replace(config.data, path=str(data), weights=(), sources=(), validation_fraction=0.0)
         config = dataclasses.replace(config, data=other)
     loader = ChunkLoader(
         open_mixture(config, open_sets(config)),

@@ -108,7 +108,7 @@ def _of_run(path: str, data: str | None, robot: Robot | None) -> Original:
     if robot not in (None, config.data.robot):
         raise ValueError(f"{path} was trained with data.robot={config.data.robot!r}: leave out --robot {robot}")
     folder = (directory / str(step)).absolute()
-    given = {"path": data, "weights": (), "sources": ()} if data is not None else {}
+    given: dict[str, Any] = {"path": data, "weights": (), "sources": ()} if data is not None else {}
     if data is None and not config.data.sets:
         given = {"path": str(directory.parent / "prior")}
         if not Path(given["path"]).exists():
@@ -274,14 +274,13 @@ def check(original: Original, config: TrainConfig) -> Prospect:
             failure.
     """
     _check_fields(original, config)
-    pairs = prior_data.split_sets(config)
-    sources = [train for train, _ in pairs]
+    sources = prior_data.open_sets(config)
     first = sources[0]
     dims = Dims(*(first.window(0, key, 0, 1).shape[1] for key in ("state", "actions")))
     _check_data(original, config, dims, first)
     model = _check_arrays(original, config, dims, first.cameras)
     trained = _outcomes(sources)
-    held = _outcomes([each for _, each in pairs if each is not None])
+    held = _outcomes(prior_data.held_out_of(sources))
     _check_outcomes(config, trained, held)
     agent = abstract_agent(config, dims, first.cameras)
     critics = [agent.params["critic"], agent.params["value"]]
@@ -405,10 +404,10 @@ def _check_outcomes(config: TrainConfig, trained: tuple[int, int], held: tuple[i
             f"{config.data.name}: none of the {total} episodes succeeded, so every chunk has the same value. Add some "
             f"that did: demonstrations, or {one}; or state what the format does not say (--data.rewards.success)"
         )
-    if not sum(held):
+    if not sum(held) or not all(trained):
         raise ValueError(
-            f"{config.data.name}: of {total} episodes none can be held out, so nothing would tell whether critics are "
-            f"right. Add successes and failures: {one}"
+            f"{config.data.name}: of {total} episodes none can be held out while successes and failures are left to "
+            f"train on, so nothing would tell whether critics are right. Add some: {one}"
         )
     for kind, number in zip(("success", "failure"), held, strict=True):
         if not number:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,27 @@ from acrlpd.data.view.normalize import NormStats
 from acrlpd.data.view.robots import mapping
 from acrlpd.data.view.robots.mapping import ROBOTS, Robot, before_normalization, fast_cameras
 from acrlpd.data.view.tokenizer import PromptTokenizer
-from acrlpd.data.view.transforms import TokenizePrompt, Transform, make_bool_mask, to_model
+from acrlpd.data.view.transforms import Compose, TokenizePrompt, Transform, make_bool_mask, to_model
 from acrlpd.deploy.options import ActingOptions, OpenPIOptions, default_prompt_transforms, observation_spec
 from acrlpd.models import paligemma, weights
 from acrlpd.models.pi0 import Pi0, Pi0Config
 from acrlpd.models.pi0_fast import Pi0Fast, Pi0FastConfig
 from acrlpd.models.recognize import recognize, unsized
-from acrlpd.serving.policy import FlowSampler, Policy, Sampler, TokenSampler
+from acrlpd.serving.policy import Draws, FlowSampler, Policy, Sampler, TokenSampler
 from acrlpd.training.checkpoint import read_norm_stats
+from acrlpd.training.measuring import Measured, Subject, subject_of_flow
+from acrlpd.types import Observation
+
+FLOW_STEPS = 10  # Euler steps, as openpi samples
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenPIModel:
+    """The model of an openpi checkpoint with its parameters, and what stands between it and the robot."""
+
+    policy: Pi0 | Pi0Fast
+    config: Pi0Config | Pi0FastConfig
+    transform: Compose
 
 
 def openpi_policy(
@@ -38,6 +52,41 @@ def openpi_policy(
     Raises:
         ValueError: a part of the checkpoint is missing or unknown, or an option does not fit its model.
     """
+    loaded = load_openpi(path, openpi, options, model=model)
+    found = loaded.config
+    assert openpi.robot is not None  # it was loaded as that of a robot
+    state_dim = ROBOTS[openpi.robot].state_dim if isinstance(found, Pi0FastConfig) else found.action_dim
+    return Policy(
+        _sampler(loaded.policy, openpi, options),
+        loaded.transform,
+        spec=observation_spec(state_dim, found.cameras, found.image_size, found.max_token_len),
+        real_time=options.real_time,
+        budget_s=options.budget_s,
+        rng=jax.random.key(options.seed),
+    )
+
+
+def openpi_subject(loaded: OpenPIModel, openpi: OpenPIOptions, *, executed: int | None = None) -> Subject:
+    """Return the model as something to compare with recorded actions; pi0-FAST has no flow loss."""
+    executed = executed or loaded.config.action_horizon
+    if isinstance(loaded.policy, Pi0):
+        return subject_of_flow(loaded.policy, loaded.transform, num_steps=FLOW_STEPS, executed=executed)
+    sampler = TokenSampler(loaded.policy, temperature=openpi.temperature)
+
+    def measure(seen: Observation, actions: Any, valid: Any, keys: Any) -> Measured:
+        return Measured(sampler(seen, Draws(jax.random.key_data(keys)), sampler.plan)[0])
+
+    return Subject(measure, loaded.transform, loaded.config.action_horizon, executed, reads_actions=False)
+
+
+def load_openpi(
+    path: str | Path,
+    openpi: OpenPIOptions,
+    options: ActingOptions,
+    *,
+    model: Pi0Config | Pi0FastConfig | None = None,
+) -> OpenPIModel:
+    """Load the model of an openpi checkpoint; arguments and errors as in ``openpi_policy``."""
     if openpi.robot is None:
         raise ValueError(
             f"{path} is no run or checkpoint of this project; if it is one of openpi's, say whose: --robot "
@@ -75,20 +124,12 @@ def openpi_policy(
         action_dim=None if is_fast else model.action_dim,
         cameras=model.cameras,
     )
-    state_dim = platform.state_dim if is_fast else model.action_dim
-    return Policy(
-        _sampler(policy, openpi, options),
-        transform,
-        spec=observation_spec(state_dim, model.cameras, model.image_size, model.max_token_len),
-        real_time=options.real_time,
-        budget_s=options.budget_s,
-        rng=jax.random.key(options.seed),
-    )
+    return OpenPIModel(policy, model, transform)
 
 
 def _sampler(policy: Pi0 | Pi0Fast, openpi: OpenPIOptions, options: ActingOptions) -> Sampler:
     if isinstance(policy, Pi0):
-        return FlowSampler(policy, num_steps=options.num_steps or 10)
+        return FlowSampler(policy, num_steps=options.num_steps or FLOW_STEPS)
     flow_only = {
         "num_steps": options.num_steps is not None,
         "real_time": options.real_time,

@@ -57,6 +57,16 @@ class OpenPIOptions:
         fields.check(self)
 
 
+def refuse_unused(checkpoint: str, openpi: OpenPIOptions) -> None:
+    """Refuse openpi's options for a checkpoint of ours, which holds its whole configuration."""
+    given = [f.name for f in dataclasses.fields(openpi) if getattr(openpi, f.name) != f.default]
+    if given:
+        raise ValueError(
+            f"--{' and --'.join(given)} say what a checkpoint of openpi's does not hold; {checkpoint} is one of this "
+            "project and holds it: leave them out"
+        )
+
+
 def default_prompt_transforms(prompt: str | None, *, needed: bool) -> list[Transform]:
     """Return the transform that fills in a missing prompt; a policy that reads no prompt does not ask for one."""
     if prompt is None and needed:

@@ -118,29 +118,18 @@ def auc(positive: Float[np.ndarray, " p"], negative: Float[np.ndarray, " n"]) ->
     return float(pairs / (len(positive) * len(negative)))
 
 
-def auc_interval(area: float, positives: int, negatives: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the interval of an area under the ROC curve (Newcombe 2006, method 5); ``z``: quantile of its coverage.
+def auc_interval(found: float, positives: int, negatives: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return a 95 % interval of an AUC that was found with so many cases of each kind.
 
-    As Wilson's, it takes the variance (Hanley and McNeil 1982) at the bounds, so an area of 1 has a lower bound below.
-
-    >>> low, high = auc_interval(1.0, 3, 17)
-    >>> round(low, 2), high
-    (0.66, 1.0)
+    It has the areas from which the one found is no further than ``z`` standard errors, by the variance of Hanley and
+    McNeil (1982) with equal numbers of both kinds, which is Newcombe's (2006) method 5. Unlike an interval around the
+    area found, it does not shrink to a point at 1: ``auc_interval(1.0, 3, 3)`` is about (0.50, 1).
     """
-    mean = (positives + negatives) / 2 - 1
-
-    def variance(a: float) -> float:
-        return a * (1 - a) * (1 + mean * ((1 - a) / (2 - a) + a / (1 + a))) / (positives * negatives)
-
-    def bound(end: float) -> float:
-        inner, outer = area, end
-        for _ in range(60):  # bisection
-            middle = (inner + outer) / 2
-            within = (middle - area) ** 2 <= z**2 * variance(middle)
-            inner, outer = (middle, outer) if within else (inner, middle)
-        return inner
-
-    return bound(0.0), area if area == 1 else bound(1.0)
+    area = np.linspace(0, 1, 10_001)
+    half = (positives + negatives) / 2 - 1
+    variance = area * (1 - area) * (1 + half * (1 - area) / (2 - area) + half * area / (1 + area))
+    near = area[np.abs(area - found) <= z * np.sqrt(variance / (positives * negatives)) + 1e-9]
+    return float(near[0]), float(near[-1])
 
 
 def spearman(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float | None:

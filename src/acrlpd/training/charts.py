@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 MAX_POINTS = 500  # points of one curve
+MAX_PANELS = 7  # dimensions of actions in one chart
 
 POLICIES = {
     "bc": ("imitation", "the flow alone, one sample a chunk"),
@@ -163,6 +164,62 @@ def calibration(bins: Sequence[Mapping[str, float]]) -> Chart:
         "followed. On the dashed line the critic is right; below it, it overestimates.",
         lambda figure: _draw_calibration(figure, bins),
     )
+
+
+def held_out(records: Sequence[Mapping[str, Any]]) -> Chart:
+    """Draw the action error on held-out episodes over updates, beside the better baseline."""
+    caption = "Error of the executed steps, in units of the spread of the data's actions; dashed: the better baseline."
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        steps = [record["step"] for record in records]
+        axes.plot(steps, [record["eval/action_error"] for record in records], color=BLUE, marker="o")
+        baseline = [record["eval/action_error_baseline"] for record in records]
+        axes.plot(steps, baseline, color=FAINT, linestyle=(0, (4, 3)))
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("action error")
+        _finish_updates(axes, None)
+
+    return _chart("Action error on held-out episodes", caption, draw)
+
+
+def by_step(errors: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> Chart:
+    """Draw the action error of each predictor by the step of the chunk."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        styles = {"best": (BLUE, "-"), "sample": (ORANGE, "--"), "repeat": (PURPLE, "-."), "mean": (FAINT, ":")}
+        for name, each in errors.items():
+            colour, line = styles[name]
+            steps = range(1, len(each["steps"]) + 1)
+            axes.plot(steps, each["steps"], color=colour, linestyle=line, marker=".", label=names[name])
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("step of the chunk")
+        axes.set_ylabel("action error")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
+
+    return _chart("Action error by step of the chunk", "A policy that looks ahead stays below both baselines.", draw)
+
+
+def actions(recorded: Sequence[Sequence[float]], predicted: Sequence[Sequence[float]]) -> Chart:
+    """Draw predicted and recorded actions of one episode, a panel for each of the dimensions that move most."""
+    one, other = np.asarray(recorded, np.float64), np.asarray(predicted, np.float64)
+    shown = np.sort(np.argsort(-one.std(axis=0), kind="stable")[:MAX_PANELS])
+
+    def draw(figure: Any) -> None:
+        all_axes = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
+        for axes, dim in zip(all_axes, shown.tolist(), strict=True):
+            axes.plot(one[:, dim], color=INK, label="recorded")
+            axes.plot(other[:, dim], color=BLUE, linestyle="--", label="predicted")
+            axes.set_ylabel(f"action {dim}")
+        all_axes[0].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
+        all_axes[-1].set_xlabel("step")
+        figure.align_ylabels()
+
+    caption = (
+        "One held-out episode, in the robot's units. Each chunk is predicted from what was recorded at its first step."
+    )
+    return _chart("Predicted and recorded actions", caption, draw, height=1.1 * len(shown) + 0.6)
 
 
 def curves(what: Curves, records: Sequence[Mapping[str, Any]], boundary: int | None) -> Chart | None:

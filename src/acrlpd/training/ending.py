@@ -84,7 +84,7 @@ def summarize(state: RunState, ended: Ended, data: Mapping[str, Any]) -> dict[st
         "env_steps": progress.env_steps,
         "lost_steps": progress.lost_steps,
         "ended": dataclasses.asdict(ended),
-        "best": {"step": progress.best_step, "success": progress.best_step_success},
+        "best": {"step": progress.best_step} | progress.best_score,
         "rollbacks": progress.rollbacks,
         "lost_episodes": progress.lost_episodes,
         "breakdown": breakdown(progress.seconds, progress.wall_s),

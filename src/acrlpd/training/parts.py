@@ -15,6 +15,7 @@ from acrlpd.envs.vector import VectorEnv
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.fingerprint import Fingerprint
 from acrlpd.training.guards import RunLock
+from acrlpd.training.offline_evaluation import HeldOut
 from acrlpd.training.overwriting import Replaced
 from acrlpd.training.run import Interaction, Progress, RunFiles
 
@@ -33,8 +34,10 @@ class RunParts:
     transform: Transform
     norm_stats: Mapping[str, NormStats]
     prior: Fingerprint | None = None  # of the prior data
+    fps: float | None = None  # steps per second of the prior data; None: unknown, or several sets differ
     interaction: Interaction | None = None  # None: no online phase
-    eval_environments: VectorEnv | None = None  # None: no evaluations
+    eval_environments: VectorEnv | None = None  # None: no evaluations in a simulator
+    held_out: HeldOut | None = None  # None: no evaluations on recorded episodes
     lock: RunLock | None = None  # None: another process holds it for this one
     replaced: Replaced | None = None  # the previous run in this folder, kept until this one has a checkpoint
 
@@ -50,6 +53,8 @@ class RunParts:
             closing.callback(self.checkpoints.wait)
             if self.interaction is not None:
                 closing.callback(self.interaction.collector.close)
+            if self.held_out is not None:
+                closing.callback(self.held_out.close)
             if self.eval_environments is not None:
                 closing.callback(self.eval_environments.close)
             yield

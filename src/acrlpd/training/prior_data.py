@@ -12,6 +12,7 @@ from acrlpd.config import TrainConfig
 from acrlpd.data import chunks, held_out, statistics
 from acrlpd.data.formats.frame_cache import FrameCache
 from acrlpd.data.formats.options import DataSource
+from acrlpd.data.held_out import Part
 from acrlpd.data.mixture import Facts, Mixture, check_alike
 from acrlpd.data.sources import Dataset, open_episodes
 from acrlpd.data.store import windows
@@ -36,17 +37,21 @@ def prior_sets(config: TrainConfig) -> tuple[DataSource, ...]:
 
 
 def open_sets(config: TrainConfig) -> list[Dataset]:
-    """Open every data set of the prior episodes, without those that are held out."""
-    return [train for train, _ in split_sets(config)]
-
-
-def split_sets(config: TrainConfig) -> list[tuple[Dataset, Dataset | None]]:
-    """Open every data set: the episodes to train on, and those that ``data.validation_fraction`` holds out."""
-    sources = [open_prior(config, number) for number in range(len(prior_sets(config)))]
-    fraction = config.data.validation_fraction
+    """Open every data set of the prior episodes, without the episodes that are held out; see ``held_out_of``."""
+    opened = [open_prior(config, number) for number in range(len(prior_sets(config)))]
+    fraction, seed = config.data.validation_fraction, config.data.validation_seed
     if not fraction:
-        return [(source, None) for source in sources]
-    return [held_out.split(source, fraction, config.seed + number) for number, source in enumerate(sources)]
+        return opened
+    return [held_out.divide(*each, fraction, seed) for each in zip(opened, _paths(config), strict=True)]
+
+
+def held_out_of(sources: Sequence[Dataset]) -> list[Dataset]:
+    """Return the held-out part of each of the data sets of ``open_sets``; an empty list if nothing is held out."""
+    return [each.rest for each in sources if isinstance(each, Part)]
+
+
+def _paths(config: TrainConfig) -> list[str]:
+    return [each.path for each in prior_sets(config)]
 
 
 def open_prior(config: TrainConfig, number: int = 0) -> Dataset:
@@ -95,7 +100,7 @@ def check_instructions(config: TrainConfig, sources: Sequence[Dataset], spec: En
         return
     if spec is not None and not spec.instruction.strip():
         logger.warning("%s has no instruction, and the policy reads one: say it with --env.instruction", spec.name)
-    names = [each.path for each in prior_sets(config)]
+    names = _paths(config)
     found = {name: instructions.untold(source) for name, source in zip(names, sources, strict=True)}
     silent = {name: each for name, each in found.items() if each is not None}
     for name, each in silent.items():

@@ -22,7 +22,7 @@ from acrlpd.envs.env import EnvConfig
 from acrlpd.envs.registry import make
 from acrlpd.files import read_json, written_whole
 from acrlpd.named_code import StoredName
-from acrlpd.training import charts, films, markup
+from acrlpd.training import charts, films, held_out_report, markup
 from acrlpd.training.charts import POLICIES, Evaluated
 from acrlpd.training.ending import OVER
 from acrlpd.training.metrics import read_metrics
@@ -92,6 +92,12 @@ class Run:
             newest[name] = Evaluated(*where, result["success"], result["low"], result["high"], int(result["episodes"]))
         return {name: newest[name] for name in POLICIES if name in newest}
 
+    @functools.cached_property
+    def held_out(self) -> list[Mapping[str, Any]]:
+        """Records of evaluations on held-out episodes by step; if a step was evaluated twice, the later record."""
+        by_step = {record["step"]: record for record in self.records if "eval/action_error" in record}
+        return [by_step[step] for step in sorted(by_step)]
+
     @property
     def boundary(self) -> int | None:
         """The update at which the online phase began; None if it has not begun."""
@@ -154,10 +160,11 @@ def _from_record(record: Mapping[str, Any]) -> Evaluated:
 
 
 def _page(run: Run) -> str:
-    sections = [
-        *(_overview(run), _results(run), _full_evaluation(run), _curves(run), _films(run), _time(run)),
-        *(_configuration(run), _go_on(run)),
-    ]
+    if run.held_out and not run.results:  # there is no simulator to solve anything in
+        judged = [held_out_report.section(run.files, run.held_out), _curves(run)]
+    else:
+        judged = [_results(run), _full_evaluation(run), _curves(run), _films(run)]
+    sections = [_overview(run), *judged, _time(run), _configuration(run), _go_on(run)]
     return markup.page(f"{run.task}, seed {run.config.get('seed')}", sections)
 
 
@@ -208,6 +215,8 @@ def headline(run: Run) -> str:
     'Imitation solved 15 of 50 episodes; after 4,000 online steps the policy solves 49 of 50.'
     """
     results = run.results
+    if not results and run.held_out:
+        return held_out_report.headline(run.held_out[-1])
     if not results:
         return f"No evaluation yet: the run is at update {run.total('updates'):,}."
     names = {"bc": "imitation", "offline": "offline training"}
@@ -223,7 +232,10 @@ def headline(run: Run) -> str:
 
 def _results(run: Run) -> str:
     if not run.results:
-        remark = "No evaluation was recorded: the run has no environment, or has not come to its first evaluation."
+        remark = (
+            "No evaluation was recorded: the run has not come to its first one, or it has neither an environment "
+            "(env.name) nor held-out episodes (data.validation_fraction)."
+        )
         return markup.section("Success", markup.element("p", remark, "remark"))
     rows = [
         (

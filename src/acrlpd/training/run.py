@@ -29,6 +29,7 @@ class Progress:
     evaluations_since_best: int = 0
     best_step: int | None = None  # the step of the checkpoint that is kept as the best
     best_step_success: float = -1.0
+    best_step_error: float | None = None  # the action error on held-out episodes by which it was chosen, if it was
     evaluated_step: int | None = None  # the step of the newest evaluation on the way
     offline_outcomes: dict[str, bool] = dataclasses.field(default_factory=dict)  # by seed, at the end of that phase
     rollbacks: int = 0
@@ -43,6 +44,13 @@ class Progress:
     def counted_steps(self) -> int:
         """The steps that count towards ``online_steps``: those of episodes in the journal or in progress."""
         return self.env_steps - self.lost_steps
+
+    @property
+    def best_score(self) -> dict[str, float]:
+        """The number by which the best checkpoint was chosen, with its name."""
+        if self.best_step_error is not None:
+            return {"action_error": self.best_step_error}
+        return {"success": self.best_step_success}
 
     def count_from(self, journal_steps: int) -> None:
         """Count only the steps that the journal holds; the others were lost with their episodes."""
@@ -109,7 +117,7 @@ class RunFiles:
 
     @property
     def best(self) -> Path:
-        """The step and success of the best evaluation on the way; its checkpoint is kept."""
+        """The step and score of the best evaluation on the way; its checkpoint is kept."""
         return self.directory / "best.json"
 
     @property
@@ -128,6 +136,16 @@ class RunFiles:
     def full_evaluation(self) -> Path:
         """The results of ``acrlpd eval --full``."""
         return self.directory / "evaluations" / "full.json"
+
+    @property
+    def offline_evaluation(self) -> Path:
+        """The results of ``acrlpd eval --data``, or of the last evaluation of a run without a simulator."""
+        return self.directory / "evaluations" / "held_out.json"
+
+    @property
+    def held_out_pictures(self) -> Path:
+        """A few frames of the episode that the last offline evaluation followed."""
+        return self.directory / "evaluations" / "held_out_pictures.npz"
 
     @property
     def videos(self) -> Path:
@@ -154,12 +172,13 @@ def settle_best(progress: Progress, earlier: Progress, checkpoints: ACRLPDCheckp
         if known.best_step is None or known.best_step in checkpoints.steps():
             break
     checkpoints.release(progress.best_step)
-    progress.best_step, progress.best_step_success = known.best_step, known.best_step_success
+    for name in ("best_step", "best_step_success", "best_step_error"):
+        setattr(progress, name, getattr(known, name))
     if progress.best_step is None:
         files.best.unlink(missing_ok=True)
     else:
         checkpoints.keep.add(progress.best_step)
-        write_json(files.best, {"step": progress.best_step, "success": progress.best_step_success})
+        write_json(files.best, {"step": progress.best_step} | progress.best_score)
 
 
 def save_rollouts(path: Path, rollouts: list[Rollout]) -> None:

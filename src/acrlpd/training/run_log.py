@@ -14,6 +14,7 @@ from acrlpd.training.clocks import Clocks
 from acrlpd.training.evaluate import Evaluation
 from acrlpd.training.metrics import MetricAverage
 from acrlpd.training.monitor import ACRLPDTrainingMonitor
+from acrlpd.training.offline_evaluation import OfflineEvaluation
 from acrlpd.training.run import RunFiles, RunState
 from acrlpd.training.writers import Writers, make_writers
 
@@ -60,6 +61,12 @@ class RunLog:
         """Write the result of a policy that was the newest at ``step``, whose episodes took ``cpu_s`` of CPU time."""
         cpu = {"cpu_s": self._clocks.cpu(), "evaluation_cpu_s": cpu_s}
         self._writers.write(self._counters(name, step, env_steps) | cpu | result.metrics())
+
+    def write_offline_evaluation(self, phase: str, result: OfflineEvaluation, *, cpu_s: float) -> None:
+        """Write the result of the newest policy on held-out episodes, which took ``cpu_s`` of CPU time."""
+        cpu = {"cpu_s": self._clocks.cpu(), "evaluation_cpu_s": cpu_s}
+        counters = self._counters(phase, self._state.step, self._state.progress.env_steps)
+        self._writers.write(counters | cpu | result.metrics())
 
     def _counters(self, phase: str, step: int, env_steps: int) -> dict[str, Any]:
         return {"step": step, "phase": phase, "env_steps": env_steps, "wall_s": self._clocks.wall()}

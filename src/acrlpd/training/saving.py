@@ -57,16 +57,19 @@ class Saver:
             self._clocks.settle()
             self._parts.checkpoints.replace_run(self._state.step, self._record())
 
-    def keep_as_best(self, success: float) -> None:
+    def keep_as_best(self, *, success: float | None = None, action_error: float | None = None) -> None:
         """Keep this checkpoint. The previous best is released once this one is complete and ``best.json`` names it."""
         progress, checkpoints = self._state.progress, self._parts.checkpoints
         before = progress.best_step
-        progress.best_step, progress.best_step_success = self._state.step, success
+        progress.best_step = self._state.step
+        if success is not None:
+            progress.best_step_success = success
+        progress.best_step_error = action_error
         checkpoints.keep.add(self._state.step)
         self.save()
         with self._clocks.span("checkpoint"):
             checkpoints.wait()
-        write_json(self._parts.files.best, {"step": self._state.step, "success": success})
+        write_json(self._parts.files.best, {"step": self._state.step} | progress.best_score)
         checkpoints.release(before)
 
     def _record(self) -> dict[str, Any]:
@@ -76,5 +79,6 @@ class Saver:
             "progress": dataclasses.asdict(self._state.progress),
             "cameras": list(self._parts.loader.cameras),
             "sets": self._parts.loader.contents().get("sets", []),
+            "fps": self._parts.fps,
             "prior": None if prior is None else dataclasses.asdict(prior),
         }

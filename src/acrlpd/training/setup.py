@@ -14,10 +14,12 @@ from jax.experimental import multihost_utils
 
 from acrlpd.agents.agent import ACRLPDAgent
 from acrlpd.config import TrainConfig
+from acrlpd.data.held_out import Part
 from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.mixture import Mixture
 from acrlpd.data.replay import ReplayJournal
 from acrlpd.data.sources import Dataset
+from acrlpd.data.store import windows
 from acrlpd.data.store.episodes import EpisodeStore
 from acrlpd.data.view.normalize import NormStats
 from acrlpd.data.view.transforms import Transform
@@ -25,17 +27,19 @@ from acrlpd.envs import rollout
 from acrlpd.envs.env import EnvSpec
 from acrlpd.envs.registry import make_vector
 from acrlpd.envs.vector import VectorEnv
-from acrlpd.training import ending, linking, overwriting, prefixes, resuming
+from acrlpd.training import ending, linking, offline_evaluation, overwriting, prefixes, resuming
 from acrlpd.training.build import Dims, abstract_agent, make_agent, make_transform
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.fingerprint import Fingerprint, fingerprint
 from acrlpd.training.guards import RunLock
 from acrlpd.training.loop import ACRLPDTrainer
+from acrlpd.training.offline_evaluation import HeldOut
 from acrlpd.training.overwriting import Replaced
 from acrlpd.training.parts import RunParts
 from acrlpd.training.prior_data import (
     check_instructions,
     check_stores,
+    held_out_of,
     make_norm_stats,
     open_mixture,
     open_sets,
@@ -136,8 +140,10 @@ def _make_parts(
         transform=transform,
         norm_stats=stats,
         prior=prior.fingerprint,
+        fps=prior.fps,
         interaction=interaction,
         eval_environments=environments,
+        held_out=_open_held_out(config, prior.sources) if environments is None else None,
         lock=lock,
         replaced=replaced,
     )
@@ -156,6 +162,11 @@ class _Prior:
     def cameras(self) -> tuple[str, ...]:
         return self.mixture.cameras
 
+    @property
+    def fps(self) -> float | None:
+        rates = {each.fps for each in self.sources}
+        return rates.pop() if len(rates) == 1 else None
+
 
 def _unchanging_params(config: TrainConfig, prior: _Prior) -> Path | None:
     """Return the folder of parameters that checkpoints link, because no update changes them; None if there is none."""
@@ -171,6 +182,20 @@ def _open_prior(config: TrainConfig, spec: EnvSpec | None) -> _Prior:
     dims = Dims(mixture.stores[0].state.shape[1], mixture.stores[0].actions.shape[1])
     check_stores(config, mixture, dims, spec)
     return _Prior(sources, mixture, dims, fingerprint(mixture.stores))
+
+
+def _open_held_out(config: TrainConfig, sources: Sequence[Dataset]) -> HeldOut | None:
+    """Open the episodes on which a run without an environment is evaluated; None if it holds none out."""
+    kept = held_out_of(sources)
+    if not kept:
+        return None
+    limit = HELD_OUT_BYTES if config.data.memory_bytes is None else min(config.data.memory_bytes, HELD_OUT_BYTES)
+    stores = windows.open_stores(kept, memory_bytes=limit, num_workers=config.data.num_workers)
+    whole = [each.whole for each in sources if isinstance(each, Part)]
+    return HeldOut(tuple(stores), offline_evaluation.spread_of(whole), config.eval.held_out_chunks)
+
+
+HELD_OUT_BYTES = 1 << 30  # of pictures of held-out episodes in memory; each evaluation reads the same ones
 
 
 def make_loader(

@@ -77,11 +77,24 @@ class PromptTokenizer:
             row[: len(tokens)] = tokens
         return table[rows], np.arange(self.max_length)[None, :] < lengths[rows, None]
 
-    def _encode_uncached(self, text: str, has_state: bool) -> tuple[int, ...]:
+    def count(self, prompt: str, state: Float[np.ndarray, " s"] | None = None) -> tuple[int, int]:
+        """Return how many tokens a prompt has before it is cut, and how many of them stand for unknown text.
+
+        These are the tokens of single bytes, where the vocabulary has no piece for a character.
+        """
+        text = prompt if state is None else _with_state([prompt], state[None])[0]
+        model = self._processor
+        foreign = sum(model.is_byte(token) or model.is_unknown(token) for token in model.encode(clean(prompt)))
+        return len(self._uncut(text, state is not None)), foreign
+
+    def _uncut(self, text: str, has_state: bool) -> list[int]:
         if has_state:
-            tokens = self._processor.encode(text, add_bos=True)
-        else:  # pi0 marks the start of the answer with a newline; encoded separately, it never merges with the text
-            tokens = self._processor.encode(clean(text), add_bos=True) + self._processor.encode("\n")
+            return self._processor.encode(text, add_bos=True)
+        # pi0 marks the start of the answer with a newline; encoded separately, it never merges with the text
+        return self._processor.encode(clean(text), add_bos=True) + self._processor.encode("\n")
+
+    def _encode_uncached(self, text: str, has_state: bool) -> tuple[int, ...]:
+        tokens = self._uncut(text, has_state)
         if len(tokens) > self.max_length:
             warnings.warn(
                 f"a prompt of {len(tokens)} tokens was cut to max_length={self.max_length}: {text[:80]!r}. "

@@ -123,7 +123,7 @@ def _of_run(path: str, data: str | None, robot: Robot | None) -> Original:
         env=None,
         policy=_frozen(config.policy, folder / "params"),
         agent=_agent(config.agent),
-        data=dataclasses.replace(config.data, **cast(dict[str, Any], given | whose), **HELD_OUT),
+        data=dataclasses.replace(config.data, **(given | whose), **HELD_OUT),
         optimizers=dataclasses.replace(config.optimizers, critic=_critic_optimizer()),
         online_loss_weights=None,
         actor_warmup_steps=0,

@@ -6,13 +6,14 @@ import shutil
 import subprocess
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# A test compiles much and computes little: the last three make code several times faster, and the code slower.
+# A test compiles much and computes little: the last four make code several times faster, and the code slower.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=2"
     + " --xla_backend_optimization_level=0"
     + " --xla_llvm_disable_expensive_passes=true"
     + " --xla_cpu_use_fusion_emitters=false"
+    + " --xla_cpu_parallel_codegen_split_count=1"  # else a program is cut into many parts, for threads without cores
 )
 # JAX takes as many threads as there are cores. Two fake devices that meet in a collective wait in two of them: on two
 # cores a third task that they need may then never run, and JAX ends the process after 40 s.
@@ -29,6 +30,15 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes many small objects that stay: with Python's own threshold of 700 a tenth of a test is the search for
+# garbage among them.
+gc.set_threshold(20_000, 10, 10)
+
+
+def pytest_collection_finish():
+    """What has been imported stays, so that no search for garbage needs to look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 class Subset(type(Path())):

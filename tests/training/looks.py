@@ -23,7 +23,7 @@ from tests.envs.conftest import CountingSimulator
 
 from acrlpd.agents import agent as agent_module
 from acrlpd.agents.losses import LossWeights
-from acrlpd.config import OptimizersConfig, PolicyConfig, TrainConfig
+from acrlpd.config import DataConfig, OptimizersConfig, PolicyConfig, TrainConfig
 from acrlpd.data.formats import rewards
 from acrlpd.data.mixture import Mixture
 from acrlpd.data.store.episodes import EpisodeStore
@@ -61,16 +61,33 @@ def shape_of(tree: Any) -> tuple[Any, ...]:
 
 def shapes(config: TrainConfig) -> Any:
     """Of every array of the agent and of a batch."""
+    return _shapes(agents_part(config))
+
+
+@functools.cache
+def _shapes(config: TrainConfig) -> Any:
     agent = jax.eval_shape(lambda: build.create_agent(config, DIMS, CAMERAS))
     return shape_of(agent), shape_of(memory.batch_shapes(config, DIMS, CAMERAS, BATCH))
 
 
 def update_program(config: TrainConfig) -> str:
     """Of the policy as configured, on a batch of four."""
+    return _update_program(agents_part(config))
+
+
+@functools.cache
+def _update_program(config: TrainConfig) -> str:
     agent = jax.eval_shape(lambda: build.create_agent(config, DIMS, CAMERAS))
     batch = memory.batch_shapes(config, DIMS, CAMERAS, BATCH)
     rng = jax.eval_shape(lambda: jax.random.key(0))
     return str(jax.make_jaxpr(agent_module._update.__wrapped__)(agent, batch, rng, config.agent.loss_weights))
+
+
+def agents_part(config: TrainConfig) -> TrainConfig:
+    """Only what the agent is made of, which many presets have in common: they are looked at once."""
+    of_data = {name: getattr(config.data, name) for name in ("robot", "batch_size", "action_normalization")}
+    names = ("seed", "policy", "agent", "optimizers", "execute_horizon")
+    return TrainConfig(data=DataConfig(path="none", **of_data), **{name: getattr(config, name) for name in names})
 
 
 def narrow(config: TrainConfig) -> TrainConfig:
@@ -89,7 +106,11 @@ def learning(config: TrainConfig) -> str:
 
 def acting(config: TrainConfig) -> str:
     """The program by which the agent chooses chunks while it explores."""
-    config = narrow(config)
+    return _acting(agents_part(narrow(config)))
+
+
+@functools.cache
+def _acting(config: TrainConfig) -> str:
     agent = jax.eval_shape(lambda: build.create_agent(config, DIMS, ()))
     seen = memory.batch_shapes(config, DIMS, (), BATCH).observations
     rng = jax.eval_shape(lambda: jax.random.key(0))
@@ -380,8 +401,12 @@ class _Collector:
         pass
 
 
-def story(config: TrainConfig, place: Place) -> list[Any]:
-    """The next events of a run that has come to ``place``, in an environment if the configuration names none."""
+@functools.cache
+def story(config: TrainConfig, place: Place) -> tuple[Any, ...]:
+    """The next events of a run that has come to ``place``, in an environment if the configuration names none.
+
+    One preset is compared with many others, so its own are kept.
+    """
     diary = _Diary()
     env = config.env or EnvConfig()
     config = dataclasses.replace(config, env=env, data=dataclasses.replace(config.data, batch_size=BATCH))
@@ -429,7 +454,7 @@ def story(config: TrainConfig, place: Place) -> list[Any]:
         trainer._log.write_training = lambda *what: diary.note("log", trainer.state.step) or log(*what)
         trainer.train()
         diary.append("end")
-    return list(diary)
+    return tuple(diary)
 
 
 def _nothing(*arguments: Any, **options: Any) -> None:

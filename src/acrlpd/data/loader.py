@@ -29,6 +29,18 @@ class PrefixRows(Protocol):
         ...
 
 
+def _check_shares(**shares: float | None) -> None:
+    for name, share in shares.items():
+        if share is not None and not 0 <= share <= 1:
+            raise ValueError(f"{name} is a share and must lie in [0, 1], got {share}")
+
+
+def _check_at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Drawn:
     """The rows of one store at which chunks of a batch start."""
@@ -91,18 +103,9 @@ class ChunkLoader:
         host_index: int = 0,
         num_hosts: int = 1,
     ):
-        for name, ratio in (("sequence_ratio", sequence_ratio), ("online_ratio", online_ratio)):
-            if ratio is not None and not 0 <= ratio <= 1:
-                raise ValueError(f"{name} is a share and must lie in [0, 1], got {ratio}")
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("horizon", horizon, 1),
-            ("online_ratio_episodes", online_ratio_episodes, 1),
-            ("seed", seed, 0),
-            ("prefetch", prefetch, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        _check_shares(sequence_ratio=sequence_ratio, online_ratio=online_ratio)
+        _check_at_least(1, batch_size=batch_size, horizon=horizon, online_ratio_episodes=online_ratio_episodes)
+        _check_at_least(0, seed=seed, prefetch=prefetch)
         if backup_horizon is not None and not 1 <= backup_horizon <= horizon:
             raise ValueError(f"backup_horizon must lie between 1 and horizon ({horizon}), got {backup_horizon}")
         if not 0 <= host_index < num_hosts or batch_size % num_hosts:

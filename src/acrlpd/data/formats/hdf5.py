@@ -72,6 +72,14 @@ MAX_DECODED = 4096  # max number of episodes whose columns are kept as objects; 
 DECODE_BLOCK = 64  # pictures decoded at a time when all are checked
 
 
+def _known(episode_metadata: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return what is known of all episodes, if it has no other names than ``fps`` and ``task``."""
+    known = episode_metadata or {}
+    if unknown := known.keys() - {"fps", "task"}:
+        raise ValueError(f"episode_metadata has {', '.join(sorted(unknown))}: expected fps, task or both")
+    return known
+
+
 class H5DatasetReader:
     """An ``EpisodeSource`` of a folder or file in any supported layout.
 
@@ -124,10 +132,10 @@ class H5DatasetReader:
         frame_cache: FrameCache | None = None,
     ):
         self.path = Path(data_dir)
-        known = dict(episode_metadata or {})
+        known = _known(episode_metadata)
         options = Options(
-            fps=known.pop("fps", None) if fps is None else fps,
-            default_task=default_task or known.pop("task", ""),
+            fps=known.get("fps") if fps is None else fps,
+            default_task=default_task or known.get("task", ""),
             state_keys=None if state_keys is None else tuple(state_keys),
             action_keys=None if action_keys is None else tuple(action_keys),
             cameras=None if cameras is None else tuple(cameras),
@@ -136,8 +144,6 @@ class H5DatasetReader:
             jpeg_bgr=jpeg_bgr,
             drop_idle=drop_idle,
         )
-        if unknown := known.keys() - {"fps", "task"}:
-            raise ValueError(f"episode_metadata has {', '.join(sorted(unknown))}: expected fps, task or both")
         check_images = on_bad_episode == "skip" if check_images is None else check_images
 
         def find_out() -> Arrays:

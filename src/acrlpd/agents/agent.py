@@ -86,15 +86,9 @@ class ACRLPDAgent(AgentState):
         if config.critic.backup_horizon is not None:
             long_critic_def, params["long_critic"] = parameters.split(critics(horizon=backup_horizon))
             optimizers["long_critic"] = optimizers["critic"]
+        action_shape = (policy.action_horizon, policy.action_dim)
         nets = Networks(
-            config,
-            policy_def,
-            critic_def,
-            optimizers,
-            action_shape=(policy.action_horizon, policy.action_dim),
-            action_dim=action_dim,
-            critic_horizon=critic_horizon,
-            backup_horizon=backup_horizon,
+            *(config, policy_def, critic_def, optimizers, action_shape, action_dim, critic_horizon, backup_horizon),
             value_def=value_def,
             long_critic_def=long_critic_def,
         )

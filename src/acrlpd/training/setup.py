@@ -95,10 +95,7 @@ def _make_parts(
     from_step: int | None,
 ) -> RunParts:
     """Make the parts of a run in the folder that it has claimed."""
-    if config.agent.algorithm == "acrlpd":
-        config.agent.make_extraction(config.agent.flow_steps)  # refuses a user's extraction code that cannot be used
-    if config.env is None and config.online_steps:
-        logger.warning("no online phase: online_steps is %d, but env.name names no environment", config.online_steps)
+    _check_parts(config)
     environments = make_environments(config, config.eval.num_envs) if config.env else None
     prior = _open_prior(config, environments.spec if environments else None)
     checkpoints = ACRLPDCheckpointManager(
@@ -147,6 +144,14 @@ def _make_parts(
         lock=lock,
         replaced=replaced,
     )
+
+
+def _check_parts(config: TrainConfig) -> None:
+    """Refuse a user's extraction code that cannot be used; warn of an online phase without an environment."""
+    if config.agent.algorithm == "acrlpd":
+        config.agent.make_extraction(config.agent.flow_steps)
+    if config.env is None and config.online_steps:
+        logger.warning("no online phase: online_steps is %d, but env.name names no environment", config.online_steps)
 
 
 @dataclasses.dataclass(frozen=True)

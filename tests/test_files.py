@@ -33,7 +33,7 @@ def of_kind(kind, path):
         path.symlink_to("nowhere")
 
 
-@pytest.mark.timeout(10)  # a pipe that nobody writes to is not waited for
+@pytest.mark.timeout(60)  # a pipe that nobody writes to is not waited for
 @pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "device", "loop", "broken link", "nothing"])
 @pytest.mark.parametrize("read", [files.open_file, files.read_text, files.read_json, files.read_yaml, files.check_file])
 def test_what_is_no_file_is_refused_at_once(tmp_path, kind, read):
@@ -61,7 +61,7 @@ JSON_TRAPS = {
 }
 
 
-@pytest.mark.timeout(10)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", JSON_TRAPS)
 def test_a_json_trap_is_one_line_that_names_the_file(tmp_path, name):
     path = tmp_path / "facts.json"
@@ -109,7 +109,7 @@ YAML_TRAPS = {
 }
 
 
-@pytest.mark.timeout(10)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", YAML_TRAPS)
 def test_a_yaml_trap_is_one_line_that_names_the_file(tmp_path, name):
     path = tmp_path / "run.yaml"

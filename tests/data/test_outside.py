@@ -128,7 +128,7 @@ def into_another(kind, path, other):
             file.create_virtual_dataset("actions", layout)
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("pipe", [False, True])
 @pytest.mark.parametrize("kind", ["link", "group", "behind a link", "storage", "virtual"])
 def test_hdf5_content_of_another_file_is_refused(tmp_path, kind, pipe):
@@ -160,7 +160,7 @@ PLAYLISTS = {
 }
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", PLAYLISTS)
 def test_a_video_is_no_playlist_of_other_files(lerobot, kind):
     (path,) = lerobot.rglob("*.mp4")
@@ -183,7 +183,7 @@ def test_pictures_of_other_kinds_are_refused(kind):
         open_picture(buffer.getvalue())
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 def test_a_maze_of_links_ends(tmp_path):
     """Twelve folders, each with eight links to the next one: billions of ways to the last."""
     for level in range(12):

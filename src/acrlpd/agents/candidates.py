@@ -63,10 +63,11 @@ def choose(
 ) -> Chosen:
     """Return the best of n candidates by the critic; with ``explore``, one drawn by their values and their spread."""
     chunks, scores = propose(modules, config, prefix, noise, num_steps)
-    judged, eligible = modules.critic.judged(chunks), scores  # nothing else counts in distances
+    judged, eligible = modules.critic.judged(chunks), scores  # distances use only what the critic reads
     if config.typical_share < 1:
         typical = sampling.typical(judged, config.typical_share)
-        eligible = jnp.where(typical | jnp.isnan(scores), scores, -jnp.inf)  # what is not finite is noticed later
+        # NaN scores stay, so that argmax picks them and the caller sees the failure
+        eligible = jnp.where(typical | jnp.isnan(scores), scores, -jnp.inf)
     if explore is None:
         _, best = sampling.select(judged, eligible)
     else:

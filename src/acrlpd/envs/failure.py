@@ -1,4 +1,4 @@
-"""An error of another process as text.
+"""Errors of worker processes, sent back as text and raised again here.
 
 The exception itself cannot always be sent: its class may be unknown here, may take other arguments than a message, or
 may hold objects that cannot be pickled.

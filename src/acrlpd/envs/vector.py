@@ -56,7 +56,7 @@ class VectorEnv(Protocol):
 
 
 class LocalVectorEnv:
-    """Environments in this process, run one by one. Only ``receive`` executes, so a device may compute before it."""
+    """Environments in this process, run one by one. They act in ``receive``, so a device can compute after ``send``."""
 
     def __init__(self, environments: Sequence[Environment]):
         self.spec = environments[0].spec

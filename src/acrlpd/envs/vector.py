@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeAlias
 from acrlpd import fields, main_guard
 from acrlpd.envs.env import Environment, EnvSpec
 from acrlpd.envs.episodes import Command, EpisodeRunner, Lost, Report
-from acrlpd.envs.failure import Failure
+from acrlpd.envs.failure import Failure, checked
 from acrlpd.fields import Interval, NonNegativeInt
 from acrlpd.orphans import end_with_parent
 
@@ -193,9 +193,7 @@ class _Worker:
             if self._process.exitcode == main_guard.EXIT_NO_GUARD:
                 raise ValueError(main_guard.message()) from None
             raise _GoneError(f"worker {self.pid} died (exit code {self._process.exitcode})") from error
-        if isinstance(answer, Failure):
-            raise answer.error()
-        return answer
+        return checked(answer)
 
     def _replace(self, reason: str) -> None:
         self._end()

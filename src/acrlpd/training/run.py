@@ -112,6 +112,9 @@ class RunFiles:
         """The step and success of the best evaluation on the way; its checkpoint is kept."""
         return self.directory / "best.json"
 
+    def write_best(self, step: int, success: float) -> None:
+        write_json(self.best, {"step": step, "success": success})
+
     @property
     def config(self) -> Path:
         return self.directory / "config.json"
@@ -159,7 +162,7 @@ def settle_best(progress: Progress, earlier: Progress, checkpoints: ACRLPDCheckp
         files.best.unlink(missing_ok=True)
     else:
         checkpoints.keep.add(progress.best_step)
-        write_json(files.best, {"step": progress.best_step, "success": progress.best_step_success})
+        files.write_best(progress.best_step, progress.best_step_success)
 
 
 def save_rollouts(path: Path, rollouts: list[Rollout]) -> None:

@@ -193,7 +193,6 @@ class Reading:
 
 ELSEWHERE = "links to other files are not followed; copy the data into this file"
 MAX_LINKS = 16  # soft links to follow in a row; HDF5 has the same limit
-MAX_RATIO = 1100  # the highest compression ratio of deflate and lzf
 KNOWN_FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
 
 
@@ -270,7 +269,7 @@ def _check_fits(where: str, data: h5py.Dataset) -> None:
         stored = data.id.get_create_plist()
         if any(stored.get_filter(at)[0] not in KNOWN_FILTERS for at in range(stored.get_nfilters())):
             return
-        there = data.id.get_storage_size() * MAX_RATIO
+        there = data.id.get_storage_size() * files.MAX_RATIO
     if data.size * data.dtype.itemsize > there:
         raise ValueError(f"{where}: the shape {data.shape} is larger than what the file holds. Is it damaged?")
 

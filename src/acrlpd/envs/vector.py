@@ -96,11 +96,6 @@ class ProcessVectorEnv:
             self.close()
             raise
 
-    @property
-    def pids(self) -> list[int]:
-        """The process ids of the workers."""
-        return [worker.pid for worker in self._workers]
-
     def send(self, commands: Mapping[int, Command]) -> None:
         for worker in self._workers:
             worker.send({index: command for index, command in commands.items() if index in worker.indices})

@@ -196,12 +196,6 @@ class LeRobotSource:
             return FrameOrigin(lerobot_opening.name_of(row), span.path, f"{span.start_s!r}:{row.length}")
         return FrameOrigin(lerobot_opening.name_of(row), row.file, f"{facts.first}:{row.length}")
 
-    def check_frames(self) -> None:
-        """Decode every frame of every camera; raise at the first that is missing, misplaced or damaged."""
-        for facts in self._facts:
-            for key in self._camera_keys.values():
-                lerobot_opening.decode_all(self._files, facts, key)
-
     def check_videos(self) -> None:
         """Raise at the first episode whose videos do not hold the frames in the tables, or have another size.
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -192,12 +193,11 @@ def chunks(setting: Setting, changes: dict[str, Any]) -> list[dict[str, Any]]:
     def chosen(agent: ACRLPDAgent, n: int) -> Any:
         return agents.choose_chunks(agent, seen, jax.random.key(0), num_samples=n)[0]
 
-    return [
-        timed(
-            f"best of {n}", lambda n=n: chosen(agent, n), setting, flops.of(lambda agent, n=n: chosen(agent, n), agent)
-        )
-        for n in CANDIDATES
-    ]
+    rows = []
+    for n in CANDIDATES:
+        counted = flops.of(functools.partial(chosen, n=n), agent)
+        rows.append(timed(f"best of {n}", functools.partial(chosen, agent, n), setting, counted))
+    return rows
 
 
 def requests(setting: Setting) -> list[dict[str, Any]]:
@@ -310,7 +310,8 @@ def parity() -> list[dict[str, Any]]:
     config = Setting("small", 2, 1).config()
     rows = []
     for dtype, precision in (("float32", "highest"), ("bfloat16", "default")):
-        policy = build.pi0_config(dataclasses.replace(config.policy, dtype=dtype), DIMS, CAMERAS).create(nnx.Rngs(0))
+        kind = apply_config_overrides(config, {"policy.dtype": dtype}).policy
+        policy = build.pi0_config(kind, DIMS, CAMERAS).create(nnx.Rngs(0))
         graph, state = nnx.split(policy)
         seen, actions = observations(config, 2, 0), batch_of(config, 2).actions
 

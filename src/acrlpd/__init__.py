@@ -8,8 +8,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
-
 _HOMES = {
     "acrlpd.agents.agent": ("ACRLPDAgent",),
     "acrlpd.agents.config": ("AgentConfig", "TemperatureConfig"),
@@ -62,6 +60,10 @@ __all__ = ["__version__", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("acrlpd")
     if name not in _HOME:
         raise AttributeError(f"module 'acrlpd' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

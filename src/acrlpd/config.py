@@ -152,7 +152,7 @@ class DataConfig(ReaderOptions):
         for each in (self, *self.sets):
             each.check()
         if count > 1 and self.frame_cache is not None:
-            raise ValueError("a frame cache is of one data set: say frame_cache of each in data.sources")
+            raise ValueError("data.frame_cache holds the pictures of one data set: set that of each data.sources")
 
     @property
     def _paths(self) -> tuple[str, ...]:
@@ -403,7 +403,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], *, base: T | None = None,
 
     Raises:
         ConfigError: unknown names, with the nearest valid one; values that a field does not allow; values that do not
-            fit together. All at once: a wrong value is told, and what it replaces is judged with the others.
+            fit together. All problems are reported together; later checks use the value that the wrong one would have
+            replaced.
     """
     problems: list[str] = []
     found = _build(cls, values, base, "", problems)

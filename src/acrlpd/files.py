@@ -89,6 +89,11 @@ def check_folder(path: str | os.PathLike[str]) -> None:
             check_file(os.path.join(folder, name))
 
 
+def cache_folder(*names: str) -> Path:
+    """Return a folder of this package below the user's cache directory (XDG_CACHE_HOME), there or not."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").joinpath("acrlpd", *names)
+
+
 def read_bytes(path: str | os.PathLike[str], *, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
     """Return the content of a regular file; refuse one that is larger than ``max_bytes``."""
     with open_file(path) as file:
@@ -281,9 +286,14 @@ def one_line(error: object) -> str:
     return printable(" ".join(str(error)[:MAX_TOLD].split()))
 
 
+def physical_memory() -> int:
+    """Return the bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def check_memory(where: str, nbytes: int, error: type[ValueError] = ValueError) -> None:
     """Raise ``error`` if an array that a file announces is larger than this machine's memory."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = physical_memory()
     if nbytes > memory:
         raise error(
             f"{where}: expected what fits into memory ({memory / 1e9:.0f} GB), found {nbytes / 1e9:.0f} GB. "
@@ -296,7 +306,7 @@ NPZ_DAMAGE = (
     *(OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError, RuntimeError),
     *(SyntaxError, LookupError, ArithmeticError, RecursionError, MemoryError, tokenize.TokenError),
 )
-MAX_RATIO = 1100  # the highest compression ratio of deflate, with a margin
+MAX_RATIO = 1100  # the highest compression ratio of deflate and of HDF5's lzf, with a margin
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 

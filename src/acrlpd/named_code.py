@@ -14,10 +14,9 @@ from typing import Any
 
 
 class StoredName(str):
-    """A name that a checkpoint or a run's folder states, and nobody in the command.
+    """A name read from a checkpoint or a run's folder, not typed by the user.
 
-    As text it is like any other. But a name of code is run only as plain text: what a user or a script says takes the
-    place of this one.
+    Code is loaded only from a plain ``str``, so a user who wants that code has to repeat its name.
     """
 
 

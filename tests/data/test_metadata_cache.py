@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from acrlpd import files
 from acrlpd.data.formats import hdf5
 from acrlpd.data.formats.hdf5 import H5DatasetReader
-from acrlpd.data.store.metadata_cache import MetadataCache, default_folder
+from acrlpd.data.store.metadata_cache import MetadataCache
 from acrlpd.types import Episode
 
 
@@ -201,7 +201,7 @@ def test_a_failure_is_not_remembered(cache, file):
 
 def test_its_place_is_the_users_cache_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "acrlpd/metadata"
+    assert MetadataCache().folder == tmp_path / "acrlpd/metadata"
 
 
 def test_a_changed_episode_is_read_anew(tmp_path, cache):

@@ -202,7 +202,7 @@ def test_a_folder_in_the_place_of_the_index_is_named(journal):
     index = journal.directory / "journal.jsonl"
     index.unlink()
     index.mkdir()
-    with pytest.raises(ValueError, match=r"journal\.jsonl: expected the journal's index, found what is no file"):
+    with pytest.raises(ValueError, match=r"journal\.jsonl: expected the journal's index, found something that"):
         ReplayJournal(journal.directory)
     index.rmdir()
     with pytest.warns(UserWarning, match=r"no line for episode_000000\.hdf5, .*3\.hdf5: made anew from those files"):

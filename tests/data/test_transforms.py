@@ -106,17 +106,7 @@ def test_normalization_and_state_text_see_the_state_before_padding():
 def test_before_gives_what_statistics_are_taken_after():
     transforms = make_list()
     assert transforms.before(tf.Normalize).transforms == transforms.transforms[:2]
-    assert transforms.before(tf.Repack).transforms == transforms.transforms
-
-
-def test_repack_renames_from_nested_and_flat_keys():
-    data = {"image": {"top": 1, "side": 2}, "observation/state": 3, "unused": 4, "actions": 5}
-    repack = tf.Repack(
-        {"images": "image", "base": "image/top", "state": "observation/state", "actions": "actions", "prompt": "task"}
-    )
-    assert repack(data) == {"images": {"top": 1, "side": 2}, "base": 1, "state": 3, "actions": 5}
-    with pytest.raises(ValueError, match=r"no image/wrist, gripper; its keys are \['image/top', 'image/side', 'obs"):
-        tf.Repack({"wrist": "image/wrist", "g": "gripper", "actions": "actions"})(data)
+    assert transforms.before(tf.ActionsOnly).transforms == transforms.transforms
 
 
 def test_default_prompt_fills_only_what_is_missing():

@@ -94,7 +94,7 @@ def test_pictures_and_failures_of_a_gymnasium_environment():
 
 
 def test_what_a_mapping_must_say():
-    with pytest.raises(ValueError, match="say by state="):
+    with pytest.raises(ValueError, match="pass state="):
         GymnasiumSimulator(Pixels(), instruction="go", outcome=judge, time_limit=9)
     with pytest.raises(ValueError, match="give a time_limit"):
         GymnasiumSimulator(Pixels(), instruction="go", outcome=judge, state=lambda observation: observation["x"])

@@ -45,7 +45,7 @@ def test_a_killed_worker_costs_the_episodes_it_had(workers):
 
     def act(observations, numbers):
         if not killed and 3 in numbers.tolist():
-            killed.append(workers.pids[1])  # it has the second of three environments alone
+            killed.append(workers._workers[1].pid)  # it has the second of three environments alone
             os.kill(killed[0], signal.SIGKILL)
         return swing(observations, numbers)
 
@@ -53,7 +53,7 @@ def test_a_killed_worker_costs_the_episodes_it_had(workers):
     results = rollout(workers, act, range(100, 112), execute_horizon=4)
     lost = {each.number for each in whole} - {each.number for each in results}
     assert len(lost) == 1
-    assert workers.pids[1] != killed[0]
+    assert workers._workers[1].pid != killed[0]
     assert_same([each for each in whole if each.number not in lost], results)
 
 
@@ -63,7 +63,7 @@ def test_a_hung_worker_is_replaced(workers):
     assert (before.num_steps, before.num_lost) == (12, 0)
     for worker in workers._workers:
         worker._timeout_s = 2.0
-    os.kill(workers.pids[0], signal.SIGSTOP)  # it has two environments
+    os.kill(workers._workers[0].pid, signal.SIGSTOP)  # it has two environments
     collected = collector.collect(swing)
     assert (collected.num_steps, collected.num_lost) == (4, 2)
     for worker in workers._workers:

@@ -62,7 +62,7 @@ def test_small_gradients_are_not_scaled_up():
 
 
 def test_moments_lie_where_openpis_checkpoint_has_them():
-    """``[None, [{count, mu, nu}, None, {count}]]``: what ``write_checkpoint`` is given comes from this chain."""
+    """``[None, [{count, mu, nu}, None, {count}]]``, since the chain of optimisers is openpi's."""
     state = make_optimizer(OptimizerConfig()).init({"w": jnp.zeros(2)})
     clip, (adam, decay, schedule) = state
     assert isinstance(clip, optax.EmptyState)

@@ -94,7 +94,7 @@ def test_each_set_has_its_own_options_where_they_differ(tiny_config, tmp_path):
         ({"sources": (DataSource(weight=1.0),)}, "a data set needs a path"),
         ({"path": "a", "sources": (DataSource(path="b"),)}, "exclude data.path"),
         ({"sources": (DataSource(path="a", weight=1.0), DataSource(path="b"))}, "one for each: got 1 for 2"),
-        ({"path": ("a", "b"), "frame_cache": "c"}, "a frame cache is of one data set"),
+        ({"path": ("a", "b"), "frame_cache": "c"}, "holds the pictures of one data set"),
         ({"path": "a", "fps": -1.0}, "fps must be a number above 0 or None, got -1"),
     ],
 )

@@ -26,7 +26,10 @@ from acrlpd.types import ChunkBatch
 def joint_loss(
     params: dict[str, Params], agent: AgentState, batch: ChunkBatch, draws: Draws, weights: LossWeights
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Return the sum of critic, V's, imitation, actor and temperature losses; s and s' take one prefix pass each."""
+    """Return the weighted sum of the critic, value, imitation, actor and temperature losses, and metrics.
+
+    s and s' are each encoded once.
+    """
     config, nets = agent.config, agent.nets
     modules = nets.modules(params, agent.frozen)
     constant = agent.guided(nets.modules(jax.lax.stop_gradient(params), agent.frozen))
@@ -35,7 +38,7 @@ def joint_loss(
     prefix = flow.encode(modules.policy, batch.observations)
     next_prefix = flow.encode(constant.policy, batch.next_observations)
 
-    # Section 2: the critic's loss at the chunk in the data. The value of s' is the best candidate's there, or V's.
+    # Section 2: the critic's loss at the chunk in the data. s' is valued by its best candidate, or by V.
     value_loss = jnp.zeros(())
     entropy: Float[Array, " b"] | None = None
     if modules.value is None:

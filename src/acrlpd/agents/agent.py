@@ -131,9 +131,9 @@ class ACRLPDAgent(AgentState):
         return self.guided(self.nets.modules(self.params | self.ema | {"critic": self.acting_critic}, self.frozen))
 
     def acting_only(self) -> ACRLPDAgent:
-        """Return an agent that acts the same, without training state, its layers apart if the policy unrolls them.
+        """Return an equivalent agent for acting: no training state; separate layers if the policy unrolls them.
 
-        Of the critics it has those that choose and, under ``guided``, the target critics.
+        It keeps the critics that rank candidates and, under ``guided``, the target critics.
         """
         modules = self.acting_modules()
         policy_def, policy = parameters.split(cast(nnx.Module, modules.policy))

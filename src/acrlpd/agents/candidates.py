@@ -63,7 +63,7 @@ def choose(
 ) -> Chosen:
     """Return the best of n candidates by the critic; with ``explore``, one drawn by their values and their spread."""
     chunks, scores = propose(modules, config, prefix, noise, num_steps)
-    judged = modules.critic.judged(chunks)  # nothing else counts in distances
+    judged = modules.critic.judged(chunks)  # distances use only what the critic reads
     eligible = among_typical(config, judged, scores)
     if explore is None:
         _, best = sampling.select(judged, eligible)
@@ -87,7 +87,7 @@ def among_typical(
     if config.typical_share == 1:
         return scores
     typical = sampling.typical(judged, config.typical_share)
-    return jnp.where(typical | jnp.isnan(scores), scores, -jnp.inf)  # what is not finite is noticed later
+    return jnp.where(typical | jnp.isnan(scores), scores, -jnp.inf)  # NaN stays, for the caller to see
 
 
 def propose(

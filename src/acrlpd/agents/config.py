@@ -36,7 +36,7 @@ class TemperatureConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ImplicitConfig:
-    """What V(s) is of Q over the data's chunks under ``target="implicit"``; its widths and rates are the critic's."""
+    """Which statistic of Q V(s) fits under ``target="implicit"``; V uses the critic's widths and learning rate."""
 
     statistic: ImplicitStatistic = "expectile"  # what V fits; quantile: by absolute errors, not squared ones
     # 0.5: the mean (expectile) or median (quantile) of the data's chunks; near 1: their best
@@ -55,7 +55,8 @@ class AgentConfig:
     temperature: TemperatureConfig = dataclasses.field(default_factory=TemperatureConfig)
     loss_weights: LossWeights = dataclasses.field(default_factory=LossWeights)
     extraction: str = "best_of_n"  # or q_gradient, distill, guided, or FILE.py:NAME: code of your own (CONTRIBUTING.md)
-    target: TargetName = "best_of_n"  # value of s' in the TD target: of the best of N chunks sampled there, or V(s')
+    # how s' is valued in the TD target: by Q of the best of N chunks sampled there, or by V(s')
+    target: TargetName = "best_of_n"
     implicit: ImplicitConfig = dataclasses.field(default_factory=ImplicitConfig)
     discount: Annotated[float, Interval("(0, 1]")] = 0.99  # for each environment step, not for each chunk
     target_update_tau: Annotated[float, Interval("(0, 1]")] = 0.005  # rate at which target critics follow the critics

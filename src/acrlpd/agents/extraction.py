@@ -30,7 +30,7 @@ ExtractionName = Literal["best_of_n", "q_gradient", "distill", "guided"]
 
 @dataclasses.dataclass(frozen=True)
 class Guide:
-    """What guides candidates while they are denoised under ``guided``: the target critics, and by how much."""
+    """The target critics, and how strongly their gradient guides candidates while these are denoised (``guided``)."""
 
     critic: CriticNetworks
     q_scale: Float[Array, ""]  # running mean of |Q|, by which gradients are divided; 0: not known yet

@@ -175,7 +175,7 @@ def q_scale(mean: Float[Array, ""], q: Float[Array, ""], step: Int[Array, ""]) -
 def averaging_share(step: Int[Array, ""], *, decay: float) -> Float[Array, ""]:
     """Return the share of the newest parameters in their moving average: 1 - ``decay``, but 6 / (step + 6) at first.
 
-    The average so forgets the parameters it began with: two thirds of it are of the last sixth of the updates, until it
-    spans 1 / (1 - decay) of them (polynomial-decay averaging, Shamir and Zhang 2013, arXiv:1212.1824).
+    The average thus forgets its start: two thirds of its weight is on the last sixth of the updates, until it spans
+    1 / (1 - decay) of them (polynomial-decay averaging, Shamir and Zhang 2013, arXiv:1212.1824).
     """
     return jnp.maximum(1 - decay, 6 / (step + 6))

@@ -10,10 +10,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import acrlpd
-from acrlpd.files import printable
+from acrlpd.files import cache_folder, printable
 from acrlpd.training.faults import EXIT_FAULT, EXIT_KEYBOARD, RunFault
 
 EXIT_BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
@@ -81,8 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _keep_compiled_programs() -> None:
     """Keep compiled programs on disk for later commands. ``JAX_COMPILATION_CACHE_DIR=`` switches this off."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acrlpd" / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder("xla")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

@@ -1,4 +1,7 @@
-"""Chunks from rows: windows of H steps with their masks. Only this module knows where an episode ends.
+"""Chunks from rows: windows of H steps with their masks.
+
+Readers decide where a recorded episode ends and ``formats/rewards.py`` where its task does; ``envs/env.py`` decides
+both for a live one. Only this module turns these ends into masks.
 
 A TD target looks ``backup_horizon`` steps ahead, so the next state and the two masks are of these steps alone.
 
@@ -93,6 +96,23 @@ def gather(
         "prompt": store.instructions(rows),
         "next_prompt": store.instructions(np.minimum(rows + ahead, end - 1)),
     }
+
+
+def gather_next(
+    store: EpisodeStore, raw: dict[str, Any], horizon: int, *, backup_horizon: int, ends_in_chunks: bool
+) -> dict[str, Any]:
+    """Read the actions that follow the chunks ``raw`` of ``gather``, for a TD target at the data's own next chunk.
+
+    ``next_actions`` [b h a] start at the next state. ``sequence_mask`` [b] is that of ``raw``, but also 0 for chunks
+    that bootstrap and whose next chunk is missing, or is cut short within ``backup_horizon`` steps by anything but a
+    terminal (by that as well, without ``ends_in_chunks``).
+    """
+    goes_on = raw["next_row"] < store.num_rows  # no action follows a final observation
+    rows = np.where(goes_on, raw["next_row"], raw["row"])
+    found = gather(store, rows, horizon, backup_horizon=backup_horizon, images=False)
+    ended = (found["bootstrap_mask"] == 0) & ends_in_chunks
+    usable = (raw["bootstrap_mask"] == 0) | (goes_on & ((found["whole"] > 0) | ended))
+    return {"next_actions": found["actions"], "sequence_mask": raw["sequence_mask"] * usable}
 
 
 def num_cut(store: EpisodeStore) -> int:

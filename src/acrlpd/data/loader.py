@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import threading
 import time
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from acrlpd.data import chunks
 from acrlpd.data.mixture import Mixture
@@ -74,8 +73,8 @@ class ChunkLoader:
         prefixes: stored prefixes of each store of ``prior``; offline batches then have them instead of images. Online
             batches cannot, because there are no stored prefixes of the replay.
         features: the part of the prefixes that critics read, for batches that only train critics.
-        next_features: the same part, for the next observations of all offline batches, where an update reads no more of
-            them (an implicit target); without it they have ``prefixes``.
+        next_features: the same part, for the next observations of all offline batches: enough where the target is
+            implicit. Without it, next observations get ``prefixes``.
         next_actions: whether batches that only train critics have the data's next chunks.
         host_index, num_hosts: this process makes its slice of each batch, the ``host_index``-th of ``num_hosts`` equal
             ones; together they are the batch that one process would make. ``batch_size`` is the size of the whole.
@@ -140,9 +139,8 @@ class ChunkLoader:
     def batch(self, step: int, *, online: bool = False, critic_alone: bool = False) -> ChunkBatch:
         """Return the batch of a training step as numpy, replayed chunks first. Only one caller may ask at a time.
 
-        With ``critic_alone`` the same chunks also have their successors, ``next_actions``, if it makes any. Chunks
-        whose successor is missing, or cut short within the critic's horizon by anything but a terminal, stay out of
-        the TD loss.
+        ``critic_alone`` adds ``next_actions``, the chunk that follows each one in the data, unless the loader was made
+        without them. ``chunks.gather_next`` says which chunks then stay out of the TD loss.
         """
         started = time.perf_counter()
         if online or not self._prefetch:
@@ -243,42 +241,28 @@ class ChunkLoader:
 
     def _read(self, drawn: _Drawn, *, critic_alone: bool) -> ChunkBatch:
         store, now, after = drawn.store, drawn.prefixes, drawn.next_prefixes
-        gather = functools.partial(
-            chunks.gather,
-            store,
-            horizon=self._horizon,
-            backup_horizon=self._backup_horizon,
-            ends_in_chunks=self._ends_in_chunks,
-        )
-        raw = gather(drawn.rows, images=now is None, next_images=after is None)
+        windows: dict[str, Any] = {
+            "horizon": self._horizon,
+            "backup_horizon": self._backup_horizon,
+            "ends_in_chunks": self._ends_in_chunks,
+        }
+        raw = chunks.gather(store, drawn.rows, images=now is None, next_images=after is None, **windows)
         raw["episode_id"] = raw["episode_id"] + drawn.first_id
-        goes_on = raw["next_row"] < store.num_rows  # no action follows a final observation
-        following = None
         if critic_alone and self._next_actions:
-            rows = np.where(goes_on, raw["next_row"], raw["row"])
-            following = gather(rows, images=False)
-        batch = self._to_batch(raw, following, goes_on)
+            raw |= chunks.gather_next(store, raw, **windows)
+        batch = self._to_batch(raw)
         return dataclasses.replace(
             batch,
             observations=_with_prefix(batch.observations, now, raw["row"]),
             next_observations=_with_prefix(batch.next_observations, after, raw["next_row"]),
         )
 
-    def _to_batch(
-        self, raw: dict[str, Any], following: dict[str, Any] | None, goes_on: Bool[np.ndarray, " b"]
-    ) -> ChunkBatch:
-        """Transform chunks to a batch; ``following`` are the next chunks, where the data ``goes_on``, or None."""
+    def _to_batch(self, raw: dict[str, Any]) -> ChunkBatch:
         now = self._transform({key: raw[key] for key in ("state", "actions", "image", "prompt")})
         seen = {"state": raw["next_state"], "image": raw["next_image"], "prompt": raw["next_prompt"]}
-        usable, next_actions = raw["sequence_mask"], None
-        if following is None:
-            after = self._transform(seen)
-        else:
-            after = self._transform(seen | {"actions": following["actions"]})
-            next_actions = np.asarray(after["actions"], np.float32)
-            ended = (following["bootstrap_mask"] == 0) & self._ends_in_chunks
-            complete = goes_on & ((following["whole"] > 0) | ended)
-            usable = usable * np.where(raw["bootstrap_mask"] > 0, complete, 1).astype(np.float32)
+        if has_next_actions := "next_actions" in raw:
+            seen["actions"] = raw["next_actions"]
+        after = self._transform(seen)
         return ChunkBatch(
             observations=to_observation(now),
             actions=np.asarray(now["actions"], np.float32),
@@ -287,10 +271,10 @@ class ChunkLoader:
             valid=raw["valid"],
             next_observations=to_observation(after),
             bootstrap_mask=raw["bootstrap_mask"],
-            sequence_mask=usable,
+            sequence_mask=raw["sequence_mask"],
             episode_id=raw["episode_id"].astype(np.int32),
             step_id=raw["step_id"].astype(np.int32),
-            next_actions=next_actions,
+            next_actions=np.asarray(after["actions"], np.float32) if has_next_actions else None,
         )
 
 

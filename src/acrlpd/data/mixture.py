@@ -66,7 +66,7 @@ def _differences(one: Facts, other: Facts, of_one_robot: bool) -> Iterator[str]:
     if not of_one_robot:
         pairs["cameras"] = (_told(one.cameras), _told(other.cameras))
     if not of_one_robot and None not in (one.robot, other.robot):
-        pairs["robots (a run has statistics of one)"] = (one.robot, other.robot)
+        pairs["robots (a run normalizes by the statistics of one)"] = (one.robot, other.robot)
     yield from (f"{name}: {first} and {second}" for name, (first, second) in pairs.items() if first != second)
 
 

@@ -122,8 +122,8 @@ class ReplayJournal:
     def _recover_index(self) -> list[Entry]:
         if self._index.exists() and not self._index.is_file():
             raise ValueError(
-                f"{self._index}: expected the journal's index, found what is no file. Move it away: the index is made "
-                "anew from the episodes."
+                f"{self._index}: expected the journal's index, found something that is not a regular file. Move it "
+                "away; the index will be rebuilt from the episodes."
             )
         files.remove_abandoned(self.directory)
         lines = self._index.read_bytes().splitlines(keepends=True) if self._index.is_file() else []

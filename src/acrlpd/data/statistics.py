@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from acrlpd.data import chunks
-from acrlpd.data.store.episodes import EpisodeSource, EpisodeStore
+from acrlpd.data.store.episodes import EpisodeSource, EpisodeStore, whole_episode
 from acrlpd.data.view.normalize import EPSILON, NormStats, ranges
 from acrlpd.data.view.transforms import Transform
-from acrlpd.types import Episode, typed
+from acrlpd.types import typed
 
 MIN_STD = 1e-3  # default floor, in raw units
 MAX_NORMALIZED = 10.0  # a dimension is widened until no value seen normalizes beyond this
@@ -378,7 +378,7 @@ def from_sources(
     def blocks() -> Iterator[tuple[dict[str, np.ndarray], float]]:
         for source, indices, weight in zip(sources, chosen, weights, strict=True):
             for index in indices.tolist():
-                store = EpisodeStore.from_episodes([_without_pictures(source, index)])
+                store = EpisodeStore.from_episodes([whole_episode(source, index, cameras=())])
                 yield from ((block, weight) for block in _transformed(store, transform, horizon))
 
     return _of_blocks(blocks(), sum(steps), min_std)
@@ -388,19 +388,6 @@ def _spread(source: EpisodeSource, count: int | None) -> Int[np.ndarray, " n"]:
     """Return the indices of ``count`` evenly spread episodes; None gives all."""
     spread = np.linspace(0, source.num_episodes - 1, min(count or source.num_episodes, source.num_episodes))
     return np.unique(spread.round().astype(int))
-
-
-def _without_pictures(source: EpisodeSource, index: int) -> Episode:
-    info = source.info(index)
-    return Episode(
-        state=source.window(index, "state", 0, info.length),
-        actions=source.window(index, "actions", 0, info.length),
-        rewards=np.zeros(info.length, np.float32),
-        terminals=np.zeros(info.length, bool),
-        task=info.task,
-        success=info.success,
-        source=info.source,
-    )
 
 
 @typed

@@ -15,7 +15,6 @@ from flax import nnx
 
 from acrlpd.agents.config import AgentConfig
 from acrlpd.config import to_dict
-from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.view import normalize
 from acrlpd.data.view.robots.mapping import ROBOTS, unseen
 from acrlpd.deploy.trained import load_trained, policy_spec
@@ -29,7 +28,7 @@ from acrlpd.serving.production import PRODUCTION_SERVING_CONFIG, Platform
 from acrlpd.training.build import abstract_agent, delta_mask, has_quantiles, make_transform
 from acrlpd.training.checkpoint import ACRLPDCheckpointManager
 from acrlpd.training.loading import Trained
-from acrlpd.training.prior_data import open_mixture, open_sets
+from acrlpd.training.prior_data import make_chunk_loader, open_mixture, open_sets
 
 T = TypeVar("T")
 
@@ -102,15 +101,8 @@ def best_critics(trained: Trained, count: int, data: str | Path | None) -> np.nd
     else:
         other = dataclasses.replace(config.data, path=str(data), weights=(), sources=(), validation_fraction=0.0)
         config = dataclasses.replace(config, data=other)
-    loader = ChunkLoader(
-        open_mixture(config, open_sets(config)),
-        make_transform(config, trained.stats, trained.dims),
-        batch_size=config.data.batch_size,
-        horizon=config.policy.action_horizon,
-        backup_horizon=config.backup_horizon,
-        sequence_ratio=config.data.sequence_ratio,
-        seed=config.seed,
-    )
+    prior = open_mixture(config, open_sets(config))
+    loader = make_chunk_loader(config, prior, make_transform(config, trained.stats, trained.dims))
     rngs = jax.random.split(jax.random.key(config.seed), TD_BATCHES)
     errors = [export.member_td_errors(trained.agent, loader.batch(k), rng) for k, rng in enumerate(rngs)]
     mean = np.mean(jax.device_get(errors), axis=0)

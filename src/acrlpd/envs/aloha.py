@@ -205,11 +205,8 @@ def _with_grippers(joints: np.ndarray, grippers: Any) -> np.ndarray:
 
 
 def _import() -> Any:
-    rendering.choose_backend()
-    try:
+    with rendering.simulator("aloha", "gym-aloha"):
         import gym_aloha.constants
         import gym_aloha.tasks.sim
         import gym_aloha.utils
-    except ImportError as error:
-        raise ImportError("aloha/... environments need gym-aloha: pip install 'acrlpd[aloha]'") from error
     return gym_aloha

@@ -18,7 +18,7 @@ from acrlpd import main_guard
 from acrlpd.envs.env import EnvConfig, SimulatedEnvironment, clip_action
 from acrlpd.envs.episodes import EpisodeRunner, Lost, Rollout, Start
 from acrlpd.envs.experts import CollectPolicy, SmoothNoise, make_expert
-from acrlpd.envs.failure import Failure
+from acrlpd.envs.failure import Failure, checked
 from acrlpd.envs.registry import check_named, make
 from acrlpd.envs.rollout import MAX_BAD_STARTS_IN_A_ROW, episode_seed
 from acrlpd.orphans import end_with_parent
@@ -110,10 +110,10 @@ def _in_processes(job: _CollectJob, numbers: list[int], num_workers: int) -> Ite
         try:
             for number in numbers:
                 if len(waiting) == 2 * num_workers:
-                    yield _checked(waiting.popleft().result())
+                    yield checked(waiting.popleft().result())
                 waiting.append(executor.submit(_run_in_worker, number))
             while waiting:
-                yield _checked(waiting.popleft().result())
+                yield checked(waiting.popleft().result())
         except BrokenProcessPool as error:
             raise ChildProcessError(
                 "a collecting process died (out of memory, or killed, or the script that started it has no "
@@ -122,12 +122,6 @@ def _in_processes(job: _CollectJob, numbers: list[int], num_workers: int) -> Ite
             ) from error
         finally:
             executor.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits only for the episodes in progress
-
-
-def _checked(result: Rollout | Failure) -> Rollout:
-    if isinstance(result, Failure):
-        raise result.error()
-    return result
 
 
 _job: _CollectJob | None = None  # in a worker process

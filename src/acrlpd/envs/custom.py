@@ -59,7 +59,7 @@ class GymnasiumSimulator:
         if not hasattr(space, "low") or np.dtype(space.dtype).kind != "f":
             raise ValueError(f"{env}: a flow policy needs a Box of actions that are floats, got {space}")
         if state is None and len(env.observation_space.shape or ()) == 0:
-            raise ValueError(f"{env}: observes {env.observation_space}; say by state=... which numbers the policy sees")
+            raise ValueError(f"{env}: observes {env.observation_space}; pass state=..., which returns one row")
         limit = time_limit or (env.spec.max_episode_steps if env.spec else None)
         if limit is None:
             raise ValueError(f"{env} has no time limit of its own: give a time_limit")

@@ -75,7 +75,7 @@ class EpisodeRunner:
         self._rewards: list[float] = []
 
     def obey(self, command: Command) -> Report | Lost:
-        """Execute a command. A failed reset loses the episode that it should start, as a failed step ends its own."""
+        """Execute a command. If the physics fails, the episode is lost, whether at its reset or in a step."""
         if isinstance(command, Start):
             try:
                 return Report(self.start(command), None, 0)

@@ -1,4 +1,4 @@
-"""An error of another process as text.
+"""Errors of worker processes, sent back as text and raised again here.
 
 The exception itself cannot always be sent: its class may be unknown here, may take other arguments than a message, or
 may hold objects that cannot be pickled.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
+from typing import Any
 
 MISTAKES: tuple[type[Exception], ...] = (ValueError, ImportError, OSError)  # shown to users without a traceback
 
@@ -18,7 +19,7 @@ class WorkerError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """An exception as text."""
+    """An exception as text; ``checked`` raises it again."""
 
     kind: str  # the name of its class
     mistake: str  # which of MISTAKES it is; empty: none
@@ -38,3 +39,10 @@ class Failure:
         found = made(self.message if self.kind == self.mistake else f"{self.kind}: {self.message}")
         found.add_note(f"In a worker process:\n{self.traceback}")
         return found
+
+
+def checked(answer: Any) -> Any:
+    """Return the answer of another process; raise its error if it is a ``Failure``."""
+    if isinstance(answer, Failure):
+        raise answer.error()
+    return answer

@@ -192,8 +192,7 @@ def _answer_libero() -> None:
     import yaml
 
     root = Path(next(iter(spec.submodule_search_locations or ()))) / "libero"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "acrlpd" / f"libero-{hashlib.sha256(str(root).encode()).hexdigest()[:12]}"
+    folder = files.cache_folder(f"libero-{hashlib.sha256(str(root).encode()).hexdigest()[:12]}")
     places = {"bddl_files": "bddl_files", "init_states": "init_files", "datasets": "../datasets", "assets": "assets"}
     config = {"benchmark_root": str(root)} | {key: str(root / place) for key, place in places.items()}
     folder.mkdir(parents=True, exist_ok=True)

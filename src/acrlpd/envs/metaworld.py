@@ -74,11 +74,8 @@ class MetaWorld:
 
 
 def _import() -> Any:
-    rendering.choose_backend()
-    try:
+    with rendering.simulator("metaworld", "MetaWorld"):
         import metaworld
         import metaworld.env_dict
         import metaworld.policies
-    except ImportError as error:
-        raise ImportError("metaworld/... environments need MetaWorld: pip install 'acrlpd[metaworld]'") from error
     return metaworld

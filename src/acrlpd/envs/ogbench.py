@@ -108,11 +108,7 @@ def _instruction(registered: str, task_name: str) -> str:
 
 def _import() -> Any:
     """Return Gymnasium with OGBench's environments registered."""
-    rendering.choose_backend()
-    import gymnasium
-
-    try:
+    with rendering.simulator("ogbench", "OGBench"):
+        import gymnasium
         import ogbench.manipspace  # noqa: F401
-    except ImportError as error:
-        raise ImportError("ogbench/... environments need OGBench: pip install 'acrlpd[ogbench]'") from error
     return gymnasium

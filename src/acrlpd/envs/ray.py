@@ -8,7 +8,7 @@ from typing import Any
 
 from acrlpd.envs.env import EnvSpec
 from acrlpd.envs.episodes import Command, EpisodeRunner, Lost, Report
-from acrlpd.envs.failure import Failure, WorkerError
+from acrlpd.envs.failure import Failure, WorkerError, checked
 from acrlpd.envs.vector import MAX_DEATHS_IN_A_ROW, STARTUP_TIMEOUT_S, MakeEnvironment
 
 
@@ -37,7 +37,7 @@ class RayVectorEnv:
         self._pending: dict[int, tuple[Any, dict[int, Command]]] = {}  # by actor: its future answer, and its commands
         self._sent = 0.0
         self.actors = [self._begin(indices) for indices in self._indices]
-        self.spec: EnvSpec = _checked(ray.get(self.actors[0].spec.remote(), timeout=STARTUP_TIMEOUT_S))
+        self.spec: EnvSpec = checked(ray.get(self.actors[0].spec.remote(), timeout=STARTUP_TIMEOUT_S))
 
     def send(self, commands: Mapping[int, Command]) -> None:
         for number, indices in enumerate(self._indices):
@@ -52,7 +52,7 @@ class RayVectorEnv:
             left = max(0.0, self._timeout_s - (time.monotonic() - self._sent))
             fresh = self._deaths_in_a_row[number] > 0  # a new actor has to start first
             try:
-                answers |= _checked(self._ray.get(answer, timeout=left + fresh * STARTUP_TIMEOUT_S))
+                answers |= checked(self._ray.get(answer, timeout=left + fresh * STARTUP_TIMEOUT_S))
                 self._deaths_in_a_row[number] = 0
             except self._ray.exceptions.GetTimeoutError:
                 answers |= self._replace(number, commands, f"actor {number} hung: no answer in {self._timeout_s:g} s")
@@ -81,12 +81,6 @@ class RayVectorEnv:
             )
         self.actors[number] = self._begin(self._indices[number])
         return {index: Lost(reason) for index in commands}
-
-
-def _checked(answer: Any) -> Any:
-    if isinstance(answer, Failure):
-        raise answer.error()
-    return answer
 
 
 class _Runners:

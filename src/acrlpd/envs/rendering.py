@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,16 @@ def choose_backend() -> str:
     backend = "egl" if _egl_has_device() else "osmesa" if _loads("libOSMesa.so.8", "libOSMesa.so") else "disabled"
     os.environ["MUJOCO_GL"] = backend
     return backend
+
+
+@contextlib.contextmanager
+def simulator(name: str, package: str) -> Iterator[None]:
+    """Choose the backend for a simulator that the block imports; if it is not installed, say how to install it."""
+    choose_backend()
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"{name}/... environments need {package}: pip install 'acrlpd[{name}]'") from error
 
 
 class Renderer:

@@ -89,7 +89,7 @@ class RobotSimulator:
     def step(self, action: Float[np.ndarray, " a"]) -> tuple[Float[np.ndarray, " s"], Outcome]:
         self._environment.apply_action({"actions": action})
         self._sleep(max(0.0, self._next_step - self._clock()))
-        self._next_step = max(self._next_step, self._clock()) + 1 / self.fps  # delays of a policy are not caught up
+        self._next_step = max(self._next_step, self._clock()) + 1 / self.fps  # no hurry after a slow policy
         self._observation = self._environment.get_observation()
         complete = self._environment.is_episode_complete()
         outcome = self._outcome(self._observation, complete)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeAlias
 from acrlpd import fields, main_guard
 from acrlpd.envs.env import Environment, EnvSpec
 from acrlpd.envs.episodes import Command, EpisodeRunner, Lost, Report
-from acrlpd.envs.failure import Failure
+from acrlpd.envs.failure import Failure, checked
 from acrlpd.fields import Interval, NonNegativeInt
 from acrlpd.orphans import end_with_parent
 
@@ -56,7 +56,7 @@ class VectorEnv(Protocol):
 
 
 class LocalVectorEnv:
-    """Environments in this process, run one by one. Only ``receive`` executes, so a device may compute before it."""
+    """Environments in this process, run one by one. They act in ``receive``, so a device can compute after ``send``."""
 
     def __init__(self, environments: Sequence[Environment]):
         self.spec = environments[0].spec
@@ -95,11 +95,6 @@ class ProcessVectorEnv:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def pids(self) -> list[int]:
-        """The process ids of the workers."""
-        return [worker.pid for worker in self._workers]
 
     def send(self, commands: Mapping[int, Command]) -> None:
         for worker in self._workers:
@@ -193,9 +188,7 @@ class _Worker:
             if self._process.exitcode == main_guard.EXIT_NO_GUARD:
                 raise ValueError(main_guard.message()) from None
             raise _GoneError(f"worker {self.pid} died (exit code {self._process.exitcode})") from error
-        if isinstance(answer, Failure):
-            raise answer.error()
-        return answer
+        return checked(answer)
 
     def _replace(self, reason: str) -> None:
         self._end()

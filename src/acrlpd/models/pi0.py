@@ -68,11 +68,6 @@ def is_suffix_param(path: str) -> bool:
     return not path.startswith("PaliGemma/") or re.fullmatch("PaliGemma/llm/.*_1(/.*)?", path) is not None
 
 
-def is_backbone_param(path: str) -> bool:
-    """Return whether the parameter at ``path`` belongs to the image tower or the vision-language expert."""
-    return not is_suffix_param(path)
-
-
 @typed
 def attention_mask(valid: Bool[Array, "b t"], block_starts: Bool[Array, " t"]) -> Bool[Array, "b t t"]:
     """Return the attention mask: ``[b, i, j]`` is true where token i attends to token j.

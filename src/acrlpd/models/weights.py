@@ -1,4 +1,4 @@
-"""Policy weights on disk: openpi's Orbax directories and training checkpoints, PaliGemma's ``.npz``, safetensors.
+"""Policy weights on disk: openpi's Orbax directories, in training runs as well, PaliGemma's ``.npz``, safetensors.
 
 In memory, weights are a flat dictionary from the parameter's path, joined by '/', to a numpy array. This module never
 reads or writes a pickle.
@@ -7,7 +7,6 @@ reads or writes a pickle.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import os
@@ -39,41 +38,10 @@ NOT_IN_PALIGEMMA = f"{LORA}|(?!PaliGemma/).*|PaliGemma/llm/.*_1/.*"
 TORCH_FILE = "model.safetensors"
 """The weights file in a checkpoint of openpi's PyTorch port or of LeRobot."""
 
-_NORM_STATS = "norm_stats.json"
 _MAX_LISTED = 20
 _SUFFIXES: dict[Layout, str] = {"npz": ".npz", "paligemma": ".npz", "safetensors": ".safetensors"}
 _BFLOAT16 = np.dtype(jnp.bfloat16)
 _BFLOAT16_IN_NPZ = np.dtype("V2")  # numpy's file format has no name for bfloat16; big_vision does the same
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingCheckpoint:
-    """One step folder of openpi's training loop: everything that it needs to continue training."""
-
-    step: int  # updates done; the folder's number is one less
-    params: Weights
-    ema_params: Weights | None  # None: the run kept no average
-    opt_state: Any  # nested lists and dictionaries with arrays, as openpi's optimizer chain (see ``write_checkpoint``)
-    norm_stats: Mapping[str, str]  # the text of each asset id's norm_stats.json
-
-
-class _AssetsHandler(ocp.CheckpointHandler):
-    """A handler that writes text files, so that Orbax lists them as an item like the others."""
-
-    def save(self, directory: os.PathLike[str], args: _AssetsSave) -> None:
-        for name, text in args.texts.items():
-            file = files.inside(Path(directory), name, "the id of an asset")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
-
-    def restore(self, directory: os.PathLike[str], args: Any = None) -> None:
-        raise NotImplementedError("assets are read as files")
-
-
-@ocp.args.register_with_handler(_AssetsHandler, for_save=True, for_restore=True)
-@dataclasses.dataclass
-class _AssetsSave(ocp.args.CheckpointArgs):
-    texts: Mapping[str, str]  # by path
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -90,26 +58,6 @@ def read_params(path: str | os.PathLike[str]) -> Weights:
     local = _source(path)
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
     return _checked(readers.get(local.suffix, _read_item)(local), local)
-
-
-def read_checkpoint(path: str | os.PathLike[str]) -> TrainingCheckpoint:
-    """Read a step folder of openpi's training loop, or the newest one of a run."""
-    local = _step_of(fetch(path))  # chosen once: a run in progress writes newer ones
-    saved = read_params(local)
-    item = _find_item(local, "train_state")
-    state, assets = _restore(item), item.parent / "assets"
-    # openpi stores the EMA weights, if there are any, in the item for inference, and the plain weights elsewhere.
-    plain = _flatten_params(state, local) if state.get("params") else None
-    return TrainingCheckpoint(
-        step=int(state["step"]),
-        params=saved if plain is None else plain,
-        ema_params=None if plain is None else saved,
-        opt_state=state["opt_state"],
-        norm_stats={
-            file.parent.relative_to(assets).as_posix(): files.read_text(file)
-            for file in sorted(assets.rglob(_NORM_STATS))
-        },
-    )
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -174,7 +122,7 @@ def _download(url: str, scheme: str, target: Path) -> None:
 def locate(path: str | os.PathLike[str]) -> Path:
     """Return the file or Orbax folder that ``read_params`` would read; statistics are in ``assets`` next to it."""
     local = _source(path)
-    return local if local.suffix in _SUFFIXES.values() else _find_item(local, "params")
+    return local if local.suffix in _SUFFIXES.values() else _find_params(local)
 
 
 def _source(path: str | os.PathLike[str]) -> Path:
@@ -205,22 +153,22 @@ def _is_item(folder: Path) -> bool:
     return (folder / "_METADATA").exists() or (folder / "manifest.ocdbt").exists()
 
 
-def _find_item(path: Path, item: str) -> Path:
-    """Return the Orbax folder of ``item``: ``path`` itself, or one inside it or inside its highest-numbered step."""
+def _find_params(path: Path) -> Path:
+    """Return the Orbax folder: ``path`` itself, or ``params`` inside it or inside its highest-numbered step."""
     step = _step_of(path)
-    folder = step if item == "params" and _is_item(step) else step / item
+    folder = step if _is_item(step) else step / "params"
     if (folder / "_METADATA").exists():
         return folder
     if _is_item(folder):
         raise ValueError(f"{folder}: expected a complete Orbax folder; its _METADATA is missing. Copy it anew.")
     if step != path:
         raise ValueError(
-            f"{step}, the newest step of {path}, holds no {item}: it is incomplete. Copy it anew, delete it, or name "
+            f"{step}, the newest step of {path}, holds no params: it is incomplete. Copy it anew, delete it, or name "
             "another step."
         )
     raise ValueError(
-        f"{path} holds no {item}: expected an Orbax folder (with a _METADATA file) there, in {item}/ or in "
-        f"<step>/{item}/" + (", or a .npz or .safetensors file" if item == "params" else "")
+        f"{path} holds no params: expected an Orbax folder (with a _METADATA file) there, in params/ or in "
+        "<step>/params/, or a .npz or .safetensors file"
     )
 
 
@@ -288,7 +236,7 @@ def _flatten_params(tree: Any, source: Path) -> dict[str, Any]:
 
 
 def _read_item(path: Path) -> Weights:
-    return _flatten_params(_restore(_find_item(path, "params")), path)
+    return _flatten_params(_restore(_find_params(path)), path)
 
 
 def stored_shapes(item: Path) -> dict[tuple[str, ...], tuple[int, ...]]:
@@ -297,7 +245,7 @@ def stored_shapes(item: Path) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 def _inspect_item(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    tree = _metadata(_find_item(path, "params"))
+    tree = _metadata(_find_params(path))
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _flatten_params(tree, path).items()}
 
 
@@ -494,7 +442,7 @@ def write(
             _write_npz(partial, flat if layout == "npz" else _for_paligemma(flat))
         else:
             tree = _nest(flat) if layout == "orbax" else _nest(flat, level=())
-            _save(partial, ocp.PyTreeCheckpointHandler(), ocp.args.PyTreeSave({"params": tree}))
+            _save(partial, {"params": tree})
 
 
 def check_target(path: str | os.PathLike[str], layout: Layout | None = None, *, overwrite: bool = False) -> Layout:
@@ -527,34 +475,10 @@ def write_safetensors(
     write(path, params, layout="safetensors", metadata=metadata)
 
 
-def write_checkpoint(path: str | os.PathLike[str], checkpoint: TrainingCheckpoint) -> None:
-    """Write a step folder from which openpi's training loop can continue.
-
-    Its optimizer is ``chain(clip, adamw)``: ``opt_state`` is ``[None, [{count, mu, nu}, None, {count}]]`` with ``mu``
-    and ``nu`` nested like the trainable parameters.
-    """
-    with_average = checkpoint.ema_params is not None
-    train_state = {
-        "step": _on_host(np.asarray(checkpoint.step, np.int32)),
-        "params": _nest(checkpoint.params) if with_average else {},
-        "model_def": None,
-        "opt_state": jax.tree.map(_on_host, checkpoint.opt_state),
-        "ema_params": None,
-    }
-    saved = checkpoint.ema_params if checkpoint.ema_params is not None else checkpoint.params
-    items = ocp.args.Composite(
-        assets=_AssetsSave({f"{asset_id}/{_NORM_STATS}": text for asset_id, text in checkpoint.norm_stats.items()}),
-        params=ocp.args.PyTreeSave({"params": _nest(saved)}),
-        train_state=ocp.args.PyTreeSave(train_state),
-    )
-    with _replacing(Path(path).absolute()) as partial:
-        _save(partial, ocp.CompositeCheckpointHandler(), items)
-
-
-def _save(path: Path, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs) -> None:
+def _save(path: Path, tree: Mapping[str, Any]) -> None:
     quiet_orbax()
     try:
-        ocp.Checkpointer(handler).save(path, args=args)
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).save(path, args=ocp.args.PyTreeSave(tree))
     except BaseException:
         _await_writes(path.parent)
         raise

@@ -17,7 +17,8 @@ from acrlpd import fields
 from acrlpd.fields import Interval, NonNegativeFloat, PositiveFloat, PositiveInt
 from acrlpd.serving.limits import is_loopback
 
-NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # for an address of a name, such as localhost's ::1 without IPv6
+# this machine lacks an address that a name has, such as ::1 of localhost without IPv6; the name's others will do
+NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 @dataclasses.dataclass(frozen=True)

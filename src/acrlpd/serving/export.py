@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from acrlpd.agents import candidates, td
 from acrlpd.agents.agent import ACRLPDAgent, choose_chunks
-from acrlpd.data.view.normalize import NormStats
+from acrlpd.data.view.normalize import EPSILON, NormStats
 from acrlpd.data.view.robots.mapping import Platform
 from acrlpd.models.parameters import Params
 from acrlpd.serving.budget import Plan
@@ -139,9 +139,9 @@ def _infer(agent: ACRLPDAgent, interface: Interface, inputs: Mapping[str, Array]
 def _affine(stats: NormStats, quantiles: bool) -> tuple[Float[Array, " d"], Float[Array, " d"]]:
     """Return offset and scale such that (x - offset) / scale normalizes as one of ``data.normalize``'s two formulas."""
     if not quantiles:
-        return jnp.float32(stats.mean), jnp.float32(stats.std + 1e-6)
+        return jnp.float32(stats.mean), jnp.float32(stats.std + EPSILON)
     assert stats.q01 is not None and stats.q99 is not None  # noqa: PT018  # Normalize refuses stats without them
-    half = (stats.q99 - stats.q01 + 1e-6) / 2
+    half = (stats.q99 - stats.q01 + EPSILON) / 2
     return jnp.float32(stats.q01 + half), jnp.float32(half)
 
 

@@ -150,7 +150,10 @@ class AgentSampler:
 
     def __call__(self, observation: Observation, draws: Draws, plan: Plan) -> tuple[Float[Array, "b h a"], Metrics]:
         if draws.noise is not None:
-            raise ValueError("an agent draws many chunks and takes no noise of one; serve its flow alone for that")
+            raise ValueError(
+                "an agent takes no noise from a request: it draws each candidate's itself. To choose the noise, serve "
+                "the flow policy alone (FlowSampler)"
+            )
         return choose_chunks(
             self._agent if plan.guided else self._plain,
             observation,

@@ -38,7 +38,7 @@ from acrlpd.training.metrics import write_json
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-FORMAT_VERSION = 1  # version of the JSON beside the arrays; JSON without one is 0, from before there were any
+FORMAT_VERSION = 1  # of the JSON beside the arrays; JSON that names no version is of version 0
 WRITTEN_HERE = ("step", "versions", "structure", "checksums", "format_version")  # the rest comes from the run
 SHOWN = 20  # arrays in a message
 DAMAGED = "damaged"  # folder for checkpoints that could not be read when a run was resumed
@@ -310,7 +310,7 @@ class ACRLPDCheckpointManager:
             )
             raise LaterVersion(told) if is_whole else self._damaged(step, f"{told}; or its numbers have changed")
         if "format_version" in run and not is_whole:
-            raise self._damaged(step, f"{file} does not say what was saved")
+            raise self._damaged(step, f"{file} has changed since it was saved (checksum mismatch)")
         if run.get("step", step) != step:
             raise self._damaged(step, f"{file} belongs to step {run['step']}")
         if "format_version" not in run and not _is_of_format_0(run):

@@ -32,8 +32,8 @@ class Clocks:
     def span(self, name: str, *, behind: str | None = None, busy: Callable[[], bool] = bool) -> Iterator[None]:
         """Count the block's time as ``name``, without that of the spans within it.
 
-        It counts as ``behind`` if the device is still ``busy`` with that at the end: nothing then had to wait for what
-        the host did.
+        If the device is still ``busy`` at the end, the time counts as ``behind``, which is what the device does: it did
+        not have to wait for the host.
         """
         start = self._clock()
         self._inner.append(0.0)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from acrlpd.config import TrainConfig
+from acrlpd.files import read_json
 from acrlpd.training.clocks import breakdown
 from acrlpd.training.faults import Interrupted
 from acrlpd.training.run import Progress, RunFiles, RunState
@@ -94,9 +94,9 @@ def summarize(state: RunState, ended: Ended, data: Mapping[str, Any]) -> dict[st
 def known_summary(files: RunFiles, progress: Progress, updates: int) -> dict[str, Any] | None:
     """Return the summary of a run that is over with these counters; None if there is none or it does not fit."""
     try:
-        summary = json.loads(files.summary.read_bytes())
+        summary = read_json(files.summary, allow_nan=True)
         reason = summary["ended"]["reason"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):  # it will be written again
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # it will be written again
         return None
     counters = {"updates": updates, "env_steps": progress.env_steps, "phases": progress.results}
     return summary if reason in OVER and all(summary.get(key) == value for key, value in counters.items()) else None

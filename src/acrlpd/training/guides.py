@@ -27,7 +27,7 @@ TROUBLESHOOTING_GUIDE: dict[str, dict[str, list[str]]] = {
         "symptoms": ["Success falls when the online phase begins"],
         "solutions": [
             "Raise data.online_ratio_episodes: few own episodes then fill less of a batch",
-            "Lower agent.best_of_n_samples: the choice trusts the critic's errors less",
+            "Lower agent.best_of_n_samples: a choice among fewer exploits the critic's errors less",
             "Collect alone at first (warmup_env_steps)",
             "Lower the learning rates",
         ],

@@ -78,7 +78,7 @@ class ACRLPDTrainer:
             with self._log.opened():
                 with self._note_the_end(), self._recovery.save_before_leaving():
                     for phase in PHASES:
-                        if not phases.is_behind(state, phase):
+                        if not phases.is_done(state, phase):
                             self._run(phase, stop)
                 ended = ending.is_over(state.config, state.progress, state.step)
                 assert ended is not None, "both phases have come to their end"

@@ -24,12 +24,12 @@ from acrlpd.agents.state import CRITIC_GROUPS
 from acrlpd.config import TrainConfig
 from acrlpd.envs.registry import make_vector
 from acrlpd.fields import PositiveInt
+from acrlpd.models.pi0 import CAMERAS
 from acrlpd.training.build import Dims, create_agent, model_cameras
 from acrlpd.training.sharding import BATCH_AXIS, FSDP_AXIS, parameter_sharding
 from acrlpd.types import ChunkBatch, Observation
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # the cameras of openpi's models
 _BYTES = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 QUICKLY: dict[str, str | bool] = {
     "xla_backend_optimization_level": "0",

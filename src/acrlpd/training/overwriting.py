@@ -8,7 +8,6 @@ reads.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -113,8 +112,8 @@ def _checked_names(directory: Path) -> set[str]:
 def _check_config(run: RunFiles) -> None:
     """Refuse a folder whose ``config.json`` belongs to another program; a damaged file is not a reason."""
     try:
-        stored = json.loads(run.config.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        stored = files.read_json(run.config, object, allow_nan=True)
+    except (OSError, ValueError):
         return
     if stored and not (isinstance(stored, dict) and {"policy", "agent", "data"} <= stored.keys()):
         raise ValueError(

@@ -36,7 +36,7 @@ def is_finished(state: RunState, phase: Phase) -> bool:
     return ending.early_stop(state.config, state.progress) is not None or (done >= total and updates_owed(state) < 1)
 
 
-def is_behind(state: RunState, phase: Phase) -> bool:
+def is_done(state: RunState, phase: Phase) -> bool:
     """Return whether nothing of a phase is left to do: it is empty, or it was finished and its results are saved."""
     was_ended = phase in state.progress.finished and is_finished(state, phase)
     return extent(state, phase)[0] == 0 or was_ended

@@ -75,7 +75,7 @@ def is_legal(config: TrainConfig) -> bool:
 
 
 def are_features_of_use(config: TrainConfig, agent: ACRLPDAgent) -> bool:
-    """Return whether updates of critics alone are still to come, and read features that take a pass to compute."""
+    """Return whether the run will still train critics alone, on features that take a forward pass to compute."""
     reads = agent.config.critic.use_pi0_features and config.policy.traits.has_backbone
     return reads and int(agent.step) < config.critic_alone_steps and jax.process_count() == 1
 
@@ -132,7 +132,7 @@ def key(
     ``number``: place of the data set in the configuration, where several may read the same files differently.
     """
     digest = hashlib.sha256(f"{VERSION} {fingerprint(data)} {features_alone} {number}".encode())
-    changes = features_alone and not config.policy.freeze_pi0_backbone  # of what encodes, in the course of a run
+    changes = features_alone and not config.policy.freeze_pi0_backbone  # whether training changes the encoder
     weights = (agent.frozen, agent.params["policy"] if changes else ())
     digest.update(json.dumps([to_dict(config.policy), to_dict(config.data)], sort_keys=True).encode())
     for array in jax.tree.leaves((weights, {name: dataclasses.asdict(each) for name, each in stats.items()})):

@@ -7,12 +7,14 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from acrlpd.config import TrainConfig
 from acrlpd.data import chunks, held_out, statistics
 from acrlpd.data.formats.frame_cache import FrameCache
 from acrlpd.data.formats.options import DataSource
 from acrlpd.data.held_out import Part
+from acrlpd.data.loader import ChunkLoader
 from acrlpd.data.mixture import Facts, Mixture, check_alike
 from acrlpd.data.sources import Dataset, open_episodes
 from acrlpd.data.store import windows
@@ -21,7 +23,7 @@ from acrlpd.data.tools import instructions
 from acrlpd.data.view import normalize
 from acrlpd.data.view.normalize import NormStats
 from acrlpd.data.view.robots import mapping
-from acrlpd.data.view.transforms import Compose
+from acrlpd.data.view.transforms import Compose, Transform
 from acrlpd.envs.env import EnvSpec
 from acrlpd.training.build import Dims, before_normalization, delta_mask, has_quantiles
 from acrlpd.training.collection import collect_prior
@@ -52,6 +54,23 @@ def held_out_of(sources: Sequence[Dataset]) -> list[Dataset]:
 
 def _paths(config: TrainConfig) -> list[str]:
     return [each.path for each in prior_sets(config)]
+
+
+def make_chunk_loader(config: TrainConfig, prior: Mixture, transform: Transform, **others: Any) -> ChunkLoader:
+    """Return a loader that draws chunks as ``config`` says; ``others`` are the arguments that it does not decide."""
+    return ChunkLoader(
+        prior,
+        transform,
+        batch_size=config.data.batch_size,
+        horizon=config.policy.action_horizon,
+        backup_horizon=config.backup_horizon,
+        sequence_ratio=config.data.sequence_ratio,
+        seed=config.seed,
+        online_ratio=config.data.online_ratio,
+        online_ratio_episodes=config.data.online_ratio_episodes,
+        ends_in_chunks=config.data.ends_in_chunks,
+        **others,
+    )
 
 
 def open_prior(config: TrainConfig, number: int = 0) -> Dataset:

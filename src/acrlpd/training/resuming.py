@@ -129,7 +129,7 @@ def _unlike(before: TrainConfig, after: TrainConfig, allowed: Collection[str]) -
 
 
 def _differences(before: TrainConfig, after: TrainConfig) -> list[str]:
-    """Return one line for each field that differs; a critic's horizon that is not named is the one that follows."""
+    """Return one line for each field that differs. A critic horizon that was left out counts as its resolved value."""
     first, second = (to_dict(config.with_critic_horizon(config.critic_horizon)) for config in (before, after))
     return differences(first, second)
 

@@ -120,6 +120,9 @@ class RunFiles:
         """The step and score of the best evaluation on the way; its checkpoint is kept."""
         return self.directory / "best.json"
 
+    def write_best(self, progress: Progress) -> None:
+        write_json(self.best, {"step": progress.best_step} | progress.best_score)
+
     @property
     def config(self) -> Path:
         return self.directory / "config.json"
@@ -178,7 +181,7 @@ def settle_best(progress: Progress, earlier: Progress, checkpoints: ACRLPDCheckp
         files.best.unlink(missing_ok=True)
     else:
         checkpoints.keep.add(progress.best_step)
-        write_json(files.best, {"step": progress.best_step} | progress.best_score)
+        files.write_best(progress)
 
 
 def save_rollouts(path: Path, rollouts: list[Rollout]) -> None:

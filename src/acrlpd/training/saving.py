@@ -10,7 +10,6 @@ import jax
 from acrlpd.config import to_dict
 from acrlpd.training.checkpoint import checksums
 from acrlpd.training.clocks import Clocks
-from acrlpd.training.metrics import write_json
 from acrlpd.training.parts import RunParts
 from acrlpd.training.run import RunState
 
@@ -69,7 +68,7 @@ class Saver:
         self.save()
         with self._clocks.span("checkpoint"):
             checkpoints.wait()
-        write_json(self._parts.files.best, {"step": self._state.step} | progress.best_score)
+        self._parts.files.write_best(progress)
         checkpoints.release(before)
 
     def _record(self) -> dict[str, Any]:

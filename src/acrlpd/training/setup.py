@@ -40,6 +40,7 @@ from acrlpd.training.prior_data import (
     check_instructions,
     check_stores,
     held_out_of,
+    make_chunk_loader,
     make_norm_stats,
     open_mixture,
     open_sets,
@@ -223,22 +224,15 @@ def make_loader(
                 next_features = [each.features_alone() for each in stored] if stored else rows(features_alone=True)
         if prefixes.are_features_of_use(config, agent):
             features = rows(features_alone=True)
-    return ChunkLoader(
+    return make_chunk_loader(
+        config,
         prior,
         transform,
         prefixes=stored,
         features=features,
         next_features=next_features,
         next_actions=config.agent.target != "implicit",
-        batch_size=config.data.batch_size,
-        horizon=config.policy.action_horizon,
-        backup_horizon=config.backup_horizon,
-        sequence_ratio=config.data.sequence_ratio,
-        seed=config.seed,
         replay=interaction.replay if interaction else None,
-        online_ratio=config.data.online_ratio,
-        online_ratio_episodes=config.data.online_ratio_episodes,
-        ends_in_chunks=config.data.ends_in_chunks,
         host_index=jax.process_index(),
         num_hosts=jax.process_count(),
     )

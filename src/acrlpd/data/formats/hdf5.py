@@ -40,7 +40,7 @@ from acrlpd.data.formats.layouts.own import (
 from acrlpd.data.formats.layouts.robomimic import Robomimic
 from acrlpd.data.formats.rewards import Labeller, RewardConfig
 from acrlpd.data.formats.video import VideoReaders
-from acrlpd.data.store import finals, flat, processes
+from acrlpd.data.store import flat, processes
 from acrlpd.data.store.episodes import (
     IMAGE_PREFIX,
     KNOWN_SUCCESS,
@@ -50,6 +50,7 @@ from acrlpd.data.store.episodes import (
     check_alike,
     check_is_read,
     usual_features,
+    whole_episode,
 )
 from acrlpd.data.store.metadata_cache import Arrays, MetadataCache, pack, unpack
 from acrlpd.files import listed
@@ -194,23 +195,7 @@ class H5DatasetReader:
         return self._facts["untold_tasks"]
 
     def episode(self, index: int) -> Episode:
-        info = self.info(index)
-
-        def whole(key: str) -> np.ndarray:
-            return self.window(index, key, 0, info.length)
-
-        return Episode(
-            state=whole("state"),
-            actions=whole("actions"),
-            rewards=whole("rewards"),
-            terminals=whole("terminals"),
-            task=info.task,
-            task_changes=info.task_changes,
-            images={camera: whole(IMAGE_PREFIX + camera) for camera in self.cameras},
-            success=info.success,
-            source=info.source,
-            final=finals.final_observation(self, index, self.cameras),
-        )
+        return whole_episode(self, index)
 
     @property
     def has_final(self) -> Bool[np.ndarray, " n"]:

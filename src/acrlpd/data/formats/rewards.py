@@ -54,7 +54,7 @@ class Labeller:
 
     config: RewardConfig | None
     threshold: float | None  # min stored reward of a step at which the task is done; None if it is unknown
-    are_known: bool  # False if the stored rewards mean nothing: recorders and converters without any write zeros
+    are_known: bool  # False if all stored rewards are 0, which recorders and converters also write for "unknown"
 
     @classmethod
     def of(cls, config: RewardConfig | None, stored: Sequence[np.ndarray]) -> Labeller:
@@ -168,6 +168,6 @@ def _unknown_meaning(where: str, stored: np.ndarray, success: bool | None) -> Va
 
 def _nothing_stored(where: str) -> ValueError:
     return ValueError(
-        f"{where}: rewards: expected stored ones (convention 'as_stored'), found none. Have them made from success: "
-        "--data.rewards.convention -1/0 or 0/1."
+        f"{where}: rewards: convention 'as_stored' needs rewards in the data, found none. To derive them from success, "
+        "use --data.rewards.convention -1/0 or 0/1."
     )

@@ -127,6 +127,31 @@ class PictureReader(Protocol):
         ...
 
 
+def whole_episode(source: EpisodeSource, index: int, cameras: Iterable[str] | None = None) -> Episode:
+    """Read all rows of an episode, and what was seen after them; the pictures of ``cameras`` only, by default of all.
+
+    Nothing in it changes with the source later: views of the source's own arrays are copied.
+    """
+    info, cameras = source.info(index), tuple(source.cameras if cameras is None else cameras)
+
+    def whole(key: str) -> np.ndarray:
+        rows = source.window(index, key, 0, info.length)
+        return rows if rows.flags.owndata else rows.copy()
+
+    return Episode(
+        state=whole("state"),
+        actions=whole("actions"),
+        rewards=whole("rewards"),
+        terminals=whole("terminals"),
+        task=info.task,
+        task_changes=info.task_changes,
+        images={camera: whole(IMAGE_PREFIX + camera) for camera in cameras},
+        success=info.success,
+        source=info.source,
+        final=finals.final_observation(source, index, cameras),
+    )
+
+
 def check_is_read(where: str, key: str, left_out: Iterable[str]) -> None:
     """Raise if a reader has left out ``key``; entries of ``left_out`` are a key and, in brackets, the reason."""
     for told in left_out:
@@ -449,19 +474,7 @@ class EpisodeStore:
 
     def episode(self, index: int) -> Episode:
         """Return a copy of one episode; ``index`` counts the episodes kept, and 0 is the oldest."""
-        info = self.info(index)
-        rows: dict[str, Any] = {key: self.window(index, key, 0, info.length).copy() for key in self._columns}
-        images = {key.removeprefix(IMAGE_PREFIX): rows.pop(key) for key in list(rows) if key.startswith(IMAGE_PREFIX)}
-        final = finals.final_observation(self, index, self.cameras)
-        return Episode(
-            **rows,
-            task=info.task,
-            images=images,
-            success=info.success,
-            source=info.source,
-            task_changes=info.task_changes,
-            final=final,
-        )
+        return whole_episode(self, index)
 
     @property
     def has_final(self) -> Bool[np.ndarray, " n"]:

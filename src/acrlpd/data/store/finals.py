@@ -71,9 +71,9 @@ def rows_of(episode: Episode, rows: Mapping[str, np.ndarray]) -> dict[str, np.nd
     return final
 
 
-def final_observation(source: FinalSource, index: int, cameras: tuple[str, ...]) -> FinalObservation | None:
-    """Read one final observation with all its keys; None if there is none."""
-    if not source.has_final[index]:
+def final_observation(source: object, index: int, cameras: tuple[str, ...]) -> FinalObservation | None:
+    """Read one final observation, with the pictures of ``cameras``; None if there is none."""
+    if not isinstance(source, FinalSource) or not source.has_final[index]:
         return None
     images = {camera: source.final(index, IMAGE_PREFIX + camera) for camera in cameras}
     return FinalObservation(source.final(index, "state"), images)

@@ -26,7 +26,7 @@ HEADER_BYTES = 128  # size of the header of the .npy files written here
 class Flat(Mapping[str, np.ndarray]):
     """The rows of all episodes by key: ``state``, ``actions``, ``rewards`` and ``terminals``; read-only if mapped.
 
-    A copy, as in another process, has the keys without the rows: worker processes read pictures only.
+    A copy, such as one sent to another process, keeps the keys without the rows: worker processes read only pictures.
     """
 
     def __init__(self, rows: Mapping[str, np.ndarray | None]):
@@ -38,7 +38,7 @@ class Flat(Mapping[str, np.ndarray]):
     def __getitem__(self, key: str) -> np.ndarray:
         rows = self._rows[key]
         if rows is None:
-            raise ValueError(f"{key}: a copy of a data set, as in another process, has no numbers: open the set there")
+            raise ValueError(f"{key}: a data set sent to another process keeps no numbers: open it in that process")
         return rows
 
     def __iter__(self) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """A cache on disk of what opening a data set finds out: the second opening reads one file instead of every episode.
 
-An entry is a ``.safetensors`` file of numbers, flags and JSON texts, which is mapped into memory; only the parts that
-are used are read. Arrays that ``flat.FlatRows`` holds in a file get files of their own, in a folder that the entry
+An entry is a ``.safetensors`` file of numbers, flags and JSON texts. It is mapped into memory and read once as a whole,
+for its checksum. Arrays that ``flat.FlatRows`` holds in a file get files of their own, in a folder that the entry
 names. An entry is valid for one path, one set of options and one state of the files (name, size, times and identity of
 each). In any other case, or if the entry is damaged, the data set is read again. An entry has a checksum; the files of
 large arrays have none, and only their sizes and headers are checked. Entries may be deleted at any time.
@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import mmap
-import os
 import re
 import shutil
 import time
@@ -32,7 +31,7 @@ from safetensors.numpy import save_file
 
 from acrlpd.data.store import flat
 from acrlpd.data.store.tree import files_below
-from acrlpd.files import written_whole
+from acrlpd.files import cache_folder, written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +41,6 @@ STALE_S = 24 * 3600  # age at which a folder that no entry names is removed; a y
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what reading a damaged entry raises
 
 Arrays = dict[str, np.ndarray]
-
-
-def default_folder() -> Path:
-    """Return the default folder, below the user's cache directory (XDG_CACHE_HOME)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acrlpd" / "metadata"
 
 
 def pack(content: Any) -> np.ndarray:
@@ -62,7 +56,7 @@ def unpack(array: np.ndarray) -> Any:
 class MetadataCache:
     """The entries in ``folder``, one per data set and choice of options."""
 
-    folder: Path = dataclasses.field(default_factory=default_folder)
+    folder: Path = dataclasses.field(default_factory=lambda: cache_folder("metadata"))
 
     def get(self, path: Path, asked: object, find_out: Callable[[], Arrays]) -> Arrays:
         """Return what ``find_out`` returned for this state of the files under ``path``.

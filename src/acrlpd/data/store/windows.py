@@ -9,7 +9,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import math
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from jaxtyping import Int, Shaped
 from acrlpd.data.store import flat, processes
 from acrlpd.data.store.episodes import IMAGE_PREFIX, NUMBERS, EpisodeSource, EpisodeStore, FlatSource, HeldEpisodes
 from acrlpd.data.store.rows import as_finite
+from acrlpd.files import physical_memory
 
 JOBS_PER_WORKER = 4  # groups of jobs in one read: few enough to send, enough that workers finish together
 
@@ -36,7 +36,7 @@ def open_store(source: EpisodeSource, *, memory_bytes: int | None = None, num_wo
         source.store.skipped = getattr(source, "skipped", ())
         return source.store
     check_videos(source)
-    store = _stored(source, _physical_memory() // 2 if memory_bytes is None else memory_bytes, num_workers)
+    store = _stored(source, physical_memory() // 2 if memory_bytes is None else memory_bytes, num_workers)
     store.skipped = getattr(source, "skipped", ())
     return store
 
@@ -45,7 +45,7 @@ def open_stores(
     sources: Sequence[EpisodeSource], *, memory_bytes: int | None = None, num_workers: int = 0
 ) -> list[EpisodeStore]:
     """Open several sources, which share ``memory_bytes`` in proportion to their sizes; each has its own workers."""
-    limit = _physical_memory() // 2 if memory_bytes is None else memory_bytes
+    limit = physical_memory() // 2 if memory_bytes is None else memory_bytes
     sizes = [_row_bytes(source) * int(np.sum(source.lengths)) for source in sources] if len(sources) > 1 else [1]
     return [
         open_store(source, memory_bytes=limit * size // max(sum(sizes), 1), num_workers=num_workers)
@@ -264,7 +264,3 @@ def _loaded(source: EpisodeSource, key: str, like: np.ndarray) -> np.ndarray:
         rows[end : end + length] = source.window(index, key, 0, length)
         end += length
     return rows
-
-
-def _physical_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -36,8 +36,8 @@ class Untold:
             return f"{some}: an empty text tells a policy that reads language (pi0, pi05) nothing; {CURE}."
         shown = ", ".join(self.tasks[:SHOWN]) + (", ..." if len(self.tasks) > SHOWN else "")
         return (
-            f"{some}, and they are of {len(self.tasks)} tasks ({shown}): a policy that reads language (pi0, pi05) "
-            "could not tell these apart, and does not train on them. Give each task its text in the files, or, if one "
+            f"{some}; they belong to {len(self.tasks)} tasks ({shown}), which a policy that reads language (pi0, pi05) "
+            "could not tell apart, so it is not trained on them. Write each task's text into the files or, if one text "
             f"fits all, {CURE}."
         )
 

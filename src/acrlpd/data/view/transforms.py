@@ -59,29 +59,6 @@ class Compose:
         return Compose(self.transforms[: kinds.index(True)] if any(kinds) else self.transforms)
 
 
-@dataclasses.dataclass(frozen=True)
-class Repack:
-    """A renaming of a dataset's keys to the robot's: ``{"observation/image": "image/top"}`` maps new name to old path.
-
-    An old path may lead into nested dictionaries and may end at one, to keep all its cameras. ``actions`` and
-    ``prompt`` may be absent; any other missing key is an error. Keys that are not named are dropped.
-    """
-
-    names: Mapping[str, str]
-
-    OPTIONAL = ("actions", "prompt")
-
-    def __call__(self, data: Data) -> Data:
-        found = {new: _lookup(data, old) for new, old in self.names.items()}
-        missing = [self.names[new] for new, value in found.items() if value is None and new not in self.OPTIONAL]
-        if missing:
-            raise ValueError(f"Repack: the data has no {', '.join(missing)}; its keys are {_paths(data)}")
-        return {new: value for new, value in found.items() if value is not None}
-
-    def inverse(self, data: Data) -> Data:
-        return data  # as in openpi, answers keep the robot's names: clients do not use the dataset's
-
-
 class ActionsOnly:
     """The transform that reduces an answer to its actions, as for openpi's robots; it comes first in a list.
 
@@ -294,21 +271,3 @@ def _text(prompt: Any, default: str | None) -> str:
     if not isinstance(text, str):
         raise ValueError(f"a prompt must be text, got {prompt!r:.80} ({type(prompt).__name__})")
     return text
-
-
-def _lookup(data: Any, path: str) -> Any:
-    """Return the value at a path, or None. A dictionary's own keys may contain slashes."""
-    if not isinstance(data, Mapping):
-        return None
-    if path in data:
-        return data[path]
-    head, _, rest = path.partition("/")
-    return _lookup(data.get(head), rest) if rest else None
-
-
-def _paths(data: Mapping[str, Any], prefix: str = "") -> list[str]:
-    return [
-        path
-        for key, value in data.items()
-        for path in (_paths(value, f"{prefix}{key}/") if isinstance(value, Mapping) else [prefix + key])
-    ]

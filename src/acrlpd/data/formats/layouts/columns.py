@@ -191,8 +191,8 @@ class Reading:
         return ValueError(f"{self.path}: expected a complete HDF5 file; it is truncated or not HDF5 ({error})")
 
 
+ELSEWHERE = "links to other files are not followed; copy the data into this file"
 MAX_LINKS = 16  # soft links to follow in a row; HDF5 has the same limit
-MAX_RATIO = 1100  # the highest compression ratio of deflate and lzf
 KNOWN_FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
 
 
@@ -215,8 +215,9 @@ def _check_links(where: str, parent: h5py.Group, label: str, most: int) -> None:
             _check_links(where, parent.file if from_root else parent, "/".join(way), most - 1)
             return
         if kind not in (None, h5py.h5l.TYPE_HARD):
-            found = "a circle of links" if kind == h5py.h5l.TYPE_SOFT else "a link into another file"
-            raise ValueError(f"{where}: {label}: expected content of this file, found {found} ({part}). Copy it in.")
+            if kind == h5py.h5l.TYPE_SOFT:
+                raise ValueError(f"{where}: {label}: its links lead in a circle ({part}); copy the data here")
+            raise ValueError(f"{where}: {label}: {ELSEWHERE} ({part})")
 
 
 def _kind_of_link(parent: h5py.Group, place: bytes) -> int | None:
@@ -247,7 +248,7 @@ def check_inside(where: str, file: h5py.File) -> None:
 def _check_is_stored(where: str, data: h5py.Dataset) -> None:
     """Raise if the HDF5 library would return fill values, such as zeros, for numbers that were never stored."""
     if data.external:
-        raise ValueError(f"{where}: expected content of this file, found numbers in another file. Copy them in.")
+        raise ValueError(f"{where}: {ELSEWHERE}")
     if data.is_virtual:
         _check_sources(where, data)
     elif data.chunks is not None:
@@ -268,7 +269,7 @@ def _check_fits(where: str, data: h5py.Dataset) -> None:
         stored = data.id.get_create_plist()
         if any(stored.get_filter(at)[0] not in KNOWN_FILTERS for at in range(stored.get_nfilters())):
             return
-        there = data.id.get_storage_size() * MAX_RATIO
+        there = data.id.get_storage_size() * files.MAX_RATIO
     if data.size * data.dtype.itemsize > there:
         raise ValueError(f"{where}: the shape {data.shape} is larger than what the file holds. Is it damaged?")
 
@@ -276,11 +277,11 @@ def _check_fits(where: str, data: h5py.Dataset) -> None:
 def _check_sources(where: str, data: h5py.Dataset) -> None:
     """Raise unless the sources of a virtual dataset lie in its own file and hold all of its numbers."""
     if None in data.maxshape:
-        raise ValueError(f"{where}: it is virtual and may grow, so nothing says how long it is. Copy its numbers.")
+        raise ValueError(f"{where}: this virtual dataset can grow, so its length is unknown; copy its data")
     mapped = 0
     for source in data.virtual_sources():
         if source.file_name != ".":
-            raise ValueError(f"{where}: expected content of this file, found numbers in another file. Copy them in.")
+            raise ValueError(f"{where}: {ELSEWHERE}")
         found = dataset(where, data.file, source.dset_name)
         whole = source.src_space.get_select_type() == h5py.h5s.SEL_ALL
         ends = found.shape if whole else tuple(last + 1 for last in source.src_space.get_select_bounds()[1])

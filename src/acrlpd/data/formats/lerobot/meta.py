@@ -194,15 +194,18 @@ def _numeric(meta: Meta, name: str, keys: Sequence[str], error: type[ValueError]
     there = [key for key in meta.features if meta.numeric(key) and key not in REQUIRED]
     unknown = [key for key in keys if key not in there]
     if unknown or not keys:
-        wrong = f"{unknown} are not among them" if unknown else "none has a usual name"
-        raise error(f"{meta.info_path}: {name}: the numeric features are {files.listed(there)}; {wrong}. Name {name}.")
+        wrong = f"{unknown} are not among them" if unknown else "none has a name that is looked for"
+        raise error(
+            f"{meta.info_path}: the numeric features are {files.listed(there)}; {wrong}. Set {name} to those to read."
+        )
     return tuple(keys)
 
 
 def camera_keys(meta: Meta, asked: Sequence[str] | None) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the feature of each camera by name, without prefix unless two cameras would then have the same name.
+    """Return the features to read by camera name, and for each camera that is not read the reason.
 
-    The second result has the reason for each unread camera. A named numeric feature with several axes is a camera, too.
+    A camera's name is its feature's without prefix, or all of it where two cameras would otherwise have the same name.
+    A numeric feature with several axes counts as a camera if ``asked`` names it.
     """
     names = _camera_names(meta, set(asked or ()))
     keys = {name: key for key, name in names.items()}

@@ -34,9 +34,10 @@ from acrlpd.data.store.episodes import (
     EpisodeInfo,
     check_is_read,
     first_text,
+    whole_episode,
 )
 from acrlpd.data.store.metadata_cache import Arrays, MetadataCache, unpack
-from acrlpd.files import inside
+from acrlpd.files import cache_folder, inside
 from acrlpd.types import Episode
 
 TOLERANCE_S = 1e-4  # the default of the lerobot library
@@ -163,18 +164,7 @@ class LeRobotSource:
         return first_text(self.meta.tasks[task_index], self._default_task)
 
     def episode(self, index: int) -> Episode:
-        info = self.info(index)
-        return Episode(
-            state=self.window(index, "state", 0, info.length),
-            actions=self.window(index, "actions", 0, info.length),
-            rewards=self.window(index, "rewards", 0, info.length),
-            terminals=self.window(index, "terminals", 0, info.length),
-            task=info.task,
-            task_changes=info.task_changes,
-            images={name: self.window(index, IMAGE_PREFIX + name, 0, info.length) for name in self.cameras},
-            success=info.success,
-            source=info.source,
-        )
+        return whole_episode(self, index)
 
     def window(self, index: int, key: str, start: int, stop: int) -> Shaped[np.ndarray, "t *shape"]:
         facts = self._facts[index]
@@ -205,12 +195,6 @@ class LeRobotSource:
             span = row.videos[key]
             return FrameOrigin(lerobot_opening.name_of(row), span.path, f"{span.start_s!r}:{row.length}")
         return FrameOrigin(lerobot_opening.name_of(row), row.file, f"{facts.first}:{row.length}")
-
-    def check_frames(self) -> None:
-        """Decode every frame of every camera; raise at the first that is missing, misplaced or damaged."""
-        for facts in self._facts:
-            for key in self._camera_keys.values():
-                lerobot_opening.decode_all(self._files, facts, key)
 
     def check_videos(self) -> None:
         """Raise at the first episode whose videos do not hold the frames in the tables, or have another size.
@@ -261,10 +245,9 @@ def download(repo_id: str, folder: str | os.PathLike[str], *, revision: str | No
 
 
 def hub_folder(repo_id: str) -> Path:
-    """Return the folder for a dataset of the hub, below the user's cache directory (XDG_CACHE_HOME)."""
+    """Return the folder for a dataset of the hub, which may not exist yet."""
     name = repo_id.removeprefix("hf://").removeprefix("datasets/")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "acrlpd" / "lerobot"
-    return inside(cache, name, "the name of a dataset")
+    return inside(cache_folder("lerobot"), name, "the name of a dataset")
 
 
 def _opened(root: Any, episodes: Sequence[int] | None) -> tuple[Path, Sequence[int] | None]:

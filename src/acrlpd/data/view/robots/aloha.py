@@ -49,7 +49,7 @@ class Aloha:
         if unknown or "cam_high" not in given:
             raise ValueError(
                 f"ALOHA cameras are {', '.join([*_SLOTS.values(), *_UNUSED])}, of which cam_high must be there; "
-                f"got {', '.join(sorted(given))}. Rename them with a Repack."
+                f"got {', '.join(sorted(given))}. Rename them in the data, or in the client."
             )
         base = to_rgb(given["cam_high"], "images/cam_high")
         seen = np.ones(base.shape[:-3], dtype=bool)

@@ -25,6 +25,10 @@ SETTINGS = {  # of each rule: under which settings of the demo its fields are id
     "agent.critic.q_aggregation mean_minus_std": ({}, {"agent.critic.q_aggregation": "mean_minus_std"}),
     "agent.target best_of_n": (IMPLICIT, {}),
     "agent.target implicit": ({}, IMPLICIT),
+    "agent.critic.backup_horizon": (
+        {},
+        {**IMPLICIT, "execute_horizon": 2, "agent.critic.backup_horizon": 4},
+    ),
     "agent.extraction guided": ({}, {"agent.extraction": "guided"}),
     "agent.extraction guided with agent.target best_of_n": (
         {"agent.extraction": "guided", **IMPLICIT},
@@ -75,7 +79,13 @@ FIELDS = [(rule.needs, field) for rule in RULES for field in rule.fields]
 NOT_IDLE = {
     *("env.name", "env.image_size", "policy.kind", "policy.paligemma_variant", "policy.action_expert_variant"),
     *("policy.vision_variant", "policy.frozen_dtype", "rollout.backend", "data.weights", "data.sources"),
-    *("data.online_ratio", "data.ends_in_chunks", "agent.critic.horizon", "agent.target"),
+    *(
+        "data.online_ratio",
+        "data.ends_in_chunks",
+        "agent.critic.horizon",
+        "agent.target",
+        "agent.critic.backup_horizon",
+    ),
 }
 
 

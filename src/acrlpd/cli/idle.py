@@ -56,6 +56,11 @@ RULES = (
         ("agent.critic.pessimism",),
     ),
     Rule(
+        "agent.critic.backup_horizon",
+        lambda c: c.agent.critic.backup_horizon is not None,
+        ("agent.critic.distill_level",),
+    ),
+    Rule(
         "agent.target best_of_n",
         lambda c: c.agent.target == "best_of_n",
         _in("agent", "target_samples", "target_flow_steps"),

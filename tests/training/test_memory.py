@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 import yaml
 
@@ -85,6 +86,14 @@ def test_advice_can_be_followed(tiny_config, algorithm):
     for line in memory.advice(config, found):
         flag, value = line.partition(":")[0].removeprefix("--").partition(" ")[::2]
         assert apply_config_overrides(config, {flag: yaml.safe_load(value) if value else True}) != config
+
+
+def test_what_the_matrix_library_allocates_is_found_in_the_compilers_text():
+    """Where a compiler writes its fusions in another way, plans lack this memory, and nothing but this test says so."""
+    outline = jax.ShapeDtypeStruct((8, 16, 10, 8), "float32")
+    text = jax.jit(lambda x: jnp.var(x, axis=0)).lower(outline).compile(memory.QUICKLY).as_text()
+    assert "fusion(" in text
+    assert memory._library_bytes(text) == 3 * 16 * 10 * 8 * 4
 
 
 def test_large_arrays_are_split_over_the_fsdp_axis(tiny_config, monkeypatch):

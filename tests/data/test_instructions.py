@@ -133,7 +133,7 @@ def test_what_has_no_text_is_told_and_cured(tmp_path, make, given, count, tasks)
         return
     assert (silent.episodes, silent.tasks, silent.is_shared) == (count, tuple(tasks), len(tasks) > 1)
     assert "--data.default_task" in silent.told
-    assert ("does not train on them" in silent.told) == silent.is_shared
+    assert ("it is not trained on them" in silent.told) == silent.is_shared
     assert all(name in silent.told for name in tasks if silent.is_shared)
     cured = open_episodes(folder, default_task="do it")
     assert instructions.untold(cured) is None

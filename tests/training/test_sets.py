@@ -265,10 +265,10 @@ def test_sets_of_two_robots_are_refused(tiny_config, tmp_path, capsys):
     for name, path in sets.items():
         words = ["data", "convert", tiny_config.data.path, path, "--fps", "10", "--robot-type", name]
         assert main(words) == 0
-    with pytest.raises(ValueError, match=r"robots \(a run has statistics of one\): arm and leg"):
+    with pytest.raises(ValueError, match=r"robots \(a run normalizes by the statistics of one\): arm and leg"):
         setup.make_trainer(with_data(tiny_config, path=(sets["arm"], sets["leg"])))
     assert main(["data", "inspect", sets["arm"], sets["leg"]]) == 1
-    assert "robots (a run has statistics of one): arm and leg" in capsys.readouterr().out
+    assert "robots (a run normalizes by the statistics of one): arm and leg" in capsys.readouterr().out
     assert main(["data", "inspect", sets["arm"], sets["unknown"]]) == 0
 
 

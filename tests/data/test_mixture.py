@@ -136,7 +136,7 @@ def test_what_the_sets_give_is_told():
         ({"actions": 3}, "action dimensions: 2 and 3"),
         ({"cameras": ("top",)}, "cameras: top, wrist and top"),
         ({"cameras": ()}, "cameras: top, wrist and none"),
-        ({"robot": "leg"}, r"robots \(a run has statistics of one\): arm and leg"),
+        ({"robot": "leg"}, r"robots \(a run normalizes by the statistics of one\): arm and leg"),
     ],
 )
 def test_sets_that_differ_are_refused(changes, told):

@@ -1,12 +1,11 @@
 import json
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from acrlpd.data import statistics
-from acrlpd.data.store.episodes import EpisodeStore
+from acrlpd.data.store.episodes import EpisodeInfo, EpisodeStore
 from acrlpd.data.view import normalize as norm
 from acrlpd.data.view.normalize import NormStats
 from acrlpd.data.view.transforms import DeltaActions
@@ -153,6 +152,10 @@ def with_one_outlier_alone(rng):
     return np.where(np.arange(3000) == 7, -50.0, 3.7).astype(np.float32)
 
 
+def rows_of(state, key):
+    return state if key in ("state", "actions") else np.zeros(len(state), bool if key == "terminals" else np.float32)
+
+
 class OneEpisode:
     """A source of one, for statistics an episode at a time."""
 
@@ -163,10 +166,10 @@ class OneEpisode:
         self.lengths = np.array([len(state)])
 
     def info(self, index):
-        return SimpleNamespace(length=len(self.state), task="lift", success=False, source="")
+        return EpisodeInfo(len(self.state), "lift", False, "")
 
     def window(self, index, key, start, stop):
-        return self.state[start:stop]
+        return rows_of(self.state, key)[start:stop]
 
 
 def streamed(source, **options):
@@ -263,10 +266,10 @@ class Blocks(OneEpisode):
         self.parts, self.lengths, self.num_episodes = parts, np.array([len(part) for part in parts]), len(parts)
 
     def info(self, index):
-        return SimpleNamespace(length=len(self.parts[index]), task="lift", success=False, source="")
+        return EpisodeInfo(len(self.parts[index]), "lift", False, "")
 
     def window(self, index, key, start, stop):
-        return self.parts[index][start:stop]
+        return rows_of(self.parts[index], key)[start:stop]
 
 
 @pytest.mark.parametrize("num", [2, 3, 50, 99, 100, 101, 102, 149, 251, 3000, 12_345])

@@ -55,7 +55,9 @@ def test_an_undiscounted_success_returns_its_length_minus_one(length):
 def test_unknown_success_is_an_error_only_when_rewards_are_asked_for():
     with pytest.raises(ValueError, match=r"episode_3\.hdf5: success: .*--data\.rewards\.success True if all"):
         label(RewardConfig(), 2, success=None, where="episode_3.hdf5")
-    with pytest.raises(ValueError, match=r"episode_3\.hdf5: rewards: expected stored ones .*found none"):
+    with pytest.raises(
+        ValueError, match=r"episode_3\.hdf5: rewards: convention .as_stored. needs rewards .*found none"
+    ):
         label(RewardConfig(convention="as_stored"), 2, success=True, where="episode_3.hdf5")
     found, done = label(None, 2, success=None, where="episode_3.hdf5")
     assert (found.tolist(), done.tolist()) == ([0, 0], [False, False])

@@ -28,6 +28,7 @@ from acrlpd.training import loading, prior_data, report, setup
 from acrlpd.types import Episode
 
 ELSEWHERE = {
+    *("validation_fraction", "validation_seed"),  # tests/data/test_held_out.py
     "collect",
     "max_replay_bytes",
     "online_ratio",

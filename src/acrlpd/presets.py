@@ -103,8 +103,8 @@ def get_demo_cube_config() -> TrainConfig:
 
 
 # acrlpd train demo-aloha
-# gym-aloha hands over a cube: two arms, a 64 px camera from above, language. 4 % by imitation, 28 % after online
-# training (one seed); 20 CPU-min.
+# gym-aloha hands over a cube: two arms, a 64 px camera from above, language. 4 % by imitation, 11 % offline, no gain
+# online (two seeds): a budget to see that everything works. 23 CPU-min.
 def get_demo_aloha_config() -> TrainConfig:
     config = get_demo_config()
     return dataclasses.replace(

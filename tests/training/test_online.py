@@ -107,8 +107,8 @@ def test_the_best_is_one_whose_checkpoint_is_there(tmp_path, monkeypatch):
     trainer = setup.make_trainer(config)
     found, keep_as_best = [], trainer._saver.keep_as_best
 
-    def kept(success):
-        keep_as_best(success)
+    def kept(**score):
+        keep_as_best(**score)
         found.append((best_of(files), (files.checkpoints / str(trainer.state.step) / "_CHECKPOINT_METADATA").exists()))
 
     monkeypatch.setattr(trainer._saver, "keep_as_best", kept)

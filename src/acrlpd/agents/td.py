@@ -6,7 +6,7 @@ The equations are in ``losses.py``; this file computes their inputs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,29 +40,22 @@ def loss_and_values(
     def values(critic: CriticNetworks) -> Float[Array, "e b"]:
         return critic(features, prefix.state, batch.actions[None], dropout_rng=draws.dropout_rng)[:, 0]
 
+    def fitted(critic: CriticNetworks, q: Float[Array, "e b"], target: Float[Array, " b"], loss: Any) -> Array:
+        """Return the members' loss and, under ``weighted``, that of their aggregate, which trains its weights alone."""
+        total = loss(q, target, batch.sequence_mask)
+        if config.critic.q_aggregation == "weighted":
+            total += loss(critic.aggregate(jax.lax.stop_gradient(q))[None], target, batch.sequence_mask)
+        return total
+
     td_loss = functools.partial(losses.critic_loss, huber_delta=config.huber_delta)
-    target, q = target_values(agent, batch, next_value), values(modules.critic)
+    td_target, q = target_values(agent, batch, next_value), values(modules.critic)
     if modules.long_critic is None:
-        return _fitted(modules.critic, q, target, batch, td_loss), q, target
+        return fitted(modules.critic, q, td_target, td_loss), q, td_target
     long_q = values(modules.long_critic)
-    loss = _fitted(modules.long_critic, long_q, target, batch, td_loss)
-    target = jax.lax.stop_gradient(modules.long_critic.aggregate(long_q, draws.pair_rng))
+    long_value = jax.lax.stop_gradient(modules.long_critic.aggregate(long_q, draws.pair_rng))
     distill = functools.partial(losses.distilled_critic_loss, level=config.critic.distill_level)
-    return loss + _fitted(modules.critic, q, target, batch, distill), q, target
-
-
-def _fitted(
-    critic: CriticNetworks,
-    q: Float[Array, "e b"],
-    target: Float[Array, " b"],
-    batch: ChunkBatch,
-    loss: Callable[..., Float[Array, ""]],
-) -> Float[Array, ""]:
-    """Return the members' loss and, under ``weighted``, that of their aggregate, which trains its weights alone."""
-    total = loss(q, target, batch.sequence_mask)
-    if critic.config.q_aggregation == "weighted":
-        total += loss(critic.aggregate(jax.lax.stop_gradient(q))[None], target, batch.sequence_mask)
-    return total
+    loss = fitted(modules.long_critic, long_q, td_target, td_loss) + fitted(modules.critic, q, long_value, distill)
+    return loss, q, long_value
 
 
 def target_values(agent: AgentState, batch: ChunkBatch, next_value: Float[Array, " b"]) -> Float[Array, " b"]:

@@ -23,7 +23,7 @@ demo-vision: $(INSTALLED)
 demo-cube: $(INSTALLED)
 	$(BIN)/acrlpd train demo-cube --overwrite
 
-## make test         parity, formats, the update, a whole run with kill and resume: 15 to 20 minutes on two cores
+## make test         parity, formats, the update, a whole run with kill and resume: about 10 minutes on two cores
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart=0 -m "(not slow or golden) and not libero"
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import acrlpd
 from acrlpd.data import chunks
 from acrlpd.data.formats import hdf5
 from acrlpd.data.formats.frame_cache import FrameCache
@@ -176,7 +177,7 @@ def test_two_processes_hold_one_batch(folder, tmp_path):
     script = tmp_path / "host.py"
     script.write_text(HOST)
     address = f"localhost:{20_000 + os.getpid() % 20_000}"
-    source = Path(hdf5.__file__).parents[2]
+    source = Path(acrlpd.__file__).parents[1]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")])}
     outs = [tmp_path / f"{index}.npz" for index in range(2)]
     hosts = [

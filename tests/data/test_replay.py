@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import acrlpd
 from acrlpd import files
 from acrlpd.data.formats import hdf5
 from acrlpd.data.replay import ReplayJournal
@@ -312,5 +313,5 @@ def test_a_killed_writer_loses_the_running_episode_alone(tmp_path):
 
 
 def subprocess_env():
-    source = str(Path(hdf5.__file__).parents[2])
+    source = str(Path(acrlpd.__file__).parents[1])
     return os.environ | {"PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}

@@ -3,7 +3,7 @@
     python benchmarks/accelerator.py [--size full|small] [--batch 16] [--parts chunks-pi0 ...] [--json]
 
 ``full`` is the real size (3.2 B parameters, bfloat16, random weights, three cameras), to take under eight minutes
-on one GPU; ``small`` is a nano model and takes a minute or two on a CPU. Nothing is downloaded. Each part has a process
+on one GPU; ``small`` is a nano model and takes three minutes on a CPU. Nothing is downloaded. Each part has a process
 of its own, so its peak memory is its own, and a part that fails is reported beside the others.
 
 chunks: the time of a compiled call that encodes the prefix once, draws N candidates in ten Euler steps and lets ten
@@ -132,6 +132,7 @@ class Setting:
         values: dict[str, Any] = {
             "env": None,
             "data.path": "none",
+            "data.robot": None,  # observations already have the model's names
             "data.batch_size": self.batch,
             "agent.best_of_n_samples": 8,
             "agent.flow_steps": 10,

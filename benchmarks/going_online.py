@@ -19,7 +19,8 @@ import demo_seeds
 import machine
 import pinned
 
-PLAIN = {"agent.policy_ema_decay": "None"}  # no moving average acts, which needs another offline run
+# no moving average acts, among all candidates: that is another offline policy, too
+PLAIN = {"agent.policy_ema_decay": "None", "agent.typical_share": "1"}
 BEFORE = {"agent.act_by_target_critic": "False", "data.online_ratio_episodes": "1"}
 RATES = ("policy.schedule.peak_lr", "policy.schedule.decay_lr", "critic.schedule.peak_lr", "critic.schedule.decay_lr")
 
@@ -34,6 +35,7 @@ class Variant:
 
 VARIANTS = {
     "default": Variant({}),
+    "all candidates": Variant({"agent.typical_share": "1"}),
     "before": Variant(PLAIN, BEFORE),
     "before, best of 4": Variant(PLAIN, BEFORE | {"agent.best_of_n_samples": "4"}),
     "before, all rows alike": Variant(PLAIN, BEFORE | {"data.online_ratio": "None"}),

@@ -39,7 +39,7 @@ def write(folder, count, *, camera=False):
     return folder
 
 
-def test_the_split_depends_on_names_and_seed_alone():
+def test_the_split_of_one_kind_depends_on_names_and_seed_alone():
     chosen = held_out.split(NAMES, 0.25, 0)
     assert chosen.sum() == 10
     order = np.random.default_rng(0).permutation(40)

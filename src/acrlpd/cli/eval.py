@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     fields.check(arguments)
     if arguments.data is not None:
         return _on_data(arguments, arguments.data)
-    refuse_idle(arguments, WITH_DATA, "only with --data, which compares with recorded episodes")
+    _refuse_without_effect(arguments, WITH_DATA, "only with --data, which compares with recorded episodes")
     loaded = loading.load_stored(arguments.checkpoint, arguments.extraction, arguments.guidance_weights)
     if loaded.config.env is None and not arguments.tasks:
         raise ValueError(
@@ -113,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _on_data(arguments: EvalArguments, data: str) -> int:
     """Compare the checkpoint's actions with recorded ones, print what was found, and keep it beside the run."""
-    refuse_idle(arguments, IN_SIMULATOR, "in a simulator, and --data needs none")
+    _refuse_without_effect(arguments, IN_SIMULATOR, "in a simulator, and --data needs none")
     options = RecordedOptions(arguments.validation_fraction, arguments.read, arguments.execute_horizon)
     beside = put_beside(
         arguments.checkpoint,
@@ -136,7 +136,7 @@ def _on_data(arguments: EvalArguments, data: str) -> int:
     return 0
 
 
-def refuse_idle(arguments: Any, names: Sequence[str], where: str) -> None:
+def _refuse_without_effect(arguments: Any, names: Sequence[str], where: str) -> None:
     """Refuse flags that would have no effect."""
     defaults = {field.name: field for field in dataclasses.fields(arguments)}
 

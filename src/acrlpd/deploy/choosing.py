@@ -1,4 +1,4 @@
-"""What critics are worth, on episodes that they were not trained on; and how strongly to follow them there.
+"""The quality of critics on episodes that they were not trained on, and how strongly to follow them.
 
 Whoever seeks the best of N chunks finds errors of the critics, too, and what Q says of that chunk is then too good. So
 half of the critics choose and guide, and the other half judge what was chosen. What no episode shows, members of an
@@ -25,6 +25,7 @@ from acrlpd.data import chunks
 from acrlpd.data.store.episodes import EpisodeStore
 from acrlpd.data.view.transforms import Transform, to_observation
 from acrlpd.models import flow
+from acrlpd.models.critic import CriticNetworks
 from acrlpd.serving.export import keep_critics
 from acrlpd.training import agreement
 from acrlpd.training.agreement import Bin
@@ -51,7 +52,7 @@ SETTINGS = tuple(Setting(samples, weight) for samples in COUNTS for weight in WE
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """What the judges say of the chunks of one setting, in units of Q, above plain samples at the same states."""
+    """The judges' values of the chunks of one setting, in units of Q, above plain samples at the same states."""
 
     setting: Setting
     gain: float  # of the mean over the judges
@@ -62,7 +63,7 @@ class Tried:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the held-out episodes say of the critics, and the setting that was chosen."""
+    """The quality of the critics on held-out episodes, and the setting that was chosen."""
 
     successes: int
     failures: int
@@ -272,7 +273,7 @@ def _tried(sampled: _Sampled, episodes: Int[np.ndarray, " s"]) -> list[Tried]:
     ]
 
 
-def _divided(agent: ACRLPDAgent) -> tuple[Modules, nnx.Module | Any]:
+def _divided(agent: ACRLPDAgent) -> tuple[Modules, CriticNetworks]:
     """Return the networks with the first half of the critics, which choose and guide, and all critics."""
     modules = agent.acting_modules()
     half = keep_critics(agent.acting_critic, np.arange(agent.config.critic.num_critics // 2))

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from acrlpd.agents.config import AgentConfig, TemperatureConfig
+from acrlpd.agents.state import CRITIC_GROUPS
 from acrlpd.config import (
     CosineDecaySchedule,
     DataConfig,
@@ -103,6 +104,7 @@ def _of_run(path: str, data: str | None, robot: Robot | None) -> Original:
     step = max(manager.steps(), default=0) if step is None else step
     run = manager.read_run(step)
     config = from_stored(run["config"])
+    env = config.env
     if not config.policy.traits.is_flow:
         raise ValueError(f"{path} holds a policy of kind {config.policy.kind}, which has no samples to choose among")
     if robot not in (None, config.data.robot):
@@ -130,7 +132,6 @@ def _of_run(path: str, data: str | None, robot: Robot | None) -> Original:
         **length(STEPS),
     )
     found = recognize(weights.inspect(folder / "params"))
-    env = from_stored(run["config"]).env
     return Original(path, folder / "params", config, found, env, tuple(run["cameras"]))
 
 
@@ -246,7 +247,7 @@ def length(steps: int) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Prospect:
-    """What is known before anything is allocated: the episodes by outcome, and the sizes of what will be."""
+    """The facts that are known before anything is allocated: episodes by outcome, and the sizes of what will be."""
 
     trained: tuple[int, int]  # successes and failures to train on
     held_out: tuple[int, int]
@@ -283,7 +284,7 @@ def check(original: Original, config: TrainConfig) -> Prospect:
     held = _outcomes(prior_data.held_out_of(sources))
     _check_outcomes(config, trained, held)
     agent = abstract_agent(config, dims, first.cameras)
-    critics = [agent.params["critic"], agent.params["value"]]
+    critics = [agent.params[group] for group in CRITIC_GROUPS if group in agent.params]
     reads = config.policy.traits.has_backbone and config.agent.critic.use_pi0_features
     feature_dim = model.feature_dim if reads else 0
     rows = sum(int(np.sum(each.lengths)) + each.num_episodes for each in sources)

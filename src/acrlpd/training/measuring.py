@@ -1,4 +1,4 @@
-"""What a policy makes of recorded chunks, in one compiled pass: its own chunks there, its flow loss, and Q."""
+"""A policy at recorded chunks, in one compiled pass: its own chunks there, its flow loss, and Q."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FLOW_DRAWS = 4  # of noise and time for each chunk; the same ones in every evalu
 
 @struct.dataclass
 class Measured:
-    """What a policy makes of b recorded chunks."""
+    """The policy's own chunks, flow loss and Q at b recorded chunks."""
 
     sample: AnyArray  # [b h a] one plain sample, normalized; pi0-FAST: its tokens
     best: Float[AnyArray, "b h a"] | None = None  # the best of N by the critics; None: there are none

@@ -48,7 +48,7 @@ class Errors:
 
 @dataclasses.dataclass(frozen=True)
 class Telling:
-    """How well the mean Q of an episode's recorded chunks tells successes from failures."""
+    """The chance that the mean Q of a success's recorded chunks lies above that of a failure's."""
 
     auc: float
     low: float  # 95 % interval
